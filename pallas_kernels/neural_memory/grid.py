@@ -1,0 +1,80 @@
+"""The chunk grid: tokens laid out in blocks that never cross a chunk boundary of their row.
+
+A row at phase p holds its first chunk_size - p tokens in block 0 and then one chunk per block. Blocks have
+min(T, chunk_size) slots; slots that hold no token are empty: no write, no decay. Rows at different phases need one
+block more than rows known to be at phase 0.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+
+class Grid(NamedTuple):
+    """Where the tokens of each row lie.
+
+    token: the token in every slot, row by row, None where rows are plainly cut into blocks (all at phase 0).
+    slot: the slot of every token, None likewise.
+    holds: True where a slot holds a token of the call, `[N, B, 1, S]`.
+    fresh: True where a block begins its chunk, so that its anchor is its first weights; None: all do.
+    """
+
+    token: Int[Array, "B NS"] | None
+    slot: Int[Array, "B T"] | None
+    holds: Bool[Array, "N B 1 S"]
+    fresh: Bool[Array, "N B"] | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Blocks and slots per block."""
+        return self.holds.shape[0], self.holds.shape[3]
+
+
+def aligned_grid(batch: int, length: int, chunk_size: int) -> Grid:
+    """Returns the grid of rows that all begin at phase 0."""
+    slots = min(length, chunk_size)
+    blocks = -(-length // slots)
+    holds = (jnp.arange(blocks * slots) < length).reshape(blocks, 1, 1, slots)
+    return Grid(None, None, jnp.broadcast_to(holds, (blocks, batch, 1, slots)), None)
+
+
+def phased_grid(phase: Int[Array, " B"], length: int, chunk_size: int) -> Grid:
+    """Returns the grid of rows that begin at any phase."""
+    slots = min(length, chunk_size)
+    blocks = 1 + (length + chunk_size - 2) // chunk_size  # reached by a row at phase chunk_size - 1
+    block = jnp.arange(blocks)[None, :]
+    start = jnp.where(block == 0, 0, block * chunk_size - phase[:, None])  # first token of each block, [B, N]
+    end = jnp.minimum((block + 1) * chunk_size - phase[:, None], length)
+    token = start[:, :, None] + jnp.arange(slots)
+    holds = token < end[:, :, None]
+    t = jnp.arange(length)[None, :]
+    own = (phase[:, None] + t) // chunk_size  # block of each token, [B, T]
+    slot = own * slots + t - jnp.where(own == 0, 0, own * chunk_size - phase[:, None])
+    fresh = ((block > 0) | (phase[:, None] == 0)) & (start < length)
+    token = jnp.clip(token, 0, length - 1).reshape(phase.shape[0], blocks * slots)
+    return Grid(token, slot, holds.transpose(1, 0, 2)[:, :, None], fresh.T)
+
+
+def _take(x: Shaped[Array, "B L ..."], index: Int[Array, "B M"]) -> Shaped[Array, "B M ..."]:
+    return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)
+
+
+def to_blocks(grid: Grid, x: Shaped[Array, "B T H *D"]) -> Shaped[Array, "N B H S *D"]:
+    """Lays tokens out in blocks; empty slots hold zeros or copies of other tokens."""
+    blocks, slots = grid.shape
+    if grid.token is None:
+        pad = blocks * slots - x.shape[1]
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) if pad else x
+    else:
+        x = _take(x, grid.token)
+    x = x.reshape(x.shape[0], blocks, slots, *x.shape[2:])
+    return x.transpose(1, 0, 3, 2, *range(4, x.ndim))
+
+
+def from_blocks(grid: Grid, x: Float[Array, "N B H S V"], length: int) -> Float[Array, "B T H V"]:
+    """Returns the tokens of the call in their order."""
+    x = x.transpose(1, 0, 3, 2, 4)
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])
+    return x[:, :length] if grid.slot is None else _take(x, grid.slot)

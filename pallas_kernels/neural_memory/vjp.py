@@ -1,0 +1,228 @@
+"""The scan over blocks with its hand-written derivative: what is saved, what is computed again.
+
+Blocks run in groups; the state is kept at the start of every group. With `keep_rows` each block's hidden rows
+(`chunk.Saved`) are kept too, and the backward pass makes the states inside a group from them; else it runs the group
+again.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from engrax.pallas_kernels.neural_memory.chunk import Bases, Saved, chunk_backward, chunk_forward, chunk_replay
+from engrax.pallas_kernels.neural_memory.gates import Coefficients
+from engrax.pallas_kernels.neural_memory.types import Layers
+
+Carry = tuple[Layers, Layers, Layers]  # weights, momentum, anchor: [B, H, I, O] per layer
+Reset = tuple[Layers, Layers] | None  # weights, momentum: [B, H, I, O] per layer
+# Short blocks do little work beside moving their state: up to SHORT_GROUP of them, LONG_BLOCK tokens together, share
+# one kept state even at save_every = 1.
+SHORT_GROUP, LONG_BLOCK = 4, 64
+
+
+class Blocks(NamedTuple):
+    """What the scan runs over. fresh: the block begins its chunk (None: all do); begins: a segment begins inside."""
+
+    coefficients: Coefficients
+    first_scores: Float[Array, "N B H S S"]
+    q: Float[Array, "N B H S K"]
+    k: Float[Array, "N B H S K"]
+    v: Float[Array, "N B H S V"]
+    fresh: Bool[Array, "N B"] | None
+    begins: Bool[Array, "N B"] | None
+
+
+class Plan(NamedTuple):
+    """How the blocks are run: `group` blocks between two kept states; keep_rows: see above."""
+
+    activation: str
+    group: int
+    keep_rows: bool
+
+    @property
+    def straight(self) -> bool:
+        """Whether a group runs as straight-line code."""
+        return self.group <= SHORT_GROUP
+
+    def heads(self, function):
+        """Maps a function of one row and head over rows and heads."""
+        return jax.vmap(jax.vmap(partial(function, activation=self.activation)))
+
+
+def _select(rows, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(rows[:, None, None, None], a, b), new, old)
+
+
+def _masked(rows, tree):
+    return jax.tree.map(lambda a: jnp.where(rows[:, None, None, None], a, 0), tree)
+
+
+def _add(a, b):
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _bases(carry: Carry, reset: Reset, fresh) -> Bases:
+    weights, momentum, anchor = carry
+    anchor = None if fresh is None else _select(fresh, weights, anchor)
+    more = ((), ()) if reset is None else ((reset[0],), (reset[1],))
+    return Bases((weights, *more[0]), (momentum, *more[1]), anchor)
+
+
+def _next_carry(weights, momentum, bases: Bases, block: Blocks) -> Carry:
+    anchor = bases.anchors[0]
+    if block.begins is not None:
+        anchor = _select(block.begins, bases.weights[1], anchor)
+    return weights, momentum, anchor
+
+
+def _run(plan: Plan, reset: Reset, carry: Carry, block: Blocks):
+    """Runs one block of all rows and heads. Returns the next carry, the block's output and what is saved."""
+    bases = _bases(carry, reset, block.fresh)
+    arrays = (block.coefficients, block.first_scores, block.q, block.k, block.v)
+    (out, weights, momentum), saved = plan.heads(chunk_forward)(*arrays, bases)
+    return _next_carry(weights, momentum, bases, block), out, saved
+
+
+def _replay(plan: Plan, reset: Reset, carry: Carry, block: Blocks, saved: Saved) -> Carry:
+    """Returns the next carry from what was saved of the block."""
+    bases = _bases(carry, reset, block.fresh)
+    weights, momentum = plan.heads(chunk_replay)(block.coefficients, block.k, bases, saved)
+    return _next_carry(weights, momentum, bases, block)
+
+
+def _run_bwd(plan: Plan, reset: Reset, bars: Carry, reset_bar, carry: Carry, block: Blocks, saved: Saved, out_bar):
+    """Derivative of `_run`: cotangents of the carry before it, of the reset state so far, and of the block."""
+    weights_bar, momentum_bar, anchor_bar = bars
+    if block.begins is not None:
+        reset_bar = (_add(reset_bar[0], _masked(block.begins, anchor_bar)), reset_bar[1])
+        anchor_bar = _masked(~block.begins, anchor_bar)
+    bases = _bases(carry, reset, block.fresh)
+    arrays = (block.coefficients, block.first_scores, block.q, block.k)
+    *block_bar, bases_bar = plan.heads(chunk_backward)(*arrays, bases, saved, (out_bar, weights_bar, momentum_bar))
+    weights_bar, momentum_bar = bases_bar.weights[0], bases_bar.momentum[0]
+    if block.fresh is None:
+        weights_bar, anchor_bar = _add(weights_bar, anchor_bar), jax.tree.map(jnp.zeros_like, anchor_bar)
+    else:
+        anchor_bar = _add(anchor_bar, bases_bar.anchor)
+        weights_bar = _add(weights_bar, _masked(block.fresh, anchor_bar))
+        anchor_bar = _masked(~block.fresh, anchor_bar)
+    if reset is not None:
+        reset_bar = _add(reset_bar, (bases_bar.weights[1], bases_bar.momentum[1]))
+    return (weights_bar, momentum_bar, anchor_bar), reset_bar, Blocks(*block_bar, None, None)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan_blocks(plan: Plan, blocks: Blocks, carry: Carry, reset: Reset):
+    """Runs all blocks, a multiple of `plan.group`. Returns (out `[N, B, H, S, V]`, the final carry)."""
+
+    def body(carry, block):
+        carry, out, _ = _run(plan, reset, carry, block)
+        return carry, out
+
+    carry, out = lax.scan(body, carry, blocks)
+    return out, carry
+
+
+# A group's inputs and outputs are a tuple with one tree per block where the group is short (straight-line code: nothing
+# is stacked or sliced), and one tree of stacked arrays where it is long (a scan: the program does not grow).
+
+
+def _part(tree, blocks: slice):
+    return jax.tree.map(lambda x: x[blocks], tree)
+
+
+def _split(plan: Plan, tree):
+    """Returns the blocks by groups, `[N / group, ...]` per block of the group or `[N / group, group, ...]`."""
+    if plan.straight:
+        return tuple(_part(tree, slice(i, None, plan.group)) for i in range(plan.group))
+    return jax.tree.map(lambda x: x.reshape(-1, plan.group, *x.shape[1:]), tree)
+
+
+def _merge(plan: Plan, trees):
+    """Undoes `_split`."""
+    if plan.straight:
+        return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *trees)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), trees)
+
+
+def _zip(plan: Plan, *trees):
+    return tuple(zip(*trees)) if plan.straight else trees
+
+
+def _scan_group(plan: Plan, body, carry, xs, reverse: bool = False):
+    """`lax.scan` over the blocks of one group."""
+    if not plan.straight:
+        return lax.scan(body, carry, xs, reverse=reverse)
+    ys = [None] * plan.group
+    for i in reversed(range(plan.group)) if reverse else range(plan.group):
+        carry, ys[i] = body(carry, xs[i])
+    return carry, tuple(ys)
+
+
+def _scan_fwd(plan: Plan, blocks: Blocks, carry: Carry, reset: Reset):
+    def body(carry, block):
+        carry, out, saved = _run(plan, reset, carry, block)
+        return carry, (out, saved if plan.keep_rows else None)
+
+    def group(start, blocks):
+        carry, ys = _scan_group(plan, body, start, blocks)
+        return carry, (ys, start)
+
+    blocks = _split(plan, blocks)
+    final, (ys, starts) = lax.scan(group, carry, blocks)
+    out, saved = zip(*ys) if plan.straight else ys
+    return (_merge(plan, out), final), (blocks, starts, saved, reset)
+
+
+def _scan_bwd(plan: Plan, residuals, cotangents):
+    blocks, starts, saved, reset = residuals
+    out_bar, bars = cotangents
+
+    def replay(start, inputs):
+        block, saved = inputs
+        if plan.keep_rows:
+            return _replay(plan, reset, start, block, saved), (start, saved)
+        carry, _, saved = _run(plan, reset, start, block)
+        return carry, (start, saved)
+
+    def body(carry, inputs):
+        block, (start, saved), out_bar = inputs
+        bars, reset_bar, block_bar = _run_bwd(plan, reset, *carry, start, block, saved, out_bar)
+        return (bars, reset_bar), block_bar
+
+    def group(carry, inputs):
+        blocks, start, saved, out_bar = inputs
+        _, replayed = _scan_group(plan, replay, start, _zip(plan, blocks, saved))
+        return _scan_group(plan, body, carry, _zip(plan, blocks, replayed, out_bar), reverse=True)
+
+    reset_bar = jax.tree.map(jnp.zeros_like, reset)
+    inputs = (blocks, starts, saved, _split(plan, out_bar))
+    (bars, reset_bar), blocks_bar = lax.scan(group, (bars, reset_bar), inputs, reverse=True)
+    return _merge(plan, blocks_bar), bars, reset_bar
+
+
+scan_blocks.defvjp(_scan_fwd, _scan_bwd)
+
+
+def group_size(count: int, slots: int, save_every: int) -> int:
+    """Returns how many of `count` blocks share one kept state."""
+    if save_every > 1:
+        return min(count, save_every)
+    most = max(1, min(SHORT_GROUP, LONG_BLOCK // slots))
+    return max(n for n in range(1, most + 1) if count % n == 0)
+
+
+def run_blocks(blocks: Blocks, carry: Carry, reset: Reset, *, activation: str, save_every: int):
+    """Runs any number of blocks. Returns (out `[N, B, H, S, V]`, the final carry)."""
+    count, slots = blocks.k.shape[0], blocks.k.shape[3]
+    plan = Plan(activation, group_size(count, slots, save_every), save_every == 1)
+    whole = count - count % plan.group
+    out, carry = scan_blocks(plan, _part(blocks, slice(whole)), carry, reset)
+    if whole == count:
+        return out, carry
+    more, carry = scan_blocks(plan._replace(group=count - whole), _part(blocks, slice(whole, None)), carry, reset)
+    return jnp.concatenate([out, more]), carry

@@ -1,0 +1,64 @@
+"""The neural memory in its exact dual form: chunk by chunk, matrix products only, no per-token copy of the weights."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from engrax.pallas_kernels.neural_memory.gates import coefficients
+from engrax.pallas_kernels.neural_memory.grid import aligned_grid, from_blocks, phased_grid, to_blocks
+from engrax.pallas_kernels.neural_memory.types import Layers, NeuralMemoryState
+from engrax.pallas_kernels.neural_memory.vjp import Blocks, run_blocks
+
+
+def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Returns True where a real token's segment differs from that of the real token before it."""
+    real = segment_ids >= 0
+    last = lax.cummax(jnp.where(real, jnp.arange(segment_ids.shape[1]), -1), axis=1)
+    before = jnp.pad(last, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]  # the real token before, -1: none
+    return real & (before >= 0) & (jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1) != segment_ids)
+
+
+def neural_memory_xla(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    lr: Float[Array, "B T H"],
+    momentum: Float[Array, "B T H"],
+    forget: Float[Array, "B T H"],
+    state: NeuralMemoryState,
+    reset: tuple[Layers, Layers] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    activation: str,
+    gradient_at: str,
+    chunk_size: int,
+    save_every: int,
+    aligned: bool,
+) -> tuple[Float[Array, "B T H V"], NeuralMemoryState]:
+    """Runs `neural_memory` chunk by chunk; all arrays in the dtype of the computation.
+
+    aligned: every row is known to be at phase 0, so that the rows are plainly cut into chunks.
+    """
+    batch, length = q.shape[:2]
+    phase = jnp.asarray(state.phase, jnp.int32)
+    grid = aligned_grid(batch, length, chunk_size) if aligned else phased_grid(phase, length, chunk_size)
+    real, start = grid.holds, None
+    if segment_ids is not None:
+        token_real = (segment_ids >= 0)[:, :, None, None]
+        q, k, v = (jnp.where(token_real, x, 0) for x in (q, k, v))  # padding may hold anything
+        real = real & to_blocks(grid, (segment_ids >= 0)[:, :, None])
+        start = real & to_blocks(grid, segment_starts(segment_ids)[:, :, None])
+        reset = jax.tree.map(lambda m: jnp.broadcast_to(m, (batch, *m.shape)), reset)
+    else:
+        reset = None
+    q, k, v, lr, momentum, forget = (to_blocks(grid, x) for x in (q, k, v, lr, momentum, forget))
+    table = coefficients(lr, momentum, forget, real, start, gradient_at)
+    begins = None if start is None else jnp.any(start, axis=(2, 3))  # [N, B]: a segment begins in the block
+
+    first_scores = table.write * jnp.einsum("nbhtk,nbhsk->nbhts", q, k)
+    blocks = Blocks(table, first_scores, q, k, v, grid.fresh, begins)
+    carry = tuple(state[:3])
+    out, (weights, mom, anchor) = run_blocks(blocks, carry, reset, activation=activation, save_every=save_every)
+    out = from_blocks(grid, jnp.where(real[..., None], out, 0), length)
+    return out, NeuralMemoryState(weights, mom, anchor, (phase + length) % chunk_size)

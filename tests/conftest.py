@@ -1,0 +1,91 @@
+"""What every test shares: run-time checked array shapes, float64 on request, and Python processes with many devices."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# All of this must stand before jax and engrax are imported anywhere.
+assert "engrax" not in sys.modules, "engrax was imported before its shapes could be checked"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+_CONTROLLER = "PYTEST_XDIST_WORKER" not in os.environ
+_OWN_CACHE = _CONTROLLER and "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if _OWN_CACHE:  # programs compiled once are shared by all the processes that tests start
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="engrax-tests-compiled-")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# With the numeric tower, as every type checker has it: an int serves where a float is asked for.
+install_import_hook("engrax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+# In the tests' own processes nearly nothing is compiled twice, and filling the cache costs a tenth of the time.
+jax.config.update("jax_enable_compilation_cache", False)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_unconfigure(config):
+    if _OWN_CACHE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the checkout, which is the package `engrax`."""
+    return ROOT
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """NumPy's global generator starts each test at the same place; JAX's keys are explicit."""
+    np.random.seed(0)
+
+
+@pytest.fixture
+def x64():
+    """Runs the test with 64-bit types: `jnp.zeros(3)` is float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """Returns `run(code, devices=8, ...) -> stdout`: Python in a process of its own, where jax sees `devices` CPUs.
+
+    The number of devices is fixed when jax starts, so tests of several devices cannot run in the test's own process.
+    Keyword arguments: `args` (sys.argv[1:]), `env` (variables added, or removed where None), `timeout` in seconds,
+    `returncode` wanted (None = any; `run.last` is the finished process, with its stderr).
+    """
+
+    def run(code, *, devices=8, args=(), env=None, timeout=240, returncode=0):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+        flags = environment.get("XLA_FLAGS", "").split()
+        flags = [flag for flag in flags if not flag.startswith("--xla_force_host_platform_device_count")]
+        environment["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])
+        for name, value in (env or {}).items():
+            environment.pop(name, None) if value is None else environment.update({name: str(value)})
+        run.last = subprocess.run(
+            [sys.executable, "-c", code, *map(str, args)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if returncode is not None and run.last.returncode != returncode:
+            output = f"stdout:\n{run.last.stdout}\nstderr:\n{run.last.stderr}"
+            pytest.fail(f"the process ended with {run.last.returncode}, not {returncode}\n{output}", pytrace=False)
+        return run.last.stdout
+
+    return run
