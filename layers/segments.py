@@ -1,0 +1,35 @@
+"""Packed rows: what a mixer needs to know where one segment ends and the next begins.
+
+`segment_ids [B, T]` are int32, non-decreasing over the real tokens of a row, -1 on padding. A mixer's state carries
+`last_segment [B]`, the id of the row's last real token (-1: none yet), so that a cut exactly at a boundary resets too.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+def first_real_segment(segment_ids: Int[Array, "B T"]) -> Int[Array, " B"]:
+    """The id of each row's first real token, -1 where the row is all padding."""
+    first = jnp.argmax(segment_ids >= 0, axis=1)
+    return jnp.take_along_axis(segment_ids, first[:, None], axis=1)[:, 0]
+
+
+def starts_anew(last_segment: Int[Array, " B"], segment_ids: Int[Array, "B T"]) -> Bool[Array, " B"]:
+    """True where the row's first real token belongs to another segment than the state it continues."""
+    first = first_real_segment(segment_ids)
+    return (last_segment >= 0) & (first >= 0) & (first != last_segment)
+
+
+def last_segment_after(last_segment: Int[Array, " B"], segment_ids: Int[Array, "B T"]) -> Int[Array, " B"]:
+    """The id of the last real token seen so far."""
+    return jnp.maximum(last_segment, segment_ids.max(axis=1))  # ids do not decrease, padding is -1
+
+
+def select_rows(rows: Bool[Array, " B"], when_true, when_false):
+    """`jnp.where` over the rows of two pytrees whose leaves are `[B, ...]`."""
+
+    def pick(a, b):
+        return jnp.where(rows.reshape((-1,) + (1,) * (b.ndim - 1)), a, b)
+
+    return jax.tree.map(pick, when_true, when_false)

@@ -1,0 +1,55 @@
+"""Which law runs on which config, and which configs may be exempt from one."""
+
+import pytest
+
+from engrax.tests.laws import LAWS
+from engrax.tests.subjects import Subject
+
+ALLOWED = {  # law -> the words by which a reason names one of the exemptions that exist
+    "causality": ("paper", "prefix"),
+    "state_carry": ("prefix",),
+    "trainability": ("stop-gradient", "correction", "truncated", "top-k", "top-1", "single-memory"),
+}
+
+
+def exempt(config, name: str) -> bool:
+    """True where the config is exempt from `law.part`, or from the whole law."""
+    return name in config.exempt_from or name.split(".")[0] in config.exempt_from
+
+
+def check_exemptions(s: Subject):
+    """Every exemption is one that exists, and the law it names really fails."""
+    for name, reason in s.config.exempt_from.items():
+        parts = [part for part in LAWS if part == name or part.split(".")[0] == name]
+        assert parts, f"exempt from {name!r}, which is no law (known: {', '.join(LAWS)})"
+        words = ALLOWED.get(name.split(".")[0], ())
+        assert any(word in reason.lower() for word in words), (
+            f"exempt from {name!r} because of {reason!r}: not an exemption that exists"
+        )
+        assert any(_fails(s, part) for part in parts), f"exempt from {name!r}, which it obeys: remove the exemption"
+
+
+def _fails(s: Subject, name: str) -> bool:
+    try:
+        LAWS[name](s)
+    except AssertionError:
+        return True
+    return False
+
+
+COSTLY = ("paths.gradients", "stability.long")  # in the fast suite for the first example of each config class alone
+
+
+def cases(registry):
+    """pytest parameters (name, index, law, deep), ordered by config, so that what one compiled can be dropped."""
+    found = []
+    for name in registry:
+        for index in range(len(registry[name].examples())):
+            for part in LAWS:
+                slow = [pytest.mark.slow] if index and part in COSTLY else []
+                found.append(pytest.param(name, index, part, False, marks=slow, id=f"{name}{index}-{part}"))
+            found += [
+                pytest.param(name, index, part, True, marks=[pytest.mark.slow], id=f"{name}{index}-{part}-deep")
+                for part in LAWS
+            ]
+    return found
