@@ -1,0 +1,155 @@
+"""The contract of every data set: a frozen config that knows its vocabulary, its digest and its loaders.
+
+Axis letters: B rows of a batch, T tokens of a row, N examples, D documents.
+"""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32, Integer
+
+from engrax.errors import UserError
+from engrax.registry import Registry
+
+DATASETS = Registry("data set")
+
+SPLITS = ("train", "validation")
+
+IGNORE = -1  # in targets: no loss here; in segment_ids: padding
+
+
+TokenArray = Integer[np.ndarray, "..."]  # the tokens of one document, of any length
+
+
+class Batch(TypedDict):
+    """One batch of one process."""
+
+    tokens: Int32[np.ndarray, "B T"]
+    targets: Int32[np.ndarray, "B T"]  # -1 where no loss is taken
+    segment_ids: Int32[np.ndarray, "B T"]  # 0, 1, 2, ... within a row; -1 at padding
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """An iterator over batches whose position is a small JSON-able dict.
+
+    `get_state()` is the position right after the batch last returned: a loader built with the same arguments and given
+    that state returns the next batch. The state is the same on every process of a run, and a text loader's state counts
+    documents and rows, so that it also holds for another number of processes.
+    """
+
+    def __iter__(self) -> "Loader": ...
+
+    def __next__(self) -> Batch: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Documents(Protocol):
+    """A random-access source of documents; one with `__getitems__(indices) -> list` is read many at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The part of every global batch that one process yields: rows [start, start + rows) of `batch_size`."""
+
+    batch_size: int  # rows of the global batch
+    start: int  # first row of this process
+    rows: int  # rows of this process
+
+    @classmethod
+    def of(cls, batch_size: int, process_index: int, process_count: int) -> "Share":
+        """Returns the share of process `process_index`; raises UserError where the batch does not divide."""
+        require(batch_size > 0, f"batch_size must be positive, not {batch_size}.")
+        require(0 <= process_index < process_count, f"process_index {process_index} is not in [0, {process_count}).")
+        require(
+            batch_size % process_count == 0,
+            f"batch_size {batch_size} does not divide by the {process_count} processes; "
+            f"choose a multiple of {process_count}.",
+        )
+        rows = batch_size // process_count
+        return cls(batch_size, process_index * rows, rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(abc.ABC):
+    """Base of every data set's config."""
+
+    registered_name: ClassVar[str]
+
+    seq_len: int = 512  # tokens per row
+
+    def __post_init__(self):
+        require(self.seq_len >= 2, f"seq_len must be at least 2 tokens, not {self.seq_len}.")
+
+    @property
+    def tokenizer(self):
+        """The tokenizer (`engrax.data.tokenizers`), or None for a generated task."""
+        return None
+
+    @abc.abstractmethod
+    def digest(self) -> str:
+        """Returns the SHA-256 (hex) of what the data IS; raises UserError where it is missing or empty."""
+
+    @abc.abstractmethod
+    def loader(
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        epochs: int | None = None,
+        align: int = 1,
+    ) -> Loader:
+        """Returns an iterator over batches (`Batch`) of one process.
+
+        Args:
+          split: "train" or "validation"; the two never share a document or an example.
+          batch_size: rows of the global batch, over all processes.
+          seed: of the order; the data themselves do not depend on it.
+          process_index, process_count: this process takes the rows `[i * b, (i + 1) * b)` of every global batch,
+            b = batch_size // process_count. Joined in process order they are what a single process yields.
+          epochs: None for an endless stream, reshuffled every epoch; n for n passes in one fixed order, the last batch
+            filled up with rows of padding.
+          align: text only: every packed document starts at a multiple of `align` tokens; seq_len must be one too.
+
+        Raises:
+          UserError: unknown split, a batch that does not divide, a bad seed, `epochs` or `align`, missing data.
+        """
+
+
+def check_loader_arguments(config: DataConfig, split: str, seed: int, epochs: int | None, align: int) -> None:
+    """Raises UserError for loader arguments that no data set accepts."""
+    require(split in SPLITS, f"unknown split {split!r} (known: {', '.join(SPLITS)}).")
+    require(seed >= 0, f"seed must not be negative, not {seed}.")
+    require(epochs is None or epochs >= 1, f"epochs must be None (endless) or at least 1, not {epochs}.")
+    require(
+        align >= 1 and config.seq_len % align == 0,
+        f"seq_len {config.seq_len} is not a multiple of align {align}; choose a seq_len that is.",
+    )
+
+
+def padding_batch(rows: int, seq_len: int) -> Batch:
+    """Returns a batch of padding alone (tokens 0, targets and segment_ids -1), to write the real rows into."""
+    return {
+        "tokens": np.zeros((rows, seq_len), np.int32),
+        "targets": np.full((rows, seq_len), IGNORE, np.int32),
+        "segment_ids": np.full((rows, seq_len), IGNORE, np.int32),
+    }
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raises UserError with `sentence` unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)

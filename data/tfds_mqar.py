@@ -1,0 +1,72 @@
+"""MQAR as a TFDS data set: built offline as ArrayRecord, read by `tfds.data_source` without this code.
+
+    from engrax.data import MQAR
+    from engrax.data.tfds_mqar import build_mqar
+    build_mqar(MQAR(num_pairs=8), data_dir="data")
+    tfds.data_source("engrax_mqar/...", split="train", data_dir="data")[0]     # {"index", "tokens", "targets"}
+
+Not imported by `engrax.data`: it needs `tensorflow_datasets` when imported.
+"""
+
+import dataclasses
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from engrax.data.config import SPLITS
+from engrax.data.mqar import MQAR
+
+_BLOCK = 1024  # examples generated at once
+
+
+@dataclasses.dataclass(kw_only=True)
+class MQARBuilderConfig(tfds.core.BuilderConfig):
+    """A TFDS config named after the task's size, holding the task itself."""
+
+    task: MQAR = dataclasses.field(default_factory=MQAR)
+
+
+def config_name(task: MQAR) -> str:
+    """Returns the TFDS config name of a task: its size, and the start of its digest for all the other fields."""
+    return f"l{task.seq_len}_n{task.num_pairs}_v{task.vocab_size}_{task.digest()[:8]}"
+
+
+class EngraxMqar(tfds.core.GeneratorBasedBuilder):
+    """Multi-query associative recall: "index" (place in its split), "tokens" and "targets" (-1: no loss), int32 [T]."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}
+    BUILDER_CONFIGS = [MQARBuilderConfig(name=config_name(MQAR()), description="The default task.")]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        length = self.builder_config.task.seq_len
+        row = {name: tfds.features.Tensor(shape=(length,), dtype=np.int32) for name in ("tokens", "targets")}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Multi-query associative recall, generated (arXiv 2312.04927).",
+            features=tfds.features.FeaturesDict({"index": tfds.features.Scalar(dtype=np.int64), **row}),
+            disable_shuffling=True,  # record i is example i of the split
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split: str):
+        task = self.builder_config.task
+        count = task.num_examples(split)
+        for start in range(0, count, _BLOCK):
+            indices = np.arange(start, min(start + _BLOCK, count))
+            tokens, targets = task.generate(split, indices)
+            for i, index in enumerate(indices.tolist()):
+                yield index, {"index": index, "tokens": tokens[i], "targets": targets[i]}
+
+
+def build_mqar(task: MQAR, data_dir: str) -> str:
+    """Builds the task's data set under `data_dir`, unless it is there, and returns its TFDS name.
+
+    Needs neither network nor TensorFlow.
+    """
+    config = MQARBuilderConfig(name=config_name(task), description=repr(task), task=task)
+    builder = EngraxMqar(data_dir=data_dir, config=config, file_format="array_record")
+    builder.download_and_prepare()
+    return f"{builder.name}/{config.name}"

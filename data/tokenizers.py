@@ -1,0 +1,110 @@
+"""Tokenizers: bytes, or a local Hugging Face `tokenizer.json`. Ids are int32; no special token is ever added."""
+
+import functools
+import hashlib
+import json
+import re
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int32
+
+from engrax.data.files import stamp
+from engrax.errors import UserError
+
+
+class ByteTokenizer:
+    """Every byte is a token; the vocabulary is 256 and any text, in any encoding, is representable."""
+
+    vocab_size = 256
+    manifest = "bytes"
+
+    def encode(self, text: str | bytes) -> Int32[np.ndarray, "T"]:
+        """Returns the bytes of the text (UTF-8 of a string)."""
+        data = text.encode() if isinstance(text, str) else text
+        return np.frombuffer(data, np.uint8).astype(np.int32)
+
+    def decode(self, ids) -> str:
+        """Returns the text; bytes that are not UTF-8 become U+FFFD. Raises ValueError for ids outside [0, 256)."""
+        return bytes(np.asarray(ids, np.int64).ravel().tolist()).decode("utf-8", errors="replace")
+
+    @property
+    def byte_lengths(self) -> Int32[np.ndarray, "V"]:
+        """Bytes of text that each token stands for."""
+        return np.ones(self.vocab_size, np.int32)
+
+
+class JsonTokenizer:
+    """A Hugging Face tokenizer read from a `tokenizer.json` file; needs no network."""
+
+    def __init__(self, path: str):
+        """Reads the file (a local path or one that etils.epath opens); raises UserError if it is damaged."""
+        import tokenizers
+
+        content = epath.Path(path).read_bytes()
+        try:
+            self._spec = json.loads(content)
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises a bare Exception
+            reason = " ".join(str(error).split())
+            raise UserError(f"tokenizer file {path} is not a readable tokenizer.json ({reason}).") from error
+        # The file may ask for truncation or padding of every text: neither has a place before packing.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.manifest = hashlib.sha256(content).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of an embedding table that holds every id, gaps in the ids included."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str | bytes) -> Int32[np.ndarray, "T"]:
+        """Returns the ids; bytes are read as UTF-8, what is not becomes U+FFFD."""
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", errors="replace")
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids) -> str:
+        """Returns the text."""
+        return self._tokenizer.decode(np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=False)
+
+    @functools.cached_property
+    def byte_lengths(self) -> Int32[np.ndarray, "V"]:
+        """Bytes of (normalised) text that each token stands for: what bits per byte divides by.
+
+        Added special tokens stand for none. A byte-level vocabulary spells one byte per character, `<0x0A>` is one
+        byte, and the word mark of SentencePiece is a space.
+        """
+        byte_level = '"ByteLevel"' in json.dumps([self._spec.get("pre_tokenizer"), self._spec.get("decoder")])
+        special = {token["id"] for token in self._spec.get("added_tokens", ()) if token.get("special")}
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if index in special:
+                continue
+            if byte_level:
+                lengths[index] = len(token)
+            elif re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+                lengths[index] = 1
+            else:
+                lengths[index] = len(token.replace("\u2581", " ").removeprefix("##").encode())
+        return lengths
+
+
+Tokenizer = ByteTokenizer | JsonTokenizer
+_BYTES = ByteTokenizer()
+
+
+def load_tokenizer(tokenizer_file: str | None) -> Tokenizer:
+    """Returns the byte tokenizer for None, else the tokenizer of the file; raises UserError for a bad file."""
+    if tokenizer_file is None:
+        return _BYTES
+    file = epath.Path(tokenizer_file)
+    if not file.is_file():
+        raise UserError(f"tokenizer file {tokenizer_file} does not exist.")
+    return _load_json(tokenizer_file, stamp(file))
+
+
+@functools.lru_cache(maxsize=4)
+def _load_json(path: str, changed: tuple[int, int]) -> JsonTokenizer:
+    """Size and time of change are part of the cache's key, so a changed file is read again."""
+    return JsonTokenizer(path)
