@@ -1,0 +1,275 @@
+"""The parts of training, each by itself: config, schedule, optimizer, loss, metrics, checkpoints, compile time."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from engrax.errors import UserError
+from engrax.tests.experiments import small, tiny
+from engrax.train import CheckpointConfig, LogConfig, OptimizerConfig, metrics, optimizer
+from engrax.train import config as configs
+from engrax.train import step as steps
+from engrax.train.checkpoint import Checkpoints
+from engrax.train.loop import train
+from engrax.train.trainer import Trainer
+
+
+@pytest.mark.smoke
+def test_an_experiment_travels_as_json():
+    experiment = tiny(steps=7)
+    text = configs.to_json(experiment)
+    assert configs.from_json(text) == experiment
+    assert json.loads(text)["experiment"]["model"]["mixers"][1]["type"] == "mixer:titans"
+
+
+def test_differences_name_the_fields():
+    old = configs.to_dict(tiny())
+    new = configs.to_dict(configs.replace(tiny(), {"model.mixers.1.heads": 4, "optimizer.b1": 0.5}))
+    assert configs.differences(old, new) == ["model.mixers.1.heads", "optimizer.b1"]
+    assert configs.differences(old, old) == []
+
+
+def test_replace_refuses_unknown_fields():
+    with pytest.raises(UserError, match="optimizer.learning_rte is no field; did you mean 'learning_rate'"):
+        configs.replace(tiny(), {"optimizer.learning_rte": 1.0})
+    with pytest.raises(UserError, match="no element"):
+        configs.replace(tiny(), {"model.mixers.5.heads": 1})
+
+
+def test_schedules():
+    cosine = optimizer.schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1), 110)
+    assert float(cosine(0)) == pytest.approx(1 / 11) and float(cosine(9)) == pytest.approx(10 / 11)
+    assert float(cosine(60)) == pytest.approx(0.55) and float(cosine(110)) == pytest.approx(0.1)
+    wsd_config = OptimizerConfig(
+        learning_rate=1.0, schedule="wsd", warmup_steps=10, decay_fraction=0.2, final_fraction=0.0
+    )
+    wsd = optimizer.schedule(wsd_config, 100)
+    assert [float(wsd(s)) for s in (10, 50, 80)] == [1.0, 1.0, 1.0]
+    assert float(wsd(90)) == pytest.approx(0.5) and float(wsd(100)) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "old, new, done, allowed",
+    [(100, 200, 80, True), (100, 200, 81, False), (200, 100, 80, True), (200, 100, 90, False)],
+)
+def test_wsd_may_change_its_steps_until_it_decays(old, new, done, allowed):
+    config = OptimizerConfig(schedule="wsd", warmup_steps=10, decay_fraction=0.2)
+    assert optimizer.steps_may_change(config, old, new, done) == allowed
+    if allowed:
+        before, after = (optimizer.schedule(config, n) for n in (old, new))
+        assert all(float(before(s)) == float(after(s)) for s in range(done))
+    assert not optimizer.steps_may_change(OptimizerConfig(), old, new, 1)
+
+
+def test_weight_decay_touches_matrices_only():
+    params = nnx.state(tiny().model.build(rngs=nnx.Rngs(0)), nnx.Param)
+    mask = nnx.to_pure_dict(optimizer.decay_mask(params))
+    block = mask["blocks"][1]
+    assert mask["embedding"] and block["mixer"]["qkv"]["kernel"] and block["mlp"]["up"]["kernel"]
+    assert not block["mixer"]["gate_bias"] and not block["mixer"]["conv"]["kernel"] and not block["mixer_norm"]["scale"]
+    assert not block["mixer"]["initial"][0] and not mask["norm"]["scale"]
+
+
+def test_the_loss_counts_labelled_tokens_only():
+    logits = jnp.asarray(np.random.randn(2, 3, 5), jnp.float32)
+    targets = jnp.asarray([[1, -1, 4], [-1, -1, 0]])
+    losses = steps.token_losses(logits, targets)
+    wanted = -jax.nn.log_softmax(logits)[0, 0, 1]
+    assert float(losses[0, 0]) == pytest.approx(float(wanted), rel=1e-6)
+    assert np.array_equal(np.asarray(losses == 0), np.asarray(targets < 0))
+
+
+def test_clipping_bounds_the_update_by_the_global_norm():
+    grads, params = {"a": jnp.full(4, 3.0), "b": jnp.full(9, 4.0)}, {"a": jnp.zeros(4), "b": jnp.zeros(9)}
+    import optax
+
+    tx = optax.sgd(1.0)
+    norm = optax.tree.norm(grads)
+    new, _ = steps.apply_gradient(tx, {"opt_state": tx.init(params)}, params, grads, norm, 0.5)
+    assert float(optax.tree.norm(new)) == pytest.approx(0.5, rel=1e-6)
+    new, _ = steps.apply_gradient(tx, {"opt_state": tx.init(params)}, params, grads, norm, 0.0)
+    assert float(optax.tree.norm(new)) == pytest.approx(float(norm), rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of 8 steps that saved at 4 and 8 and validated at 4 and 8."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    experiment = small(checkpoint=CheckpointConfig(every=4), log=LogConfig(every=1, wandb="offline", tensorboard=True))
+    experiment = configs.replace(experiment, {"eval.every": 4})
+    return train(experiment, run_dir, progress=False), experiment
+
+
+def test_a_run_folder_holds_what_it_should(finished):
+    result, experiment = finished
+    assert result.finished and result.step == 8
+    found = {path.name for path in result.run_dir.iterdir()}
+    assert {
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+        "wandb",
+        "wandb_id.txt",
+    } <= found
+    environment = json.loads((result.run_dir / "environment.json").read_text())
+    assert environment["data_digest"] == experiment.data.digest() and environment["versions"]["jax"] == jax.__version__
+    rows = metrics.read(result.run_dir)
+    assert [row["step"] for row in rows] == list(range(1, 9)) and all("loss" in row for row in rows)
+    assert "validation_loss" in rows[3] and "memory/titans.lr_mean/0" in rows[7] and "learning_rate" in rows[0]
+    assert any(path.name.startswith("events") for path in (result.run_dir / "tensorboard").iterdir())
+
+
+def test_a_finished_run_is_left_alone(finished):
+    result, experiment = finished
+    before = (result.run_dir / "metrics.jsonl").read_text()
+    again = train(experiment, result.run_dir, progress=False)
+    assert again.finished and again.step == 8
+    assert (result.run_dir / "metrics.jsonl").read_text() == before
+
+
+def test_newest_best_and_numbered_checkpoints(finished):
+    import engrax
+
+    result, _ = finished
+    rows = {row["step"]: row for row in metrics.read(result.run_dir)}
+    best = min((4, 8), key=lambda step: rows[step]["validation_loss"])
+    assert [engrax.load(result.run_dir, step)[1] for step in (None, "best", 4, "4")] == [8, best, 4, 4]
+    with pytest.raises(UserError, match="no checkpoint of step 5 .there are: 4, 8"):
+        engrax.load(result.run_dir, 5)
+    one, two = (nnx.state(engrax.load(result.run_dir, step)[0], nnx.Param) for step in (4, 8))
+    assert not np.array_equal(*(np.asarray(jax.tree.leaves(p)[0]) for p in (one, two)))
+
+
+def test_a_checkpoint_of_another_shape_names_the_parameter(finished):
+    result, experiment = finished
+    wider = Trainer(configs.replace(experiment, {"model.mlp_hidden": 32}))
+    with pytest.raises(
+        UserError, match=r"holds params.blocks.0.mlp.down.kernel as float32\[1, 16, 16\].*wants float32\[1, 32, 16\]"
+    ):
+        Checkpoints(result.run_dir).restore(wider.abstract_state(), 8)
+
+
+def test_a_damaged_checkpoint_is_told(finished, tmp_path):
+    import shutil
+
+    result, experiment = finished
+    run_dir = tmp_path / "run"
+    shutil.copytree(result.run_dir, run_dir)
+    for path in (run_dir / "checkpoints" / "8" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match="checkpoints/8 is damaged .*delete it to go on from step 4"):
+        train(experiment, run_dir, progress=False)
+
+
+def test_reading_a_run_leaves_a_save_under_way_alone(finished):
+    import engrax
+
+    result, _ = finished
+    pending = result.run_dir / "checkpoints" / "9.orbax-checkpoint-tmp"
+    pending.mkdir()
+    engrax.load(result.run_dir)
+    assert pending.exists()
+    pending.rmdir()
+
+
+def test_metrics_are_cut_to_the_restored_step(tmp_path):
+    from etils import epath
+
+    path = epath.Path(tmp_path) / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "loss": 1.2}\n{"step": 4, "lo')
+    metrics.cut_after(path, 2)
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2]
+    assert path.read_text().endswith("\n")
+
+
+def test_one_wandb_id_across_resumes(tmp_path, monkeypatch):
+    import wandb
+    from etils import epath
+
+    ids = []
+    monkeypatch.setattr(
+        wandb, "init", lambda **settings: ids.append((settings["id"], settings["resume"], settings["mode"]))
+    )
+    for _ in range(2):
+        metrics.MetricsWriter(epath.Path(tmp_path), LogConfig(wandb="online"), resumed_at=0, settings={})
+    assert ids[0] == ids[1] and ids[0][1:] == ("allow", "online") and len(ids[0][0]) >= 8
+
+
+def test_numbers_that_json_cannot_carry(tmp_path):
+    from etils import epath
+
+    writer = metrics.MetricsWriter(epath.Path(tmp_path), LogConfig(), resumed_at=0, settings={})
+    writer.write(1, {"loss": math.nan, "norm": np.float32(2.0)})
+    assert metrics.read(tmp_path) == [{"step": 1, "loss": "nan", "norm": 2.0}]
+
+
+def test_the_program_does_not_grow_with_depth():
+    def size(repeat):
+        experiment = configs.replace(small(), {"model.repeat": repeat})
+        trainer = Trainer(experiment)
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), next(trainer.loader("train")))
+        return len(trainer.train_step.lower(trainer.abstract_state(), batch).as_text().splitlines())
+
+    assert size(12) == size(2)
+
+
+def test_bfloat16_compute_keeps_parameters_in_float32():
+    trainer = Trainer(small(compute_dtype="bfloat16"))
+    state = trainer.init_state()
+    data = trainer.loader("train")
+    for _ in range(2):
+        state, values = trainer.train_step(state, trainer.put(next(data)))
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(state["params"]))
+    assert np.isfinite(float(values["loss"]))
+
+
+def test_run_folders_in_buckets_stay_there(tmp_path, monkeypatch):
+    from engrax.train import runs
+
+    monkeypatch.chdir(tmp_path)
+    assert str(runs.folder("gs://bucket/run")) == "gs://bucket/run"
+    assert str(runs.folder("run")) == str(tmp_path / "run")
+
+
+def test_no_checkpoint_of_a_step_that_is_not_finite(tmp_path):
+    experiment = configs.replace(
+        small(), {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0, "steps": 20, "checkpoint.every": 1}
+    )
+    with pytest.raises(UserError, match="the loss or the gradient of step"):
+        train(experiment, tmp_path / "run", progress=False)
+    sound = Checkpoints(tmp_path / "run").steps()
+    rows = metrics.read(tmp_path / "run")
+    assert sound and sound[-1] <= rows[-1]["step"] and all(math.isfinite(row["loss"]) for row in rows)
+
+
+def test_a_config_of_an_unregistered_class_is_refused_before_training():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(type(small().model)):
+        """A model that nobody registered."""
+
+    model = small().model
+    mine = Mine(**{f.name: getattr(model, f.name) for f in dataclasses.fields(model)})
+    with pytest.raises(UserError, match="Mine is not registered"):
+        configs.to_dict(dataclasses.replace(small(), model=mine))
+
+
+@pytest.mark.parametrize(
+    "field, value", [("log.every", 0), ("eval.batches", 0), ("checkpoint.keep_last", 0), ("optimizer.b1", 1.0)]
+)
+def test_settings_that_would_lose_a_run_are_refused(field, value):
+    with pytest.raises(UserError, match=field):
+        configs.replace(small(), {field: value})
+
+
+def test_replace_checks_types():
+    with pytest.raises(UserError, match="batch_size=16.5 is not of the type wanted: int"):
+        configs.replace(small(), {"batch_size": 16.5})

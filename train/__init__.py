@@ -1,0 +1,12 @@
+"""The shared training loop and what it needs."""
+
+from engrax.train.config import (
+    CheckpointConfig,
+    EvalConfig,
+    Experiment,
+    LogConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
+
+__all__ = ["CheckpointConfig", "EvalConfig", "Experiment", "LogConfig", "OptimizerConfig", "ParallelConfig"]

@@ -1,0 +1,166 @@
+"""Checkpoints through Orbax: asynchronous, atomic, sharded; the one file that knows Orbax.
+
+A checkpoint of step k holds the parameters, the optimizer state and the step after k updates, and the position in the
+data after batch k. Arrays are stored under flat dotted names ("params.blocks.0.mixer.qkv.kernel"), so the file's
+layout depends on neither Flax nor optax classes, and may be restored to any other sharding.
+"""
+
+import json
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from engrax.errors import UserError
+from engrax.train.config import CheckpointConfig
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree under dotted names."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {".".join(_key(k) for k in path if _key(k) != "value"): leaf for path, leaf in leaves}
+
+
+def _key(entry: Any) -> str:
+    for name in ("key", "name", "idx"):
+        if hasattr(entry, name):
+            return str(getattr(entry, name))
+    return str(entry)
+
+
+def unflatten(flat: dict[str, Any], like: Any) -> Any:
+    """The tree of the shape of `like` with the leaves of `flat`."""
+    return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in flatten(like)])
+
+
+class Checkpoints:
+    """The checkpoints of one run folder, newest and best kept as `config` says.
+
+    Without a config they are only read: a save that another process has under way is left alone.
+    """
+
+    def __init__(self, run_dir: epath.PathLike, config: CheckpointConfig | None = None):
+        import orbax.checkpoint as ocp
+        from absl import logging
+        from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+        logging.set_verbosity(logging.ERROR)  # Orbax warns at every save that carries no validation loss
+        self._ocp = ocp
+        self.directory = epath.Path(run_dir) / "checkpoints"
+        best = {"best_fn": _loss, "best_mode": "min"}
+        if config is None:
+            options = ocp.CheckpointManagerOptions(read_only=True, **best)
+        else:
+            policies = [keep.LatestN(max(config.keep_last, 1))]
+            if config.keep_best:
+                policies.append(
+                    keep.BestN(
+                        get_metric_fn=_loss, reverse=True, n=config.keep_best, keep_checkpoints_without_metrics=False
+                    )
+                )
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=keep.AnyPreservationPolicy(policies), cleanup_tmp_directories=True, **best
+            )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, state: Any, data_state: dict, metrics: dict[str, float] | None) -> None:
+        """Starts saving; blocks only while arrays are copied to the host. The write ends with a rename."""
+        args = self._ocp.args.Composite(
+            state=self._ocp.args.StandardSave(flatten(state)), data=self._ocp.args.JsonSave(data_state)
+        )
+        self._manager.save(step, args=args, metrics=metrics)
+
+    def steps(self) -> list[int]:
+        """The steps that can be restored, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def resolve(self, step: int | str | None) -> int:
+        """The checkpoint meant by None (newest), "best" or a number. Raises UserError where it is missing."""
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"{self.directory} holds no checkpoint; train the run first.")
+        if step is None:
+            return steps[-1]
+        if step == "best":
+            best = self._manager.best_step()
+            if best is None:
+                raise UserError(
+                    f"{self.directory} holds no checkpoint with a validation loss; name a step ({_listing(steps)})."
+                )
+            return best
+        if not str(step).isdigit() or int(step) not in steps:
+            raise UserError(f"{self.directory} holds no checkpoint of step {step} (there are: {_listing(steps)}).")
+        return int(step)
+
+    def restore(self, like: Any, step: int) -> tuple[Any, dict]:
+        """(state, data position) of a step; `like` is a tree of ShapeDtypeStructs with shardings, any mesh.
+
+        Raises UserError where shapes or names do not fit, naming the first parameter that differs.
+        """
+        wanted = flatten(like)
+        self._check(wanted, step)
+        args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(wanted), data=self._ocp.args.JsonRestore())
+        found = self._read(self._manager, step, args)
+        return unflatten(found["state"], like), found["data"]
+
+    def restore_params(self, like: Any, step: int) -> Any:
+        """The parameters alone."""
+        wanted = flatten({"params": like})
+        self._check(wanted, step)
+        ocp = self._ocp
+        args = ocp.args.PyTreeRestore(
+            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        handlers, options = {"state": ocp.PyTreeCheckpointHandler()}, ocp.CheckpointManagerOptions(read_only=True)
+        with ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options) as manager:
+            found = self._read(manager, step, ocp.args.Composite(state=args))
+        return unflatten(found["state"], {"params": like})["params"]
+
+    def _read(self, manager: Any, step: int, args: Any) -> Any:
+        try:
+            return manager.restore(step, args=args)
+        except (ValueError, OSError, json.JSONDecodeError) as error:
+            raise self._damaged(step, str(error).splitlines()[0][:200]) from error
+
+    def _damaged(self, step: int, reason: str) -> UserError:
+        earlier = [s for s in self.steps() if s < step]
+        remedy = f"delete it to go on from step {earlier[-1]}" if earlier else "there is no earlier one"
+        return UserError(f"checkpoint {self.directory / str(step)} is damaged ({reason}); {remedy}.")
+
+    def _check(self, wanted: dict[str, Any], step: int) -> None:
+        try:
+            metadata = self._ocp.StandardCheckpointer().metadata(self.directory / str(step) / "state")
+            stored = dict(metadata.item_metadata)
+        except (ValueError, OSError, TypeError, AttributeError) as error:
+            raise self._damaged(step, "no readable metadata") from error
+        for name in sorted(wanted, key=lambda name: not name.startswith("params.")):
+            leaf = wanted[name]
+            if name not in stored:
+                raise UserError(
+                    f"checkpoint {step} in {self.directory} has no array {name}; it belongs to another config."
+                )
+            if tuple(stored[name].shape) != tuple(leaf.shape) or np.dtype(stored[name].dtype) != np.dtype(leaf.dtype):
+                raise UserError(
+                    f"checkpoint {step} in {self.directory} holds {name} as "
+                    f"{stored[name].dtype}{list(stored[name].shape)}, "
+                    f"the config wants {np.dtype(leaf.dtype)}{list(leaf.shape)}; it belongs to another config."
+                )
+
+    def wait(self) -> None:
+        """Blocks until the save under way is committed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then releases the manager's threads."""
+        self._manager.close()
+
+
+def _loss(metrics: dict[str, float]) -> float:
+    loss = metrics["validation_loss"]
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _listing(steps: list[int]) -> str:
+    return ", ".join(map(str, steps))

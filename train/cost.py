@@ -1,0 +1,175 @@
+"""What an experiment costs, known before step 0: parameters, FLOPs, the memory of a sequence and of the optimizer.
+
+Nothing here allocates an array or needs the devices: shapes are traced, and the mesh is an abstract one.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from engrax.train import optimizer, sharding
+from engrax.train.config import Experiment, ParallelConfig
+from engrax.train.step import cast, resolve_dtype
+
+
+def costs(experiment: Experiment, devices: int = 1) -> dict[str, Any]:
+    """The costs of an experiment, a JSON-able dict.
+
+    Args:
+      experiment: any experiment.
+      devices: devices that the optimizer state would be spread over, where the config leaves their number open.
+
+    Returns:
+      parameters: {"total": n, "by_part": {part: n}}, numbers.
+      flops_per_token: {"forward", "training"} for rows of data.seq_len tokens, the memories' updates included; training
+        is 3 times forward (two matrix products in the backward pass for each of the forward pass, without recomputing).
+        None where the model declares none.
+      training_flops: of all steps, or None.
+      state_bytes_per_sequence: {"total", "by_mixer"}: what one sequence carries from token to token, caches included,
+        in the compute dtype that the default device would use.
+      memory_per_device: {"devices", "zero", "parameter_bytes", "optimizer_bytes", "optimizer_bytes_unsharded"} under
+        the config's ZeRO stage; a config that fixes parallel.data fixes the number of devices.
+    """
+    model = nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(0)))
+    params = nnx.state(model, nnx.Param)
+    seq_len = experiment.data.seq_len
+    tokens = experiment.steps * experiment.batch_size * seq_len
+    try:
+        forward = float(experiment.model.flops_per_token(seq_len))
+    except NotImplementedError:  # a model of the user's own need not declare it
+        forward = None
+    return {
+        "seq_len": seq_len,
+        "compute_dtype": np.dtype(resolve_dtype(experiment.compute_dtype)).name,
+        "parameters": {"total": _count(params), "by_part": _parts(experiment, params)},
+        "flops_per_token": None if forward is None else {"forward": forward, "training": 3 * forward},
+        "training_tokens": tokens,
+        "training_flops": None if forward is None else 3 * forward * tokens,
+        "state_bytes_per_sequence": _state_bytes(experiment, model),
+        "memory_per_device": _device_bytes(experiment, params, devices),
+    }
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _parts(experiment: Experiment, params: nnx.State) -> dict[str, int]:
+    """Parameters by top-level part; a pattern's blocks are told apart by their mixer."""
+    mixers = getattr(experiment.model, "mixers", ())
+    parts: dict[str, int] = {}
+    for name, part in nnx.to_pure_dict(params).items():
+        if name == "blocks" and len(part) == len(mixers):
+            for place, block in sorted(part.items()):
+                where = f"{name}.{place} ({mixers[int(place)].registered_name})"
+                for inner, leaves in sorted(block.items()):
+                    kind = "norms" if inner.endswith("norm") else inner
+                    parts[f"{where} {kind}"] = parts.get(f"{where} {kind}", 0) + _count(leaves)
+        else:
+            parts[str(name)] = _count(part)
+    return parts
+
+
+def _state_bytes(experiment: Experiment, model: nnx.Module) -> dict[str, Any] | None:
+    """Bytes of `init_memory(1)`; None where the model has no such memory."""
+    if not hasattr(model, "init_memory"):
+        return None
+    graphdef, params = nnx.split(model, nnx.Param)
+    dtype = resolve_dtype(experiment.compute_dtype)
+    memory = jax.eval_shape(lambda p: nnx.merge(graphdef, cast(p, dtype)).init_memory(1), params)
+    mixers = getattr(experiment.model, "mixers", ())
+    by_mixer: dict[str, int] = {}
+    if isinstance(memory, tuple) and len(memory) == len(mixers):
+        for mixer, state in zip(mixers, memory):
+            by_mixer[mixer.registered_name] = by_mixer.get(mixer.registered_name, 0) + _bytes(state)
+    return {"total": _bytes(memory), "by_mixer": by_mixer}
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _device_bytes(experiment: Experiment, params: nnx.State, devices: int) -> dict[str, int]:
+    """Bytes of the training state on one device, sharded leaf by leaf as the trainer does it."""
+    mesh = _mesh(experiment.parallel, devices)
+    tx = optimizer.build(experiment.optimizer, experiment.steps, params)
+    specs = sharding.state_specs(tx, params, experiment.parallel, mesh)
+    opt_state = jax.eval_shape(tx.init, params)
+    return {
+        "devices": mesh.size,
+        "zero": experiment.parallel.zero,
+        "parameter_bytes": _sharded_bytes(params, specs["params"], mesh),
+        "optimizer_bytes": _sharded_bytes(opt_state, specs["opt_state"], mesh),
+        "optimizer_bytes_unsharded": _bytes(opt_state),
+    }
+
+
+def _mesh(config: ParallelConfig, devices: int) -> AbstractMesh:
+    """The mesh that the config asks for; where it leaves `data` open, over `devices`, and over no less than `fsdp`."""
+    data = max(devices // config.fsdp, 1) if config.data == -1 else config.data
+    return AbstractMesh((data, config.fsdp, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def _sharded_bytes(tree: Any, specs: Any, mesh: AbstractMesh) -> int:
+    leaves = jax.tree.leaves(tree)
+    flat = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    total = 0
+    for leaf, spec in zip(leaves, flat, strict=True):
+        axes = [axis for entry in spec if entry is not None for axis in ((entry,) if isinstance(entry, str) else entry)]
+        total += _bytes(leaf) // math.prod(mesh.shape[axis] for axis in axes)
+    return total
+
+
+def format_costs(found: dict[str, Any]) -> str:
+    """The costs as a table of plain text, for a terminal."""
+    rows = cost_rows(found)
+    left, right = (max(len(row[i]) for row in rows) for i in (0, 1))
+    return "\n".join(f"{name:<{left}}  {value:>{right}}" for name, value in rows)
+
+
+def cost_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The costs as (name, value with its unit): what `format_costs` and the evaluation's report print."""
+    rows = [("parameters", f"{found['parameters']['total']:,}")]
+    rows += [(f"  {part}", f"{count:,}") for part, count in found["parameters"]["by_part"].items()]
+    flops = found["flops_per_token"]
+    if flops is None:
+        rows.append(("FLOPs per token", "not declared"))
+    else:
+        rows.append((f"FLOPs per token, forward (rows of {found['seq_len']})", quantity(flops["forward"], "FLOP")))
+        rows.append(("FLOPs per token, training", quantity(flops["training"], "FLOP")))
+        rows.append(
+            (
+                f"FLOPs of training ({quantity(found['training_tokens'], 'tokens')})",
+                quantity(found["training_flops"], "FLOP"),
+            )
+        )
+    state = found["state_bytes_per_sequence"]
+    if state is not None:
+        rows.append((f"recurrent state per sequence ({found['compute_dtype']})", size(state["total"])))
+        rows += [(f"  {mixer}", size(count)) for mixer, count in state["by_mixer"].items()]
+    device = found["memory_per_device"]
+    where = f"per device, {device['devices']} device{'s' * (device['devices'] > 1)}, ZeRO {device['zero']}"
+    rows.append((f"parameters ({where})", size(device["parameter_bytes"])))
+    rows.append((f"optimizer state ({where})", size(device["optimizer_bytes"])))
+    return rows
+
+
+def quantity(value: float | int, unit: str) -> str:
+    """A number with an SI prefix: 1234567, "FLOP" -> "1.23 MFLOP"; counts of things read "1.23 M tokens"."""
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            gap = "" if unit.isupper() else " "
+            return f"{value / factor:.3g} {prefix}{gap}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def size(count: int) -> str:
+    """Bytes with a binary prefix."""
+    for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,186 @@
+"""The shared training loop: one for every model and every parallelism.
+
+Its order is a contract:
+
+    restore -> [next batch -> dispatch step k -> read metrics of step k-1 -> evaluate -> save] -> final save
+
+- The host never waits for the device inside the loop: metrics are read one step late, when they are ready.
+- The data position is captured after batch k and saved with the state after step k, so a resumed run sees batch k+1.
+- Evaluation comes before saving, so that a checkpoint knows its validation loss.
+- Nothing but explicit transfers moves data between host and device inside the loop.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+from engrax.errors import UserError
+from engrax.train import config as configs
+from engrax.train import metrics, runs
+from engrax.train.checkpoint import Checkpoints
+from engrax.train.distributed import StopSignal
+from engrax.train.trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a finished or interrupted call of `train` leaves."""
+
+    run_dir: epath.Path
+    step: int  # steps done
+    finished: bool  # False where a signal stopped it
+    metrics: dict[str, float]  # the last ones
+
+
+def train(
+    experiment: configs.Experiment,
+    run_dir: epath.PathLike,
+    *,
+    source: epath.PathLike | None = None,
+    progress: bool = True,
+) -> Result:
+    """Trains in `run_dir`, resuming the run that is there; `source`, the user's own config file, is copied into it.
+
+    Raises UserError before the first step where the folder holds another experiment, or mesh, batch or data do not fit.
+    """
+    begun = time.perf_counter()
+    run_dir = runs.folder(run_dir)
+    trainer = Trainer(experiment)
+    mesh = trainer.mesh  # refuses a mesh or batch that does not divide, before anything is written
+    saved = _latest_step(run_dir)
+    run = runs.prepare(run_dir, experiment, saved, source)
+    checkpoints = Checkpoints(run.directory, experiment.checkpoint)
+    main = jax.process_index() == 0
+    data = trainer.loader("train")
+    state, start = _restore_or_init(trainer, checkpoints, data, saved)
+    if main and start:
+        print(f"resuming {run.directory} at step {start}", file=sys.stderr)
+    if start >= experiment.steps:
+        data.close()
+        checkpoints.close()
+        return Result(run.directory, start, True, {})
+    settings = configs.to_dict(experiment)
+    writer = metrics.MetricsWriter(run.directory, experiment.log, resumed_at=start, settings=settings, active=main)
+    tokens = experiment.batch_size * experiment.data.seq_len
+    bar = metrics.Progress(start, experiment.steps, tokens, active=main and progress)
+    loop = Loop(trainer, checkpoints, writer, bar, begun, saved=start)
+    try:
+        with jax.set_mesh(mesh), StopSignal() as stop:
+            step, state = loop.run(state, data, start, stop)
+            loop.save(step, state, data)
+            checkpoints.wait()
+    finally:
+        data.close()
+        checkpoints.close()  # waits for the save under way
+        writer.close()
+        bar.close()
+    finished = step >= experiment.steps
+    if main and not finished:
+        print(f"stopped at step {step}; resume with: engrax train {run.directory}", file=sys.stderr)
+    return Result(run.directory, step, finished, loop.latest)
+
+
+@dataclasses.dataclass
+class Loop:
+    """The loop's collaborators and what it remembers between steps."""
+
+    trainer: Trainer
+    checkpoints: Checkpoints
+    writer: metrics.MetricsWriter
+    bar: metrics.Progress
+    begun: float  # perf_counter() at the start of the command
+    latest: dict[str, float] = dataclasses.field(default_factory=dict)
+    validated: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
+    saved: int = 0
+    _window: tuple[int, float] | None = None  # (step, time) of the last logged step, for tokens per second
+
+    def run(self, state: Any, data: Any, start: int, stop: StopSignal) -> tuple[int, Any]:
+        """Runs to the last step or to a signal: (steps done, state)."""
+        experiment = self.trainer.experiment
+        pending, step = None, start
+        for step in range(start + 1, experiment.steps + 1):
+            batch = self.trainer.put(next(data))
+            with jax.transfer_guard("disallow"):  # an implicit transfer here would stall the device
+                state, values = self.trainer.train_step(state, batch)
+            if pending is not None:
+                self.log(*pending)
+            pending = (step, values)
+            saves = _due(step, experiment.checkpoint.every, experiment.steps)
+            if saves or _due(step, experiment.eval.every, experiment.steps):
+                self.validate(step, state)
+            if saves:  # only a step whose numbers are sound and written is saved; saving waits for the device anyway
+                self.log(*pending)
+                pending = None
+                self.save(step, state, data)
+            if stop.reached(step):
+                break
+        if pending is not None:
+            self.log(*pending)
+        return step, state
+
+    def log(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Reads the metrics of a step already computed, and writes them where a logged step is due."""
+        experiment = self.trainer.experiment
+        row = {name: float(value) for name, value in jax.device_get(values).items()}
+        now = time.perf_counter()
+        if self._window is None:
+            row["seconds_to_first_step"] = now - self.begun
+            self._window = (step, now)
+        self.latest |= row
+        self.bar.update(step, {"loss": row["loss"]})
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            raise UserError(
+                f"the loss or the gradient of step {step} is not finite; the checkpoint of step {self.saved} is sound. "
+                "Train anew in another --run-dir with a lower --optimizer.learning-rate."
+            )
+        validated = self.validated.get(step, {})
+        if step % experiment.log.every == 0 or step in (1, experiment.steps) or validated:
+            before, then = self._window
+            if step > before:
+                row["tokens_per_second"] = (
+                    (step - before) * experiment.batch_size * experiment.data.seq_len / (now - then)
+                )
+                self._window = (step, now)
+            self.writer.write(step, row | validated)
+
+    def validate(self, step: int, state: Any) -> None:
+        """Validation loss and the memories' own diagnostics after `step`."""
+        values = self.trainer.validate(state["params"], self.trainer.experiment.eval.batches)
+        self.validated = {step: values | self.trainer.diagnose(state["params"])}  # logged with the step's loss
+        self.latest |= values
+        self.bar.update(step, {"val": values["validation_loss"]})
+
+    def save(self, step: int, state: Any, data: Any) -> None:
+        """Saves the state after `step`, once."""
+        if step != self.saved and step > 0:
+            loss = {k: v for k, v in self.validated.get(step, {}).items() if k == "validation_loss"}
+            self.checkpoints.save(step, state, data.get_state(), loss or None)
+            self.saved = step
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return bool(every and step % every == 0) or step == last
+
+
+def _latest_step(run_dir: epath.Path) -> int:
+    """The newest checkpoint's step, 0 where there is none."""
+    if not (run_dir / "checkpoints").exists():
+        return 0
+    checkpoints = Checkpoints(run_dir)
+    steps = checkpoints.steps()
+    checkpoints.close()
+    return steps[-1] if steps else 0
+
+
+def _restore_or_init(trainer: Trainer, checkpoints: Checkpoints, data: Any, saved: int) -> tuple[Any, int]:
+    """(state, steps done): from the newest checkpoint, with the data moved to its position, or fresh."""
+    if not saved:
+        return trainer.init_state(), 0
+    state, position = checkpoints.restore(trainer.abstract_state(), saved)
+    data.set_state(position)
+    return state, saved

@@ -1,0 +1,191 @@
+"""The run folder: everything that evaluating, sampling and resuming a run need, in one place.
+
+config.json (the experiment, with a format version), environment.json (versions, device, commit, data digest),
+metrics.jsonl, checkpoints/, evals/, and the source of a user's own config or mixer beside them.
+"""
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+import jax
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from engrax.errors import UnknownName, UserError
+from engrax.train import config as configs
+from engrax.train.checkpoint import Checkpoints
+from engrax.train.optimizer import steps_may_change
+
+
+def folder(path: epath.PathLike) -> epath.Path:
+    """The absolute path of a run folder; one in a bucket (gs://...) is left as it stands."""
+    path = epath.Path(path).expanduser()
+    return path if "://" in str(path) else path.resolve()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An opened run folder."""
+
+    directory: epath.Path
+    experiment: configs.Experiment
+    environment: dict[str, Any]
+
+    def load(self, step: int | str | None = None) -> tuple[nnx.Module, int]:
+        """(the model with a checkpoint's parameters, its step); step None = newest, "best" = lowest validation loss."""
+        checkpoints = Checkpoints(self.directory)
+        try:
+            number = checkpoints.resolve(step)
+            model = nnx.eval_shape(lambda: self.experiment.model.build(rngs=nnx.Rngs(self.experiment.seed)))
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            like = jax.tree.map(
+                lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=device), nnx.state(model, nnx.Param)
+            )
+            nnx.update(model, checkpoints.restore_params(like, number))
+        finally:
+            checkpoints.close()
+        return model, number
+
+
+def open_run(run_dir: epath.PathLike) -> Run:
+    """Reads a run folder. Raises UserError where it is missing or damaged."""
+    directory = folder(run_dir)
+    path = directory / "config.json"
+    if not directory.exists():
+        raise UserError(f"no run folder at {run_dir}; train one with `engrax train CONFIG --run-dir {run_dir}`.")
+    if not path.exists():
+        raise UserError(
+            f"{run_dir} holds no config.json, so it is no run folder; give the folder that `engrax train` wrote."
+        )
+    environment = directory / "environment.json"
+    try:
+        found = json.loads(environment.read_text()) if environment.exists() else {}
+    except json.JSONDecodeError:
+        found = {}  # it informs; the run does not need it
+    try:
+        experiment = configs.from_json(path.read_text(), str(path))
+    except UnknownName as error:
+        sources = sorted((directory / "source").glob("*.py")) if (directory / "source").exists() else []
+        if not sources:
+            raise
+        hint = " ".join(f"--plugin {source}" for source in sources)
+        raise UserError(
+            f"{str(error).rstrip('.')}; the run brought its own source: read it, then pass {hint}."
+        ) from None
+    return Run(directory, experiment, found)
+
+
+def prepare(
+    run_dir: epath.PathLike,
+    experiment: configs.Experiment,
+    steps_done: int = 0,
+    source: epath.PathLike | None = None,
+) -> Run:
+    """Creates the run folder, or checks that the one there is this experiment's.
+
+    Raises UserError naming the fields that differ, or where the data is not the text of the run.
+    """
+    directory = folder(run_dir)
+    environment = describe_environment(experiment)
+    if (directory / "config.json").exists():
+        old = open_run(directory)
+        refuse_differences(old.experiment, experiment, steps_done, directory)
+        digest = old.environment.get("data_digest")
+        if digest and digest != environment["data_digest"]:
+            raise UserError(
+                f"the data of {run_dir} has changed since it was started; restore it, or train into another folder."
+            )
+    elif directory.exists() and any(directory.iterdir()):
+        raise UserError(f"{run_dir} is not empty and holds no run; choose another --run-dir.")
+    if jax.process_count() > 1:  # nobody writes before all have looked, so all refuse or none does
+        multihost_utils.sync_global_devices("engrax: the run folder was read")
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / "config.json", configs.to_json(experiment))
+        if not (directory / "environment.json").exists():  # where the run was started, not where it was last resumed
+            write_atomically(directory / "environment.json", json.dumps(environment, indent=2) + "\n")
+        _copy_sources(directory, experiment, source)
+    return Run(directory, experiment, environment)
+
+
+def refuse_differences(old: configs.Experiment, new: configs.Experiment, steps_done: int, directory: Any) -> None:
+    """Raises UserError where two experiments differ in more than run-time fields."""
+    names = configs.differences(configs.to_dict(old), configs.to_dict(new))
+    names = [n for n in names if n.split(".")[0] not in configs.RUN_TIME_FIELDS]
+    if "steps" in names and steps_may_change(new.optimizer, old.steps, new.steps, steps_done):
+        names.remove("steps")
+    if names:
+        hint = (
+            f" (the learning rates of the {new.optimizer.schedule} schedule depend on it)" if "steps" in names else ""
+        )
+        raise UserError(
+            f"{directory} holds another experiment: it differs in {', '.join(names)}{hint}; choose another --run-dir."
+        )
+
+
+def describe_environment(experiment: configs.Experiment) -> dict[str, Any]:
+    """Versions, device, commit and the digest of the data."""
+    device = jax.devices()[0]
+    return {
+        "versions": {
+            name: _version(name) for name in ("engrax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+        },
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": f"{device.platform}: {device.device_kind}",
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "commit": _commit(),
+        "data_digest": experiment.data.digest(),
+    }
+
+
+def _copy_sources(directory: epath.Path, experiment: configs.Experiment, source: epath.PathLike | None) -> None:
+    """Copies the user's config file, and the files of mixers and models that are not engrax's own, into RUN/source."""
+    files = {epath.Path(source)} if source else set()
+    mixers = getattr(experiment.model, "mixers", ())
+    for config in (experiment.model, experiment.data, *mixers):
+        module = sys.modules.get(type(config).__module__)
+        if not type(config).__module__.startswith("engrax.") and getattr(module, "__file__", None):
+            files.add(epath.Path(module.__file__))
+    for path in files:
+        (directory / "source").mkdir(exist_ok=True)
+        write_atomically(directory / "source" / path.name, path.read_text())
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+    """Writes beside the file, then renames: a crash leaves the old file or the new one."""
+    temporary = path.parent / (path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the engrax checkout, with "+" where files differ from it; None outside a checkout."""
+    here = epath.Path(__file__).parent.parent
+
+    def git(*args):
+        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10)
+
+    try:
+        head = git("rev-parse", "HEAD")
+        if head.returncode:
+            return None
+        return head.stdout.strip() + (
+            "+" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else ""
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,87 @@
+"""Where arrays live: the mesh, and one PartitionSpec per leaf of the training state.
+
+The batch is split over `data` and `fsdp`. ZeRO (arXiv 1910.02054) as settings: 0 replicates parameters and optimizer
+state, 1 shards the optimizer state over all batch devices, 3 shards the parameters too. A leaf is sharded along its
+first axis that the devices divide; a leaf without such an axis stays replicated.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from engrax.errors import UserError
+from engrax.train.config import ParallelConfig
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+BATCH = ("data", "fsdp")  # the mesh axes that split the batch
+
+
+def make_mesh(config: ParallelConfig, batch_size: int, accumulate: int = 1) -> Mesh:
+    """The mesh of all devices. Raises UserError where devices or batch do not divide."""
+    devices = jax.device_count()
+    data = devices // config.fsdp if config.data == -1 else config.data
+    if devices % config.fsdp:
+        raise UserError(
+            f"parallel.fsdp={config.fsdp} does not divide the {devices} devices here; choose a divisor of {devices}."
+        )
+    if data * config.fsdp != devices:
+        raise UserError(
+            f"a mesh of data={data} x fsdp={config.fsdp} needs {data * config.fsdp} devices, but {devices} are here; "
+            "change --parallel.data and --parallel.fsdp so that their product is the number of devices."
+        )
+    if batch_size % (devices * accumulate):
+        raise UserError(
+            f"batch_size={batch_size} does not divide over {devices} devices x {accumulate} microbatches; "
+            f"choose a multiple of {devices * accumulate}."
+        )
+    return jax.make_mesh((data, config.fsdp, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def split_over(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The first axis of `shape` that the devices of `axes` divide, sharded; replicated where none is."""
+    size = int(np.prod([mesh.shape[a] for a in axes]))
+    for i, length in enumerate(shape):
+        if size > 1 and length and length % size == 0:
+            return PartitionSpec(*[None] * i, axes)
+    return PartitionSpec()
+
+
+def param_specs(params: Any, config: ParallelConfig, mesh: Mesh | AbstractMesh, *, stage: int) -> Any:
+    """One spec per parameter: sharded where `config.zero >= stage` (1: moments, 3: parameters), else replicated."""
+    return jax.tree.map(lambda p: split_over(p.shape, BATCH, mesh) if config.zero >= stage else PartitionSpec(), params)
+
+
+def state_specs(
+    tx: optax.GradientTransformation, params: Any, config: ParallelConfig, mesh: Mesh | AbstractMesh
+) -> dict[str, Any]:
+    """Specs of the training state {"params", "opt_state", "step"}, leaf by leaf, and "moments": one spec per parameter
+    for its optimizer state."""
+    opt_state = jax.eval_shape(tx.init, params)
+    moments = param_specs(params, config, mesh, stage=1)
+    return {
+        "params": param_specs(params, config, mesh, stage=3),
+        "opt_state": optax.tree_map_params(
+            tx, lambda _, spec: spec, opt_state, moments, transform_non_params=lambda _: PartitionSpec()
+        ),
+        "moments": moments,
+        "step": PartitionSpec(),
+    }
+
+
+def named(specs: Any, mesh: Mesh) -> Any:
+    """The NamedShardings of a tree of specs."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, rows: int) -> dict[str, jax.Array]:
+    """A process's rows of a batch as global arrays of `rows` rows, split over the batch axes."""
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+    return {k: jax.make_array_from_process_local_data(sharding, v, (rows, *v.shape[1:])) for k, v in batch.items()}
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of a tree of committed arrays on the first addressable device."""
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
