@@ -1,0 +1,240 @@
+"""The plots of an evaluation, each a function from numbers to the bytes of a PNG. matplotlib loads on the first one.
+
+Every plot says its run and step, has a unit on each axis, and shows nothing that is not also a number in results.json
+or metrics.jsonl.
+"""
+
+import contextlib
+import io
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#8e5ba6", "#6b7280"
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, "#b8860b", "#56b4e9", "#cc79a7", "#404040")
+COLOURS = {"model": BLUE, "muted": ORANGE, "baseline": GREY, "reference": GREY}
+STYLE = {
+    "figure.dpi": 144,
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9ca3af",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e5e7eb",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "xtick.color": "#4b5563",
+    "ytick.color": "#4b5563",
+}
+
+
+class Canvas:
+    """A figure under way; `png` holds its bytes once the block that opened it ends."""
+
+    def __init__(self, figure: Any, axes: np.ndarray):
+        self.figure, self.axes, self.png = figure, axes, b""
+
+
+@contextlib.contextmanager
+def canvas(title: str, *, rows: int = 1, columns: int = 1, height: float = 3.6, width: float = 7.4) -> Iterator[Canvas]:
+    """Opens a figure of rows x columns axes; `height` in inches is that of one row. No window and no global state."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height * rows + 0.35), layout="constrained")
+        FigureCanvasAgg(figure)
+        drawn = Canvas(figure, figure.subplots(rows, columns, squeeze=False))
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        yield drawn
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", metadata={"Software": None})
+        drawn.png = stream.getvalue()
+
+
+def bars(title: str, label: str, entries: Sequence[dict[str, Any]], *, limit: float | None = None) -> bytes:
+    """Horizontal bars, the first entry on top: {"name", "kind", "value", "low", "high"}."""
+    with canvas(title, height=0.45 + 0.42 * len(entries)) as drawn:
+        axis = drawn.axes[0, 0]
+        places = np.arange(len(entries))[::-1]
+        values = [entry["value"] for entry in entries]
+        axis.barh(places, values, height=0.62, color=[COLOURS[entry["kind"]] for entry in entries])
+        top = limit or 1.13 * max([entry.get("high") or entry["value"] for entry in entries] + [1e-9])
+        for place, entry in zip(places, entries):
+            end = entry["value"]
+            if entry.get("high") is not None:
+                axis.plot([entry["low"], entry["high"]], [place, place], color="#111827", linewidth=1.4)
+                end = entry["high"]
+            axis.text(end + 0.008 * top, place, _number(entry["value"]), va="center", fontsize=9, color="#111827")
+        axis.set_yticks(places, [entry["name"] for entry in entries])
+        axis.set_xlim(0, top)
+        axis.set_xlabel(label)
+        axis.grid(axis="y", visible=False)
+        axis.tick_params(axis="y", length=0, labelcolor="#111827")
+    return drawn.png
+
+
+def curves(
+    title: str,
+    axis_labels: tuple[str, str],
+    lines: Sequence[dict[str, Any]],
+    *,
+    log_x: bool,
+    levels: Sequence[tuple[str, float]] = (),
+    y_range: tuple[float, float] | None = None,
+) -> bytes:
+    """Curves over position bins: {"name", "kind", "bins"}; `levels` are horizontal lines such as chance."""
+    with canvas(title) as drawn:
+        axis = drawn.axes[0, 0]
+        for i, line in enumerate(lines):
+            bins = line["bins"]
+            middle = [_middle(b, log_x) for b in bins]
+            colour = COLOURS[line["kind"]] if line["kind"] != "muted" else (ORANGE, PURPLE, GREEN)[(i - 1) % 3]
+            style = ":" if line["kind"] == "baseline" else "-"
+            axis.plot(
+                middle, [b["value"] for b in bins], style, color=colour, label=line["name"], marker="o", markersize=2.6
+            )
+            if i == 0 and all(b["low"] is not None for b in bins):
+                axis.fill_between(
+                    middle, [b["low"] for b in bins], [b["high"] for b in bins], color=colour, alpha=0.16, lw=0
+                )
+        for name, level in levels:
+            axis.axhline(level, color=GREY, linestyle="--", linewidth=1.1)
+            axis.annotate(f"{name}\n{_number(level)}", (1, level), xycoords=("axes fraction", "data"), va="center",
+                          xytext=(4, 0), textcoords="offset points", fontsize=8.5, color=GREY)  # fmt: skip
+        if log_x:
+            _log_axis(axis, max(b["to"] for line in lines for b in line["bins"]))
+        if y_range:
+            axis.set_ylim(*y_range)
+        axis.set_xlabel(axis_labels[0])
+        axis.set_ylabel(axis_labels[1])
+        axis.legend(loc="best", fontsize=9)
+    return drawn.png
+
+
+def training(title: str, panels: Sequence[dict[str, Any]], step: int) -> bytes:
+    """Panels side by side over training steps: {"label", "series": [{"name", "x", "y", "style"}], "zero"}."""
+    with canvas(title, columns=len(panels), height=3.1, width=8.6) as drawn:
+        for axis, panel in zip(drawn.axes[0], panels):
+            for i, series in enumerate(panel["series"]):
+                colour = (BLUE, ORANGE)[i % 2]
+                if series["style"] == "points":
+                    axis.plot(series["x"], series["y"], "o-", color=colour, markersize=3.5, label=series["name"])
+                else:
+                    axis.plot(series["x"], series["y"], color=colour, alpha=0.3, linewidth=1)
+                    axis.plot(series["x"], smooth(series["y"]), color=colour, label=series["name"])
+            axis.set_xlabel("training step")
+            axis.set_title(panel["label"])
+            if panel["zero"]:
+                axis.set_ylim(bottom=0)
+            if axis.get_ylim()[1] >= 1000:
+                axis.yaxis.set_major_formatter("{x:,.0f}")
+            if len(panel["series"]) > 1:
+                axis.legend(fontsize=9)
+            _whole_numbers(axis)
+            _mark(axis, step, panel["series"])
+    return drawn.png
+
+
+def small_multiples(title: str, x_label: str, panels: dict[str, dict[str, tuple]], *, step: int | None = None) -> bytes:
+    """One panel per diagnostic, {name: {series: (x, y)}}, three in a row, with one legend for all."""
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with canvas(title, rows=rows, columns=columns, height=2.05, width=8.6) as drawn:
+        names = list(dict.fromkeys(series for panel in panels.values() for series in panel))
+        for axis, (name, panel) in zip(drawn.axes.flat, panels.items()):
+            for series, (x, y) in panel.items():
+                colour = SERIES[names.index(series) % len(SERIES)]
+                axis.plot(x, y, "o-" if len(x) < 60 else "-", color=colour, markersize=3.2, label=series)
+            axis.set_title(name, fontsize=9.5)
+            axis.margins(y=0.15)
+            axis.ticklabel_format(axis="y", useOffset=False)
+            _whole_numbers(axis)
+            if step is not None:
+                _mark(axis, step, [{"x": x} for x, _ in panel.values()])
+        for axis in drawn.axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        drawn.figure.supxlabel(x_label, fontsize=9.5)
+        if len(names) > 1:
+            handles = drawn.axes[0, 0].get_legend_handles_labels()
+            drawn.figure.legend(*handles, loc="outside upper right", ncols=min(len(names), 6), fontsize=9)
+    return drawn.png
+
+
+def by_layer(title: str, panels: dict[str, dict[str, float]]) -> bytes:
+    """One panel per diagnostic with a bar per layer, {name: {layer: value}}."""
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with canvas(title, rows=rows, columns=columns, height=1.75, width=8.6) as drawn:
+        for axis, (name, panel) in zip(drawn.axes.flat, panels.items()):
+            places = np.arange(len(panel))
+            axis.bar(places, list(panel.values()), width=min(0.62, 0.2 * len(panel) + 0.1), color=BLUE)
+            if len(panel) <= 6:
+                for place, value in zip(places, panel.values()):
+                    axis.annotate(
+                        _number(value),
+                        (place, value),
+                        ha="center",
+                        xytext=(0, 2),
+                        textcoords="offset points",
+                        fontsize=8,
+                    )
+            every = max(1, len(panel) // 8)
+            axis.set_xticks(places[::every], list(panel)[::every], fontsize=8.5)
+            axis.set_xlim(-0.75, len(panel) - 0.25)
+            axis.margins(y=0.22)
+            axis.set_title(name, fontsize=9.5)
+            axis.grid(axis="x", visible=False)
+            axis.tick_params(axis="x", length=0)
+        for axis in drawn.axes.flat[len(panels) :]:
+            axis.set_visible(False)
+    return drawn.png
+
+
+def smooth(values: Sequence[float]) -> np.ndarray:
+    """A centred running mean over about a twentieth of the points, as long as the input."""
+    values = np.asarray(values, float)
+    half = max(1, len(values) // 40)
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    places = np.arange(len(values))
+    first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def _middle(b: dict[str, Any], log_x: bool) -> float:
+    """The place of a bin on the axis; positions count from 1 there, so that the first fits a logarithmic axis."""
+    first, last = b["from"] + 1, b["to"]
+    return math.sqrt(first * last) if log_x else (first + last) / 2
+
+
+def _log_axis(axis: Any, last: int) -> None:
+    from matplotlib.ticker import NullLocator
+
+    axis.set_xscale("log", base=2)
+    ticks = [2**i for i in range(int(math.log2(max(last, 2))) + 1)]
+    axis.set_xticks(ticks, [f"{t:,}" for t in ticks])
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def _whole_numbers(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+
+
+def _mark(axis: Any, step: int, series: Sequence[dict[str, Any]]) -> None:
+    """A line at the evaluated step, unless it is where the training ended."""
+    last = max((x for s in series for x in s["x"]), default=step)
+    if step < last:
+        axis.axvline(step, color=GREY, linestyle="--", linewidth=1.1)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"

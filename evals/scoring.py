@@ -1,0 +1,208 @@
+"""The forward passes of an evaluation: what a model says about every labelled token of the validation rows.
+
+Everything runs on the default device, whatever the mesh of the training: one compiled program per set of muted
+memories, at one static shape.
+"""
+
+import dataclasses
+import inspect
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from engrax.errors import UserError
+from engrax.train import step as steps
+from engrax.train.config import Experiment
+from engrax.train.trainer import Trainer
+
+# Tokens of one forward pass: the training's batch may have been spread over many devices, or be tiny.
+LEAST_BATCH_TOKENS, BATCH_TOKENS = 4_096, 16_384
+DEFAULT_TOKENS = 131_072  # validation tokens scored unless the caller asks for more
+REPORT_TOKENS = 16_384  # validation tokens whose memory diagnostics are taken
+SEEN_TOKENS = 32_000_000  # training tokens that the n-gram baselines count at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Packed rows N of T tokens, as the loader gives them."""
+
+    tokens: Int[np.ndarray, "N T"]
+    targets: Int[np.ndarray, "N T"]
+    segment_ids: Int[np.ndarray, "N T"]
+    complete: bool  # these are all there are
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The three arrays by their names in a batch."""
+        return {name: getattr(self, name) for name in ("tokens", "targets", "segment_ids")}
+
+    def first(self, count: int, complete: bool) -> "Rows":
+        """The first `count` rows."""
+        return Rows(*(array[:count] for array in self.arrays().values()), complete=complete)
+
+    @property
+    def labelled(self) -> Bool[np.ndarray, "N T"]:
+        """Where a prediction is scored."""
+        return self.targets >= 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What one pass found, per token."""
+
+    nats: Float[np.ndarray, "N T"]  # negative log-likelihood of the target, 0 where there is none
+    right: Bool[np.ndarray, "N T"]  # the target had the highest logit
+    tokens_per_second: float  # of the compiled forward pass, compilation and loading left out
+
+
+def batch_rows(experiment: Experiment) -> int:
+    """Rows of one forward pass: a microbatch of the training, within LEAST_BATCH_TOKENS and BATCH_TOKENS tokens."""
+    micro = experiment.batch_size // experiment.optimizer.accumulate
+    least, most = (tokens // experiment.data.seq_len for tokens in (LEAST_BATCH_TOKENS, BATCH_TOKENS))
+    return max(1, min(max(micro, least), most))
+
+
+def _loader(experiment: Experiment, split: str, rows: int) -> Iterator[dict[str, np.ndarray]]:
+    """The training's own loader of a split, whose rows come in the same order at any batch size."""
+    optimizer = dataclasses.replace(experiment.optimizer, accumulate=1)
+    return Trainer(dataclasses.replace(experiment, batch_size=rows, optimizer=optimizer)).loader(split)
+
+
+def _stack(batches: list[dict[str, np.ndarray]], complete: bool) -> Rows:
+    arrays = (np.concatenate([batch[name] for batch in batches]) for name in ("tokens", "targets", "segment_ids"))
+    return Rows(*arrays, complete=complete)
+
+
+def validation_rows(experiment: Experiment, batches: int | None) -> Rows:
+    """The first `batches` validation batches of `batch_rows` rows; None takes up to DEFAULT_TOKENS tokens.
+
+    Raises UserError where `batches` is less than 1 or the split holds nothing to score.
+    """
+    rows = batch_rows(experiment)
+    if batches is None:
+        batches = max(1, DEFAULT_TOKENS // (rows * experiment.data.seq_len))
+    if batches < 1:
+        raise UserError(f"batches={batches} must be at least 1 (or left out for the default).")
+    loader = _loader(experiment, "validation", rows)
+    taken = list(itertools.islice(loader, batches))
+    complete = next(loader, None) is None
+    _close(loader)
+    if not any((batch["targets"] >= 0).any() for batch in taken):
+        raise UserError("the validation split holds no labelled token; give more text, or a larger validation part.")
+    return _stack(taken, complete)
+
+
+def seen_rows(experiment: Experiment, step: int) -> tuple[Rows, float]:
+    """(the distinct training rows of the first `step` steps, epochs seen); `complete` False where SEEN_TOKENS cut them.
+
+    Past the first epoch the rows hold the same tokens again, which would count as new evidence: the first epoch stays.
+    """
+    wanted = step * experiment.batch_size
+    limit = min(wanted, max(1, SEEN_TOKENS // experiment.data.seq_len))
+    seen = _first_rows(experiment, "train", limit)
+    whole = _whole_epoch(experiment, int(seen.labelled.sum()))
+    if whole is None:
+        return dataclasses.replace(seen, complete=limit == wanted), float("nan")
+    # Every labelled token stands once in an epoch, whatever the packing: the epoch's end is where the count is reached.
+    reached = int(np.searchsorted(np.cumsum(seen.labelled.sum(axis=1)), whole)) + 1
+    return seen.first(reached, complete=True), wanted / reached
+
+
+def _first_rows(experiment: Experiment, split: str, count: int) -> Rows:
+    rows = min(count, 256)
+    loader = _loader(experiment, split, rows)
+    taken = list(itertools.islice(loader, -(-count // rows)))
+    _close(loader)
+    return _stack(taken, True).first(count, complete=True)
+
+
+def _whole_epoch(experiment: Experiment, seen: int) -> int | None:
+    """Labelled tokens of the whole training split, or None where they are more than `seen`."""
+    loader = experiment.data.loader("train", batch_size=256, epochs=1)
+    total = 0
+    for batch in loader:
+        total += int((batch["targets"] >= 0).sum())
+        if total > seen:
+            _close(loader)
+            return None
+    return total
+
+
+def _close(loader: Any) -> None:
+    """Stops a loader's reading ahead."""
+    if hasattr(loader, "close"):
+        loader.close()
+
+
+class Scorer:
+    """A model's compiled passes over rows."""
+
+    def __init__(self, experiment: Experiment, model: nnx.Module):
+        self.graphdef, self.params = nnx.split(model, nnx.Param)
+        self.rows = batch_rows(experiment)
+        self.dtype = steps.resolve_dtype(experiment.compute_dtype)
+        call = inspect.signature(type(model).__call__)
+        self.can_mute = "mute" in call.parameters
+        self.can_report = hasattr(model, "report")
+        self._score = jax.jit(self._forward, static_argnames="mute")
+        self._report = jax.jit(self._diagnose)
+
+    def score(self, rows: Rows, *, mute: tuple[str, ...] = (), tick: Callable[[int], Any] = lambda n: None) -> Scores:
+        """Scores every labelled token, with the reads of the mixers named in `mute` left out of the residual stream."""
+        batches = list(self._batches(rows))
+        jax.block_until_ready(self._score(self.params, batches[0], mute=mute))  # compiles
+        nats, right, seconds = [], [], 0.0
+        for batch in batches:
+            begun = time.perf_counter()
+            loss, correct = jax.device_get(self._score(self.params, batch, mute=mute))
+            seconds += time.perf_counter() - begun
+            nats.append(loss)
+            right.append(correct)
+            tick(1)
+        size = len(batches) * self.rows * rows.tokens.shape[1]
+        joined = np.concatenate(nats)[: len(rows)], np.concatenate(right)[: len(rows)]
+        return Scores(*joined, tokens_per_second=size / max(seconds, 1e-9))
+
+    def report(self, rows: Rows) -> dict[str, np.ndarray]:
+        """The mixers' diagnostics of about REPORT_TOKENS tokens, one row at a time: {"titans.lr_mean": [rows, repeat]}.
+
+        Row by row, because the mean over a batch hides a memory that runs away on one row in a hundred. A diagnostic of
+        every token is [rows, repeat, T], NaN at padding.
+        """
+        real = np.flatnonzero(rows.labelled.any(axis=1))[: max(1, REPORT_TOKENS // rows.tokens.shape[1])]
+        taken = {name: array[real, None] for name, array in rows.arrays().items()}
+        found = jax.device_get(self._report(self.params, taken))
+        padding = rows.segment_ids[real] < 0
+        return {name: _squeeze(np.asarray(values, np.float64), padding) for name, values in found.items()}
+
+    def _batches(self, rows: Rows) -> Iterator[dict[str, np.ndarray]]:
+        for start in range(0, len(rows), self.rows):
+            yield {name: array[start : start + self.rows] for name, array in rows.arrays().items()}
+
+    def _forward(self, params, batch, mute=()):
+        model = nnx.merge(self.graphdef, steps.cast(params, self.dtype))
+        muting = {"mute": mute} if mute else {}
+        hidden, _ = model(batch["tokens"], segment_ids=batch["segment_ids"], **muting)
+        logits, targets = model.logits(hidden), batch["targets"]
+        right = (targets >= 0) & (jnp.argmax(logits, axis=-1) == targets)
+        return steps.token_losses(logits, targets), right
+
+    def _diagnose(self, params, rows):
+        model = nnx.merge(self.graphdef, steps.cast(params, self.dtype))
+        return jax.lax.map(lambda row: model.report(row["tokens"], segment_ids=row["segment_ids"]), rows)
+
+
+def _squeeze(values: np.ndarray, padding: np.ndarray) -> np.ndarray:
+    """[rows, repeat, 1, T] diagnostics of tokens without their batch axis and without padding; others as they are."""
+    if values.shape[2:] != (1, padding.shape[1]):
+        return values
+    return np.where(padding[:, None], np.nan, values[:, :, 0])

@@ -1,0 +1,83 @@
+"""Means with their uncertainty, whole and by position. Rows are the unit of resampling: tokens of a row are not
+independent, rows are taken to be."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+
+Z95 = 1.96  # half-width of a 95 % interval in standard errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95 % interval; the interval is None with fewer than two rows."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """For results.json."""
+        return dataclasses.asdict(self)
+
+
+def mean(sums: Shaped[np.ndarray, "N T"], counts: Shaped[np.ndarray, "N T"]) -> Estimate:
+    """sum(sums) / sum(counts) with the linearised standard error of a ratio over rows (Cochran 1977, eq. 6.13)."""
+    row_sums, row_counts = np.sum(sums, axis=1, dtype=np.float64), np.sum(counts, axis=1, dtype=np.float64)
+    return _ratio(row_sums, row_counts)
+
+
+def _ratio(row_sums: Float[np.ndarray, " N"], row_counts: Float[np.ndarray, " N"]) -> Estimate:
+    used = row_counts > 0
+    row_sums, row_counts, rows = row_sums[used], row_counts[used], int(used.sum())
+    if not rows:
+        return Estimate(float("nan"), None, None)
+    value = float(row_sums.sum() / row_counts.sum())
+    if rows < 2:
+        return Estimate(value, None, None)
+    error = np.sqrt(rows / (rows - 1) * np.sum((row_sums - value * row_counts) ** 2)) / row_counts.sum()
+    return Estimate(value, value - Z95 * float(error), value + Z95 * float(error))
+
+
+def log_bins(length: int, per_octave: int = 3) -> Int[np.ndarray, " edges"]:
+    """Edges 0 < 1 < ... <= length of position bins whose widths grow with the position."""
+    edges = 2.0 ** np.arange(0, np.log2(max(length, 2)) + 1e-9, 1 / per_octave)
+    return np.unique(np.concatenate([[0], np.round(edges), [length]]).astype(int))
+
+
+def even_bins(first: int, last: int, bins: int = 12) -> Int[np.ndarray, " edges"]:
+    """Edges of at most `bins` bins of about equal width over positions first .. last."""
+    return np.unique(np.linspace(first, last + 1, min(bins, last + 1 - first) + 1).round().astype(int))
+
+
+def by_position(
+    sums: Shaped[np.ndarray, "N T"],
+    counts: Shaped[np.ndarray, "N T"],
+    positions: Int[np.ndarray, "N T"],
+    edges: Int[np.ndarray, " edges"],
+) -> list[dict[str, Any]]:
+    """Per bin of `positions` that holds anything: {"from", "to" (exclusive), "tokens", "value", "low", "high"}."""
+    rows, bins = len(sums), len(edges) - 1
+    place = np.digitize(positions, edges) - 1
+    inside = (place >= 0) & (place < bins) & (counts > 0)
+    cell = (np.arange(rows)[:, None] * bins + place)[inside]
+    shape = (rows, bins)
+    row_sums = np.bincount(cell, weights=sums[inside], minlength=rows * bins).reshape(shape)
+    row_counts = np.bincount(cell, weights=counts[inside], minlength=rows * bins).reshape(shape)
+    tokens = np.bincount(place[inside], minlength=bins)
+    return [
+        {"from": int(edges[b]), "to": int(edges[b + 1]), "tokens": int(tokens[b])}
+        | _ratio(row_sums[:, b], row_counts[:, b]).to_dict()
+        for b in range(bins)
+        if tokens[b]
+    ]
+
+
+def context_positions(segment_ids: Int[np.ndarray, "N T"]) -> Int[np.ndarray, "N T"]:
+    """Each token's place within its segment, from 0."""
+    places = np.broadcast_to(np.arange(segment_ids.shape[1]), segment_ids.shape)
+    begins = np.ones(segment_ids.shape, bool)
+    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)

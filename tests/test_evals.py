@@ -1,0 +1,384 @@
+"""Evaluation of checkpoints: the numbers against slow or exact ones, and the files that a run's folder gets."""
+
+import base64
+import csv
+import dataclasses
+import html.parser
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from engrax.data import MQAR, TextFolder
+from engrax.errors import UserError
+from engrax.evals import evaluate, evaluation, scoring, statistics
+from engrax.layers import AttentionConfig, TitansConfig
+from engrax.models import LanguageModelConfig
+from engrax.train import CheckpointConfig, EvalConfig, Experiment, LogConfig, ParallelConfig, cost, metrics, runs
+from engrax.train.loop import train
+from engrax.train.trainer import Trainer
+
+ATTENTION = AttentionConfig(heads=2, head_dim=4, window=8)
+TITANS = TitansConfig(heads=2, head_dim=4, depth=1, chunk_size=8, conv_width=1)  # depth 1 compiles fastest
+
+
+def experiment(data, mixers=(ATTENTION, TITANS), **changes):
+    model = LanguageModelConfig(vocab_size=data.vocab_size, dim=8, mixers=mixers, repeat=2, mlp_hidden=16)
+    settings = {"steps": 4, "batch_size": 4, "seed": 3, "compute_dtype": "float32"} | changes
+    often = {
+        "eval": EvalConfig(every=2, batches=100),
+        "log": LogConfig(every=1),
+        "checkpoint": CheckpointConfig(every=2, keep_last=2),
+    }
+    return Experiment(model=model, data=data, **settings, **often)
+
+
+def letters(length, seed):
+    """Random text over six letters."""
+    return bytes(
+        np.random.default_rng(seed).choice(
+            np.frombuffer(b"abcdef", np.uint8), length, p=[0.4, 0.25, 0.15, 0.1, 0.06, 0.04]
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(6):
+        (folder / f"{i}.txt").write_bytes(letters(700 + 211 * i, i))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_run(text_folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "text_run"
+    train(experiment(TextFolder(path=str(text_folder), seq_len=64, validation_fraction=0.3)), run, progress=False)
+    return run
+
+
+@pytest.fixture(scope="module")
+def text_results(text_run):
+    return evaluate(text_run, progress=False)
+
+
+@pytest.fixture(scope="module")
+def task_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "task_run"
+    data = MQAR(seq_len=16, num_pairs=2, vocab_size=16, validation_examples=70)
+    train(experiment(data, mixers=(ATTENTION,)), run, progress=False)
+    return run
+
+
+@pytest.fixture(scope="module")
+def task_results(task_run):
+    return evaluate(task_run, progress=False)
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would load for a page, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.loaded, self.tags, self.text = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loaded += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_results_json_holds_every_number(text_results, text_run):
+    data = json.loads((text_results.directory / "results.json").read_text())
+    assert (
+        data == text_results.data
+        and text_results.directory == runs.open_run(text_run).directory.resolve() / "evals" / "step_4"
+    )
+    assert data["format_version"] == evaluation.FORMAT_VERSION and data["run"] == "text_run" and data["step"] == 4
+    assert data["seeds"] == {"experiment": 3} and len(data["data_digest"]) == 64 and not data["warnings"]
+    assert data["config"]["batch_size"] == 4 and data["device"].startswith("cpu")
+    v = data["validation"]
+    assert v["complete"] and v["tokens"] == v["bytes"] and 0 < v["accuracy"]["value"] < 1
+    assert v["bits_per_byte"]["low"] < v["bits_per_byte"]["value"] < v["bits_per_byte"]["high"]
+    assert v["bits_per_byte"]["value"] == pytest.approx(v["loss_nats_per_token"] / math.log(2))
+    assert [found["order"] for found in data["baselines"]["orders"]] == [1, 2, 3]
+    assert set(data["memory"]["titans.lr_mean"]) == {"block 1", "block 3"}
+    assert data["training"]["last_step"] == 4 and data["training"]["best_validation_loss"] > 0
+    assert data["costs"]["evaluation_tokens_per_second"] > 0
+    for name in ("overview", "by_position", "training", "memory_by_layer", "memory_over_training"):
+        assert (text_results.directory / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_validation_loss_is_that_of_the_training_loop(text_results, text_run):
+    """The loop validated the same parameters on the whole split, through code of its own."""
+    loss = [row["validation_loss"] for row in metrics.read(text_run) if "validation_loss" in row][-1]
+    assert text_results.data["validation"]["loss_nats_per_token"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_csv_holds_the_same_numbers(text_results):
+    with (text_results.directory / "results.csv").open() as file:
+        rows = {row["name"]: row["value"] for row in csv.DictReader(file)}
+    assert float(rows["validation.bits_per_byte.value"]) == text_results.bits_per_byte
+    assert float(rows["baselines.orders.2.value"]) == text_results.data["baselines"]["orders"][2]["value"]
+
+
+def test_position_bins_add_up_to_the_whole(text_results):
+    data = text_results.data
+    for curve in data["by_position"]["curves"]:
+        total = sum(b["tokens"] for b in curve["bins"])
+        assert total == data["validation"]["tokens"]
+        if curve["name"] == "model":
+            assert sum(b["value"] * b["tokens"] for b in curve["bins"]) / total == pytest.approx(
+                text_results.bits_per_byte
+            )
+
+
+@pytest.mark.parametrize("which", ["text_results", "task_results"])
+def test_report_is_one_self_contained_page(which, request):
+    results = request.getfixturevalue(which)
+    page = Page(results.report.read_text())
+    assert page.loaded and not {"script", "link", "iframe"} & set(page.tags)
+    for source in page.loaded:
+        assert source.startswith("data:image/png;base64,")
+        assert base64.b64decode(source.split(",", 1)[1]).startswith(b"\x89PNG")
+    assert "@import" not in results.report.read_text() and "url(" not in results.report.read_text()
+    text = " ".join(page.text)
+    score = evaluation_score(results.data)
+    for wanted in (
+        f"{score:.4f}",
+        results.data["data_digest"],
+        results.data["run"],
+        f"{results.data['costs']['parameters']['total']:,}",
+    ):
+        assert wanted in text
+    assert page.tags.count("figcaption") == page.tags.count("img") == len(page.loaded)
+    assert str(results.report) in results.summary() and f"{score:.4f}" in results.summary()
+
+
+def evaluation_score(data):
+    return data["validation"]["accuracy" if data["kind"] == "task" else "bits_per_byte"]["value"]
+
+
+def test_generated_task_is_scored_beside_chance_and_oracle(task_results):
+    data = task_results.data
+    assert data["kind"] == "task" and data["baselines"] is None and data["validation"]["bits_per_byte"] is None
+    assert data["task"] == {"chance": 1 / 8, "chance_in_context": 1 / 2, "oracle": 1.0}
+    assert (
+        data["validation"]["tokens"] == 2 * 70 and data["validation"]["rows"] == 70 and data["validation"]["complete"]
+    )
+    bins = data["by_position"]["curves"][0]["bins"]
+    right = sum(b["value"] * b["tokens"] for b in bins)
+    assert right == pytest.approx(task_results.accuracy * 140) and task_results.bits_per_byte is None
+
+
+def test_muting_a_memory_changes_the_score(text_results):
+    model = text_results.bits_per_byte
+    found = text_results.data["ablation"]
+    assert set(found) == {"titans"}  # attention is no memory
+    assert found["titans"]["muted"]["value"] - model == pytest.approx(found["titans"]["difference"]["value"])
+    assert abs(found["titans"]["difference"]["value"]) > 1e-4
+
+
+def test_muting_leaves_out_the_reads_and_nothing_else(text_run):
+    """A model whose memory's output projection is 0 reads nothing: muting changes no bit of it, and much elsewhere."""
+    run = runs.open_run(text_run)
+    model, _ = run.load()
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.5, p.shape), p.dtype), nnx.state(model, nnx.Param))
+    nnx.update(model, params)
+    rows = scoring.validation_rows(run.experiment, 1)
+    scorer = scoring.Scorer(run.experiment, model)
+    loud, muted = scorer.score(rows).nats, scorer.score(rows, mute=("titans",)).nats
+    assert np.abs(loud - muted)[rows.labelled].mean() > 0.1
+    out = scorer.params["blocks"][1]["mixer"]["out"]["kernel"]
+    out[...] = jnp.zeros_like(out[...])
+    np.testing.assert_array_equal(scorer.score(rows).nats, muted)
+
+
+def test_an_older_step(task_run, task_results):
+    found = evaluate(task_run, step=2, progress=False)
+    assert found.step == 2 and found.directory.name == "step_2" and task_results.directory.name == "step_4"
+    loss = [results.data["validation"]["loss_nats_per_token"] for results in (found, task_results)]
+    logged = {row["step"]: row["validation_loss"] for row in metrics.read(task_run) if "validation_loss" in row}
+    assert loss == pytest.approx([logged[2], logged[4]], rel=1e-5) and loss[0] != loss[1]
+
+
+def test_other_data_than_the_training_s_is_warned_about(task_run, tmp_path, capsys):
+    run = tmp_path / "copy"
+    shutil.copytree(task_run, run)
+    environment = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(environment | {"data_digest": "0" * 64}))
+    results = evaluate(run, step="best", batches=1, progress=False)
+    assert "digest differs" in capsys.readouterr().err and "digest differs" in results.data["warnings"][0]
+    assert "digest differs" in results.report.read_text()
+    assert results.step == results.data["training"]["best_validation_step"]
+
+
+def test_fewer_batches_are_the_first_rows(text_folder, monkeypatch):
+    e = experiment(TextFolder(path=str(text_folder), seq_len=64, validation_fraction=0.3))
+    whole = scoring.validation_rows(e, None)
+    monkeypatch.setattr(scoring, "LEAST_BATCH_TOKENS", 64)
+    assert scoring.batch_rows(e) == 4 < scoring.batch_rows(dataclasses.replace(e, batch_size=100)) == 100
+    some = scoring.validation_rows(e, 2)
+    assert len(some) == 8 and whole.complete and not some.complete
+    np.testing.assert_array_equal(some.targets, whole.targets[:8])
+
+
+def test_a_user_s_mistakes_are_one_sentence(text_run, tmp_path):
+    for arguments, words in [
+        ({"run_dir": tmp_path / "nowhere"}, "no run folder"),
+        ({"run_dir": text_run, "step": 17}, "no checkpoint of step 17"),
+        ({"run_dir": text_run, "step": "bets"}, "bets"),
+        ({"run_dir": text_run, "batches": 0}, "batches=0"),
+    ]:
+        with pytest.raises(UserError, match=words) as caught:
+            evaluate(progress=False, **arguments)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_loss_that_is_no_number_is_refused(text_run):
+    rows = scoring.validation_rows(runs.open_run(text_run).experiment, 1)
+    scores = scoring.Scores(np.full(rows.tokens.shape, np.nan), rows.labelled, 1.0)
+    with pytest.raises(UserError, match="not a number"):
+        evaluation.measure(runs.open_run(text_run).experiment, 4, rows, {(): scores})
+
+
+# The n-gram baselines: which text they count (how they count is tested in test_ngrams.py).
+
+
+def test_baselines_count_the_rows_that_the_model_saw(text_folder):
+    e = experiment(TextFolder(path=str(text_folder), seq_len=64, validation_fraction=0.3))
+    seen, _ = scoring.seen_rows(e, 3)
+    loader = Trainer(e).loader("train")
+    batches = [next(loader) for _ in range(3)]
+    for name, array in seen.arrays().items():
+        np.testing.assert_array_equal(array, np.concatenate([batch[name] for batch in batches]))
+    assert seen.complete
+
+
+def test_baselines_count_no_row_of_the_first_epoch_twice(text_folder):
+    data = TextFolder(path=str(text_folder), seq_len=64, validation_fraction=0.3)
+    seen, epochs = scoring.seen_rows(experiment(data), 100)
+    documents = data.documents("train")
+    assert seen.labelled.sum() == sum(len(document) - 1 for document in documents) and seen.complete
+    assert epochs == pytest.approx(400 / len(seen)) and epochs > 2
+    text = np.sort(np.concatenate([np.frombuffer(d[1:], np.uint8) for d in documents]))
+    np.testing.assert_array_equal(np.sort(seen.targets[seen.labelled]), text)
+
+
+def test_bits_per_byte_of_a_json_tokenizer(text_folder, tmp_path):
+    """A uniform guess costs log2(V) bits a token, so bits per byte follow from the text's bytes and tokens alone."""
+    tokenizers = pytest.importorskip("tokenizers")
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train([str(text_folder / "0.txt")], vocab_size=300, show_progress=False)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    data = TextFolder(
+        path=str(text_folder), seq_len=64, validation_fraction=0.3, tokenizer_file=str(tmp_path / "tokenizer.json")
+    )
+    e = experiment(data)
+    rows = scoring.validation_rows(e, None)
+    scores = scoring.Scores(np.where(rows.labelled, math.log(data.vocab_size), 0.0), rows.labelled, 1.0)
+    found = evaluation.measure(e, 4, rows, {(): scores})
+    texts = [data.tokenizer.encode(document) for document in data.documents("validation")]
+    tokens = sum(len(text) - 1 for text in texts)
+    size = sum(len(data.tokenizer.decode(text[1:]).encode()) for text in texts)
+    assert found["validation"]["tokens"] == tokens and found["validation"]["bytes"] == size > tokens
+    assert found["validation"]["bits_per_byte"]["value"] == pytest.approx(math.log2(data.vocab_size) * tokens / size)
+    assert found["baselines"]["unit"] == "tokens"
+
+
+# Statistics, diagnostics, costs.
+
+
+def test_by_position_is_the_plain_mean_of_each_bin():
+    rng = np.random.default_rng(0)
+    values, counts = rng.random((7, 20)), (rng.random((7, 20)) < 0.7).astype(float)
+    positions = np.broadcast_to(np.arange(20), (7, 20))
+    edges = statistics.log_bins(20)
+    assert edges[0] == 0 and edges[-1] == 20 and (np.diff(edges) > 0).all()
+    for b in statistics.by_position(values * counts, counts, positions, edges):
+        inside = slice(b["from"], b["to"])
+        assert b["value"] == pytest.approx((values * counts)[:, inside].sum() / counts[:, inside].sum())
+        assert b["tokens"] == counts[:, inside].sum()
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    """Rows of unequal length whose tokens share a row effect: an interval over tokens would cover far less."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        counts = (np.arange(30) < rng.integers(10, 31, (60, 1))).astype(float)
+        values = (rng.normal(0, 1, (60, 1)) + rng.normal(0, 1, (60, 30))) * counts
+        found = statistics.mean(values, counts)
+        covered += found.low <= 0 <= found.high
+    assert 0.91 <= covered / 400 <= 0.98
+
+
+def test_context_positions_start_anew_with_each_segment():
+    segments = np.array([[0, 0, 0, 1, 1, 2], [4, 4, 4, 4, -1, -1]])
+    np.testing.assert_array_equal(statistics.context_positions(segments), [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 1]])
+
+
+class Reporter(nnx.Module):
+    """A stand-in model whose diagnostics are known: the token's own number, and its row's mean, in two layers."""
+
+    def __init__(self):
+        self.scale = nnx.Param(jnp.ones(()))
+
+    def report(self, tokens, *, segment_ids=None):
+        values = jnp.stack([tokens, 2 * tokens]).astype(jnp.float32) * self.scale[...]
+        return {"titans.token": values, "titans.mean": values.mean(axis=(1, 2)), "titans.head": jnp.ones((2, 3))}
+
+
+def test_diagnostics_are_taken_row_by_row(text_folder):
+    e = experiment(TextFolder(path=str(text_folder), seq_len=64, validation_fraction=0.3))
+    rows = scoring.validation_rows(e, None)
+    found = evaluation._by_layer(e, scoring.Scorer(e, Reporter()).report(rows))
+    real = rows.labelled.any(axis=1)
+    tokens, inside = rows.tokens[real], rows.segment_ids[real] >= 0
+    np.testing.assert_allclose(found["titans.mean"]["block 3"]["median"], np.median(2 * tokens.mean(axis=1)), rtol=1e-6)
+    np.testing.assert_allclose(
+        found["titans.mean"]["block 1"]["p99"], np.percentile(tokens.mean(axis=1), 99), rtol=1e-6
+    )
+    by_hand = (tokens * inside).sum(axis=0) / np.maximum(inside.sum(axis=0), 1)
+    np.testing.assert_allclose(found["titans.token"]["block 1"]["by_position"], by_hand, rtol=1e-6)
+    assert found["titans.head"]["block 3"] == {"values": [1.0, 1.0, 1.0]}
+
+
+def test_costs_are_those_of_the_arrays(text_run):
+    run = runs.open_run(text_run)
+    e, (model, _) = run.experiment, run.load()
+    found = cost.costs(e)
+    params = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert found["parameters"]["total"] == sum(p.size for p in params) == sum(found["parameters"]["by_part"].values())
+    assert found["state_bytes_per_sequence"]["total"] == sum(x.nbytes for x in jax.tree.leaves(model.init_memory(1)))
+    assert set(found["state_bytes_per_sequence"]["by_mixer"]) == {"attention", "titans"}
+    assert found["flops_per_token"]["forward"] == e.model.flops_per_token(64)
+    assert found["training_flops"] == 3 * e.model.flops_per_token(64) * 4 * 4 * 64
+    table = cost.format_costs(found)
+    assert f"{found['parameters']['total']:,}" in table and len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_optimizer_bytes_per_device_follow_the_zero_stage(text_folder):
+    e = experiment(TextFolder(path=str(text_folder), seq_len=64), batch_size=8)
+    params = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: e.model.build(rngs=nnx.Rngs(0))), nnx.Param))
+    size = lambda p: 4 * p.size  # noqa: E731
+    split = lambda p: size(p) // 8 if any(n % 8 == 0 for n in p.shape) else size(p)  # noqa: E731
+    counters = 8  # optax counts its steps in two int32, which no device count divides
+    whole, parts = sum(map(size, params)), sum(map(split, params))
+    for zero, parameters, moments in ((0, whole, whole), (1, whole, parts), (3, parts, parts)):
+        found = cost.costs(dataclasses.replace(e, parallel=ParallelConfig(zero=zero)), devices=8)["memory_per_device"]
+        assert found["devices"] == 8 and found["parameter_bytes"] == parameters
+        assert found["optimizer_bytes"] == 2 * moments + counters
+        assert found["optimizer_bytes_unsharded"] == 2 * whole + counters
+    assert parts < whole / 4
+    assert (
+        cost.costs(dataclasses.replace(e, parallel=ParallelConfig(data=2, fsdp=2)))["memory_per_device"]["devices"] == 4
+    )
