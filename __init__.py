@@ -1,3 +1,94 @@
-"""engrax: memory-augmented sequence architectures in JAX/Flax, tested by the same laws."""
+"""engrax: memory-augmented sequence architectures in JAX/Flax, tested by the same laws.
+
+    import engrax
+
+    run = engrax.train("quickstart", "runs/quickstart", steps=200)
+    engrax.evaluate("runs/quickstart")
+    print(engrax.generate("runs/quickstart", "def "))
+    model, step = engrax.load("runs/quickstart")
+
+Importing engrax is light: wandb, TFDS and matplotlib load when used.
+"""
+
+import sys
+import types
+
+import engrax.train as _package
+from engrax.errors import UserError
+from engrax.layers.mixer import MixerConfig
+from engrax.layers.mixer import register_mixer as register
 
 __version__ = "0.1.0"
+__all__ = ["MixerConfig", "UserError", "evaluate", "generate", "load", "register", "train"]
+
+
+def _train(config, run_dir, *, source=None, progress=True, **fields):
+    """Trains a config (an Experiment, a name, or the path of a .py file) in `run_dir`; resumes the run that is there.
+
+    `fields` replace fields of the experiment, dots written as double underscores: `optimizer__learning_rate=1e-3`.
+    Returns `engrax.train.loop.Result`. Raises UserError for a mistake that the user can mend.
+    """
+    from engrax import configs
+    from engrax.train import config as experiments
+    from engrax.train import loop
+
+    if not isinstance(config, experiments.Experiment):
+        found = configs.find(str(config))
+        config, source = found.experiment, found.path
+    experiment = experiments.replace(config, {name.replace("__", "."): value for name, value in fields.items()})
+    return loop.train(experiment, run_dir, source=source, progress=progress)
+
+
+class _CallablePackage(types.ModuleType):
+    """`engrax.train` is the package of the loop and, called, the function that runs it."""
+
+    __call__ = staticmethod(_train)
+
+
+train = sys.modules[_package.__name__]
+train.__class__ = _CallablePackage
+
+
+def load(run, step=None, plugins=()):
+    """(model, step) of a run folder's checkpoint: None = newest, "best" = lowest validation loss, or a step's number.
+
+    `plugins` are files that register mixers or models of the user's own. Raises UserError where something is missing.
+    """
+    from engrax.train import runs
+
+    return _open(run, plugins, runs).load(step)
+
+
+def evaluate(run, *, step=None, batches=None, plugins=(), progress=True):
+    """Evaluates a checkpoint of a run folder and writes RUN/evals/step_N/; returns `engrax.evals.Results`."""
+    from engrax import evals
+    from engrax.train import runs
+
+    _open(run, plugins, runs)
+    return evals.evaluate(run, step=step, batches=batches, progress=progress)
+
+
+def generate(run, prompt, *, tokens=200, temperature=0.8, seed=0, step=None, plugins=()):
+    """A sampled continuation of `prompt` (str), `tokens` tokens long; temperature 0 takes the likeliest token."""
+    from engrax.models.generate import sample
+    from engrax.train import runs
+
+    opened = _open(run, plugins, runs)
+    tokenizer = opened.experiment.data.tokenizer
+    if tokenizer is None:
+        raise UserError(
+            f"{run} was trained on a generated task without text; there is nothing to sample from a prompt."
+        )
+    import numpy as np
+
+    ids = np.asarray(tokenizer.encode(prompt), np.int32)[None]
+    model, _ = opened.load(step)
+    return tokenizer.decode(sample(model, ids, tokens=tokens, temperature=temperature, seed=seed)[0])
+
+
+def _open(run, plugins, runs):
+    from engrax.plugins import load as load_plugin
+
+    for path in plugins:
+        load_plugin(path)
+    return runs.open_run(run)

@@ -1,0 +1,53 @@
+# Every target makes its own environment in .venv: nothing needs to be activated or installed beforehand.
+#
+#   make train          install, train the quickstart, evaluate it, print a sample and where the report is
+#   make test           install, run the tests
+#   make test-all       the deep grids too
+#   make test-lowest    a smoke run on Python 3.11 and the lowest supported versions
+#   make lint           style
+#
+# PYTHON=3.12 or PYTHON=/path/to/python3 chooses another Python than launch/python.sh would. TRAIN_FLAGS="--steps 50"
+# and PYTEST_FLAGS="-k mqar" are handed on.
+
+PYTHON =
+VENV = .venv
+LOWEST = .venv-lowest
+RUN = runs/quickstart
+TRAIN_FLAGS =
+PYTEST_FLAGS =
+
+# One worker a core, up to 8. worksteal gives each worker a contiguous half of the list, so what a module has compiled
+# stays with it, and moves tests only when a worker has none left.
+WORKERS = $$("$(VENV)/bin/python" -c "import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()))")
+PYTEST = "$(VENV)/bin/python" -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
+
+.PHONY: help train test test-all test-lowest lint clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+train:
+	@sh launch/venv.sh "$(VENV)" "" $(PYTHON)
+	"$(VENV)/bin/engrax" train quickstart --run-dir "$(RUN)" $(TRAIN_FLAGS)
+	"$(VENV)/bin/engrax" evaluate "$(RUN)"
+	"$(VENV)/bin/engrax" generate "$(RUN)" --prompt "def "
+	@find "$(RUN)/evals" -name report.html | sed 's/^/The report is in /'
+
+test:
+	@sh launch/venv.sh "$(VENV)" test $(PYTHON)
+	$(PYTEST) -m "not slow"
+
+test-all:
+	@sh launch/venv.sh "$(VENV)" test $(PYTHON)
+	$(PYTEST)
+
+test-lowest:
+	@sh launch/venv.sh --lowest "$(LOWEST)" test
+	"$(LOWEST)/bin/python" -m pytest -m smoke $(PYTEST_FLAGS)
+
+lint:
+	@sh launch/venv.sh "$(VENV)" dev $(PYTHON)
+	"$(VENV)/bin/ruff" check .
+
+clean:
+	rm -rf "$(VENV)" "$(LOWEST)" build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,255 @@
+"""The command line: thin parsing over the functions of `engrax`.
+
+A user's mistake ends with exit code 2 and one line on stderr; a traceback is a bug.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from engrax.errors import UserError
+from engrax.registry import did_you_mean
+
+EXAMPLES = {
+    "train": "engrax train quickstart --run-dir runs/quickstart --steps 500 --model.mixers.0.heads 8",
+    "evaluate": "engrax evaluate runs/quickstart --step best",
+    "generate": 'engrax generate runs/quickstart --prompt "def " --tokens 200',
+    "describe": "engrax describe quickstart --model.dim 512",
+    "list": "engrax list",
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, or 2 for a user's mistake."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        return _run(args)
+    except UserError as error:
+        print(f"engrax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("engrax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        sys.stdout = None
+        return 0
+    except OSError as error:  # a disk is full, a folder may not be written, a file stands where a folder should
+        print(f"engrax: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="engrax", description="Train, evaluate and sample memory-augmented sequence models.", add_help=True
+    )
+    parser.add_argument("command", choices=None, help=f"one of: {', '.join(EXAMPLES)}; each has --help", nargs="?")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    if not args or args[0] in ("-h", "--help"):
+        parser.print_help()
+        print("\nexamples:\n" + "\n".join(f"  {example}" for example in EXAMPLES.values()))
+        return 0 if args else 2
+    command, rest = args[0], args[1:]
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r}{did_you_mean(command, COMMANDS)} (known: {', '.join(COMMANDS)}).")
+    return COMMANDS[command](rest)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are UserErrors."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see `{self.prog} --help`.")
+
+
+def _parser(command: str, description: str) -> _Parser:
+    return _Parser(
+        prog=f"engrax {command}",
+        description=description,
+        epilog=f"example:\n  {EXAMPLES[command]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _train(args: list[str]) -> int:
+    parser = _parser(
+        "train",
+        "Trains a config, resuming the run that the folder holds. Any field is a flag: --optimizer.learning-rate 1e-3.",
+    )
+    parser.add_argument("config", help="a name that `engrax list` shows, a .py file with config(), or a run to resume")
+    parser.add_argument("--run-dir", help="the run folder (default: runs/CONFIG)")
+    known, rest = _split_help(parser, args)
+    from engrax.train import distributed
+
+    distributed.start()
+    from engrax import train
+
+    source = _find(known.config)
+    experiment = override(source.experiment, rest, f"engrax train {known.config}")
+    run_dir = known.run_dir or source.run_dir or f"runs/{source.name}"
+    result = train(experiment, run_dir, source=source.path)
+    if result.finished and _is_main():
+        print(f"finished step {result.step}: {result.run_dir} (next: engrax evaluate {result.run_dir})")
+    return 0
+
+
+def _evaluate(args: list[str]) -> int:
+    parser = _parser(
+        "evaluate", "Evaluates a checkpoint; writes results.json, CSV, plots and report.html into RUN/evals."
+    )
+    parser.add_argument("run", help="the run folder")
+    parser.add_argument("--step", default=None, help="a step's number, or best (default: the newest)")
+    parser.add_argument("--batches", type=int, default=None, help="validation batches (default: all)")
+    parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers the run's own mixers")
+    known = parser.parse_args(args)
+    from engrax import evaluate
+
+    results = evaluate(known.run, step=known.step, batches=known.batches, plugins=known.plugin)
+    print(results.summary())
+    return 0
+
+
+def _generate(args: list[str]) -> int:
+    parser = _parser("generate", "Samples a continuation of a prompt.")
+    parser.add_argument("run", help="the run folder")
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens to sample (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest (default: 0.8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--step", default=None, help="a step's number, or best (default: the newest)")
+    parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers the run's own mixers")
+    known = parser.parse_args(args)
+    from engrax import generate
+
+    text = generate(
+        known.run,
+        known.prompt,
+        tokens=known.tokens,
+        temperature=known.temperature,
+        seed=known.seed,
+        step=known.step,
+        plugins=known.plugin,
+    )
+    print(known.prompt + text)
+    return 0
+
+
+def _describe(args: list[str]) -> int:
+    parser = _parser(
+        "describe", "Prints what a config costs before any step: parameters, FLOPs, state bytes, optimizer bytes."
+    )
+    parser.add_argument("config", help="a name that `engrax list` shows, or the path of a .py file with config()")
+    known, rest = _split_help(parser, args)
+    import jax
+
+    from engrax.train import cost
+
+    experiment = override(_find(known.config).experiment, rest, f"engrax describe {known.config}")
+    print(cost.format_costs(cost.costs(experiment, jax.device_count())))
+    return 0
+
+
+def _list(args: list[str]) -> int:
+    _parser("list", "Lists configs, mixers, models and data sets.").parse_args(args)
+    from engrax import configs
+    from engrax.data import DATASETS
+    from engrax.layers import MIXERS
+    from engrax.models import MODELS
+
+    print("configs:")
+    for name in configs.names():
+        print(f"  {name:24} {configs.summary(name)}")
+    for title, registry in (("mixers", MIXERS), ("models", MODELS), ("data sets", DATASETS)):
+        print(f"{title}:")
+        for name, cls in registry.items():
+            print(f"  {name:24} {(cls.__doc__ or '').strip().splitlines()[0]}")
+    return 0
+
+
+COMMANDS = {"train": _train, "evaluate": _evaluate, "generate": _generate, "describe": _describe, "list": _list}
+
+
+def _find(name: str) -> Any:
+    """A config by name or file, or the config of a run folder."""
+    from engrax import configs
+    from engrax.train import runs
+
+    if (runs.folder(name) / "config.json").exists():
+        run = runs.open_run(name)
+        return configs.Source(run.experiment, run.directory.name, run_dir=str(run.directory))
+    return configs.find(name)
+
+
+def _split_help(parser: _Parser, args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parses what the parser knows; the rest are a config's fields. --help after a config lists its fields."""
+    wants_help = [a for a in args if a in ("-h", "--help")]
+    plain = [a for a in args if a not in ("-h", "--help")]
+    if wants_help and (not plain or plain[0].startswith("-")):
+        parser.parse_args(["--help"])
+    if not plain or plain[0].startswith("-"):
+        raise UserError(f"{parser.prog} needs a CONFIG first; for example: {EXAMPLES[parser.prog.split()[-1]]}")
+    known, rest = parser.parse_known_args(plain)
+    return known, rest + wants_help
+
+
+def override(experiment: Any, args: list[str], prog: str) -> Any:
+    """The experiment with fields replaced by dotted flags. Raises UserError in one sentence."""
+    if not args:
+        return experiment
+    import tyro
+
+    known = _field_names(experiment)
+    for arg in args:
+        name = arg.split("=")[0].removeprefix("--").replace("_", "-")
+        if arg.startswith("--") and name != "help" and name not in known and name.replace(".no-", ".") not in known:
+            raise UserError(f"{prog.split()[-1]} has no field --{name}{did_you_mean(name, known)}.")
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                type(experiment), default=experiment, args=args, prog=prog, config=(tyro.conf.AvoidSubcommands,)
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(errors.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The first sentence inside the frame that tyro draws around a mistake."""
+    inside = [line.strip("│╭╮╰╯─ ").strip() for line in box.splitlines()]
+    told = []
+    for line in inside[1:]:
+        if not line and told:
+            break
+        if line:
+            told.append(line)
+    return " ".join(told) or "a flag could not be read; see --help."
+
+
+def _field_names(config: Any, prefix: str = "") -> list[str]:
+    """Dotted flag names of all fields, as tyro spells them."""
+    names = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        names.append(name)
+        if dataclasses.is_dataclass(value):
+            names += _field_names(value, name + ".")
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                names += _field_names(item, f"{name}.{i}.") if dataclasses.is_dataclass(item) else [f"{name}.{i}"]
+    return names
+
+
+def _is_main() -> bool:
+    import jax
+
+    return jax.process_index() == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""The launch scripts, run as they stand against stand-ins for `srun` and `gcloud`; the training they start is real."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = ROOT / "launch"
+
+# Attention alone compiles fastest; the scripts are what is tested. A constant rate lets a run go on for longer.
+TINY = (
+    *("mqar_attention", "--batch-size", "4", "--data.seq-len", "32", "--model.dim", "32", "--model.repeat", "1"),
+    *("--optimizer.schedule", "constant", "--optimizer.warmup-steps", "2", "--eval.batches", "1", "--log.every", "1"),
+)
+
+# Starts two processes the way SLURM does on one node, and ends the other when one fails (--kill-on-bad-exit).
+SRUN = """#!{python}
+import os, socket, subprocess, sys, time
+
+def free(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+words = sys.argv[1:]
+while words[0].startswith("-"):
+    words.pop(0)
+job = next(job for job in range(os.getpid() % 4000, 8000) if free(job % 4096 + 61440))  # JAX's port for a job
+processes = []
+for rank in range(2):
+    slurm = dict(JOB_ID=job, STEP_NODELIST="localhost", NTASKS=2, PROCID=rank, LOCALID=rank, STEP_NUM_NODES=1)
+    slurm = {{"SLURM_" + name: str(value) for name, value in slurm.items()}}
+    processes.append(subprocess.Popen(words, env={{**os.environ, **slurm}}))
+while any(process.poll() is None for process in processes):
+    if any(process.poll() for process in processes):
+        for process in processes:
+            process.kill()
+    time.sleep(0.05)
+codes = [process.wait() for process in processes]
+print("srun: exit codes", *codes)
+sys.exit(next((abs(code) for code in codes if code), 0))
+"""
+
+# Notes what it is asked; answers with the states of $STATES (then READY) and ends `train` with the codes of $CODES.
+GCLOUD = """#!/usr/bin/env bash
+echo "$*" | tr '\\n' ' ' >>"$ASKED"; echo >>"$ASKED"
+case "$*" in
+    *" scp "*) for word; do case $word in *.tar.gz) [ -f "$word" ] && cp "$word" "$ASKED.tar.gz" ;; esac; done ;;
+    *describe*) state=$(head -n 1 "$STATES"); sed -i 1d "$STATES"; echo "${state:-READY}" ;;
+    *"engrax train"*)
+        code=$(head -n 1 "$CODES"); sed -i 1d "$CODES"
+        case $code in stopped) echo "stopped at step 3; resume with: ..."; exit 0 ;; *) exit "$code" ;; esac ;;
+esac
+"""
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """`run(*words, **variables)` -> finished process; ENGRAX is the engrax under test, PATH begins with `bin`."""
+    (tmp_path / "bin").mkdir()
+    engrax = script(tmp_path / "bin" / "engrax-here", f'#!/bin/sh\nexec "{sys.executable}" -m engrax.cli "$@"\n')
+
+    def run(*words, **variables):
+        slurm = [name for name in os.environ if name.startswith(("SLURM_", "ENGRAX", "XLA_FLAGS"))]
+        environment = {name: value for name, value in os.environ.items() if name not in slurm}
+        environment |= {
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "ENGRAX": str(engrax),
+            "JAX_PLATFORMS": "cpu",
+        }
+        environment |= {name: str(value) for name, value in variables.items()}
+        command = [str(word) for word in words]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+
+    return run
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in rows(run_dir) if "loss" in row}
+
+
+def test_two_slurm_processes_train_as_one(shell, tmp_path):
+    """slurm.sbatch with two tasks, and local.sh with two devices: one run folder each, the same losses."""
+    script(tmp_path / "bin" / "srun", SRUN.format(python=sys.executable))
+    run_dir = tmp_path / "slurm"
+    finished = shell(
+        "bash", LAUNCH / "slurm.sbatch", *TINY, "--steps", "4", "--run-dir", run_dir, SLURM_SUBMIT_DIR=ROOT
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "srun: exit codes 0 0" in finished.stdout
+    assert len(list(tmp_path.rglob("metrics.jsonl"))) == 1
+    written = [row["step"] for row in rows(run_dir) if "loss" in row]
+    assert written == [1, 2, 3, 4], "two processes wrote the metrics"
+
+    one = shell("bash", LAUNCH / "local.sh", *TINY, "--steps", "6", "--run-dir", "local", DEVICES=2)
+    assert one.returncode == 0, one.stdout + one.stderr
+    wanted = losses(tmp_path / "local")
+    assert losses(run_dir) == pytest.approx({step: wanted[step] for step in range(1, 5)}, rel=1e-5)
+
+    # What two processes saved, one process on one device goes on with.
+    more = shell("bash", LAUNCH / "local.sh", *TINY, "--steps", "6", "--run-dir", run_dir)
+    assert more.returncode == 0, more.stdout + more.stderr
+    assert losses(run_dir) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_slurm_hands_on_the_error(shell, tmp_path):
+    script(tmp_path / "bin" / "srun", SRUN.format(python=sys.executable))
+    finished = shell("bash", LAUNCH / "slurm.sbatch", "nonesuch", "--run-dir", tmp_path / "a", SLURM_SUBMIT_DIR=ROOT)
+    assert finished.returncode == 2
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    "words, message", [(["quickstart"], "--run-dir"), (["quickstart", "--steps", "3"], "--run-dir")]
+)
+def test_slurm_wants_a_run_folder(shell, words, message):
+    finished = shell("bash", LAUNCH / "slurm.sbatch", *words, SLURM_SUBMIT_DIR=ROOT)
+    assert (finished.returncode, message in finished.stderr) == (2, True)
+
+
+def test_slurm_wants_to_be_submitted_from_the_checkout(shell, tmp_path):
+    finished = shell("bash", LAUNCH / "slurm.sbatch", "quickstart", "--run-dir", "a", SLURM_SUBMIT_DIR=tmp_path)
+    assert (finished.returncode, "root of the checkout" in finished.stderr) == (2, True)
+
+
+def test_local_says_when_engrax_is_absent(shell, tmp_path):
+    copy = tmp_path / "checkout"
+    (copy / "launch").mkdir(parents=True)
+    for name in ("local.sh", "engrax.sh"):
+        (copy / "launch" / name).write_bytes((LAUNCH / name).read_bytes())
+    finished = shell("bash", copy / "launch" / "local.sh", "quickstart", ENGRAX="", PATH="/usr/bin:/bin")
+    assert (finished.returncode, "not installed" in finished.stderr) == (2, True)
+
+
+@pytest.fixture
+def tpu_pod(shell, tmp_path):
+    """Returns `run(codes, states) -> (finished, what gcloud was asked)` of tpu_pod.sh."""
+    script(tmp_path / "bin" / "gcloud", GCLOUD)
+    files = {name: tmp_path / name.lower() for name in ("ASKED", "CODES", "STATES")}
+
+    def run(codes, states=(), words=("quickstart", "--run-dir", "gs://bucket/a run")):
+        files["ASKED"].write_text("")
+        files["CODES"].write_text("".join(f"{code}\n" for code in codes))
+        files["STATES"].write_text("".join(f"{state}\n" for state in states))
+        finished = shell("bash", LAUNCH / "tpu_pod.sh", "slice", "zone-a", *words, WAIT=0, RETRIES=5, **files)
+        return finished, files["ASKED"].read_text().splitlines()
+
+    return run
+
+
+def of_kind(asked, text):
+    return [line for line in asked if text in line]
+
+
+def test_tpu_pod_resumes_until_the_run_is_done(tpu_pod, tmp_path):
+    finished, asked = tpu_pod([255, "stopped", 1, 0])
+    assert finished.returncode == 0, finished.stderr
+    training = of_kind(asked, "engrax train")
+    assert len(training) == 4 and len(set(training)) == 1
+    assert "--worker=all" in training[0] and "--zone=zone-a" in training[0]
+    assert "ENGRAX_DISTRIBUTED=1" in training[0] and r"gs://bucket/a\ run" in training[0]
+    assert len(of_kind(asked, " scp ")) == 1, "the checkout is copied once"
+    with tarfile.open(tmp_path / "asked.tar.gz") as archive:
+        copied = set(archive.getnames())
+    assert {"setup.py", "launch/venv.sh", "train/loop.py"} <= copied and not any(".venv" in name for name in copied)
+    assert "stopped at step" in (ROOT / "train" / "loop.py").read_text(), "tpu_pod.sh looks for the loop's own words"
+
+
+def test_tpu_pod_waits_for_the_slice_and_installs_anew(tpu_pod):
+    finished, asked = tpu_pod([255, 0], states=["READY", "PREEMPTED"])
+    assert finished.returncode == 0, finished.stderr
+    assert len(of_kind(asked, " scp ")) == 2 and len(of_kind(asked, "engrax train")) == 2
+
+
+def test_tpu_pod_does_not_repeat_a_mistake(tpu_pod):
+    finished, asked = tpu_pod([2, 0])
+    assert finished.returncode == 2
+    assert len(of_kind(asked, "engrax train")) == 1
+
+
+def test_tpu_pod_gives_up(tpu_pod):
+    finished, asked = tpu_pod([1] * 9)
+    assert finished.returncode == 1 and "gave up" in finished.stderr
+    assert len(of_kind(asked, "engrax train")) == 5
+
+
+def test_tpu_pod_wants_a_bucket(tpu_pod):
+    finished, asked = tpu_pod([0], words=("quickstart", "--run-dir", "runs/a"))
+    assert finished.returncode == 2 and not asked

@@ -1,0 +1,138 @@
+"""A memory of the user's own: one file outside the package, and everything includes it."""
+
+import textwrap
+
+MIXER = '''
+"""A running mean of the segment so far."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import engrax
+from engrax.layers.modules import projection
+
+
+@engrax.register("running_mean")
+@dataclasses.dataclass(frozen=True)
+class RunningMeanConfig(engrax.MixerConfig):
+    """y_t = mean(x_1 W, ..., x_t W) V."""
+
+    width: int = 4  # channels of the mean
+
+    def build(self, dim, *, rngs, layer=0, num_layers=1):
+        return RunningMean(self, dim, rngs=rngs)
+
+    @classmethod
+    def examples(cls):
+        return (cls(width=3),)
+
+    def flops_per_token(self, dim, seq_len):
+        return 4 * dim * self.width
+
+
+class RunningMean(nnx.Module):
+    def __init__(self, config, dim, *, rngs):
+        self.width = config.width
+        self.write = projection(dim, config.width, ("embed", "heads"), rngs=rngs)
+        self.read = projection(config.width, dim, ("heads", "embed"), rngs=rngs)
+
+    def init_state(self, batch_size):
+        dtype = jnp.promote_types(self.write.kernel.dtype, jnp.float32)
+        total = jnp.zeros((batch_size, self.width), dtype)
+        return {"total": total, "count": jnp.zeros(batch_size, dtype), "last": jnp.full(batch_size, -1, jnp.int32)}
+
+    def __call__(self, x, state=None, segment_ids=None):
+        state = self.init_state(len(x)) if state is None else state
+        same_segment = jnp.broadcast_to(jnp.maximum(state["last"], 0)[:, None], x.shape[:2])
+        ids = same_segment if segment_ids is None else segment_ids
+
+        def token(carry, inputs):
+            x_t, id_t = inputs
+            real = id_t >= 0
+            keep = ~(real & (carry["last"] >= 0) & (id_t != carry["last"]))
+            total = carry["total"] * keep[:, None] + jnp.where(real[:, None], x_t, 0)
+            count = carry["count"] * keep + real
+            y = jnp.where(real[:, None], total / jnp.maximum(count, 1)[:, None], 0)
+            return {"total": total, "count": count, "last": jnp.where(real, id_t, carry["last"])}, y
+
+        state, y = jax.lax.scan(token, state, (jnp.moveaxis(self.write(x), 1, 0), ids.T))
+        return self.read(jnp.moveaxis(y, 0, 1).astype(x.dtype)), state
+'''
+
+CONFIG = '''
+"""The running mean on MQAR."""
+
+from my_mixer import RunningMeanConfig
+
+from engrax.data import MQAR
+from engrax.models import LanguageModelConfig
+from engrax.train import EvalConfig, Experiment, OptimizerConfig
+
+
+def config():
+    return Experiment(
+        model=LanguageModelConfig(vocab_size=32, dim=8, mixers=(RunningMeanConfig(),), repeat=1, mlp_hidden=16),
+        data=MQAR(seq_len=16, num_pairs=2, vocab_size=32, train_examples=64, validation_examples=16),
+        steps=9,
+        batch_size=4,
+        optimizer=OptimizerConfig(warmup_steps=1),
+        eval=EvalConfig(every=0),
+    )
+'''
+
+EVALUATE = """
+import sys
+from engrax import cli
+run, plugin = sys.argv[1:]
+print("exit code", cli.main(["evaluate", run, "--batches", "1"]))
+print("exit code", cli.main(["evaluate", run, "--batches", "1", "--plugin", plugin]))
+"""
+
+LAWS = """
+import sys
+import jax
+from engrax import plugins
+from engrax.layers import MIXERS
+plugins.load(sys.argv[1])
+from engrax.tests.law_cases import cases
+from engrax.tests.laws import LAWS
+from engrax.tests.subjects import Subject
+assert "running_mean0-causality.jacobian" in [case.id for case in cases(MIXERS)]
+with jax.enable_x64(True):
+    subject = Subject(MIXERS["running_mean"].examples()[0])
+    for name, law in LAWS.items():
+        law(subject)
+        print("obeys", name)
+"""
+
+
+def test_a_mixer_in_a_file_of_the_users_own(tmp_path, run_python):
+    folder, run = tmp_path / "mine", tmp_path / "runs" / "mean"
+    folder.mkdir()
+    (folder / "my_mixer.py").write_text(textwrap.dedent(MIXER))
+    (folder / "my_config.py").write_text(textwrap.dedent(CONFIG))
+
+    # Given a config file that uses the mixer, training finds it by the path and keeps its source.
+    command = "import sys; from engrax import cli; sys.exit(cli.main(sys.argv[1:]))"
+    out = run_python(command, devices=1, args=["train", folder / "my_config.py", "--run-dir", run, "--steps", "2"])
+    assert "finished step 2" in out
+    assert (run / "source" / "my_mixer.py").read_text() == (folder / "my_mixer.py").read_text()
+    assert (run / "source" / "my_config.py").read_text() == (folder / "my_config.py").read_text()
+
+    # When the run is evaluated, foreign code runs only where it is named.
+    out = run_python(EVALUATE, devices=1, args=[run, run / "source" / "my_mixer.py"])
+    codes = [line.split()[-1] for line in out.splitlines() if line.startswith("exit code")]
+    assert codes == ["2", "0"], run_python.last.stderr
+    complaints = [line for line in run_python.last.stderr.splitlines() if line.startswith("engrax:")]
+    assert len(complaints) == 1 and "running_mean" in complaints[0] and "--plugin" in complaints[0], complaints
+    assert "Traceback" not in run_python.last.stderr
+    assert list(run.glob("evals/**/report.html"))
+
+
+def test_the_laws_include_a_users_mixer(tmp_path, run_python):
+    (tmp_path / "my_mixer.py").write_text(textwrap.dedent(MIXER))
+    out = run_python(LAWS, devices=1, args=[tmp_path / "my_mixer.py"])
+    assert "obeys packing.gradients" in out and "obeys stability.long" in out
