@@ -82,12 +82,15 @@ def _train(args: list[str]) -> int:
     )
     parser.add_argument("config", help="a name that `engrax list` shows, a .py file with config(), or a run to resume")
     parser.add_argument("--run-dir", help="the run folder (default: runs/CONFIG)")
+    parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers a run's own mixers")
     known, rest = _split_help(parser, args)
     from engrax.train import distributed
 
     distributed.start()
-    from engrax import train
+    from engrax import plugins, train
 
+    for path in known.plugin:
+        plugins.load(path)
     source = _find(known.config)
     experiment = override(source.experiment, rest, f"engrax train {known.config}")
     run_dir = known.run_dir or source.run_dir or f"runs/{source.name}"

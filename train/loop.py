@@ -134,8 +134,9 @@ class Loop:
         self.latest |= row
         self.bar.update(step, {"loss": row["loss"]})
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            kept = f"the checkpoint of step {self.saved} is sound" if self.saved else "nothing was saved yet"
             raise UserError(
-                f"the loss or the gradient of step {step} is not finite; the checkpoint of step {self.saved} is sound. "
+                f"the loss or the gradient of step {step} is not finite; {kept}. "
                 "Train anew in another --run-dir with a lower --optimizer.learning-rate."
             )
         validated = self.validated.get(step, {})
