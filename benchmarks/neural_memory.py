@@ -6,9 +6,10 @@
 One layer, projections included: batch 1, 512 tokens, width 256, 4 heads of 64, memory 64 -> 256 -> 64, mean squared
 output as the loss. engrax has per-token step size, momentum and forgetting and a short convolution; titans-pytorch has
 per-token step size, and momentum and forgetting per chunk. The peer's process stays alive and the two take turns, run
-by run, so that whatever else the machine does falls on both; ratios are of neighbouring runs. Peak memory is the
-process's resident maximum, interpreter and libraries included (each engine in a process of its own), and XLA's own
-count of temporary bytes.
+by run, so that whatever else the machine does falls on both; ratios are of neighbouring runs. Both processes let
+glibc keep freed memory mapped, as engrax's training loop does on CPU (train/host.py). Peak
+memory is the process's resident maximum, interpreter and libraries included (each engine in a process of its own), and
+XLA's own count of temporary bytes.
 """
 
 import argparse
@@ -27,6 +28,11 @@ DIM, HEADS, HEAD_DIM, HIDDEN, SEQ, CONV = 256, 4, 64, 256, 512, 4
 SETTINGS = {
     f"chunk {chunk}": dict(dim=DIM, heads=HEADS, dim_head=HEAD_DIM, chunk_size=chunk, batch_size=chunk)
     for chunk in (16, 64)
+}
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(2**26),
 }
 TARGETS = {"chunk 16": 8.0, "chunk 64": 2.5}
 HOW_TO_ADD_PEER = (
@@ -93,7 +99,8 @@ class Peer:
     """A child process that answers JSON lines."""
 
     def __init__(self, command, **build):
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(command, **pipes, text=True, env=os.environ | KEEP_FREED_MEMORY)
         self.versions = self.ask(**build)["versions"]
 
     def ask(self, **request):

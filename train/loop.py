@@ -24,6 +24,7 @@ from engrax.train import config as configs
 from engrax.train import metrics, runs
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.distributed import StopSignal
+from engrax.train.host import keep_freed_memory
 from engrax.train.trainer import Trainer
 
 
@@ -49,6 +50,7 @@ def train(
     Raises UserError before the first step where the folder holds another experiment, or mesh, batch or data do not fit.
     """
     begun = time.perf_counter()
+    keep_freed_memory()
     run_dir = runs.folder(run_dir)
     trainer = Trainer(experiment)
     mesh = trainer.mesh  # refuses a mesh or batch that does not divide, before anything is written

@@ -55,7 +55,8 @@ def _transposed(x, m):  # x @ m.T
     return jnp.einsum("so,io->si", x, m)
 
 
-def _outer(x, y):  # x.T @ y
+def outer(x, y):
+    """Returns x^T y. Functions below take another one as `outer` where a device needs its own."""
     return jnp.einsum("si,so->io", x, y)
 
 
@@ -97,7 +98,7 @@ def _inputs_and_deltas(k, saved_z, saved_r, error, f, df):
     return (k, *map(f, saved_z)), (*(r * df(z) for z, r in zip(saved_z, saved_r)), error)
 
 
-def chunk_forward(c: Coefficients, first_scores, q, k, v, bases: Bases, activation: str):
+def chunk_forward(c: Coefficients, first_scores, q, k, v, bases: Bases, activation: str, outer=outer):
     """Returns (out, weights, momentum) after the block, and what the backward pass needs.
 
     first_scores: D_1 `[S, S]`, which does not depend on the memory.
@@ -114,36 +115,39 @@ def chunk_forward(c: Coefficients, first_scores, q, k, v, bases: Bases, activati
         u = f(y)
         ys.append(y)
         scores.append(d)
-    weights, momentum = chunk_carry(c, xs, deltas, bases)
+    weights, momentum = chunk_carry(c, xs, deltas, bases, outer)
     out = ys.pop()
     return (out, weights, momentum), Saved(z, r, error, tuple(ys), tuple(scores[1:]))
 
 
-def chunk_carry(c: Coefficients, xs: Rows, deltas: Rows, bases: Bases) -> tuple[Layers, Layers]:
+def chunk_carry(c: Coefficients, xs: Rows, deltas: Rows, bases: Bases, outer=outer) -> tuple[Layers, Layers]:
     """Returns weights and momentum after the block."""
     new_weights, new_momentum = [], []
     for layer, (x, delta) in enumerate(zip(xs, deltas)):
         ws, ss = _layer(bases.weights, layer), _layer(bases.momentum, layer)
         w = sum(c.read_weights[-1, j] * w + c.read_momentum[-1, j] * s for j, (w, s) in enumerate(zip(ws, ss)))
         s = sum(c.last_momentum[j] * s for j, s in enumerate(ss))
-        new_weights.append(w - _outer(x, c.write[-1, :, None] * delta))
-        new_momentum.append(s - _outer(x, c.last_write[:, None] * delta))
+        new_weights.append(w - outer(x, c.write[-1, :, None] * delta))
+        new_momentum.append(s - outer(x, c.last_write[:, None] * delta))
     return tuple(new_weights), tuple(new_momentum)
 
 
-def chunk_replay(c: Coefficients, k, bases: Bases, saved: Saved, activation: str) -> tuple[Layers, Layers]:
+def chunk_replay(c: Coefficients, k, bases: Bases, saved: Saved, activation: str, outer=outer) -> tuple[Layers, Layers]:
     """Returns weights and momentum after the block from what was saved of it."""
     f = ACTIVATIONS[activation]
-    return chunk_carry(c, *_inputs_and_deltas(k, saved.z, saved.r, saved.error, f, derivative(f)), bases)
+    return chunk_carry(c, *_inputs_and_deltas(k, saved.z, saved.r, saved.error, f, derivative(f)), bases, outer)
 
 
 class _Grads:
     """Cotangents of one block, added up as the derivative proceeds; None: nothing yet."""
 
-    def __init__(self, c: Coefficients, bases: Bases):
+    def __init__(self, bases: Bases, outer):
+        self.outer = outer
         depth, self.coefficients, self.anchored = len(bases.weights[0]), {}, bases.anchor is not None
         self.x, self.delta = [None] * depth, [None] * depth
-        self.matrices = {kind: [[None] * depth for _ in bases.weights] for kind in ("weights", "momentum", "anchor")}
+        kinds = ("weights", "momentum", "anchor")
+        self.matrices = {kind: [[None] * depth for _ in bases.weights] for kind in kinds}
+        self.outers = {kind: [[[] for _ in range(depth)] for _ in bases.weights] for kind in kinds}
 
     def add(self, slots, index, value):
         slots[index] = value if slots[index] is None else slots[index] + value
@@ -152,11 +156,21 @@ class _Grads:
         self.coefficients[name] = value if name not in self.coefficients else self.coefficients[name] + value
 
     def add_matrix(self, kind, base, layer, value):
-        if kind == "anchor" and (base > 0 or not self.anchored):
-            kind = "weights"
         self.add(self.matrices[kind][base], layer, value)
 
+    def add_outer(self, kind, base, layer, x, y):
+        """Adds x^T y; the products of one matrix are done at the end as one, over all their rows."""
+        if kind == "anchor" and (base > 0 or not self.anchored):
+            kind = "weights"
+        self.outers[kind][base][layer].append((x, y))
+
     def bases(self) -> Bases:
+        for kind, by_base in self.outers.items():
+            for base, by_layer in enumerate(by_base):
+                for layer, pairs in enumerate(by_layer):
+                    if pairs:
+                        x, y = (jnp.concatenate(rows) for rows in zip(*pairs))
+                        self.add_matrix(kind, base, layer, self.outer(x, y))
         weights, momentum, anchor = (
             tuple(map(tuple, self.matrices[kind])) for kind in ("weights", "momentum", "anchor")
         )
@@ -177,15 +191,15 @@ def _read_bwd(g: _Grads, c, first_scores, q, xs, deltas, saved: Saved, bases, ou
             u_bar = u_bar + _combine(scales, products)
             g.add_coefficient(name, _dots(u, products))
             for j in range(len(products)):
-                g.add_matrix(kind, j, layer, _outer(u, _scale(scales, j, y_bar)))
+                g.add_outer(kind, j, layer, u, _scale(scales, j, y_bar))
         d_bar = -_transposed(y_bar, delta)
         d = first_scores if layer == 0 else saved.scores[layer - 1]
-        g.add(g.delta, layer, -_outer(d, y_bar))
+        g.add(g.delta, layer, -g.outer(d, y_bar))
         if layer == 0:
             return u_bar, d_bar
         products_bar = c.write * d_bar
         g.add_coefficient("write", d_bar * _transposed(u, x))
-        g.add(g.x, layer, _outer(products_bar, u))
+        g.add(g.x, layer, g.outer(products_bar, u))
         y_bar = (u_bar + products_bar @ x) * df(saved.y[layer - 1])
 
 
@@ -230,7 +244,7 @@ def _keys_bwd(g: _Grads, c, xs, deltas, saved: Saved, bases, df, d2f):
         g.add(g.delta, layer + 1, _combine(c.anchor, products))
         scales_bar(above, products)
         for j in range(len(products)):
-            g.add_matrix("anchor", j, layer + 1, _outer(_scale(c.anchor, j, r_bar), above))
+            g.add_outer("anchor", j, layer + 1, _scale(c.anchor, j, r_bar), above)
     z_bar[-1] = g.delta[-1]
     for layer in range(depth - 1, -1, -1):
         x = xs[layer]
@@ -238,13 +252,15 @@ def _keys_bwd(g: _Grads, c, xs, deltas, saved: Saved, bases, df, d2f):
         g.add(g.x, layer, _combine(c.anchor, products))
         scales_bar(x, products)
         for j in range(len(products)):
-            g.add_matrix("anchor", j, layer, _outer(x, _scale(c.anchor, j, z_bar[layer])))
+            g.add_outer("anchor", j, layer, x, _scale(c.anchor, j, z_bar[layer]))
         if layer:
             z_bar[layer - 1] = z_bar[layer - 1] + g.x[layer] * df(saved.z[layer - 1])
     return g.x[0], -g.delta[-1]
 
 
-def chunk_backward(c: Coefficients, first_scores, q, k, bases: Bases, saved: Saved, cotangents, activation: str):
+def chunk_backward(
+    c: Coefficients, first_scores, q, k, bases: Bases, saved: Saved, cotangents, activation: str, outer=outer
+):
     """Returns the cotangents (coefficients, first_scores, q, k, v, bases) of `chunk_forward`.
 
     cotangents: those of (out, weights, momentum).
@@ -253,7 +269,7 @@ def chunk_backward(c: Coefficients, first_scores, q, k, bases: Bases, saved: Sav
     df = derivative(f)
     out_bar, weights_bar, momentum_bar = cotangents
     xs, deltas = _inputs_and_deltas(k, saved.z, saved.r, saved.error, f, df)
-    g = _Grads(c, bases)
+    g = _Grads(bases, outer)
     q_bar, first_bar = _read_bwd(g, c, first_scores, q, xs, deltas, saved, bases, out_bar, f, df)
     _carry_bwd(g, c, xs, deltas, bases, weights_bar, momentum_bar)
     k_bar, v_bar = _keys_bwd(g, c, xs, deltas, saved, bases, df, derivative(df))
