@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -115,6 +118,41 @@ def test_two_slurm_processes_train_as_one(shell, tmp_path):
     more = shell("bash", LAUNCH / "local.sh", *TINY, "--steps", "6", "--run-dir", run_dir)
     assert more.returncode == 0, more.stdout + more.stderr
     assert losses(run_dir) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(tmp_path):
+    """When a machine of a job is told to go, then all processes save the same step and the run can be resumed."""
+    run_dir = tmp_path / "run"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "ENGRAX_DISTRIBUTED": "1", "ENGRAX_COORDINATOR": coordinator}
+    command = [sys.executable, "-m", "engrax.cli", "train", *TINY, "--steps", "5000", "--run-dir", str(run_dir)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment | {"ENGRAX_NUM_PROCESSES": "2", "ENGRAX_PROCESS_ID": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        deadline = time.monotonic() + 240
+        while not (run_dir / "metrics.jsonl").exists() or len(losses(run_dir)) < 3:
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            time.sleep(0.2)
+        processes[1].send_signal(signal.SIGTERM)
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
+    step = max(losses(run_dir))
+    assert step < 5000 and f"stopped at step {step}; resume with" in errors[0], errors
+    assert [int(folder.name) for folder in (run_dir / "checkpoints").iterdir() if folder.name.isdigit()] == [step]
 
 
 def test_slurm_hands_on_the_error(shell, tmp_path):
