@@ -4,6 +4,7 @@
 #   make test           install, run the tests
 #   make test-all       the deep grids too
 #   make test-lowest    a smoke run on Python 3.11 and the lowest supported versions
+#   make test-compile   compile the kernels for the accelerators they are meant for, without one (several GB of downloads)
 #   make lint           style
 #
 # PYTHON=3.12 or PYTHON=/path/to/python3 chooses another Python than launch/python.sh would. TRAIN_FLAGS="--steps 50"
@@ -12,6 +13,8 @@
 PYTHON =
 VENV = .venv
 LOWEST = .venv-lowest
+COMPILE_GPU = .venv-compile-gpu
+COMPILE_TPU = .venv-compile-tpu
 RUN = runs/quickstart
 TRAIN_FLAGS =
 PYTEST_FLAGS =
@@ -21,7 +24,7 @@ PYTEST_FLAGS =
 WORKERS = $$("$(VENV)/bin/python" -c "import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()))")
 PYTEST = "$(VENV)/bin/python" -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
-.PHONY: help train test test-all test-lowest lint clean
+.PHONY: help train test test-all test-lowest test-compile test-compile-gpu test-compile-tpu lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,9 +48,19 @@ test-lowest:
 	@sh launch/venv.sh --lowest "$(LOWEST)" test
 	"$(LOWEST)/bin/python" -m pytest -m smoke $(PYTEST_FLAGS)
 
+test-compile: test-compile-gpu test-compile-tpu
+
+test-compile-gpu:
+	@sh launch/venv.sh "$(COMPILE_GPU)" cuda $(PYTHON)
+	"$(COMPILE_GPU)/bin/python" tests/compile_gpu.py --output benchmarks/results/compile_gpu.json
+
+test-compile-tpu:
+	@sh launch/venv.sh "$(COMPILE_TPU)" tpu $(PYTHON)
+	"$(COMPILE_TPU)/bin/python" tests/compile_tpu.py --output benchmarks/results/compile_tpu.json
+
 lint:
 	@sh launch/venv.sh "$(VENV)" dev $(PYTHON)
 	"$(VENV)/bin/ruff" check .
 
 clean:
-	rm -rf "$(VENV)" "$(LOWEST)" build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" "$(LOWEST)" "$(COMPILE_GPU)" "$(COMPILE_TPU)" build dist *.egg-info .pytest_cache .ruff_cache

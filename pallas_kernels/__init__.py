@@ -1,32 +1,24 @@
 """Operations of engrax: pure functions of arrays, one folder each, one reference and several implementations.
 
-`available(op)` says which implementations can run in this process and why the others cannot.
+`available(op)` says which implementations can run in this process and why the others cannot. `debug_checks(True)` has
+positive log-decay gates reported.
 """
 
-from typing import NamedTuple
-
-from engrax.pallas_kernels import neural_memory as _neural_memory_op
+from engrax.pallas_kernels.checks import debug_checks
+from engrax.pallas_kernels.dispatch import Availability, available
+from engrax.pallas_kernels.gated_delta_rule.api import gated_delta_rule
+from engrax.pallas_kernels.linear_attention.api import linear_attention
+from engrax.pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from engrax.pallas_kernels.neural_memory.api import neural_memory
 from engrax.pallas_kernels.neural_memory.types import NeuralMemoryState
 
-__all__ = ["Availability", "NeuralMemoryState", "available", "neural_memory"]
-
-_OPERATIONS = {"neural_memory": _neural_memory_op}
-
-
-class Availability(NamedTuple):
-    """What `available` returns: the implementations that can run here, and for the others the reason."""
-
-    names: tuple[str, ...]
-    missing: dict[str, str]
-
-
-def available(op: str) -> Availability:
-    """Returns the implementations of operation `op` that can run here, and for the others the reason.
-
-    Raises ValueError for an unknown operation.
-    """
-    if op not in _OPERATIONS:
-        raise ValueError(f"unknown operation {op!r} (known: {', '.join(sorted(_OPERATIONS))}).")
-    module = _OPERATIONS[op]
-    return Availability(tuple(module.IMPLEMENTATIONS), dict(module.MISSING))
+__all__ = [
+    "Availability",
+    "NeuralMemoryState",
+    "available",
+    "debug_checks",
+    "gated_delta_rule",
+    "linear_attention",
+    "linear_cross_entropy",
+    "neural_memory",
+]

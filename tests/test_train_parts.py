@@ -276,7 +276,7 @@ def test_replace_checks_types():
 
 
 def test_freed_memory_stays_mapped(run_python):
-    """Given a CPU program with 32 MB of temporaries, when it is called often, then its pages are not faulted in anew."""
+    """When a CPU program with 32 MB of temporaries is called again, then their pages are not faulted in anew."""
     code = """
 import resource, sys
 import jax, jax.numpy as jnp

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engrax.pallas_kernels.neural_memory import IMPLEMENTATIONS, MISSING
+from engrax.pallas_kernels.checks import check_array, check_option, check_positive_int, check_rank
+from engrax.pallas_kernels.dispatch import KERNELS, choose, interpreting, unsupported_kernels
 from engrax.pallas_kernels.neural_memory.reference import neural_memory_reference
-from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, GRADIENT_AT, NeuralMemoryState
+from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, GRADIENT_AT, NeuralMemoryState, Shapes
+from engrax.pallas_kernels.neural_memory.vjp import group_size
 from engrax.pallas_kernels.neural_memory.xla import neural_memory_xla
-from engrax.registry import did_you_mean
 
 
 @no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked
@@ -60,16 +61,16 @@ def neural_memory(
       save_every: peak memory of the backward pass. n > 1: it keeps the state of every n-th chunk and runs the chunks
         between again. 1: it keeps the hidden rows of every chunk, and the state of every chunk of 64 tokens or more (of
         shorter chunks up to every fourth).
-      implementation: None (choose), "reference" (token by token) or "xla" (dual form, chunk by chunk).
+      implementation: None (choose), "reference" (token by token), "xla" (dual form, chunk by chunk), or a kernel,
+        see `engrax.pallas_kernels.available`.
 
     Returns:
       out `[B, T, H, V]` in v's dtype, and the final `NeuralMemoryState`, float32 (float64 if any input is).
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value; the message names it.
-      NotImplementedError: `implementation` names a kernel that this version does not have.
+      NotImplementedError: `implementation` names a kernel that cannot serve this call here; the message says why.
     """
-    name = _choose(implementation)
     state = NeuralMemoryState(tuple(state[0]), tuple(state[1]), tuple(state[2]), state[3])
     _validate_tokens(q, k, v, lr, momentum, forget, segment_ids)
     _validate_state(q, v, state, reset)
@@ -82,56 +83,44 @@ def neural_memory(
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     args = (q_, k_, v_, lr, momentum, forget, NeuralMemoryState(*matrices, phase), reset, segment_ids)
     options = dict(activation=activation, gradient_at=gradient_at, chunk_size=int(chunk_size))
-    if name == "xla":
-        out, state = _xla(*args, **options, save_every=int(save_every), aligned=aligned)
-    else:
+    shapes = _shapes(q, state, dtype, int(chunk_size), int(save_every), aligned)
+    unsupported = unsupported_kernels("neural_memory", shapes, implementation)
+    name = choose(implementation, unsupported)
+    if name is None:  # by the device in sight: a kernel keeps other things for its backward pass than the XLA form
+        name = next((kernel for kernel in KERNELS if kernel not in unsupported), "xla")
+    if name == "reference":
         out, state = _reference(*args, **options)
+    else:
+        more = dict(save_every=int(save_every), aligned=aligned, implementation=name, interpret=interpreting())
+        out, state = _by_chunks(*args, **options, **more)
     return out.astype(v.dtype), state
 
 
 _reference = partial(jax.jit, static_argnames=("activation", "gradient_at", "chunk_size"))(neural_memory_reference)
-_xla = partial(jax.jit, static_argnames=("activation", "gradient_at", "chunk_size", "save_every", "aligned"))(
-    neural_memory_xla
-)
+_OPTIONS = ("activation", "gradient_at", "chunk_size", "save_every", "aligned", "implementation", "interpret")
+_by_chunks = partial(jax.jit, static_argnames=_OPTIONS)(neural_memory_xla)
 
 
-def _choose(implementation: str | None) -> str:
-    if implementation is None:
-        return "xla"
-    if implementation in MISSING:
-        raise NotImplementedError(f"{implementation!r} cannot run: {MISSING[implementation]}; use 'xla' or None.")
-    if implementation not in IMPLEMENTATIONS:
-        known = (*IMPLEMENTATIONS, *MISSING)
-        near = did_you_mean(str(implementation), known)
-        raise ValueError(f"unknown implementation {implementation!r}{near} (known: {', '.join(known)}).")
-    return implementation
-
-
-@no_type_check
-def _check(name, x, wanted, shape, kind=jnp.floating):
-    """Raises ValueError unless array x has the shape; `wanted` is the shape in letters, for the message."""
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-        raise ValueError(f"{name} must be an array of shape {wanted}, got {type(x).__name__}.")
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, wanted {wanted} = {tuple(shape)}.")
-    if not jnp.issubdtype(x.dtype, kind):
-        family = "a floating-point" if kind is jnp.floating else "an integer"
-        raise ValueError(f"{name} has dtype {x.dtype}, wanted {family} dtype.")
+def _shapes(q, state, dtype, chunk_size: int, save_every: int, aligned: bool) -> Shapes:
+    """Returns what a kernel would be asked to serve."""
+    length = q.shape[1]
+    slots = min(length, chunk_size)
+    blocks = -(-length // slots) + (not aligned and length > 1)
+    layers = tuple(w.shape[2:] for w in state.weights)
+    return Shapes(jnp.dtype(dtype), layers, slots, group_size(blocks, slots, save_every))
 
 
 @no_type_check
 def _validate_tokens(q, k, v, lr, momentum, forget, segment_ids):
-    for name, x in (("q", q), ("v", v)):
-        if getattr(x, "ndim", None) != 4 or 0 in x.shape:
-            letters = "[B, T, H, V]" if name == "v" else "[B, T, H, K]"
-            raise ValueError(f"{name} has shape {getattr(x, 'shape', None)}, wanted {letters}, every axis at least 1.")
-    _check("q", q, "[B, T, H, K]", q.shape)
-    _check("k", k, "[B, T, H, K]", q.shape)
-    _check("v", v, "[B, T, H, V]", (*q.shape[:3], v.shape[3]))
+    check_rank("q", q, "[B, T, H, K]")
+    check_rank("v", v, "[B, T, H, V]")
+    check_array("q", q, "[B, T, H, K]", q.shape)
+    check_array("k", k, "[B, T, H, K]", q.shape)
+    check_array("v", v, "[B, T, H, V]", (*q.shape[:3], v.shape[3]))
     for name, x in (("lr", lr), ("momentum", momentum), ("forget", forget)):
-        _check(name, x, "[B, T, H]", q.shape[:3])
+        check_array(name, x, "[B, T, H]", q.shape[:3])
     if segment_ids is not None:
-        _check("segment_ids", segment_ids, "[B, T]", q.shape[:2], jnp.integer)
+        check_array("segment_ids", segment_ids, "[B, T]", q.shape[:2], jnp.integer)
 
 
 @no_type_check
@@ -144,7 +133,7 @@ def _validate_state(q, v, state, reset):
         last = layer == len(state.weights) - 1
         out = v.shape[3] if last else (w.shape[3] if getattr(w, "ndim", None) == 4 else "O")
         letters = f"[B, H, {'K' if layer == 0 else 'I'}, {'V' if last else 'O'}]"
-        _check(f"state.weights[{layer}]", w, letters, (batch, heads, features, out))
+        check_array(f"state.weights[{layer}]", w, letters, (batch, heads, features, out))
         shapes.append(w.shape)
         features = out
     rest = [("state.momentum", state.momentum), ("state.anchor", state.anchor)]
@@ -157,17 +146,17 @@ def _validate_state(q, v, state, reset):
             raise ValueError(f"{name} has {len(layers)} layers, wanted {len(shapes)} as state.weights.")
         for layer, (m, shape) in enumerate(zip(layers, shapes)):
             of_reset = name.startswith("reset")
-            _check(f"{name}[{layer}]", m, "[H, I, O]" if of_reset else "[B, H, I, O]", shape[1:] if of_reset else shape)
-    _check("state.phase", state.phase, "[B]", (batch,), jnp.integer)
+            check_array(
+                f"{name}[{layer}]", m, "[H, I, O]" if of_reset else "[B, H, I, O]", shape[1:] if of_reset else shape
+            )
+    check_array("state.phase", state.phase, "[B]", (batch,), jnp.integer)
 
 
 @no_type_check
 def _validate_options(activation, gradient_at, chunk_size, save_every, reset, segment_ids):
-    for name, value, known in (("activation", activation, ACTIVATIONS), ("gradient_at", gradient_at, GRADIENT_AT)):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}{did_you_mean(str(value), known)} (known: {', '.join(known)}).")
-    for name, value in (("chunk_size", chunk_size), ("save_every", save_every)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name} is {value!r}, wanted an integer of at least 1.")
+    check_option("activation", activation, ACTIVATIONS)
+    check_option("gradient_at", gradient_at, GRADIENT_AT)
+    check_positive_int("chunk_size", chunk_size)
+    check_positive_int("save_every", save_every)
     if segment_ids is not None and reset is None:
         raise ValueError("segment_ids needs reset, the pair (weights, momentum) that every new segment starts from.")

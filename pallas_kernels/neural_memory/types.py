@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 Layers = tuple[Float[Array, "..."], ...]  # one matrix [..., I, O] per layer of the memory
 
@@ -58,6 +58,15 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def derivative(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
     """Returns the derivative of an elementwise function."""
     return lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
+
+
+class Shapes(NamedTuple):
+    """What a kernel is asked to serve. layers: (I, O) of every memory layer; group: as in `vjp.Plan`."""
+
+    dtype: DTypeLike
+    layers: tuple[tuple[int, int], ...]
+    slots: int
+    group: int
 
 
 GRADIENT_AT = ("anchor", "decayed")

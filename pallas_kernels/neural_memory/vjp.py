@@ -221,13 +221,16 @@ def group_size(count: int, slots: int, save_every: int) -> int:
     return max(n for n in range(1, most + 1) if count % n == 0)
 
 
-def run_blocks(blocks: Blocks, carry: Carry, reset: Reset, *, activation: str, save_every: int):
-    """Runs any number of blocks. Returns (out `[N, B, H, S, V]`, the final carry)."""
+def run_blocks(blocks: Blocks, carry: Carry, reset: Reset, *, activation: str, save_every: int, scan=scan_blocks):
+    """Runs any number of blocks. Returns (out `[N, B, H, S, V]`, the final carry).
+
+    scan: `scan_blocks`, or a kernel that takes its place.
+    """
     count, slots = blocks.k.shape[0], blocks.k.shape[3]
     plan = Plan(activation, group_size(count, slots, save_every), save_every == 1)
     whole = count - count % plan.group
-    out, carry = scan_blocks(plan, _part(blocks, slice(whole)), carry, reset)
+    out, carry = scan(plan, _part(blocks, slice(whole)), carry, reset)
     if whole == count:
         return out, carry
-    more, carry = scan_blocks(plan._replace(group=count - whole), _part(blocks, slice(whole, None)), carry, reset)
+    more, carry = scan(plan._replace(group=count - whole), _part(blocks, slice(whole, None)), carry, reset)
     return jnp.concatenate([out, more]), carry

@@ -1,22 +1,17 @@
 """The neural memory in its exact dual form: chunk by chunk, matrix products only, no per-token copy of the weights."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from engrax.pallas_kernels.dispatch import load
 from engrax.pallas_kernels.neural_memory.gates import coefficients
 from engrax.pallas_kernels.neural_memory.grid import aligned_grid, from_blocks, phased_grid, to_blocks
 from engrax.pallas_kernels.neural_memory.types import Layers, NeuralMemoryState
-from engrax.pallas_kernels.neural_memory.vjp import Blocks, run_blocks
-
-
-def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Returns True where a real token's segment differs from that of the real token before it."""
-    real = segment_ids >= 0
-    last = lax.cummax(jnp.where(real, jnp.arange(segment_ids.shape[1]), -1), axis=1)
-    before = jnp.pad(last, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]  # the real token before, -1: none
-    return real & (before >= 0) & (jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1) != segment_ids)
+from engrax.pallas_kernels.neural_memory.vjp import Blocks, run_blocks, scan_blocks
+from engrax.pallas_kernels.segments import segment_starts
 
 
 def neural_memory_xla(
@@ -35,10 +30,13 @@ def neural_memory_xla(
     chunk_size: int,
     save_every: int,
     aligned: bool,
+    implementation: str = "xla",
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B T H V"], NeuralMemoryState]:
     """Runs `neural_memory` chunk by chunk; all arrays in the dtype of the computation.
 
     aligned: every row is known to be at phase 0, so that the rows are plainly cut into chunks.
+    implementation: what walks over the chunks, "xla" or a kernel; interpret: kernels are interpreted.
     """
     batch, length = q.shape[:2]
     phase = jnp.asarray(state.phase, jnp.int32)
@@ -58,7 +56,11 @@ def neural_memory_xla(
 
     first_scores = table.write * jnp.einsum("nbhtk,nbhsk->nbhts", q, k)
     blocks = Blocks(table, first_scores, q, k, v, grid.fresh, begins)
-    carry = tuple(state[:3])
-    out, (weights, mom, anchor) = run_blocks(blocks, carry, reset, activation=activation, save_every=save_every)
+    carry, scan = tuple(state[:3]), scan_blocks
+    if implementation != "xla":
+        scan = partial(load("neural_memory", implementation).scan_blocks, interpret=interpret)
+    out, (weights, mom, anchor) = run_blocks(
+        blocks, carry, reset, activation=activation, save_every=save_every, scan=scan
+    )
     out = from_blocks(grid, jnp.where(real[..., None], out, 0), length)
     return out, NeuralMemoryState(weights, mom, anchor, (phase + length) % chunk_size)

@@ -1,0 +1,15 @@
+"""What the cost tables of the operations share."""
+
+from typing import NamedTuple
+
+
+class Cost(NamedTuple):
+    """Operations or bytes of one call, forward and backward."""
+
+    forward: float
+    backward: float
+
+
+def gate_width(gate: str, key: int) -> int:
+    """Returns the log-decay gates per token and head: `gate` is "none", "scalar" or "channel"."""
+    return {"none": 0, "scalar": 1, "channel": key}[gate]

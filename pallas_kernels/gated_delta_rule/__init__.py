@@ -1,0 +1,11 @@
+"""Gated delta rule: S_t = exp(g_t) S_{t-1}, then S_t += beta_t k_t (v_t - S_t^T k_t)^T, out_t = scale q_t S_t.
+
+Members of the family: no gate (DeltaNet), one gate per head (Gated DeltaNet), one per channel (KDA).
+
+Files: `api` validates and chooses; `reference` the token-by-token oracle; `chunk` one chunk of one head, and `inverse`
+the triangular system in it; `vjp` what is saved and what recomputed; `xla` chunks at once; `cost` counts FLOPs and
+bytes.
+"""
+
+IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu")
+MISSING: dict[str, str] = {}

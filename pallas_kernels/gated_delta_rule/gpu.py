@@ -1,0 +1,97 @@
+"""The gated delta rule on GPUs of compute capability 9.0, with one gate per head or none.
+
+Forwards: the chunks' inverses X, all at once, then one pass that carries the state. Backwards, with W what
+the tokens write, R = beta (v - decay k S), W = X R:
+
+    states   forwards again: W and the states S before each chunk
+    dv       backwards: dW, dR = X^T dW, dv = beta dR, and dS
+    dq       a sweep (`gpu_sweep`) forwards with S^T, (W, k) written: do reads dq, and dR reads the part of dk from keys
+             as readers of the state, -beta dR S^T
+    dk       two sweeps backwards: W reads the parts of dk from keys that are written, of a dS^T that comes from queries
+             (do, q) and of one that comes from later keys (-beta dR, k); the registers do not hold both at once
+
+The derivative of X is in the last two: dA = -dR W^T. The gates' gradients are dot products: with G the cumulative log
+decay of a chunk, dG_i = q_i . dq_i + k_i . (dk_i as a reader - dk_i as written), and dbeta_i = dR_i . (v_i - what k_i
+reads before its own token's write).
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+
+from engrax.pallas_kernels.decay import Decay
+from engrax.pallas_kernels.dispatch import Plan, Shapes
+from engrax.pallas_kernels.gated_delta_rule.gpu_kernels import backward_states, forward_states, inverses
+from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs, Outputs, Residuals
+from engrax.pallas_kernels.gpu_parts import pack_gates, unsupported_sizes
+from engrax.pallas_kernels.gpu_sweep import Read, Write, decay_cotangent, sum_groups, sweep
+from engrax.pallas_kernels.mesh import over_mesh
+
+NAME = "gated_delta_rule"
+_INPUTS = Inputs("BTHK", "BTHK", "BTHV", "BTH", "BTH", "BHKV", None)  # axes, for `over_mesh`
+_OUTPUTS = ("BTHV", "BHKV")
+_INVERSES = "BTHC"
+
+
+def unsupported(shapes: Shapes) -> str | None:
+    """Returns why the kernels cannot serve a call of these sizes, None where they can."""
+    return unsupported_sizes(shapes)
+
+
+def forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, Residuals]:
+    """Returns (out, final state) and the inverses."""
+    return over_mesh(partial(_forward, plan), (_INPUTS,), (_OUTPUTS, _INVERSES))(inputs)
+
+
+def backward(plan: Plan, inputs: Inputs, residuals: Residuals, cotangents: Outputs) -> Inputs:
+    """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
+    dims = (_INPUTS, _INVERSES, _OUTPUTS)
+    return over_mesh(partial(_backward, plan), dims, _INPUTS)(inputs, residuals, cotangents)
+
+
+def _decay(inputs: Inputs) -> Decay:
+    """The decay, that of gates which are 0 where there are none."""
+    return Decay(jnp.zeros_like(inputs.beta), jnp.zeros_like(inputs.beta)) if inputs.decay is None else inputs.decay
+
+
+def _forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, Residuals]:
+    gates = pack_gates(_decay(inputs), factor=inputs.beta)
+    x = inverses(f"{NAME}_inverse", inputs.k, gates, plan.interpret)
+    arrays = (*inputs[:3], x, gates, inputs.state)
+    found = forward_states(f"{NAME}_forward", *arrays, scale=plan.scale, interpret=plan.interpret)
+    return (found.out, found.final), x
+
+
+def _backward(plan: Plan, inputs: Inputs, x: Residuals, cotangents: Outputs) -> Inputs:
+    q, k, v, beta, _, state, _ = inputs
+    out_bar, final_bar = cotangents
+    decay, interpret = _decay(inputs), plan.interpret
+    gates, gates_back = pack_gates(decay, factor=beta), pack_gates(decay, reverse=True, factor=beta)
+    again = forward_states(f"{NAME}_backward_states", None, k, v, x, gates, state, interpret=interpret)
+    arrays = (q, k, v, x, out_bar, gates_back, final_bar, again.states)
+    back = backward_states(f"{NAME}_backward_dv", *arrays, scale=plan.scale, interpret=interpret)
+    # Two parts of dk are added, and grouped heads summed, so these leave unrounded.
+    run = partial(sweep, out_dtype=jnp.float32, interpret=interpret)
+    readers = run(
+        f"{NAME}_backward_dq",
+        [Read(out_bar, plan.scale, dot_with=q), Read(back.rows_bar, -1.0, True, by_factor=True, dot_with=k)],
+        Write(again.written, k),
+        gates,
+        state.swapaxes(2, 3),
+    )
+    back_run = partial(run, gates=gates_back, reverse=True)
+    reads, final_bar = [Read(again.written, dot_with=k)], final_bar.swapaxes(2, 3)
+    for_queries = back_run(f"{NAME}_backward_dk", reads, Write(out_bar, q, plan.scale), start=final_bar)
+    write = Write(back.rows_bar, k, -1.0, True, by_factor=True)
+    for_keys = back_run(f"{NAME}_backward_dk_of_keys", reads, write, start=jnp.zeros_like(final_bar))
+    of_q, of_reader = (a + b for a, b in zip(readers.local_dots, readers.carried_dots))
+    beta_bar = back.dots + of_reader
+    decay_bar = None
+    if inputs.decay is not None:
+        local = for_queries.local_dots[0] + for_keys.local_dots[0]
+        carried = for_queries.carried_dots[0] + for_keys.carried_dots[0]
+        by_token = of_q + beta * of_reader - (local + carried)
+        decay_bar = decay_cotangent(decay, by_token, carried, back.matches, gates)
+    q_bar = sum_groups(readers.outs[0], q)
+    k_bar = sum_groups(readers.outs[1] + for_queries.outs[0] + for_keys.outs[0], k)
+    return Inputs(q_bar, k_bar, back.v_bar, beta_bar.astype(beta.dtype), decay_bar, back.start_bar, None)

@@ -1,0 +1,370 @@
+"""Mosaic GPU kernels (sm_90) of the gated delta rule that are not sweeps of `gpu_sweep`: they solve a system per chunk.
+
+The inverse X = (I + A)^-1 of every chunk is computed by the ladder (`inverse.py`) in a kernel without any order between
+chunks. The two others carry a state along the chunks, 64 of its columns per program as in a sweep: forwards S, with
+written = X beta (v - decay k S), and backwards dS, with the solution's cotangent X^T (...).
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from engrax.pallas_kernels.gpu_parts import (
+    CHUNK,
+    COLUMNS,
+    FACTOR,
+    MATRIX,
+    SINCE_START,
+    TO_END,
+    WHOLE,
+    along_rows,
+    decay_between,
+    gate_blocks,
+    keep,
+    kept,
+    load_matrix,
+    matrix,
+    products,
+    state_block,
+    sum_columns,
+    token_block,
+    transposed,
+    visible,
+)
+
+
+class _Plan(NamedTuple):
+    """What is static."""
+
+    scale: float
+    batch: int
+    heads: int
+    chunks: int
+    inner: int  # K
+    outer: int  # V
+    reverse: bool
+
+    def at(self, step):
+        """The chunk that is visited at a step."""
+        return self.chunks - 1 - step if self.reverse else step
+
+
+def _call(name, body, out_types, scratch, grid, interpret, inputs):
+    kernel = plgpu.kernel(
+        body,
+        out_type=(out_types,),
+        scratch_types=[scratch],
+        grid=grid,
+        grid_names=("batch", "head", "part"),
+        kernel_name=name,
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )
+    return kernel(inputs)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The inverse
+
+
+def inverses(name: str, k: jax.Array, gates: jax.Array, interpret: bool = False) -> jax.Array:
+    """Returns X `[B, T, HV, C]` in float32; gates `[B, HV, N, 6, C]` with beta as the factor."""
+    batch, length, _, features = k.shape
+    heads, chunks = gates.shape[1:3]
+    out_types = {"x": jax.ShapeDtypeStruct((batch, length, heads, CHUNK), jnp.float32)}
+    scratch = {
+        "k": matrix(CHUNK, features),
+        "x": matrix(CHUNK, CHUNK, jnp.float32),
+        "gates": [plgpu.SMEM(gates.shape[3:], jnp.float32) for _ in range(2)],
+        "arrived": plgpu.Barrier(num_arrivals=3),
+        "pairs": [[matrix(CHUNK, CHUNK) for _ in range(2)] for _ in range(2)],
+    }
+    body = partial(_invert, heads // k.shape[2])
+    inputs = {"k": k, "gates": gates}
+    return _call(name, body, out_types, scratch, (batch, heads, chunks), interpret, inputs)["x"]
+
+
+def _invert(group: int, inputs, outputs, scratch):
+    batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "part"))
+    tokens = pl.ds(chunk * CHUNK, CHUNK)
+    plgpu.copy_gmem_to_smem(inputs["k"].at[batch, tokens, head // group], scratch["k"], scratch["arrived"])
+    for target in scratch["gates"]:
+        plgpu.copy_gmem_to_smem(inputs["gates"].at[batch, head, chunk], target, scratch["arrived"])
+    plgpu.barrier_wait(scratch["arrived"])
+    (scores,) = products((scratch["k"], transposed(scratch["k"])))
+    gates = scratch["gates"]
+    a = scores * decay_between(gates, False, visible(False, True, gates)) * along_rows(gates[0].at[FACTOR])
+    scratch["x"][...] = _ladder(a, *scratch["pairs"])
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(scratch["x"], outputs["x"].at[batch, tokens, head])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _ladder(a, left, right):
+    """Returns (I + A)^-1 as `inverse.ladder_inverse` does; left and right: room for the two parts of a matrix each."""
+    row, column = (plgpu.broadcasted_iota(jnp.int32, a.shape, axis, layout=MATRIX) for axis in (0, 1))
+
+    def corner(level):  # the lower left block of every pair of blocks of 2^level rows
+        pair = (column >> level) == (row >> level) - 1
+        return jnp.where(pair & (((row >> level) & 1) == 1), a, 0.0)
+
+    x = jnp.where(row == column, 1.0, 0.0) - corner(0)
+    for level in range(1, CHUNK.bit_length() - 1):
+        _split(left, x)
+        _split(right, corner(level))
+        plgpu.commit_smem()
+        (first,) = _product(left, right)
+        _split(right, first)
+        plgpu.commit_smem()
+        (second,) = _product(right, left)
+        x = x - second
+    return x
+
+
+def _split(targets, x):
+    """Stores a float32 matrix as the sum of two in bfloat16: the inverse needs more bits than one has."""
+    high = x.astype(jnp.bfloat16)
+    targets[0][...] = high
+    targets[1][...] = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def _product(a, b):
+    return products([(a[0], b[0]), (a[0], b[1]), (a[1], b[0])])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state forwards
+
+
+class Advanced(NamedTuple):
+    """What `forward_states` returns; the parts that were not asked for are None."""
+
+    out: Any  # [B, T, HV, V] bfloat16
+    final: Any  # [B, HV, K, V] float32
+    written: Any  # [B, T, HV, V] bfloat16
+    states: Any  # [B, HV, N, K, V] bfloat16, the state that each chunk meets
+
+
+def forward_states(
+    name: str, q, k, v, x, gates, start, *, scale: float = 1.0, interpret: bool = False, stages: int = 2
+) -> Advanced:
+    """Runs the rule forwards: with q for its outputs, without (None) for what is written and the states.
+
+    x: `inverses`; gates `[B, HV, N, 6, C]` with beta as the factor; start `[B, HV, K, V]` float32.
+    """
+    (batch, length), (heads, inner, outer) = k.shape[:2], start.shape[1:]
+    plan = _Plan(scale, batch, heads, length // CHUNK, inner, outer, False)
+    tokens = jax.ShapeDtypeStruct((batch, length, heads, outer), jnp.bfloat16)
+    out_types = {"final": jax.ShapeDtypeStruct(start.shape, jnp.float32)}
+    if q is not None:
+        out_types["out"] = tokens
+    else:
+        out_types["written"] = tokens
+        out_types["states"] = jax.ShapeDtypeStruct((batch, heads, plan.chunks, inner, outer), jnp.bfloat16)
+    scratch = {
+        "state": matrix(inner, COLUMNS),
+        # The exact state of 128 rows does not fit into the registers beside what the outputs take.
+        "exact_state": [matrix(inner, COLUMNS, jnp.float32)] if inner > 64 and q is not None else [],
+        "scores": [matrix(CHUNK, CHUNK)] if q is not None else [],
+        "x": [matrix(CHUNK, CHUNK) for _ in range(2)],
+        "rows": matrix(CHUNK, COLUMNS),
+        "written": matrix(CHUNK, COLUMNS),
+    }
+    inputs = {"k": k, "v": v, "x": x, "gates": gates, "start": start} | ({} if q is None else {"q": q})
+    body = partial(_advance_all, plan, min(stages, plan.chunks))
+    grid = (batch, heads, outer // COLUMNS)
+    found = _call(name, body, out_types, scratch, grid, interpret, inputs)
+    return Advanced(found.get("out"), found["final"], found.get("written"), found.get("states"))
+
+
+def _run_states(plan: _Plan, stages: int, arrivals: dict, start, final, scratch, step):
+    """Runs `step(chunk, blocks by name, state) -> state` over all chunks for one block of columns of one head."""
+    batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
+    columns = pl.ds(column * COLUMNS, COLUMNS)
+    state = ()
+    for row in range(0, plan.inner, 64):
+        block = plgpu.load(start.at[batch, head, pl.ds(row, 64), columns], layout=MATRIX, optimized=False)
+        state = keep(scratch, state, row, block)
+    plgpu.commit_smem()
+
+    def body(indices, *blocks_and_state):
+        *blocks, state = blocks_and_state
+        state = step(plan.at(indices[0]), dict(zip(arrivals, blocks)), state)
+        plgpu.commit_smem()  # shows the state to the matrix unit; all threads have read the inputs, new ones may come
+        return state
+
+    refs, specs = zip(*arrivals.values())
+    pipeline = plgpu.emit_pipeline(
+        body, grid=(plan.chunks,), in_specs=specs, max_concurrent_steps=stages, init_carry=state
+    )
+    state = pipeline(*refs)
+    for row in range(0, plan.inner, 64):
+        final[batch, head, pl.ds(row, 64), columns] = kept(scratch, state, row)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _arrivals(plan: _Plan, inputs, full, columns) -> dict:
+    """Returns by name the blocks that arrive for every chunk: of all features (`full`), of one block of columns."""
+    batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
+    found = {n: token_block(inputs[n], plan, batch, head, inputs[n].shape[3]) for n in full if n in inputs}
+    found |= {name: token_block(inputs[name], plan, batch, head, COLUMNS, column) for name in columns}
+    found["by_row"], found["by_column"] = gate_blocks(inputs["gates"], plan, batch, head)
+    if "match_with" in inputs:
+        found["match_with"] = state_block(inputs["match_with"], plan, batch, head, column)
+    return found
+
+
+def _advance_all(plan: _Plan, stages: int, inputs, outputs, scratch):
+    batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
+    columns = pl.ds(column * COLUMNS, COLUMNS)
+
+    def step(chunk, blocks, state):
+        here = (batch, pl.ds(chunk * CHUNK, CHUNK), head, columns)
+        if "states" in outputs:
+            plgpu.copy_smem_to_gmem(scratch["state"], outputs["states"].at[batch, head, chunk, :, columns])
+        written = _written(blocks, scratch)
+        scratch["written"][...] = written.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        if "written" in outputs:
+            plgpu.copy_smem_to_gmem(scratch["written"], outputs["written"].at[here])
+        else:
+            buffer = _output(plan, blocks, scratch)
+            plgpu.copy_smem_to_gmem(buffer, outputs["out"].at[here])
+        scratch["rows"][...] = (written * along_rows(blocks["by_row"].at[TO_END])).astype(jnp.bfloat16)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.commit_smem()
+        after = ()
+        for row in range(0, plan.inner, 64):
+            (added,) = products((transposed(blocks["k"].at[:, pl.ds(row, 64)]), scratch["rows"]))
+            after = keep(scratch, after, row, kept(scratch, state, row) * blocks["by_row"][WHOLE, 0] + added)
+        return after
+
+    arrivals = _arrivals(plan, inputs, ("q", "k", "x"), ("v",))
+    _run_states(plan, stages, arrivals, inputs["start"], outputs["final"], scratch, step)
+
+
+def _written(blocks, scratch):
+    """Returns X beta (v - decay k S)."""
+    (read,) = products((blocks["k"], scratch["state"]))
+    missing = load_matrix(blocks["v"]) - read * along_rows(blocks["by_row"].at[SINCE_START])
+    scratch["rows"][...] = (missing * along_rows(blocks["by_row"].at[FACTOR])).astype(jnp.bfloat16)
+    _split(scratch["x"], load_matrix(blocks["x"]))
+    plgpu.commit_smem()
+    (written,) = products([(part, scratch["rows"]) for part in scratch["x"]])
+    return written
+
+
+def _output(plan: _Plan, blocks, scratch):
+    """Returns the buffer with the outputs of a chunk, given what is written in the scratch."""
+    (buffer,) = scratch["scores"]
+    (scores,) = products((blocks["q"], transposed(blocks["k"])))
+    gates = (blocks["by_row"], blocks["by_column"])
+    decay = decay_between(gates, False, visible(False, False, gates))
+    buffer[...] = (scores * decay).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    out, read = products((buffer, scratch["written"]), (blocks["q"], scratch["state"]))
+    out = out + read * along_rows(blocks["by_row"].at[SINCE_START])
+    buffer[...] = (out * plan.scale).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    return buffer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state's cotangent backwards
+
+
+class Retreated(NamedTuple):
+    """What `backward_states` returns, with R = beta (v - decay k S), the right-hand side of a chunk's system."""
+
+    rows_bar: jax.Array  # [B, T, HV, V] bfloat16, dR
+    v_bar: jax.Array  # [B, T, HV, V] bfloat16, beta dR
+    start_bar: jax.Array  # [B, HV, K, V] float32
+    dots: jax.Array  # [B, T, HV] float32, dR . v
+    matches: jax.Array  # [B, HV, N] float32, <the cotangent of the state after chunk n, the state before it>
+
+
+def backward_states(
+    name: str, q, k, v, x, out_bar, gates, final_bar, states, *, scale: float, interpret: bool = False, stages: int = 2
+) -> Retreated:
+    """Runs the cotangent of the state backwards. gates: packed for it (reverse), with beta as the factor."""
+    (batch, length), (heads, inner, outer) = k.shape[:2], final_bar.shape[1:]
+    plan = _Plan(scale, batch, heads, length // CHUNK, inner, outer, True)
+    shape, blocks = jax.ShapeDtypeStruct, outer // COLUMNS
+    out_types = {
+        "rows_bar": shape((batch, length, heads, outer), jnp.bfloat16),
+        "v_bar": shape((batch, length, heads, outer), jnp.bfloat16),
+        "final": shape(final_bar.shape, jnp.float32),
+        "dots": shape((blocks, batch, heads, length), jnp.float32),
+        "matches": shape((blocks, batch, heads, plan.chunks, inner), jnp.float32),
+    }
+    scratch = {
+        "state": matrix(inner, COLUMNS),
+        "exact_state": [],
+        "scores": matrix(CHUNK, CHUNK),
+        "x": [matrix(CHUNK, CHUNK) for _ in range(2)],
+        "rows": matrix(CHUNK, COLUMNS),
+    }
+    inputs = {"q": q, "k": k, "v": v, "x": x, "out_bar": out_bar, "gates": gates, "start": final_bar}
+    inputs["match_with"] = states
+    body = partial(_retreat_all, plan, min(stages, plan.chunks))
+    found = _call(name, body, out_types, scratch, (batch, heads, blocks), interpret, inputs)
+    dots, matches = found["dots"].sum(0).transpose(0, 2, 1), found["matches"].sum((0, -1))
+    return Retreated(found["rows_bar"], found["v_bar"], found["final"], dots, matches)
+
+
+def _retreat_all(plan: _Plan, stages: int, inputs, outputs, scratch):
+    batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
+    columns = pl.ds(column * COLUMNS, COLUMNS)
+
+    def step(chunk, blocks, state):
+        here = (batch, pl.ds(chunk * CHUNK, CHUNK), head, columns)
+        for row in range(0, plan.inner, 64):
+            both = kept(scratch, state, row) * load_matrix(blocks["match_with"].at[pl.ds(row, 64), :])
+            outputs["matches"][column, batch, head, chunk, pl.ds(row, 64)] = sum_columns(both)
+        rows_bar = _rows_bar(plan, blocks, scratch)
+        outputs["dots"][column, batch, head, pl.ds(chunk * CHUNK, CHUNK)] = sum_columns(
+            rows_bar * load_matrix(blocks["v"])
+        )
+        beta = along_rows(blocks["by_row"].at[FACTOR])
+        for buffer, value, target in (
+            (scratch["rows"], rows_bar, outputs["rows_bar"]),
+            (scratch["scores"], rows_bar * beta, outputs["v_bar"]),
+        ):
+            buffer[...] = value.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(buffer, target.at[here])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        decay = along_rows(blocks["by_row"].at[TO_END])
+        scratch["rows"][...] = (rows_bar * (decay * beta)).astype(jnp.bfloat16)
+        blocks["out_bar"][...] = (load_matrix(blocks["out_bar"]) * decay).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        after = ()
+        for row in range(0, plan.inner, 64):
+            q, k = (transposed(blocks[name].at[:, pl.ds(row, 64)]) for name in ("q", "k"))
+            read, missed = products((q, blocks["out_bar"]), (k, scratch["rows"]))
+            block = kept(scratch, state, row) * blocks["by_row"][WHOLE, 0] + (read * plan.scale - missed)
+            after = keep(scratch, after, row, block)
+        return after
+
+    arrivals = _arrivals(plan, inputs, ("q", "k", "x"), ("v", "out_bar"))
+    _run_states(plan, stages, arrivals, inputs["start"], outputs["final"], scratch, step)
+
+
+def _rows_bar(plan: _Plan, blocks, scratch):
+    """Returns X^T times the cotangent of what is written."""
+    (scores,) = products((blocks["k"], transposed(blocks["q"])))
+    gates = (blocks["by_row"], blocks["by_column"])
+    decay = decay_between(gates, True, visible(True, False, gates))
+    scratch["scores"][...] = (scores * decay).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    read, carried = products((scratch["scores"], blocks["out_bar"]), (blocks["k"], scratch["state"]))
+    written_bar = read * plan.scale + carried * along_rows(blocks["by_row"].at[SINCE_START])
+    scratch["rows"][...] = written_bar.astype(jnp.bfloat16)
+    _split(scratch["x"], load_matrix(blocks["x"]))
+    plgpu.commit_smem()
+    (rows_bar,) = products([(transposed(part), scratch["rows"]) for part in scratch["x"]])
+    return rows_bar

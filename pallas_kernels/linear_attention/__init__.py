@@ -1,0 +1,10 @@
+"""Linear attention with decay: S_t = exp(g_t) S_{t-1} + k_t v_t^T, out_t = scale q_t S_t.
+
+Members of the family: no gate (linear attention), one gate per head (RetNet, Mamba-2), one per channel (GLA, HGRN2).
+
+Files: `api` validates and chooses; `reference` the token-by-token oracle; `chunk` one chunk of one head; `vjp` what is
+saved and what recomputed; `xla` all chunks at once; `cost` counts FLOPs and bytes.
+"""
+
+IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu")
+MISSING: dict[str, str] = {}

@@ -1,0 +1,114 @@
+"""The public operation `linear_attention`: its contract, its validation and the choice of an implementation."""
+
+from functools import partial
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+
+from engrax.pallas_kernels.checks import check_decay, check_positive_int, check_scale, check_segments, check_tokens
+from engrax.pallas_kernels.decay import chunk_decay
+from engrax.pallas_kernels.dispatch import KERNELS, Plan, choose, interpreting, unsupported_kernels
+from engrax.pallas_kernels.dots import accumulator
+from engrax.pallas_kernels.linear_attention.reference import linear_attention_reference
+from engrax.pallas_kernels.linear_attention.vjp import OP, Inputs, attend
+from engrax.pallas_kernels.prepare import call_shapes, lay_out, take_back, token_dtype
+from engrax.pallas_kernels.segments import mask_tokens
+
+
+@no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked
+def linear_attention(
+    q,
+    k,
+    v,
+    *,
+    g=None,
+    scale=None,
+    initial_state=None,
+    segment_ids=None,
+    num_segments=None,
+    chunk_size=64,
+    implementation=None,
+):
+    """Adds every token's key and value to a matrix that decays, and reads the matrix with its query.
+
+    For every row and value head, whose query head is j // (HV // H) for value head j:
+
+        S_t = exp(g_t) S_{t-1} + k_t v_t^T,   out_t = scale q_t S_t
+
+    that is linear attention (arXiv:2006.16236) without a gate, RetNet (arXiv:2307.08621) and Mamba-2's scan
+    (arXiv:2405.21060) with one gate per head, GLA (arXiv:2312.06635) with one per channel.
+
+    Args:
+      q, k: queries and keys `[B, T, H, K]`, any T >= 1; float64, float32, bfloat16 or float16.
+      v: values `[B, T, HV, V]`, HV a multiple of H.
+      g: log decay `[B, T, HV]` or `[B, T, HV, K]`, <= 0 (checked in debug mode only); -inf forgets everything, with
+        zero gradient. None: no decay.
+      scale: a number; None: K ** -0.5.
+      initial_state: `[B, HV, K, V]`, with num_segments `[B, N, HV, K, V]`; None: zero.
+      segment_ids: int `[B, T]`, non-decreasing along a row, -1 = padding (no write, no decay, output 0, may hold
+        anything). Without num_segments the row's first segment continues `initial_state`, later ones start from zero.
+      num_segments: N: every segment id in [0, N) has a state of its own.
+      chunk_size: tokens worked on at once.
+      implementation: None (choose), "reference" (token by token), "xla" (chunk by chunk), or a kernel,
+        see `engrax.pallas_kernels.available`.
+
+    Returns:
+      out `[B, T, HV, V]` in v's dtype, and the final state, float32 (float64 if any input is): that after the row's
+      last real token, or with num_segments that of each segment (a segment without tokens returns its initial one).
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value; the message names it.
+      NotImplementedError: `implementation` names a kernel that cannot serve this call here; the message says why.
+    """
+    check_tokens(q, k, v)
+    check_decay(g, q, v)
+    check_segments(q, v, initial_state, segment_ids, num_segments)
+    check_positive_int("chunk_size", chunk_size)
+    scale = check_scale(scale, q.shape[3])
+    dtype = token_dtype(q, k, v, g, initial_state)
+    shapes = call_shapes(q, v, g, dtype, int(chunk_size), num_segments)
+    unsupported = unsupported_kernels(OP, shapes, implementation)
+    name = choose(implementation, unsupported)
+    arrays = (q, k, v, g, initial_state, segment_ids)
+    if name == "reference":
+        return _by_tokens(scale, dtype, num_segments, *arrays)
+    candidates = ("xla", *(kernel for kernel in KERNELS if kernel not in unsupported))
+    return _by_chunks(Plan(shapes.chunk, scale, name, candidates, interpreting()), dtype, num_segments, *arrays)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _by_tokens(scale, dtype, num_segments, q, k, v, g, initial_state, segment_ids):
+    """The reference, given the state an axis for segments and the gate one for channels."""
+    dtype = accumulator(dtype)
+    state = _state(q, v, initial_state, num_segments, dtype)
+    states = state if num_segments else state[:, None]
+    ids = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    tokens = (mask_tokens(ids >= 0, x.astype(dtype)) for x in (q, k, v))
+    g = jnp.zeros(v.shape[:3], dtype) if g is None else g.astype(dtype)
+    g = g if g.ndim == 4 else g[..., None]
+    carried = num_segments is not None
+    out, states = linear_attention_reference(*tokens, g, states, ids, scale=scale, carried=carried)
+    return out.astype(v.dtype), states.reshape(state.shape)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _by_chunks(plan, dtype, num_segments, q, k, v, g, initial_state, segment_ids):
+    """The chunkwise form: segments become gates or a layout, T a multiple of the chunk."""
+    sums = accumulator(dtype)
+    state = _state(q, v, initial_state, num_segments, sums)
+    if g is None and segment_ids is not None and num_segments is None:
+        g = jnp.zeros(v.shape[:3], sums)
+    g = None if g is None else g.astype(sums)
+    tokens = tuple(x.astype(dtype) for x in (q, k, v))
+    tokens, g, layout = lay_out(tokens, g, segment_ids, num_segments, plan.chunk)
+    decay = None if g is None else chunk_decay(g, plan.chunk)
+    out, state = attend(plan, Inputs(*tokens, decay, state, layout))
+    return take_back(out, q.shape[1], segment_ids, layout).astype(v.dtype), state
+
+
+def _state(q, v, initial_state, num_segments, dtype):
+    if initial_state is not None:
+        return initial_state.astype(dtype)
+    segments = () if num_segments is None else (num_segments,)
+    return jnp.zeros((q.shape[0], *segments, v.shape[2], q.shape[3], v.shape[3]), dtype)

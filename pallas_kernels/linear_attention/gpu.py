@@ -1,0 +1,90 @@
+"""Linear attention on GPUs of compute capability 9.0: the output and its three gradients are one sweep each.
+
+    out = sweep(q; k, v)             dq = sweep(do; v, k)            states S and S^T, forwards
+    dv  = reverse(k; q, do)          dk = reverse(v; do, q)          states dS and dS^T, backwards
+
+A program owns 64 columns of a state and of the output that is read from it, so the work of a head splits into V / 64 or
+K / 64 programs and no gradient is a sum over programs. The gate's gradient follows: with G the cumulative log decay of
+a chunk, dG_i = q_i . dq_i - k_i . dk_i, and the chunk's last token adds the state's part, for which the sweep of dq
+leaves the chunks' states (bfloat16) to the sweep of dk. Without gates no state leaves the chip.
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+
+from engrax.pallas_kernels.dispatch import Plan, Shapes
+from engrax.pallas_kernels.gpu_parts import pack_gates, unsupported_sizes
+from engrax.pallas_kernels.gpu_sweep import Read, Write, decay_cotangent, sum_groups, sweep
+from engrax.pallas_kernels.linear_attention.vjp import Inputs, Outputs
+from engrax.pallas_kernels.mesh import over_mesh
+
+NAME = "linear_attention"
+
+
+def unsupported(shapes: Shapes) -> str | None:
+    """Returns why the kernels cannot serve a call of these sizes, None where they can."""
+    return unsupported_sizes(shapes)
+
+
+def forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, tuple]:
+    """Returns ((out in v's dtype, final state), no residuals)."""
+    return over_mesh(partial(_forward, plan), (_INPUTS,), _OUTPUTS)(inputs), ()
+
+
+def backward(plan: Plan, inputs: Inputs, residuals: tuple, cotangents: Outputs) -> Inputs:
+    """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
+    return over_mesh(partial(_backward, plan), (_INPUTS, _OUTPUTS), _INPUTS)(inputs, cotangents)
+
+
+_INPUTS = Inputs("BTHK", "BTHK", "BTHV", "BTH", "BHKV", None)  # axes, for `over_mesh`
+_OUTPUTS = ("BTHV", "BHKV")
+
+
+def _forward(plan: Plan, inputs: Inputs) -> Outputs:
+    q, k, v, decay, state, _ = inputs
+    reads, write = [Read(q, plan.scale)], Write(k, v)
+    swept = sweep(f"{NAME}_forward", reads, write, pack_gates(decay), state, interpret=plan.interpret)
+    return swept.outs[0], swept.final
+
+
+def _backward(plan: Plan, inputs: Inputs, cotangents: Outputs) -> Inputs:
+    q, k, v, decay, state, _ = inputs
+    out_bar, final_bar = cotangents
+    gates, gates_back = pack_gates(decay), pack_gates(decay, reverse=True)
+    run = partial(sweep, interpret=plan.interpret)
+    # Gradients of q and k are per value head here: grouped ones are summed, so they leave unrounded.
+    by_value_head = dict(out_dtype=jnp.bfloat16 if q.shape[2] == v.shape[2] else jnp.float32)
+    of_q = run(
+        f"{NAME}_backward_dq",
+        [Read(out_bar, plan.scale, dot_with=None if decay is None else q)],
+        Write(v, k),
+        gates,
+        state.swapaxes(2, 3),
+        save_states=decay is not None,
+        **by_value_head,
+    )
+    of_k = run(
+        f"{NAME}_backward_dk",
+        [Read(v, dot_with=None if decay is None else k)],
+        Write(out_bar, q, plan.scale),
+        gates_back,
+        final_bar.swapaxes(2, 3),
+        reverse=True,
+        match_with=of_q.states,
+        **by_value_head,
+    )
+    of_v = run(
+        f"{NAME}_backward_dv",
+        [Read(k)],
+        Write(q, out_bar, plan.scale),
+        gates_back,
+        final_bar,
+        reverse=True,
+    )
+    decay_bar = None
+    if decay is not None:
+        local, carried = of_q.local_dots[0] - of_k.local_dots[0], of_q.carried_dots[0] - of_k.carried_dots[0]
+        decay_bar = decay_cotangent(decay, local + carried, of_k.carried_dots[0], of_k.matches, gates)
+    q_bar, k_bar = (sum_groups(x, q) for x in (of_q.outs[0], of_k.outs[0]))
+    return Inputs(q_bar, k_bar, of_v.outs[0], decay_bar, of_v.final, None)

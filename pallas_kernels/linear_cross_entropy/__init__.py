@@ -1,0 +1,11 @@
+"""Cross entropy of a linear head: loss_t = logsumexp_v (h_t . e_v) - h_t . e_label, without the logits in memory.
+
+Files: `api` validates and chooses; `reference` makes the logits; `xla` walks over the vocabulary, with its own backward
+pass; `cost` counts FLOPs and bytes.
+"""
+
+IMPLEMENTATIONS = ("reference", "xla")
+MISSING = {
+    "pallas_gpu": "there is no kernel: matrix products bind this operation, and XLA's are as fast",
+    "pallas_tpu": "there is no kernel: matrix products bind this operation, and XLA's are as fast",
+}

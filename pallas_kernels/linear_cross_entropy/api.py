@@ -1,0 +1,59 @@
+"""The public operation `linear_cross_entropy`: its contract, its validation and the choice of an implementation."""
+
+from functools import partial
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+
+from engrax.pallas_kernels.checks import check_array, check_positive_int, check_rank
+from engrax.pallas_kernels.dispatch import choose
+from engrax.pallas_kernels.dots import accumulator
+from engrax.pallas_kernels.linear_cross_entropy import MISSING
+from engrax.pallas_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from engrax.pallas_kernels.linear_cross_entropy.xla import linear_cross_entropy_xla
+from engrax.pallas_kernels.segments import mask_tokens
+
+
+@no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked
+def linear_cross_entropy(hidden, embedding, labels, *, chunk_size=1024, implementation=None):
+    """Returns the cross entropy of every token under a linear head, in nats:
+
+        loss_t = log sum_v exp(h_t . e_v) - h_t . e_label
+
+    The logits `[B, T, V]` are never in memory, in neither direction: the vocabulary is walked over `chunk_size` entries
+    at a time, and the backward pass makes the logits again (a third more operations than with them kept).
+
+    Args:
+      hidden: what the head reads, `[B, T, D]`; float64, float32, bfloat16 or float16.
+      embedding: the head's rows, `[V, D]`, V the size of the vocabulary.
+      labels: int `[B, T]` in [0, V) (not checked), or -1 for a token without a label: its loss is 0 and its hidden
+        state, which may hold anything, gets no gradient.
+      chunk_size: vocabulary entries worked on at once; temporary memory is that of `[B, T, chunk_size]`.
+      implementation: None (choose), "reference" (all logits) or "xla" (tile by tile).
+
+    Returns:
+      The losses `[B, T]`, float32 (float64 if hidden or embedding is).
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value; the message names it.
+      NotImplementedError: `implementation` names a kernel that there is not.
+    """
+    name = choose(implementation, MISSING)
+    check_rank("hidden", hidden, "[B, T, D]")
+    check_rank("embedding", embedding, "[V, D]")
+    check_array("hidden", hidden, "[B, T, D]", hidden.shape)
+    check_array("embedding", embedding, "[V, D]", (embedding.shape[0], hidden.shape[2]))
+    check_array("labels", labels, "[B, T]", hidden.shape[:2], jnp.integer)
+    check_positive_int("chunk_size", chunk_size)
+    return _run(name, int(chunk_size), hidden, embedding, labels)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(name, chunk_size, hidden, embedding, labels):
+    dtype = jnp.result_type(hidden, embedding)
+    hidden = mask_tokens(labels >= 0, hidden)
+    if name == "reference":
+        return linear_cross_entropy_reference(*(x.astype(accumulator(dtype)) for x in (hidden, embedding)), labels)
+    hidden, embedding = hidden.astype(dtype), embedding.astype(dtype)
+    return linear_cross_entropy_xla(hidden, embedding, labels, chunk_size=chunk_size)

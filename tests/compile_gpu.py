@@ -1,0 +1,207 @@
+"""Compiles every GPU kernel for an H200 on a machine without one, and fails where a register is spilled.
+
+    make test-compile
+    python tests/compile_gpu.py --output benchmarks/results/compile_gpu.json     in an environment with jax[cuda13]
+
+XLA compiles ahead of time for a described device (`TARGET`); ptxas, told to report, says what each kernel takes. The
+programs are compiled in a process of their own, whose output is read. Runs in a minute or two.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# What XLA asks about the device: an H200 (compute capability 9.0), as its data sheet has it.
+TARGET = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 device_memory_size: 150000000000 l2_cache_size: 52428800
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 13 minor: 0 }
+device_description_str: "NVIDIA H200"
+"""
+BEGIN, END = "== case ", "== done "
+
+
+def linear_attention(key, value, query_heads, heads, gated):
+    """Returns the core's forward and backward pass as a function of arrays, and their shapes."""
+    from engrax.pallas_kernels.decay import Decay
+    from engrax.pallas_kernels.linear_attention import gpu
+    from engrax.pallas_kernels.linear_attention.vjp import Inputs
+
+    plan = kernel_plan(key)
+
+    def run(q, k, v, hi, lo, state, out_bar, state_bar):
+        inputs = Inputs(q, k, v, Decay(hi, lo) if gated else None, state, None)
+        return gpu.forward(plan, inputs)[0], gpu.backward(plan, inputs, (), (out_bar, state_bar))
+
+    q, v, gate, state = shapes(key, value, query_heads, heads)
+    return run, (q, q, v, gate, gate, state, v, state)
+
+
+def gated_delta_rule(key, value, query_heads, heads, gated):
+    """The same for the gated delta rule."""
+    from engrax.pallas_kernels.decay import Decay
+    from engrax.pallas_kernels.gated_delta_rule import gpu
+    from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs
+
+    plan = kernel_plan(key)
+
+    def run(q, k, v, beta, hi, lo, state, out_bar, state_bar):
+        inputs = Inputs(q, k, v, beta, Decay(hi, lo) if gated else None, state, None)
+        outputs, residuals = gpu.forward(plan, inputs)
+        return outputs, gpu.backward(plan, inputs, residuals, (out_bar, state_bar))
+
+    q, v, gate, state = shapes(key, value, query_heads, heads)
+    return run, (q, q, v, gate, gate, gate, state, v, state)
+
+
+def kernel_plan(key):
+    from engrax.pallas_kernels.dispatch import Plan
+
+    return Plan(64, key**-0.5, "pallas_gpu", ("pallas_gpu",))
+
+
+def shapes(key, value, query_heads, heads) -> tuple:
+    """Returns the shapes of q or k, of v, of a gate and of a state."""
+    import jax
+    import jax.numpy as jnp
+
+    def tokens(heads, *features):
+        return jax.ShapeDtypeStruct((2, 256, heads, *features), jnp.bfloat16 if features else jnp.float32)
+
+    state = jax.ShapeDtypeStruct((2, heads, key, value), jnp.float32)
+    return tokens(query_heads, key), tokens(heads, value), tokens(heads), state
+
+
+def cases() -> dict:
+    """Returns {name: (function that makes the program, its arguments)}: one for every kernel that can be chosen.
+
+    The gated delta rule takes the same kernels without gates as with them.
+    """
+    found = {}
+    for make, gates in ((linear_attention, (False, True)), (gated_delta_rule, (True,))):
+        for key, value, gated, heads in itertools.product((64, 128), (64, 128), gates, (2, 4)):
+            gate = "scalar gate" if gated else "no gate"
+            name = f"{make.__name__} K={key} V={value} {gate}, 2 query and {heads} value heads"
+            found[name] = (make, (key, value, 2, heads, gated))
+    return found
+
+
+def compile_all(only: str) -> None:
+    """Compiles the cases whose name holds `only`, between marks on stdout, where ptxas reports too."""
+    import jax
+    from jax.experimental import topologies
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    topology = topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=TARGET)
+    one_device = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+    for name, (make, arguments) in cases().items():
+        if only in name:
+            run, specs = make(*arguments)
+            specs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one_device) for x in specs]
+            print(f"{BEGIN}{name}", flush=True)
+            start = time.perf_counter()
+            jax.jit(run).trace(*specs).lower(lowering_platforms=("cuda",)).compile()
+            print(f"{END}{time.perf_counter() - start:.2f}", flush=True)
+
+
+def parse(report: str) -> dict:
+    """Returns {case: {"seconds": ..., "kernels": {name: {"registers": ..., "spill_bytes": ...}}}}."""
+    results, kernels, kernel = {}, {}, None
+    for line in report.splitlines():
+        if line.startswith(BEGIN):
+            kernels = {}
+            results[line.removeprefix(BEGIN)] = {"seconds": None, "kernels": kernels}
+        elif line.startswith(END):
+            results[list(results)[-1]]["seconds"] = float(line.removeprefix(END))
+        elif entry := re.search(r"Compiling entry function '(\w+?)_mosaic_gpu_kernel' for '(\w+)'", line):
+            kernel = kernels.setdefault(entry[1], {"target": entry[2]})
+        elif spills := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            if kernel is not None:
+                kernel["spill_bytes"] = int(spills[1]) + int(spills[2])
+        elif (registers := re.search(r"ptxas info\s*: Used (\d+) registers", line)) and kernel is not None:
+            kernel["registers"] = int(registers[1])
+            kernel = None  # what follows is another compiler's report on the same kernel
+    return results
+
+
+def complaints(results: dict) -> list[str]:
+    """Returns what is wrong with the results, one sentence per kernel or case."""
+    found = [f"{case}: was not compiled to the end" for case, result in results.items() if result["seconds"] is None]
+    for case, result in results.items():
+        if not result["kernels"]:
+            found.append(f"{case}: ptxas reported no kernel")
+        for name, kernel in result["kernels"].items():
+            if kernel.get("spill_bytes") != 0:
+                found.append(f"{case}: {name} spills {kernel.get('spill_bytes')} bytes of registers")
+            if kernel["target"] != "sm_90a":
+                found.append(f"{case}: {name} was compiled for {kernel['target']}")
+    return found
+
+
+def versions() -> dict:
+    from importlib.metadata import distributions
+
+    wanted = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
+    found = {d.metadata["Name"].lower(): d.version for d in distributions()}
+    return {name: found.get(name) for name in wanted} | {"python": ".".join(map(str, sys.version_info[:3]))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, help="write the results there, as JSON")
+    parser.add_argument("--only", default="", help="the cases whose name holds this")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return compile_all(options.only)
+    if tuple(map(int, versions()["jax"].split(".")[:3])) < (0, 11, 2):
+        sys.exit(f"kernels need jax >= 0.11.2 (Python >= 3.12), this is {versions()['jax']}")
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no driver is here
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program from the cache is not compiled, and not reported
+    }
+    command = [sys.executable, __file__, "--child", "--only", options.only]
+    child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    report = child.stdout.decode(errors="replace")
+    results = parse(report)
+    for case, result in results.items():
+        kernels = (f"{name} {kernel.get('registers')}" for name, kernel in result["kernels"].items())
+        print(f"{case}: registers {', '.join(kernels)}")
+    wrong = complaints(results)
+    if child.returncode or not results:
+        sys.exit(f"{report[-4000:]}\nThe compiling process ended with code {child.returncode}.")
+    if wrong:
+        sys.exit("\n".join(wrong))
+    if options.output:
+        record = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": "make test-compile",
+            "device": "NVIDIA H200 (sm_90a), described; nothing was run",
+            "versions": versions(),
+            "results": results,
+        }
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+    count = sum(len(result["kernels"]) for result in results.values())
+    print(f"{count} kernels in {len(results)} programs compile for sm_90a without spills.")
+
+
+if __name__ == "__main__":
+    main()

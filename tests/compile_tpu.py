@@ -1,0 +1,187 @@
+"""Compiles every TPU kernel, forward and backward, for v5e and v6e on a machine without a TPU.
+
+    make test-compile
+    python tests/compile_tpu.py --output benchmarks/results/compile_tpu.json     in an environment with jax[tpu]
+
+libtpu compiles ahead of time for a described topology. What each kernel takes of VMEM is read from the compiled
+program. Runs in a few minutes.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import re
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+# Before jax is imported: no device is looked for, and none is asked for its surroundings.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program from the cache is not compiled
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from engrax.pallas_kernels.decay import Decay  # noqa: E402
+from engrax.pallas_kernels.dispatch import Plan, Shapes, load  # noqa: E402
+from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs as DeltaInputs  # noqa: E402
+from engrax.pallas_kernels.linear_attention.vjp import Inputs as AttentionInputs  # noqa: E402
+from engrax.pallas_kernels.neural_memory import tpu as neural_memory  # noqa: E402
+from engrax.pallas_kernels.neural_memory import vjp as neural_memory_vjp  # noqa: E402
+from engrax.pallas_kernels.neural_memory.gates import Coefficients  # noqa: E402
+from engrax.pallas_kernels.segments import aligned_layout  # noqa: E402
+
+TARGETS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+BATCH, CHUNKS, HEADS = 8, 32, 4  # enough that the arrays do not lie in VMEM as wholes
+KERNEL = re.compile(r"%\w*?((?:linear_attention|gated_delta_rule|neural_memory)_(?:forward|backward_states|backward))")
+SCOPED = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def log_decay(op, key, value, gate, dtype, query_heads=HEADS, chunk=64, segments=False):
+    """Returns the core's forward and backward pass as a function of arrays, and their shapes."""
+    length, kernel = CHUNKS * chunk, load(op, "pallas_tpu")
+    shapes = Shapes(BATCH, length, query_heads, HEADS, key, value, chunk, jnp.dtype(dtype), gate, segments)
+    assert kernel.unsupported(shapes) is None, kernel.unsupported(shapes)
+    plan = Plan(chunk, key**-0.5, "pallas_tpu", ("pallas_tpu",))
+    q, v = array(BATCH, length, query_heads, key, dtype=dtype), array(BATCH, length, HEADS, value, dtype=dtype)
+    per_token = array(BATCH, length, HEADS)
+    g = {"none": None, "scalar": per_token, "channel": array(*per_token.shape, key)}[gate]
+    decay = None if g is None else Decay(g, g)
+    layout, state = None, array(BATCH, HEADS, key, value)
+    if segments:
+        ids = array(BATCH, length - 3 * (chunk - 1), dtype=jnp.int32)
+        layout = jax.eval_shape(lambda ids: aligned_layout(ids, 3, chunk), ids)
+        state = array(BATCH, 3, HEADS, key, value)
+    if op == "linear_attention":
+        inputs = AttentionInputs(q, q, v, decay, state, layout)
+    else:
+        inputs = DeltaInputs(q, q, v, per_token, decay, state, layout)
+
+    def run(inputs, out_bar, state_bar):
+        outputs, residuals = kernel.forward(plan, inputs)
+        return outputs, kernel.backward(plan, inputs, residuals, (out_bar, state_bar))
+
+    return run, (inputs, v, state)
+
+
+def memory(layers, activation="gelu", slots=64, group=1, phased=False, segments=False, decayed=False):
+    """Returns the scan over blocks with its derivative as a function of arrays, and their shapes."""
+    shapes = neural_memory.Shapes(jnp.dtype(jnp.float32), layers, slots, group)
+    assert neural_memory.unsupported(shapes) is None, neural_memory.unsupported(shapes)
+    plan = neural_memory_vjp.Plan(activation, group, False)
+    lead, bases = (CHUNKS, BATCH, HEADS), 2 if segments else 1
+    columns, square = array(*lead, slots, bases), array(*lead, slots, slots)
+    anchor = columns if segments or decayed else None
+    table = Coefficients(anchor, columns, columns, square, array(*lead, bases), array(*lead, slots))
+    flags = array(CHUNKS, BATCH, dtype=bool)
+    rows = [array(*lead, slots, size) for size in (layers[0][0], layers[0][0], layers[-1][1])]
+    blocks = neural_memory_vjp.Blocks(table, square, *rows, flags if phased else None, flags if segments else None)
+    matrices = tuple(array(BATCH, HEADS, *layer) for layer in layers)
+
+    def run(blocks, carry, reset):
+        def scan(floats, carry, reset):
+            return neural_memory.scan_blocks(plan, blocks._replace(**floats), carry, reset)
+
+        floats = {name: getattr(blocks, name) for name in ("coefficients", "first_scores", "q", "k", "v")}
+        outputs, pull = jax.vjp(scan, floats, carry, reset)
+        return outputs, pull(outputs)
+
+    return run, (blocks, (matrices,) * 3, (matrices,) * 2 if segments else None)
+
+
+def cases() -> dict:
+    """Returns {name: (function that makes the program, its arguments by name)}."""
+    found = {}
+    for op in ("linear_attention", "gated_delta_rule"):
+        for gate in ("none", "scalar", "channel"):
+            for dtype in ("bfloat16", "float32"):
+                sizes = dict(op=op, key=128, value=128, gate=gate, dtype=dtype)
+                found[f"{op} K=V=128, gate {gate}, {dtype}"] = log_decay, sizes
+            more = dict(op=op, key=64, value=128, gate=gate, dtype="bfloat16", query_heads=2, segments=True)
+            found[f"{op} K=64 V=128, gate {gate}, bfloat16, grouped heads, states of segments"] = log_decay, more
+        odd = dict(op=op, key=36, value=20, gate="channel", dtype="bfloat16", chunk=48)
+        found[f"{op} K=36 V=20, chunk 48, gate channel, bfloat16"] = log_decay, odd
+        large = dict(op=op, key=256, value=512, gate="scalar", dtype="bfloat16", chunk=128)
+        found[f"{op} K=256 V=512, chunk 128, gate scalar, bfloat16"] = log_decay, large
+    one, two = ((128, 128),), ((64, 256), (256, 64))
+    found["neural_memory 128-128"] = memory, dict(layers=one)
+    found["neural_memory 128-128, rows at phases, segments"] = memory, dict(layers=one, phased=True, segments=True)
+    found["neural_memory 64-256-64"] = memory, dict(layers=two)
+    everything = dict(layers=two, slots=16, group=4, phased=True, segments=True)
+    for activation in ("gelu", "silu", "relu", "tanh"):
+        name = f"neural_memory 64-256-64, {activation}, chunk 16, groups of 4, rows at phases, segments"
+        found[name] = memory, everything | dict(activation=activation)
+    found["neural_memory 128-512-128, rows at phases, segments"] = (
+        memory,
+        dict(layers=((128, 512), (512, 128)), phased=True, segments=True),
+    )
+    found["neural_memory 20-36-12, chunk 5, decayed anchor"] = (
+        memory,
+        dict(layers=((20, 36), (36, 12)), slots=5, phased=True, decayed=True),
+    )
+    return found
+
+
+def compile_case(make, arguments, topology_name) -> dict:
+    """Returns how long it took and what every kernel takes of VMEM, or what the compiler said."""
+    topology = topologies.get_topology_desc(topology_name=topology_name, platform="tpu")
+    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    run, specs = make(**arguments)
+    specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), specs)
+    begin = time.perf_counter()
+    try:
+        compiled = jax.jit(run).trace(*specs).lower(lowering_platforms=("tpu",)).compile()
+    except Exception as error:  # whatever the compiler objects to is the result
+        return {"ok": False, "error": str(error)[:2000]}
+    kernels = {}
+    for line in compiled.as_text().splitlines():
+        if 'custom_call_target="tpu_custom_call"' in line:
+            name, taken = KERNEL.search(line), SCOPED.search(line)
+            kernels[name[1] if name else line.split("=")[0].strip()] = int(taken[1]) if taken else None
+    seconds = round(time.perf_counter() - begin, 1)
+    return {"ok": bool(kernels), "seconds": seconds, "vmem_bytes": dict(sorted(kernels.items()))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, help="write the results there, as JSON")
+    parser.add_argument("--only", default="", help="the cases whose name holds this")
+    options = parser.parse_args()
+    results = {}
+    for case, (make, arguments) in cases().items():
+        if options.only in case:
+            results[case] = {}
+            for target, topology in TARGETS.items():
+                result = results[case][target] = compile_case(make, arguments, topology)
+                print(f"{case}: {target} {result.get('vmem_bytes') or result.get('error')}", flush=True)
+    wrong = [(case, target) for case, by in results.items() for target, result in by.items() if not result["ok"]]
+    if wrong or not results:
+        sys.exit("\n".join(f"{case} does not compile for {target}" for case, target in wrong) or "no such case")
+    if options.output:
+        record = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": "make test-compile",
+            "device": "TPU v5e and v6e, described; nothing was run",
+            "versions": {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
+            | {"python": ".".join(map(str, sys.version_info[:3]))},
+            "results": results,
+        }
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+    count = sum(len(result["vmem_bytes"]) for by in results.values() for result in by.values())
+    print(f"{count} kernels in {len(results)} programs for {len(TARGETS)} TPUs compile.")
+
+
+if __name__ == "__main__":
+    main()

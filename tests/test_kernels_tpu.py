@@ -1,0 +1,275 @@
+"""The TPU kernels without a TPU: interpreted against float64 and the XLA forms, and lowered for TPU by their names.
+
+Interpretation raises at reads out of bounds and has memory start as NaN; once per kernel it also looks for races.
+Whether the programs compile for the machine is what `make test-compile` checks.
+"""
+
+import importlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engrax.pallas_kernels import NeuralMemoryState
+from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, Shapes, interpreted_kernels
+from engrax.pallas_kernels.neural_memory.reference import neural_memory_reference
+from engrax.pallas_kernels.neural_memory.xla import neural_memory_xla
+from engrax.tests import neural_memory_problems, op_problems
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__[:3] < KERNELS_NEED_JAX, reason="kernels need jax >= " + ".".join(map(str, KERNELS_NEED_JAX))
+)
+SLACK, FLOAT32_ERROR = 1.5, 1e-5  # a kernel's error may be that many times the XLA form's, or that
+
+
+@pytest.fixture(params=[False], ids=[""])
+def interpreted(request, capfd):
+    """Interprets kernels, with race detection where the test asks for it."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    params = pltpu.InterpretParams(detect_races=request.param, out_of_bounds_reads="raise", uninitialized_memory="nan")
+    with interpreted_kernels(), pltpu.force_tpu_interpret_mode(params):
+        yield
+    pltpu.reset_tpu_interpret_mode_state()
+    assert "RACE DETECTED" not in capfd.readouterr().out  # older versions only print it
+
+
+with_races = pytest.mark.parametrize("interpreted", [True], ids=["races"], indirect=True)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def with_gradients(function, arrays):
+    """Returns (outputs, gradients of a random weighting of the outputs by every array)."""
+
+    @jax.jit
+    def run(arrays):
+        outputs, pull = jax.vjp(function, arrays)
+        rng = np.random.default_rng(1)
+        weights = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), outputs)
+        return outputs, pull(weights)[0]
+
+    return run(arrays)
+
+
+def doubles(function, arrays):
+    """Returns `with_gradients` in float64, as NumPy arrays."""
+    with jax.enable_x64(True):
+        arrays = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), arrays)
+        return jax.tree.map(np.asarray, with_gradients(function, arrays))
+
+
+def assert_as_accurate(kernel, xla, truth, most):
+    """Every array of the kernel is about as near to the truth as the XLA form's, which is within `most`."""
+    own, others = op_problems.relative_rms(kernel, truth), op_problems.relative_rms(xla, truth)
+    for (path, error), other in zip(jax.tree_util.tree_leaves_with_path(own), jax.tree.leaves(others), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert other <= most, f"{name}: the XLA form errs by {other}"
+        assert error <= max(SLACK * other, FLOAT32_ERROR), (
+            f"{name}: the kernel errs by {error}, the XLA form by {other}"
+        )
+    dtypes = [[x.dtype for x in jax.tree.leaves(tree)] for tree in (kernel, xla)]
+    assert dtypes[0] == dtypes[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# linear_attention and gated_delta_rule
+
+
+def call(op, static, implementation):
+    """Returns the operation as a function of the dict of its arrays."""
+    function = getattr(importlib.import_module(f"engrax.pallas_kernels.{op}.api"), op)
+
+    def run(arrays):
+        rest = {name: x for name, x in arrays.items() if name not in "qkv"}
+        return function(*(arrays[name] for name in "qkv"), **rest, **static, implementation=implementation)
+
+    return run
+
+
+def check(op, dtype, case):
+    with jax.enable_x64(True):
+        arrays, static = op_problems.make_problem(op, **case)
+        arrays = jax.tree.map(lambda x: np.asarray(x, np.float32), arrays)
+    arrays |= {name: np.asarray(jnp.asarray(arrays[name], dtype)) for name in "qkv"}
+    truth = doubles(call(op, static, "reference"), arrays)
+    kernel, xla = (with_gradients(call(op, static, name), arrays) for name in ("pallas_tpu", "xla"))
+    assert_as_accurate(kernel, xla, truth, 0.02 if dtype == jnp.bfloat16 else 1e-4)
+
+
+SMALL = dict(batch=2, length=44, heads=1, groups=2, key=8, value=16, chunk=16)
+
+
+@pytest.mark.parametrize(
+    "op, dtype, case",
+    [
+        ("linear_attention", jnp.bfloat16, SMALL | dict(gate="channel", batch=1)),
+        ("gated_delta_rule", jnp.bfloat16, SMALL | dict(gate="channel", batch=1)),
+        slow("linear_attention", jnp.float32, SMALL | dict(gate="none", state=False)),
+        slow("linear_attention", jnp.float32, SMALL | dict(gate="scalar", segments="packed")),
+        slow("linear_attention", jnp.float32, SMALL | dict(gate="channel", segments="states", length=75)),
+        slow("linear_attention", jnp.bfloat16, SMALL | dict(gate="channel", chunk=32, length=64)),
+        slow("linear_attention", jnp.bfloat16, SMALL | dict(gate="scalar", chunk=48, length=96, groups=1)),
+        slow("linear_attention", jnp.float32, SMALL | dict(gate="scalar", length=300, groups=1)),  # groups of chunks
+        slow("gated_delta_rule", jnp.float32, SMALL | dict(gate="none", keys="identical", state=False)),
+        slow("gated_delta_rule", jnp.float32, SMALL | dict(gate="scalar", keys="correlated", segments="packed")),
+        slow("gated_delta_rule", jnp.float32, SMALL | dict(gate="channel", keys="correlated", segments="states")),
+        slow("gated_delta_rule", jnp.bfloat16, SMALL | dict(gate="channel", chunk=32, length=64)),
+        slow("gated_delta_rule", jnp.bfloat16, SMALL | dict(gate="scalar", chunk=48, length=96, groups=1)),
+        slow("gated_delta_rule", jnp.float32, SMALL | dict(gate="scalar", length=300, groups=1)),
+    ],
+)
+def test_as_accurate_as_xla(op, dtype, case, interpreted):
+    check(op, dtype, case)
+
+
+@with_races
+@pytest.mark.parametrize("op", ["linear_attention", "gated_delta_rule"])
+def test_no_races(op, interpreted):
+    """Ten chunks and a last group that is short, states of segments, a query head for two value heads."""
+    check(op, jnp.float32, SMALL | dict(batch=1, length=100, gate="scalar", segments="states", keys="correlated"))
+
+
+@pytest.mark.parametrize(
+    "gate, devices",
+    [("scalar", 1), ("scalar", 8), ("channel", 1), slow("channel", 8), slow("none", 1), slow("none", 8)],
+)
+@pytest.mark.parametrize("op", ["linear_attention", "gated_delta_rule"])
+def test_lowers_for_tpu(op, gate, devices):
+    """Chosen by platform, also where a mesh splits rows and heads: the kernels, and no loop over chunks."""
+    with jax.enable_x64(True):
+        case = dict(batch=8, length=64, heads=2, groups=1, key=16, value=16, gate=gate)
+        arrays, static = op_problems.make_problem(op, **case)
+    arrays = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in arrays.items()}
+    text = lower_gradient(call(op, static, None), arrays, devices)
+    assert kernel_names(text) == {f"{op}_{kernel}" for kernel in ("forward", "backward_states", "backward")}
+    assert "stablehlo.while" not in text
+
+
+def lower_gradient(function, arrays, devices):
+    """Returns the text of the gradient's program for TPU, under a mesh of as many devices."""
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+    def total(arrays):
+        return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(function(arrays)))
+
+    shape, names = ((4, 2), ("data", "tensor")) if devices == 8 else ((), ())
+    device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    mesh = AbstractMesh(shape, names, axis_types=(AxisType.Auto,) * len(names), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(jax.grad(total)).trace(arrays).lower(lowering_platforms=("tpu",)).as_text()
+    assert ("sdy.manual_computation" in text) == (devices == 8)
+    return text
+
+
+def kernel_names(text):
+    calls = re.findall(r"custom_call @(\w+)\(.*?kernel_name = \"(\w+)\"", text)
+    return {name for target, name in calls if target == "tpu_custom_call"}
+
+
+@pytest.mark.parametrize("op", ["linear_attention", "gated_delta_rule"])
+def test_what_the_kernels_cannot_serve_is_said(op):
+    from engrax.pallas_kernels.dispatch import load
+
+    unsupported = load(op, "pallas_tpu").unsupported
+    fine = Shapes(2, 128, 2, 4, 64, 128, 64, np.dtype(jnp.bfloat16), "channel", True)
+    for gate in ("none", "scalar", "channel"):
+        assert unsupported(fine._replace(gate=gate)) is None
+    for change, word in (
+        (dict(dtype=np.dtype(np.float64)), "float64"),
+        (dict(dtype=np.dtype(np.float16)), "float16"),
+        (dict(chunk=24), "not 24"),
+        (dict(chunk=512), "not 512"),
+        (dict(key=1024), "not 1024 and 128"),
+    ):
+        assert word in unsupported(fine._replace(**change))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# neural_memory
+
+
+def neural_memory(function, static, **options):
+    """Returns `neural_memory_xla` or `neural_memory_reference` as a function of the dict of its arrays."""
+    static = dict(static) | options
+    phase, ids, activation = static["phase"], static.get("segment_ids"), static.get("activation", "gelu")
+    more = dict(activation=activation, gradient_at=static.get("gradient_at", "anchor"), chunk_size=static["chunk_size"])
+    if function is neural_memory_xla:
+        more |= dict(save_every=static.get("save_every", 1), aligned=isinstance(phase, np.ndarray))
+        more |= {name: static[name] for name in ("implementation", "interpret") if name in static}
+
+    def run(arrays):
+        arrays = dict(arrays)
+        state, reset = NeuralMemoryState(*arrays.pop("state"), jnp.asarray(phase)), arrays.pop("reset", None)
+        out, state = function(**arrays, state=state, reset=reset, segment_ids=None if ids is None else ids, **more)
+        return out, state[:3]
+
+    return run
+
+
+def check_neural_memory(case, **options):
+    with jax.enable_x64(True):
+        arrays, static = neural_memory_problems.make_problem(**case)
+        arrays = jax.tree.map(lambda x: np.asarray(x, np.float32), arrays)
+    static["segment_ids"] = None if "segment_ids" not in static else jnp.asarray(static["segment_ids"])
+    plain = {name: value for name, value in options.items() if name != "save_every"}
+    truth = doubles(neural_memory(neural_memory_reference, static, **plain), arrays)
+    xla = with_gradients(neural_memory(neural_memory_xla, static, **options), arrays)
+    options |= dict(implementation="pallas_tpu", interpret=True)
+    kernel = with_gradients(neural_memory(neural_memory_xla, static, **options), arrays)
+    assert_as_accurate(kernel, xla, truth, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "case, options",
+    [
+        slow(dict(depth=1, batch=1, heads=2, length=20, chunk=8), dict()),
+        slow(dict(depth=2, batch=2, heads=1, length=21, chunk=6, segments=True), dict(save_every=3)),
+        slow(dict(depth=1, batch=2, heads=1, length=30, chunk=8, segments=True), dict(gradient_at="decayed")),
+        slow(dict(depth=2, batch=2, heads=1, length=21, chunk=4), dict(activation="silu", save_every=2)),
+        slow(dict(depth=2, batch=2, heads=1, length=1, chunk=8, rows="phased"), dict(activation="relu")),
+        slow(dict(depth=2, batch=1, heads=1, length=70, chunk=16, rows="phased"), dict(activation="tanh")),
+    ],
+)
+def test_neural_memory_is_as_accurate_as_xla(case, options, interpreted):
+    check_neural_memory(case, **options)
+
+
+@pytest.mark.xfail(strict=True, reason="gradients err by 6e-5, the XLA form's by 7e-7: the kernel is not offered yet")
+@with_races
+def test_neural_memory_without_races(interpreted):
+    """Two layers, rows at different phases, segments that begin in a row's last block too, two groups of two blocks."""
+    case = dict(depth=2, batch=3, heads=1, length=15, chunk=6, rows="phased", segments=True)
+    check_neural_memory(case, save_every=2)
+
+
+@pytest.mark.parametrize("segments, devices", [(False, 1), (True, 8), slow(False, 8), slow(True, 1)])
+def test_neural_memory_lowers_for_tpu(segments, devices):
+    rows = "phased" if segments else "aligned"
+    arrays, static = neural_memory_problems.make_problem(batch=8, length=16, chunk=8, rows=rows, segments=segments)
+    static["segment_ids"] = jnp.asarray(static["segment_ids"]) if segments else None
+    arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), arrays)
+    text = lower_gradient(
+        neural_memory(neural_memory_xla, static, save_every=2, implementation="pallas_tpu"), arrays, devices
+    )
+    assert kernel_names(text) == {"neural_memory_forward", "neural_memory_backward"}
+    assert "stablehlo.while" not in text
+
+
+def test_what_the_neural_memory_kernel_cannot_serve_is_said():
+    from engrax.pallas_kernels.neural_memory.tpu import Shapes, unsupported
+
+    fine = Shapes(np.dtype(np.float32), ((64, 256), (256, 64)), 64, 4)
+    assert unsupported(fine) is None and unsupported(fine._replace(layers=((128, 128),))) is None
+    for change, word in (
+        (dict(dtype=np.dtype(np.float64)), "float64"),
+        (dict(slots=256), "not 256"),
+        (dict(layers=((64, 64),) * 3), "not 3"),
+        (dict(layers=((512, 2048), (2048, 512))), "MiB of VMEM"),
+        (dict(group=1000), "MiB of VMEM"),
+    ):
+        assert word in unsupported(fine._replace(**change))
