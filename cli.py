@@ -7,8 +7,10 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from engrax.errors import UserError
@@ -20,6 +22,7 @@ EXAMPLES = {
     "generate": 'engrax generate runs/quickstart --prompt "def " --tokens 200',
     "describe": "engrax describe quickstart --model.dim 512",
     "list": "engrax list",
+    "bench": "engrax bench linear_attention --quick --output bench.json",
 }
 
 
@@ -173,7 +176,44 @@ def _list(args: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": _train, "evaluate": _evaluate, "generate": _generate, "describe": _describe, "list": _list}
+def _bench(args: list[str]) -> int:
+    parser = _parser("bench", "Times every implementation of the operations against xla and the device's limits.")
+    parser.add_argument("ops", nargs="*", help="operations; default: all")
+    parser.add_argument("--implementations", nargs="+", help="default: all that can run here, the reference apart")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of q, k, v; default by device")
+    parser.add_argument("--runs", type=int, default=11, help="timed runs of each program (default 11)")
+    parser.add_argument("--quick", action="store_true", help="the first shape of each operation only")
+    parser.add_argument("--output", help="write the rows as JSON to this file")
+    known = parser.parse_args(args)
+    import jax
+
+    from engrax.pallas_kernels import bench
+
+    ops = known.ops or bench.OPERATIONS
+    try:
+        count = 1 if known.quick else None
+        cases = [case for op in ops for case in bench.default_cases(op, jax.default_backend())[:count]]
+        options = dict(dtype=known.dtype, implementations=known.implementations, runs=known.runs)
+        rows = []
+        for row in bench.bench(ops, cases=cases, **options):
+            print(bench.describe(row), flush=True)
+            rows.append(row)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(str(error)) from error
+    if known.output:
+        Path(known.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(known.output).write_text(json.dumps(bench.report(rows, known.dtype), indent=1) + "\n")
+    return 0
+
+
+COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "describe": _describe,
+    "list": _list,
+    "bench": _bench,
+}
 
 
 def _find(name: str) -> Any:
