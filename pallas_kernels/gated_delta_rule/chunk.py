@@ -71,14 +71,14 @@ def _gram(form, k):
     """Returns k k^T, in float32 as exact as float32 can hold it.
 
     Where a key repeats, so does the rounding error of its product with itself: at beta 2, 64 such tokens add it up to
-    30 times what the recurrence errs by. Keys rounded to 2^-11 of their norm have products whose sums are exact, and
-    the rest is 2^-12 of them: with k = h + l, k k^T = h h^T + m + m^T, m = l (h + l / 2)^T.
+    30 times what the recurrence errs by. Keys rounded to 11 bits have sums of products that are exact, and the rest is
+    2^-12 of them: with k = h + l, k k^T = h h^T + m + m^T, m = l (h + l / 2)^T.
     """
     if form.operands != jnp.float32:
         return form.matmul_right(k, k)
-    norm = jnp.maximum(jnp.sqrt(jnp.sum(k * k, axis=1, keepdims=True)), 1e-30)
-    power = lax.bitcast_convert_type(lax.bitcast_convert_type(norm, jnp.int32) & 0x7F800000, jnp.float32)
-    step = power * 2.0**-11  # of each key, a power of 2: norms < 2^12 steps, sums of products < 2^24 steps^2
+    norm = jnp.sqrt(jnp.max(jnp.sum(k * k, axis=1, keepdims=True), axis=0, keepdims=True))
+    exponent = lax.bitcast_convert_type(jnp.maximum(norm, 1e-30), jnp.int32) & 0x7F800000
+    step = lax.bitcast_convert_type(exponent, jnp.float32) * 2.0**-11  # norm < 2^12 steps: sums < 2^24 steps^2
     high = jnp.round(k / step) * step
     low = k - high
     rest = form.matmul_right(low, high + 0.5 * low)
