@@ -70,6 +70,35 @@ def gated_delta_rule(key, value, query_heads, heads, gated):
     return run, (q, q, v, gate, gate, gate, state, v, state)
 
 
+def neural_memory(key, value):
+    """The same for the neural memory of one layer: blocks of bfloat16 tokens and the coefficients of the dual form."""
+    import jax
+    import jax.numpy as jnp
+
+    from engrax.pallas_kernels.neural_memory import gpu
+    from engrax.pallas_kernels.neural_memory.gates import Coefficients
+    from engrax.pallas_kernels.neural_memory.vjp import Blocks, Plan
+
+    blocks, batch, heads, slots = lead = (4, 2, 2, 64)
+
+    def run(q, k, v, a, b, write, last_momentum, last_write, weights, momentum, out_bar):
+        def scan(*arrays):
+            table, tokens, state = Coefficients(None, *arrays[:5]), arrays[5:8], arrays[8:]
+            carry = ((state[0],), (state[1],), (state[0],))
+            return gpu.scan_blocks(Plan("gelu", 1, True), Blocks(table, None, *tokens, None, None), carry, None)
+
+        outputs, pull = jax.vjp(scan, a, b, write, last_momentum, last_write, q, k, v, weights, momentum)
+        return outputs, pull((out_bar, outputs[1]))
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    q, v = (array(*lead, features, dtype=jnp.bfloat16) for features in (key, value))
+    columns, matrix = array(*lead, 1), array(batch, heads, key, value)
+    coefficients = (columns, columns, array(*lead, slots), array(*lead[:3], 1), array(*lead))
+    return run, (q, q, v, *coefficients, matrix, matrix, v)
+
+
 def kernel_plan(key):
     from engrax.pallas_kernels.dispatch import Plan
 
@@ -99,6 +128,8 @@ def cases() -> dict:
             gate = "scalar gate" if gated else "no gate"
             name = f"{make.__name__} K={key} V={value} {gate}, 2 query and {heads} value heads"
             found[name] = (make, (key, value, 2, heads, gated))
+    for key, value in itertools.product((64, 128), (64, 128)):
+        found[f"neural_memory K={key} V={value} depth 1"] = (neural_memory, (key, value))
     return found
 
 

@@ -78,7 +78,9 @@ def log_decay(op, key, value, gate, dtype, query_heads=HEADS, chunk=64, segments
 
 def memory(layers, activation="gelu", slots=64, group=1, phased=False, segments=False, decayed=False):
     """Returns the scan over blocks with its derivative as a function of arrays, and their shapes."""
-    shapes = neural_memory.Shapes(jnp.dtype(jnp.float32), layers, slots, group)
+    float32 = jnp.dtype(jnp.float32)
+    sizes = dict(layers=layers, slots=slots, group=group, batch=BATCH, heads=HEADS, blocks=CHUNKS)
+    shapes = neural_memory.Shapes(dtype=float32, tokens=float32, aligned=not phased, segments=segments, **sizes)
     assert neural_memory.unsupported(shapes) is None, neural_memory.unsupported(shapes)
     plan = neural_memory_vjp.Plan(activation, group, False)
     lead, bases = (CHUNKS, BATCH, HEADS), 2 if segments else 1

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, Shapes, interpreted_kernels
-from engrax.tests import op_problems
+from engrax.pallas_kernels.neural_memory.types import Shapes as MemoryShapes
+from engrax.tests import neural_memory_problems, op_problems
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__[:3] < KERNELS_NEED_JAX, reason="kernels need jax >= " + ".".join(map(str, KERNELS_NEED_JAX))
@@ -108,7 +109,7 @@ def test_no_race_and_nothing_read_before_it_is_written(op):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     arrays, static = problem(op, gates="mixed", key=128, length=192)
-    params = plgpu.InterpretGPUParams(detect_races=True, on_race="raise", uninitialized_memory="nan")
+    params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     with plgpu.force_gpu_interpret_mode(params):
         results = run(op, arrays, static, "pallas_gpu")
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(results))
@@ -157,3 +158,156 @@ def test_what_the_kernel_cannot_serve_is_said(op):
         (dict(heads=70000), "65535"),
     ):
         assert word in unsupported(fine._replace(**change))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# neural_memory. Its XLA form computes in float32: what the kernel is compared with is that form's program with every
+# operand of a product rounded to bfloat16.
+
+
+def memory_problem(keys="random", **case):
+    """Returns (arrays as a call with bfloat16 tokens gets them, static): keys and queries of unit norm, a stable lr."""
+    defaults = dict(depth=1, batch=1, heads=1, key=64, value=64, chunk=64, length=128)
+    with jax.enable_x64(True):
+        arrays, static = neural_memory_problems.make_problem(**{**defaults, **case})
+        arrays = jax.tree.map(lambda x: np.asarray(x, np.float32), arrays)
+    if keys == "identical":
+        arrays["k"] = np.broadcast_to(arrays["k"][:, :1], arrays["k"].shape)
+    for name in "qk":
+        arrays[name] = arrays[name] / np.linalg.norm(arrays[name], axis=-1, keepdims=True)
+    arrays["lr"] = arrays["lr"] * (20 / 64)
+    return arrays | {name: jnp.asarray(arrays[name], jnp.bfloat16) for name in "qkv"}, static
+
+
+def memory_program(static, **options):
+    """Returns the function of the arrays that gives ((out, final matrices), gradients of a random weighting of both).
+
+    The weights are numbers of bfloat16, so that no precision of the output rounds them.
+    """
+
+    def both(arrays):
+        def run(arrays):
+            out, state = neural_memory_problems.call(arrays, static, **options)
+            return out, state[:3]
+
+        result, pull = jax.vjp(run, arrays)
+        rng = np.random.default_rng(1)
+        weights = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16).astype(x.dtype), result)
+        return result, pull(weights)[0]
+
+    return both
+
+
+def with_bfloat16_products(function):
+    """Returns the function with the operands of products rounded to bfloat16, but for those of highest precision."""
+    from jax.extend import core
+
+    def evaluate(jaxpr, consts, args):
+        values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+
+        def read(x):
+            return x.val if isinstance(x, core.Literal) else values[x]
+
+        for equation in jaxpr.eqns:
+            inputs, params = [read(x) for x in equation.invars], equation.params
+            inner = params["branches"][-1] if "branches" in params else params.get("jaxpr", params.get("call_jaxpr"))
+            if inner is not None:  # of the branches by platform any does
+                inputs = inputs[1:] if "branches" in params else inputs
+                outputs = evaluate(inner.jaxpr, inner.consts, inputs)
+            else:
+                if equation.primitive.name == "dot_general" and params["precision"] is None:
+                    inputs = [jax.lax.reduce_precision(x, 8, 7) for x in inputs]
+                outputs = equation.primitive.bind(*inputs, **params)
+                outputs = outputs if equation.primitive.multiple_results else [outputs]
+            values.update(zip(equation.outvars, outputs, strict=True))
+        return [read(x) for x in jaxpr.outvars]
+
+    def run(*args):
+        with jax.disable_jit():  # loops over chunks become straight-line code
+            closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        outputs = evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "case, options",
+    [
+        (dict(length=128), dict()),
+        (dict(length=150, rows="phased"), dict(gradient_at="decayed")),
+        pytest.param(dict(length=128, keys="identical"), dict(), marks=pytest.mark.slow),
+        pytest.param(dict(length=64, key=128), dict(gradient_at="decayed"), marks=pytest.mark.slow),
+        pytest.param(
+            dict(length=150, heads=2, batch=2, value=128),
+            dict(gradient_at="decayed", save_every=2),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(dict(length=192, key=128, value=128), dict(), marks=pytest.mark.slow),
+        pytest.param(dict(length=1000), dict(), marks=pytest.mark.slow),
+        pytest.param(dict(length=66, batch=2, rows="phased"), dict(), marks=pytest.mark.slow),
+        pytest.param(dict(length=330, batch=2, rows="phased"), dict(save_every=3), marks=pytest.mark.slow),
+    ],
+)
+def test_the_memory_kernel_is_as_accurate_as_the_xla_form_in_bfloat16_and_free_of_races(case, options):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    arrays, static = memory_problem(**case)
+    params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+    with interpreted_kernels(), plgpu.force_gpu_interpret_mode(params):
+        kernel = op_problems.compiled(memory_program(static, implementation="pallas_gpu", **options))(arrays)
+    xla = memory_program(static, implementation="xla", **options)
+    xla = op_problems.compiled(with_bfloat16_products(xla))(arrays)
+    assert [x.dtype for x in jax.tree.leaves(kernel)] == [x.dtype for x in jax.tree.leaves(xla)]
+    with jax.enable_x64(True):
+        doubles = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), arrays)
+        reference = memory_program(static, implementation="reference", **options)
+        wanted = jax.tree.map(np.asarray, op_problems.compiled(reference)(doubles))
+    own, others = (op_problems.relative_rms(got, wanted) for got in (kernel, xla))
+    for (path, error), other in zip(jax.tree_util.tree_leaves_with_path(own), jax.tree.leaves(others), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert other <= MOST, f"{name}: the XLA form errs by {other}"
+        assert error <= max(SLACK * other, FLOOR), f"{name}: the kernel errs by {error}, the XLA form by {other}"
+
+
+@pytest.mark.parametrize("devices, implementation", [(1, "pallas_gpu"), (8, None)])
+def test_an_h200_gets_the_memory_kernels_and_no_loop(devices, implementation):
+    arrays, static = memory_problem(batch=8, heads=2)
+    specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+
+    def loss(arrays):
+        out, final = neural_memory_problems.call(arrays, static, implementation=implementation)
+        return jnp.sum(out.astype(jnp.float32) ** 2) + sum(jnp.sum(x**2) for x in jax.tree.leaves(final[:3]))
+
+    with abstract_h200(*(((2, 2, 2), ("data", "fsdp", "tensor")) if devices == 8 else ())):
+        text = jax.jit(jax.grad(loss)).trace(specs).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @(mosaic_gpu\w*)\((.*)", text)
+    parts = ("forward", "backward_states", "backward_carry", "backward_tokens")
+    assert len(calls) == len(parts) and len(calls) == text.count("custom_call @mosaic")
+    found = re.findall(r'"?(neural_memory_(?:[a-z]+_)*[a-z]+?)_mosaic_gpu', text)
+    assert set(found) == {f"neural_memory_{part}" for part in parts}
+    assert "stablehlo.while" not in text
+    rows, heads = (2, 1) if devices == 8 else (8, 2)
+    assert all(f"tensor<{rows}x128x{heads}x64xbf16>" in rest for _, rest in calls)
+
+
+def test_what_the_memory_kernel_cannot_serve_is_said():
+    unsupported = importlib.import_module("engrax.pallas_kernels.neural_memory.gpu").unsupported
+    single, half = np.dtype(np.float32), np.dtype(jnp.bfloat16)
+    fine = MemoryShapes(single, ((64, 128),), 64, 1, half, 2, 4, 2, True, False)
+    assert unsupported(fine) is None and unsupported(fine._replace(aligned=False, blocks=3)) is None
+    for change, word in (
+        (dict(layers=((64, 64), (64, 64))), "not 2"),
+        (dict(tokens=single), "bfloat16"),
+        (dict(dtype=np.dtype(np.float64)), "float64"),
+        (dict(layers=((32, 128),)), "not 32 and 128"),
+        (dict(slots=16), "not blocks of 16"),
+        (dict(aligned=False), "unknown phases from 66 tokens"),
+        (dict(segments=True), "segments"),
+        (dict(heads=70000), "65535"),
+    ):
+        assert word in unsupported(fine._replace(**change))
+    arrays, static = memory_problem()
+    arrays["v"] = arrays["v"].astype(jnp.float32)
+    with interpreted_kernels(), pytest.raises(NotImplementedError, match="takes bfloat16 q, k and v"):
+        neural_memory_problems.call(arrays, static, implementation="pallas_gpu")

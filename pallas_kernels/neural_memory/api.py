@@ -60,9 +60,10 @@ def neural_memory(
       chunk_size: tokens between two refreshes of the anchor.
       save_every: peak memory of the backward pass. n > 1: it keeps the state of every n-th chunk and runs the chunks
         between again. 1: it keeps the hidden rows of every chunk, and the state of every chunk of 64 tokens or more (of
-        shorter chunks up to every fourth).
+        shorter chunks up to every fourth). The GPU kernels always run everything again.
       implementation: None (choose), "reference" (token by token), "xla" (dual form, chunk by chunk), or a kernel,
-        see `engrax.pallas_kernels.available`.
+        see `engrax.pallas_kernels.available`. The GPU kernels serve bfloat16 q, k and v only: what they multiply, the
+        state too, they round to bfloat16, and add in float32.
 
     Returns:
       out `[B, T, H, V]` in v's dtype, and the final `NeuralMemoryState`, float32 (float64 if any input is).
@@ -83,7 +84,8 @@ def neural_memory(
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     args = (q_, k_, v_, lr, momentum, forget, NeuralMemoryState(*matrices, phase), reset, segment_ids)
     options = dict(activation=activation, gradient_at=gradient_at, chunk_size=int(chunk_size))
-    shapes = _shapes(q, state, dtype, int(chunk_size), int(save_every), aligned)
+    tokens = jnp.result_type(q, k, v)
+    shapes = _shapes(q, state, dtype, tokens, int(chunk_size), int(save_every), aligned, segment_ids is not None)
     unsupported = unsupported_kernels("neural_memory", shapes, implementation)
     name = choose(implementation, unsupported)
     if name is None:  # by the device in sight: a kernel keeps other things for its backward pass than the XLA form
@@ -101,13 +103,14 @@ _OPTIONS = ("activation", "gradient_at", "chunk_size", "save_every", "aligned", 
 _by_chunks = partial(jax.jit, static_argnames=_OPTIONS)(neural_memory_xla)
 
 
-def _shapes(q, state, dtype, chunk_size: int, save_every: int, aligned: bool) -> Shapes:
+def _shapes(q, state, dtype, tokens, chunk_size: int, save_every: int, aligned: bool, segments: bool) -> Shapes:
     """Returns what a kernel would be asked to serve."""
-    length = q.shape[1]
+    batch, length, heads = q.shape[:3]
     slots = min(length, chunk_size)
     blocks = -(-length // slots) + (not aligned and length > 1)
     layers = tuple(w.shape[2:] for w in state.weights)
-    return Shapes(jnp.dtype(dtype), layers, slots, group_size(blocks, slots, save_every))
+    group = group_size(blocks, slots, save_every)
+    return Shapes(jnp.dtype(dtype), layers, slots, group, jnp.dtype(tokens), batch, heads, blocks, aligned, segments)
 
 
 @no_type_check

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from engrax.pallas_kernels.neural_memory.gates import Coefficients
-from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, Layers, derivative
+from engrax.pallas_kernels.neural_memory.types import Layers, with_derivatives
 
 Rows = tuple[Float[Array, "S _"], ...]  # one array of token rows per layer
 
@@ -103,8 +103,7 @@ def chunk_forward(c: Coefficients, first_scores, q, k, v, bases: Bases, activati
 
     first_scores: D_1 `[S, S]`, which does not depend on the memory.
     """
-    f = ACTIVATIONS[activation]
-    df = derivative(f)
+    f, df, _ = with_derivatives(activation)
     z, r, error = _keys(c, k, v, bases.anchors, f, df)
     xs, deltas = _inputs_and_deltas(k, z, r, error, f, df)
     u, ys, scores = q, [], []
@@ -134,8 +133,8 @@ def chunk_carry(c: Coefficients, xs: Rows, deltas: Rows, bases: Bases, outer=out
 
 def chunk_replay(c: Coefficients, k, bases: Bases, saved: Saved, activation: str, outer=outer) -> tuple[Layers, Layers]:
     """Returns weights and momentum after the block from what was saved of it."""
-    f = ACTIVATIONS[activation]
-    return chunk_carry(c, *_inputs_and_deltas(k, saved.z, saved.r, saved.error, f, derivative(f)), bases, outer)
+    f, df, _ = with_derivatives(activation)
+    return chunk_carry(c, *_inputs_and_deltas(k, saved.z, saved.r, saved.error, f, df), bases, outer)
 
 
 class _Grads:
@@ -265,12 +264,11 @@ def chunk_backward(
 
     cotangents: those of (out, weights, momentum).
     """
-    f = ACTIVATIONS[activation]
-    df = derivative(f)
+    f, df, d2f = with_derivatives(activation)
     out_bar, weights_bar, momentum_bar = cotangents
     xs, deltas = _inputs_and_deltas(k, saved.z, saved.r, saved.error, f, df)
     g = _Grads(bases, outer)
     q_bar, first_bar = _read_bwd(g, c, first_scores, q, xs, deltas, saved, bases, out_bar, f, df)
     _carry_bwd(g, c, xs, deltas, bases, weights_bar, momentum_bar)
-    k_bar, v_bar = _keys_bwd(g, c, xs, deltas, saved, bases, df, derivative(df))
+    k_bar, v_bar = _keys_bwd(g, c, xs, deltas, saved, bases, df, d2f)
     return Coefficients(**{"anchor": None, **g.coefficients}), first_bar, q_bar, k_bar, v_bar, g.bases()

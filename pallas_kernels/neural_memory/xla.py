@@ -4,13 +4,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from engrax.pallas_kernels.dispatch import load
 from engrax.pallas_kernels.neural_memory.gates import coefficients
 from engrax.pallas_kernels.neural_memory.grid import aligned_grid, from_blocks, phased_grid, to_blocks
 from engrax.pallas_kernels.neural_memory.types import Layers, NeuralMemoryState
-from engrax.pallas_kernels.neural_memory.vjp import Blocks, run_blocks, scan_blocks
+from engrax.pallas_kernels.neural_memory.vjp import Blocks, Carry, Reset, run_blocks, scan_blocks
 from engrax.pallas_kernels.segments import segment_starts
 
 
@@ -50,17 +50,53 @@ def neural_memory_xla(
         reset = jax.tree.map(lambda m: jnp.broadcast_to(m, (batch, *m.shape)), reset)
     else:
         reset = None
-    q, k, v, lr, momentum, forget = (to_blocks(grid, x) for x in (q, k, v, lr, momentum, forget))
+    tokens = (to_blocks(grid, x) for x in (q, k, v, lr, momentum, forget))
+    out, carry = run_grid(
+        *tokens,
+        tuple(state[:3]),
+        reset,
+        real=real,
+        start=start,
+        fresh=grid.fresh,
+        activation=activation,
+        gradient_at=gradient_at,
+        save_every=save_every,
+        implementation=implementation,
+        interpret=interpret,
+    )
+    return from_blocks(grid, out, length), NeuralMemoryState(*carry, (phase + length) % chunk_size)
+
+
+def run_grid(
+    q: Float[Array, "N B H S K"],
+    k: Float[Array, "N B H S K"],
+    v: Float[Array, "N B H S V"],
+    lr: Float[Array, "N B H S"],
+    momentum: Float[Array, "N B H S"],
+    forget: Float[Array, "N B H S"],
+    carry: Carry,
+    reset: Reset,
+    *,
+    real: Bool[Array, "N B 1 S"],
+    start: Bool[Array, "N B 1 S"] | None,
+    fresh: Bool[Array, "N B"] | None,
+    activation: str,
+    gradient_at: str = "anchor",
+    save_every: int = 1,
+    implementation: str = "xla",
+    interpret: bool = False,
+) -> tuple[Float[Array, "N B H S V"], Carry]:
+    """Runs blocks that somebody laid out, each inside one chunk.
+
+    carry: (weights, momentum, anchor), `[B, H, I, O]` per layer; reset: the first two of the reset state, for every
+    row; None without segments. real: the slot holds a token; start: a segment begins at it (None: none does);
+    fresh: the block begins its chunk (None: all do). Slots that are not real give 0.
+    """
     table = coefficients(lr, momentum, forget, real, start, gradient_at)
     begins = None if start is None else jnp.any(start, axis=(2, 3))  # [N, B]: a segment begins in the block
-
     first_scores = table.write * jnp.einsum("nbhtk,nbhsk->nbhts", q, k)
-    blocks = Blocks(table, first_scores, q, k, v, grid.fresh, begins)
-    carry, scan = tuple(state[:3]), scan_blocks
+    blocks, scan = Blocks(table, first_scores, q, k, v, fresh, begins), scan_blocks
     if implementation != "xla":
         scan = partial(load("neural_memory", implementation).scan_blocks, interpret=interpret)
-    out, (weights, mom, anchor) = run_blocks(
-        blocks, carry, reset, activation=activation, save_every=save_every, scan=scan
-    )
-    out = from_blocks(grid, jnp.where(real[..., None], out, 0), length)
-    return out, NeuralMemoryState(weights, mom, anchor, (phase + length) % chunk_size)
+    out, carry = run_blocks(blocks, carry, reset, activation=activation, save_every=save_every, scan=scan)
+    return jnp.where(real[..., None], out, 0), carry

@@ -1,0 +1,336 @@
+"""Mosaic GPU kernels (sm_90) of a neural memory of one layer: its three sweeps along the chunks.
+
+With one layer, M(x) = x W, the columns of W, of its momentum S and of v never meet: a program of a sweep owns `COLUMNS`
+of them, of one head, from the first chunk to the last. Per chunk, with M = W at its start and letters as in `gates`:
+
+    forward     delta = anchor k M - v,    out = A q M + B q S - (C q k^T) delta
+                M <- A_last M + B_last S - k^T C_last delta,    S <- P_last S - k^T E_last delta
+    backward    d delta = -(C q k^T)^T d out - C_last k dM - E_last k dS
+                dM <- A_last dM + q^T A d out + k^T anchor d delta,    dS <- B_last dM + P_last dS + q^T B d out
+
+What else is differentiated needs of the other chunks only what these sweeps leave: `gpu_chunks`.
+
+Matrices are float32, in SMEM or as values, and are rounded to bfloat16 for the matrix unit.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from engrax.pallas_kernels.gpu_parts import (
+    CHUNK,
+    COLUMNS,
+    MATRIX,
+    along_rows,
+    keep,
+    kept,
+    load_matrix,
+    matrix,
+    products,
+    tiles,
+    token_block,
+    transposed,
+)
+
+# Rows of a chunk's table: A, B, what scales the anchor, C and E of the last slot; then A, B and P of the last slot.
+READ_WEIGHTS, READ_MOMENTUM, ANCHOR, WRITE, LAST_WRITE, LAST = range(6)
+TABLE_ROWS = 6
+
+
+class Tokens(NamedTuple):
+    """What the kernels read, T a multiple of `CHUNK`."""
+
+    q: jax.Array  # [B, T, H, K] bfloat16
+    k: jax.Array  # [B, T, H, K] bfloat16
+    v: jax.Array  # [B, T, H, V] bfloat16
+    write: jax.Array  # [N, B, H, C, C] float32, C of `gates`
+    table: jax.Array  # [N, B, H, 6, C] float32
+
+
+class Sizes(NamedTuple):
+    """What is static."""
+
+    batch: int
+    heads: int
+    chunks: int
+    key: int
+    value: int
+    reverse: bool = False
+
+    def at(self, step):
+        """The chunk that is visited at a step."""
+        return self.chunks - 1 - step if self.reverse else step
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.batch, self.heads, self.value // COLUMNS
+
+    def tokens(self, features: int):
+        return jax.ShapeDtypeStruct((self.batch, self.chunks * CHUNK, self.heads, features), jnp.bfloat16)
+
+    def matrices(self):
+        return jax.ShapeDtypeStruct((self.batch, self.heads, self.key, self.value), jnp.float32)
+
+    def states(self):
+        return jax.ShapeDtypeStruct((self.batch, self.heads, self.chunks, self.key, self.value), jnp.bfloat16)
+
+
+def sizes_of(tokens: Tokens, reverse: bool = False) -> Sizes:
+    """Returns the sizes of a call; reverse: the chunks are visited from the last to the first."""
+    batch, length, heads, key = tokens.k.shape
+    return Sizes(batch, heads, length // CHUNK, key, tokens.v.shape[3], reverse)
+
+
+def run_kernel(name, body, out_types, scratch, grid, interpret, inputs) -> dict:
+    """Runs `body(inputs, outputs, scratch)`, dicts of references, once for every place of the grid."""
+    kernel = plgpu.kernel(
+        body,
+        out_type=(out_types,),
+        scratch_types=[scratch],
+        grid=grid,
+        grid_names=("batch", "head", "part"),
+        kernel_name=name,
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )
+    return kernel(inputs)[0]
+
+
+def forward(tokens: Tokens, weights, momentum, *, stages: int = 2, interpret: bool = False) -> dict:
+    """Returns "out" `[B, T, H, V]` bfloat16 and, `[B, H, K, V]` float32, "weights", "momentum" and "anchor", the
+    weights at the start of the last chunk."""
+    plan = sizes_of(tokens)
+    out_types = {"out": plan.tokens(plan.value)} | dict.fromkeys(("weights", "momentum", "anchor"), plan.matrices())
+    inputs = tokens._asdict() | {"weights": weights, "momentum": momentum}
+    body = partial(_sweep, plan, stages, _forward_chunk, ("q", "k"), ("v",))
+    return run_kernel("neural_memory_forward", body, out_types, _scratch(plan), plan.grid, interpret, inputs)
+
+
+def states(tokens: Tokens, weights, momentum, *, stages: int = 2, interpret: bool = False) -> dict:
+    """Runs forwards again. Returns, all bfloat16, "delta" and what rounding took from it, "rest", `[B, T, H, V]`, and
+    the "weights_at" and "momentum_at" that every chunk begins with, `[B, H, N, K, V]`."""
+    plan = sizes_of(tokens)
+    out_types = dict.fromkeys(("delta", "rest"), plan.tokens(plan.value))
+    out_types |= dict.fromkeys(("weights_at", "momentum_at"), plan.states())
+    inputs = {"k": tokens.k, "v": tokens.v, "table": tokens.table, "weights": weights, "momentum": momentum}
+    body = partial(_sweep, plan, stages, _states_chunk, ("k",), ("v",))
+    return run_kernel("neural_memory_backward_states", body, out_types, _scratch(plan), plan.grid, interpret, inputs)
+
+
+def backward(tokens: Tokens, out_bar, bars, *, stages: int = 2, interpret: bool = False) -> dict:
+    """Runs the cotangents of the matrices backwards. bars: those of `forward`'s weights, momentum and anchor.
+
+    Returns "v_bar" `[B, T, H, V]` bfloat16, the cotangents at the end of every chunk, "weights_at" and "momentum_at"
+    `[B, H, N, K, V]` bfloat16, and those of the first "weights" and "momentum", `[B, H, K, V]` float32.
+    """
+    plan = sizes_of(tokens, reverse=True)
+    out_types = {"v_bar": plan.tokens(plan.value)} | dict.fromkeys(("weights_at", "momentum_at"), plan.states())
+    out_types |= dict.fromkeys(("weights", "momentum"), plan.matrices())
+    inputs = tokens._asdict() | dict(zip(("weights", "momentum", "anchor"), bars)) | {"out_bar": out_bar}
+    del inputs["v"]
+    body = partial(_sweep, plan, stages, _backward_chunk, ("q", "k"), ("out_bar",))
+    return run_kernel("neural_memory_backward_carry", body, out_types, _scratch(plan), plan.grid, interpret, inputs)
+
+
+def _scratch(plan: Sizes) -> dict:
+    def state(exact: bool):
+        exact_state = [matrix(plan.key, COLUMNS, jnp.float32)] if exact else []
+        return {"state": matrix(plan.key, COLUMNS), "exact_state": exact_state}
+
+    # The registers hold one matrix of 64 rows beside what a chunk takes, but none of 128.
+    return {"weights": state(True), "momentum": state(plan.key > 64), "square": matrix(CHUNK, CHUNK)}
+
+
+class _Place(NamedTuple):
+    """Where a program is, and what it reads and writes there; all but the numbers are trees of references."""
+
+    batch: jax.Array
+    head: jax.Array
+    column: jax.Array
+    inputs: dict
+    outputs: dict
+    scratch: dict
+
+    @property
+    def columns(self):
+        return pl.ds(self.column * COLUMNS, COLUMNS)
+
+    def matrix(self, array, row: int):
+        return array.at[self.batch, self.head, pl.ds(row, 64), self.columns]
+
+    def load(self, name: str, row: int):
+        return plgpu.load(self.matrix(self.inputs[name], row), layout=MATRIX, optimized=False)
+
+    def tokens(self, array, chunk):
+        return array.at[self.batch, pl.ds(chunk * CHUNK, CHUNK), self.head, self.columns]
+
+    def send_matrices(self, chunk):
+        """Lets the rounded matrices leave for their place by chunk."""
+        for name in ("weights", "momentum"):
+            target = self.outputs[f"{name}_at"].at[self.batch, self.head, chunk, :, self.columns]
+            plgpu.copy_smem_to_gmem(self.scratch[name]["state"], target)
+
+
+def _sweep(plan: Sizes, stages: int, step, full, columns, inputs, outputs, scratch):
+    """Runs `step(plan, place, chunk, blocks by name, momentum) -> momentum` over all chunks.
+
+    full, columns: the tokens that arrive with all their features, and with the program's columns.
+    """
+    place = _Place(*(lax.axis_index(name) for name in ("batch", "head", "part")), inputs, outputs, scratch)
+    momentum = _begin(plan, place)
+
+    def body(indices, *blocks_and_momentum):
+        *blocks, momentum = blocks_and_momentum
+        momentum = step(plan, place, plan.at(indices[0]), dict(zip(arrivals, blocks)), momentum)
+        plgpu.commit_smem()  # shows the state to the matrix unit; all threads have read the inputs, new ones may come
+        return momentum
+
+    batch, head, column, *_ = place
+    arrivals = {n: token_block(inputs[n], plan, batch, head, inputs[n].shape[3]) for n in full}
+    arrivals |= {n: token_block(inputs[n], plan, batch, head, COLUMNS, column) for n in columns}
+    for name in ("write", "table"):
+        if name in inputs:
+            arrivals[name] = _chunk_block(inputs[name], plan, batch, head)
+    refs, specs = zip(*arrivals.values())
+    pipeline = plgpu.emit_pipeline(
+        body,
+        grid=(plan.chunks,),
+        in_specs=specs,
+        max_concurrent_steps=min(stages, plan.chunks),
+        init_carry=momentum,
+    )
+    _finish(plan, place, pipeline(*refs))
+
+
+def _chunk_block(array, plan: Sizes, batch, head):
+    """Returns a reference to one head's part of `[N, B, H, R, C]` and how it arrives in SMEM, chunk by chunk."""
+    transforms = tiles(array.dtype) if array.shape[3] == CHUNK else ()
+    spec = plgpu.BlockSpec((None, *array.shape[3:]), lambda step: (plan.at(step), 0, 0), transforms=transforms)
+    return array.at[:, batch, head], spec
+
+
+def _begin(plan: Sizes, place: _Place) -> tuple:
+    """Fetches the matrices. Returns the momentum as far as it is kept in registers."""
+    momentum = ()
+    for row in range(0, plan.key, 64):
+        weights, block = (place.load(name, row) for name in ("weights", "momentum"))
+        keep(place.scratch["weights"], (), row, weights)
+        momentum = keep(place.scratch["momentum"], momentum, row, block)
+    plgpu.commit_smem()
+    return momentum
+
+
+def _finish(plan: Sizes, place: _Place, momentum: tuple):
+    """Lets the last matrices leave, if they are asked for."""
+    if "weights" in place.outputs:
+        for row in range(0, plan.key, 64):
+            place.matrix(place.outputs["weights"], row)[...] = kept(place.scratch["weights"], (), row)
+            place.matrix(place.outputs["momentum"], row)[...] = kept(place.scratch["momentum"], momentum, row)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _forward_chunk(plan: Sizes, place: _Place, chunk, blocks, momentum):
+    outputs, scratch = place.outputs, place.scratch
+
+    @pl.when(chunk == plan.chunks - 1)
+    def _():
+        for row in range(0, plan.key, 64):
+            place.matrix(outputs["anchor"], row)[...] = kept(scratch["weights"], (), row)
+
+    delta = _delta(blocks, scratch)
+    blocks["v"][...] = delta.astype(jnp.bfloat16)
+    _scores(blocks, scratch["square"])
+    out = _read(blocks["q"], blocks["table"], scratch, READ_WEIGHTS, READ_MOMENTUM)
+    (local,) = products((scratch["square"], blocks["v"]))
+    scratch["square"][...] = (out - local).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(scratch["square"], place.tokens(outputs["out"], chunk))
+    return _carry(plan, blocks, scratch, momentum, delta)
+
+
+def _states_chunk(plan: Sizes, place: _Place, chunk, blocks, momentum):
+    place.send_matrices(chunk)
+    delta = _delta(blocks, place.scratch)
+    rounded = delta.astype(jnp.bfloat16)
+    blocks["v"][...] = rounded
+    place.scratch["square"][...] = (delta - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    for name, source in (("delta", blocks["v"]), ("rest", place.scratch["square"])):
+        plgpu.copy_smem_to_gmem(source, place.tokens(place.outputs[name], chunk))
+    return _carry(plan, blocks, place.scratch, momentum, delta)
+
+
+def _delta(blocks, scratch):
+    """Returns how far the anchor misses the values."""
+    (read,) = products((blocks["k"], scratch["weights"]["state"]))
+    return read * along_rows(blocks["table"].at[ANCHOR]) - load_matrix(blocks["v"])
+
+
+def _scores(blocks, target):
+    """Puts C q k^T into the target."""
+    (scores,) = products((blocks["q"], transposed(blocks["k"])))
+    target[...] = (scores * load_matrix(blocks["write"])).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+
+
+def _read(tokens, table, scratch, of_weights: int, of_momentum: int):
+    """Returns what the tokens read from weights and momentum, each times its row of the table."""
+    by_weights, by_momentum = products(*((tokens, scratch[name]["state"]) for name in ("weights", "momentum")))
+    return by_weights * along_rows(table.at[of_weights]) + by_momentum * along_rows(table.at[of_momentum])
+
+
+def _carry(plan: Sizes, blocks, scratch, momentum, delta):
+    """Brings weights and momentum to the end of the chunk, through the room of what has left. Returns the momentum."""
+    table, after = blocks["table"], ()
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    scratch["square"][...] = (delta * along_rows(table.at[WRITE])).astype(jnp.bfloat16)
+    blocks["v"][...] = (delta * along_rows(table.at[LAST_WRITE])).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    for row in range(0, plan.key, 64):
+        k = transposed(blocks["k"].at[:, pl.ds(row, 64)])
+        to_weights, to_momentum = products((k, scratch["square"]), (k, blocks["v"]))
+        w, s = kept(scratch["weights"], (), row), kept(scratch["momentum"], momentum, row)
+        keep(scratch["weights"], (), row, w * table[LAST, 0] + s * table[LAST, 1] - to_weights)
+        after = keep(scratch["momentum"], after, row, s * table[LAST, 2] - to_momentum)
+    return after
+
+
+def _backward_chunk(plan: Sizes, place: _Place, chunk, blocks, momentum):
+    """Here `weights` and `momentum` are the cotangents of the matrices."""
+    scratch, table, out_bar = place.scratch, blocks["table"], blocks["out_bar"]
+    square = scratch["square"]
+    place.send_matrices(chunk)
+    _scores(blocks, square)
+    v_bar = _read(blocks["k"], table, scratch, WRITE, LAST_WRITE)
+    (local,) = products((transposed(square), out_bar))
+    v_bar, read_bar = v_bar + local, load_matrix(out_bar)
+    plgpu.commit_smem()  # all threads' products have read what is overwritten now
+    square[...] = v_bar.astype(jnp.bfloat16)
+    out_bar[...] = (read_bar * along_rows(table.at[READ_MOMENTUM])).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(square, place.tokens(place.outputs["v_bar"], chunk))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    after = ()
+    for row in range(0, plan.key, 64):
+        (to_momentum,) = products((transposed(blocks["q"].at[:, pl.ds(row, 64)]), out_bar))
+        w, s = kept(scratch["weights"], (), row), kept(scratch["momentum"], momentum, row)
+        after = keep(scratch["momentum"], after, row, w * table[LAST, 1] + s * table[LAST, 2] + to_momentum)
+    plgpu.commit_smem()
+    square[...] = (v_bar * -along_rows(table.at[ANCHOR])).astype(jnp.bfloat16)
+    out_bar[...] = (read_bar * along_rows(table.at[READ_WEIGHTS])).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    for row in range(0, plan.key, 64):
+        q, k = (transposed(blocks[name].at[:, pl.ds(row, 64)]) for name in ("q", "k"))
+        (to_weights,) = products([(q, out_bar), (k, square)])
+        keep(scratch["weights"], (), row, kept(scratch["weights"], (), row) * table[LAST, 0] + to_weights)
+
+    @pl.when(chunk == plan.chunks - 1)
+    def _():
+        for row in range(0, plan.key, 64):
+            keep(scratch["weights"], (), row, kept(scratch["weights"], (), row) + place.load("anchor", row))
+
+    return after
