@@ -1,10 +1,12 @@
 """What every test shares: run-time checked array shapes, float64 on request, and Python processes with many devices."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,9 @@ assert "engrax" not in sys.modules, "engrax was imported before its shapes could
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "--xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    # Most programs here run once: machine code that is not optimised takes half the time, compilation included.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 _CONTROLLER = "PYTEST_XDIST_WORKER" not in os.environ
 _OWN_CACHE = _CONTROLLER and "JAX_COMPILATION_CACHE_DIR" not in os.environ
@@ -50,6 +55,35 @@ def root() -> Path:
 def _seed():
     """NumPy's global generator starts each test at the same place; JAX's keys are explicit."""
     np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """Returns `once(name, make)`: what `make()` returned (JSON) in the first worker that asked; the others wait."""
+
+    def once(name, make):
+        folder = tmp_path_factory.getbasetemp()
+        folder = folder if _CONTROLLER else folder.parent  # the parent is common to all workers
+        claim, result = folder / f"{name}.claimed", folder / f"{name}.json"
+        try:
+            claim.mkdir()
+        except FileExistsError:
+            deadline = time.monotonic() + 900
+            while not result.exists():
+                failed = not (claim.exists() or result.exists()) or time.monotonic() > deadline
+                assert not failed, f"another worker failed to make {name}"
+                time.sleep(0.2)
+            return json.loads(result.read_text())
+        part = folder / f"{name}.part"
+        try:
+            part.write_text(json.dumps(make()))
+            part.rename(result)
+        except BaseException:
+            claim.rmdir()  # whoever waits would wait in vain
+            raise
+        return json.loads(result.read_text())
+
+    return once
 
 
 @pytest.fixture

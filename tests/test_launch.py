@@ -45,7 +45,8 @@ while any(process.poll() is None for process in processes):
     time.sleep(0.05)
 codes = [process.wait() for process in processes]
 print("srun: exit codes", *codes)
-sys.exit(next((abs(code) for code in codes if code), 0))
+own = [code for code in codes if code > 0]  # a negative one was killed here
+sys.exit(own[0] if own else max(map(abs, codes)))
 """
 
 # Notes what it is asked; answers with the states of $STATES (then READY) and ends `train` with the codes of $CODES.

@@ -1,6 +1,9 @@
 """Every layout of the training step computes the same numbers and shards what it says it shards."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -53,11 +56,8 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def layouts(root, tmp_path_factory):
+def layouts(tmp_path_factory, once):
     """Results of every layout on 8 devices, and of one device."""
-    import os
-    import subprocess
-    import sys
 
     def run(wanted, devices):
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
@@ -72,7 +72,7 @@ def layouts(root, tmp_path_factory):
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 
-    return run({"one": {}}, 1) | run(LAYOUTS, 8)
+    return once("layouts", lambda: run({"one": {}}, 1) | run(LAYOUTS, 8))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
