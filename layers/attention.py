@@ -44,6 +44,7 @@ class AttentionConfig(MixerConfig):
     capacity: int = 4096  # tokens a row may hold without a window; more raise
     rope_base: float = 10_000.0  # longest rotary wavelength / 2 pi, in tokens
     conv_width: int = 1  # taps of a short convolution on q, k and v, as the memories have; 1 = none
+    persistent_tokens: int = 0  # learned tokens that every token attends to, wherever the window is
 
     def __post_init__(self):
         if self.heads % (self.kv_heads or self.heads):
@@ -56,6 +57,8 @@ class AttentionConfig(MixerConfig):
             raise UserError(f"window={self.window} must be at least 1 token (None sees everything).")
         if self.conv_width < 1:
             raise UserError(f"conv_width={self.conv_width} must be at least 1 (1 = no convolution).")
+        if self.persistent_tokens < 0:
+            raise UserError(f"persistent_tokens={self.persistent_tokens} must not be negative.")
 
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> "Attention":
         return Attention(self, dim, rngs=rngs, num_layers=num_layers)
@@ -63,7 +66,7 @@ class AttentionConfig(MixerConfig):
     @classmethod
     def examples(cls) -> tuple["AttentionConfig", ...]:
         return (
-            cls(heads=4, kv_heads=2, head_dim=4, window=8, conv_width=4),
+            cls(heads=4, kv_heads=2, head_dim=4, window=8, conv_width=4, persistent_tokens=2),
             cls(heads=2, head_dim=4, window=2),
             cls(heads=2, head_dim=4, capacity=64),
             cls(),
@@ -75,7 +78,7 @@ class AttentionConfig(MixerConfig):
         if self.conv_width > 1:
             project += 2 * self.conv_width * self.head_dim * (self.heads + 2 * groups)
         seen = (seq_len + 1) / 2 if self.window is None else min(self.window, (seq_len + 1) / 2)
-        return project + 4 * self.heads * self.head_dim * seen
+        return project + 4 * self.heads * self.head_dim * (seen + self.persistent_tokens)
 
 
 def rotate(x_BTHK: Float[Array, "B T H K"], position_BT: Int[Array, "B T"], base: float) -> Float[Array, "B T H K"]:
@@ -94,15 +97,20 @@ def rotate(x_BTHK: Float[Array, "B T H K"], position_BT: Int[Array, "B T"], base
 def masked_attention(
     q_BTHK: Float[Array, "B T H K"],
     k_BSGK: Float[Array, "B S G K"],
-    v_BSGK: Float[Array, "B S G K"],
+    v_BSGK: Float[Array, "B S G V"],
     mask_BTS: Bool[Array, "B T S"],
-) -> Float[Array, "B T H K"]:
-    """softmax(q k^T / sqrt(K)) v over the visible slots; every query must see at least one."""
+    scale: float | None = None,
+) -> Float[Array, "B T H V"]:
+    """softmax(scale q k^T) v over the visible slots, scale K^-1/2 by default; every query must see at least one."""
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if q_BTHK.dtype != jnp.float64:
-        return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=mask_BTS[:, None])
+        width = v_BSGK.shape[-1]  # the library wants values as wide as keys
+        v_BSGK = jnp.pad(v_BSGK, ((0, 0),) * 3 + ((0, q_BTHK.shape[-1] - width),))
+        y = jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=mask_BTS[:, None], scale=scale)
+        return y[..., :width]
     repeat = q_BTHK.shape[2] // k_BSGK.shape[2]
     k, v = (jnp.repeat(x, repeat, axis=2) for x in (k_BSGK, v_BSGK))
-    logits = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k) * q_BTHK.shape[-1] ** -0.5
+    logits = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k) * scale
     weights = jax.nn.softmax(jnp.where(mask_BTS[:, None], logits, -jnp.inf), axis=-1)
     return jnp.einsum("BHTS,BSHK->BTHK", weights, v)
 
@@ -121,6 +129,10 @@ class Attention(nnx.Module):
         self.out = projection(
             config.heads * config.head_dim, dim, ("heads", "embed"), rngs=rngs, scale=(2 * num_layers) ** -0.5
         )
+        if config.persistent_tokens:
+            self.persistent = nnx.Param(
+                jax.random.normal(rngs.params(), (config.persistent_tokens, dim)), axes=("persistent", "embed")
+            )
 
     def init_state(self, batch_size: int) -> AttentionState:
         """An empty cache, in the dtype of the parameters."""
@@ -160,14 +172,16 @@ class Attention(nnx.Module):
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
         position_BT = state.position[:, None] + jnp.arange(T)
         q, k, v, state = self._project(x_BTD, state, segment_ids)
-        q, k = (rotate(y, position_BT, c.rope_base) for y in (q, k))
+        plain_q, q, k = q, *(rotate(y, position_BT, c.rope_base) for y in (q, k))
         keys, values, segments, slot_position, state = self._extend(state, k, v, segment_ids, position_BT, fresh)
         age = position_BT[:, :, None] - slot_position[:, None, :]
         visible = (age >= 0) & (segments[:, None, :] == segment_ids[:, :, None])
         if c.window is not None:
             visible &= age < c.window
         visible |= age == 0  # padding sees itself: no empty softmax
-        y = masked_attention(q, keys, values, visible)
+        if c.persistent_tokens:
+            q, keys, values, visible = self._with_persistent(plain_q, q, keys, values, visible)
+        y = masked_attention(q, keys, values, visible, c.head_dim**-0.5)
         y = jnp.where((segment_ids >= 0)[..., None, None], y, 0)
         if c.window is None:
             y = jnp.where((state.position <= c.capacity)[:, None, None, None], y, jnp.nan)
@@ -184,6 +198,20 @@ class Attention(nnx.Module):
             widths = [q_k_v[0].shape[-1], q_k_v[0].shape[-1] + q_k_v[1].shape[-1]]
             q_k_v, state = jnp.split(mixed, widths, axis=-1), state._replace(tail=tail)
         return *(y.reshape(*x_BTD.shape[:2], -1, c.head_dim) for y in q_k_v), state
+
+    def _with_persistent(self, plain_q, q, keys, values, visible):
+        """Puts the persistent tokens before the others. They have no position: they meet the query as it was before
+        its rotation, for which queries and keys get a second half, zero in every other key."""
+        x_1PD = self.persistent[...][None]
+        shape = (len(q), x_1PD.shape[1], *keys.shape[2:])
+        k, v = (jnp.broadcast_to(p(x_1PD).reshape(1, *shape[1:]), shape) for p in (self.k, self.v))
+        k = jnp.concatenate([jnp.zeros_like(k), k], axis=-1)
+        keys = jnp.concatenate([keys, jnp.zeros_like(keys)], axis=-1)
+        seen = jnp.ones((*visible.shape[:2], shape[1]), bool)
+        joined = [
+            jnp.concatenate(pair, axis=1) for pair in ((k.astype(keys.dtype), keys), (v.astype(values.dtype), values))
+        ]
+        return jnp.concatenate([q, plain_q], axis=-1), *joined, jnp.concatenate([seen, visible], axis=2)
 
     def _extend(self, state: AttentionState, k, v, segment_ids, position_BT, fresh: bool):
         """Returns the keys, values, segments and positions to attend to [B, S, ...], and the state after the call."""

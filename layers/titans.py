@@ -17,29 +17,21 @@ run diverged at step 41). The norm of the read makes its length irrelevant.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from engrax.errors import UserError
-from engrax.layers.conv import ShortConv
 from engrax.layers.mixer import MIXERS, MixerConfig
-from engrax.layers.modules import l2_normalise, projection, rms_norm
-from engrax.layers.segments import last_segment_after, select_rows, starts_anew
+from engrax.layers.test_time.shell import MemoryShell, ShellState
 from engrax.pallas_kernels import NeuralMemoryState, neural_memory
 from engrax.pallas_kernels.neural_memory import cost
-
-
-class TitansState(NamedTuple):
-    """Everything the mixer needs to continue at any position; its size does not depend on T."""
-
-    memory: NeuralMemoryState
-    tail: Float[Array, "B W C"]  # the last conv_width - 1 projected tokens (q, k and v side by side)
-    last_segment: Int[Array, " B"]
+from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS
+from engrax.registry import did_you_mean
 
 
 @MIXERS.register("titans")
@@ -74,6 +66,12 @@ class TitansConfig(MixerConfig):
         for name in ("lr_init", "forget_init"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must lie between 0 and 1, both excluded.")
+        if self.persistent_tokens < 0:
+            raise UserError(f"persistent_tokens={self.persistent_tokens} must not be negative.")
+        if self.activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            near = did_you_mean(self.activation, ACTIVATIONS)
+            raise UserError(f"unknown activation {self.activation!r}{near} (known: {known}).")
         if self.max_lr is not None and self.max_lr <= 0:
             raise UserError(f"max_lr={self.max_lr} must be positive (None = 0.5 / chunk_size).")
 
@@ -117,15 +115,14 @@ class TitansConfig(MixerConfig):
         return project + memory.forward / seq_len
 
 
-class Titans(nnx.Module):
-    """The module of TitansConfig: x [B, T, D] -> y [B, T, D], TitansState."""
+class Titans(MemoryShell):
+    """The module of TitansConfig: x [B, T, D] -> y [B, T, D], ShellState with a NeuralMemoryState."""
 
     def __init__(self, config: TitansConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
-        self.config = config
-        H, inner = config.heads, config.heads * config.head_dim
-        self.qkv = projection(dim, 3 * inner, ("embed", "heads"), rngs=rngs)
-        self.conv = ShortConv(3 * inner, config.conv_width, rngs=rngs)
-        self.gates = projection(dim, config.gates * H, ("embed", "heads"), rngs=rngs, scale=0.1)
+        super().__init__(config, dim, gates=config.gates * config.heads, rngs=rngs, num_layers=num_layers)
+
+    def _add_memory(self, rngs: nnx.Rngs) -> None:
+        config, H = self.config, self.config.heads
         # eta = 0.5 and alpha = forget_init at the start, spread over the heads so that they differ in time scale.
         spread = jnp.linspace(-1.0, 1.0, H)
         bias = [jnp.full(H, _logit(config.lr_init))]
@@ -141,112 +138,41 @@ class Titans(nnx.Module):
             )
             for s, a, b in zip(scales, widths[:-1], widths[1:])
         )
-        if config.persistent_tokens:
-            self.persistent = nnx.Param(
-                jax.random.normal(rngs.params(), (config.persistent_tokens, dim)), axes=("persistent", "embed")
-            )
-        self.norm = rms_norm(config.head_dim, rngs=rngs)
-        self.gate = projection(dim, inner, ("embed", "heads"), rngs=rngs)
-        self.out = projection(inner, dim, ("heads", "embed"), rngs=rngs, scale=(2 * num_layers) ** -0.5)
 
-    def reset_state(self) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """(weights, momentum), tuples of [H, in, out]: the learned memory after the persistent tokens were written."""
-        memory = self._learned_memory()
-        if self.config.persistent_tokens:
-            x_1PD = self.persistent[...][None]
-            _, state, _ = self._run(x_1PD, memory, self.conv.init_tail(1, x_1PD.dtype))
-            memory = state
-        return tuple(w[0] for w in memory.weights), tuple(s[0] for s in memory.momentum)
+    def _learned_memory(self) -> NeuralMemoryState:
+        return NeuralMemoryState.start(tuple(w[...].astype(self._state_dtype()) for w in self.initial), 1)
 
-    def init_state(self, batch_size: int) -> TitansState:
-        """The state every row and every segment starts from, at phase 0."""
-        return self._start(self.reset_state(), batch_size)
+    def _closed(self, memory: NeuralMemoryState) -> NeuralMemoryState:
+        return memory._replace(anchor=memory.weights, phase=np.zeros(1, np.int32))
 
-    def _start(self, reset, batch_size: int) -> TitansState:
-        weights, momentum = reset
-        return TitansState(
-            memory=NeuralMemoryState.start(weights, batch_size, momentum),
-            tail=self.conv.init_tail(batch_size, self.qkv.kernel.dtype),
-            last_segment=jnp.full((batch_size,), -1, jnp.int32),
-        )
+    def _broadcast(self, memory: NeuralMemoryState, batch_size: int) -> NeuralMemoryState:
+        return NeuralMemoryState.start(*_of_one_row(memory, batch_size))
 
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        state: TitansState | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], TitansState]:
-        """Writes and reads every token; a new segment starts from `reset_state()`. Padding (-1) gives 0."""
-        read, state, _ = self._mix(x_BTD, state, segment_ids)
-        return self._project_read(x_BTD, read), state
+    def _at_place_of(self, memory, other):
+        return memory._replace(phase=other.phase)
 
-    def report(
-        self, x_BTD: Float[Array, "B T D"], state: TitansState | None = None, segment_ids=None
-    ) -> dict[str, Array]:
-        """Diagnostics of one call: gate means, how often they saturate, surprise before and memory norms after it."""
-        before = self.init_state(x_BTD.shape[0]) if state is None else state
-        _, after, (q, k, v, gates) = self._mix(x_BTD, state, segment_ids)
-        lr, momentum, forget = gates
-        saturated = lambda g: jnp.mean((g < 0.01) | (g > 0.99))  # noqa: E731
-        norm = lambda xs: jnp.sqrt(sum(jnp.mean(jnp.sum(x * x, axis=(-2, -1))) for x in xs))  # noqa: E731
-        no_write = {"lr": jnp.zeros_like(lr), "momentum": jnp.zeros_like(lr), "forget": jnp.zeros_like(lr)}
-        recall = {}
-        for when, memory in (("before", before.memory), ("after", after.memory)):
-            held = NeuralMemoryState(
-                memory.weights,
-                jax.tree.map(jnp.zeros_like, memory.momentum),
-                memory.weights,
-                np.zeros(len(x_BTD), np.int32),
-            )
-            predicted, _ = self._op(k, k, v, held, **no_write)
-            recall[f"surprise_{when}"] = 0.5 * jnp.mean(jnp.sum((predicted - v) ** 2, axis=-1).astype(jnp.float32))
-        return recall | {
-            "lr_mean": jnp.mean(lr),
-            "momentum_mean": jnp.mean(momentum),
-            "forget_mean": jnp.mean(forget),
-            "forget_saturated": saturated(forget),
-            "memory_norm": norm(after.memory.weights),
-            "momentum_norm": norm(after.memory.momentum),
-        }
-
-    def _mix(self, x_BTD, state, segment_ids):
-        """Returns the memory's reads [B, T, H, K], the new state, and (q, k, v, gates)."""
-        B = x_BTD.shape[0]
-        fresh = state is None
-        reset = None if segment_ids is None and not fresh else self.reset_state()
-        state = self._start(reset, B) if fresh else state
-        memory, tail = state.memory, state.tail
-        if segment_ids is None:
-            last = jnp.maximum(state.last_segment, 0)
-            reset = None
-        else:
-            last = last_segment_after(state.last_segment, segment_ids)
-            if not fresh:
-                start = self._start(reset, B)
-                anew = starts_anew(state.last_segment, segment_ids)
-                blank = start.memory._replace(phase=memory.phase)  # the chunk grid is the row's and runs on
-                memory = select_rows(anew, blank, memory)
-                tail = select_rows(anew, start.tail, tail)
-        q_k_v, gates, tail = self._project(x_BTD, tail, segment_ids)
-        lr, momentum, forget = gates
-        read, memory = self._op(
-            *q_k_v, memory, lr=lr, momentum=momentum, forget=forget, reset=reset, segment_ids=segment_ids
-        )
-        return read, TitansState(memory, tail, last), (*q_k_v, gates)
-
-    def _run(self, x_BTD, memory: NeuralMemoryState, tail):
-        """Writes tokens into a memory from given tails: (reads, memory, tail)."""
-        q_k_v, (lr, momentum, forget), tail = self._project(x_BTD, tail, None)
-        read, memory = self._op(*q_k_v, memory, lr=lr, momentum=momentum, forget=forget)
-        return read, memory, tail
-
-    def _op(self, q, k, v, memory, **gates):
+    def _gates(self, x_BTD) -> dict[str, Array]:
         c = self.config
+        shape = (*x_BTD.shape[:2], c.gates, c.heads)
+        logits = self.gates(x_BTD).reshape(shape).astype(self._state_dtype()) + self.gate_bias[...]
+        lr, *others = jnp.moveaxis(jax.nn.sigmoid(logits), 2, 0)
+        momentum = others.pop(0) if c.momentum else jnp.zeros_like(lr)
+        forget = others.pop(0) if c.forgetting else jnp.zeros_like(lr)
+        lr = (c.max_lr or 0.5 / c.chunk_size) * lr * (1 - momentum)
+        return {"lr": lr, "momentum": momentum, "forget": forget}
+
+    def _memory(self, q, k, v, gates, memory, reset, segment_ids):
+        c = self.config
+        if segment_ids is not None:
+            weights, _, momentum = _of_one_row(reset)
+            reset = weights, momentum
         return neural_memory(
             q,
             k,
             v,
             state=memory,
+            reset=None if segment_ids is None else reset,
+            segment_ids=segment_ids,
             activation=c.activation,
             chunk_size=c.chunk_size,
             save_every=c.save_every,
@@ -254,29 +180,34 @@ class Titans(nnx.Module):
             **gates,
         )
 
-    def _project(self, x_BTD, tail, segment_ids):
-        """Returns (q, k, v) each [B, T, H, K], the gates (lr, momentum, forget) each [B, T, H], and the new tail."""
-        c = self.config
-        B, T, _ = x_BTD.shape
-        mixed, tail = self.conv(self.qkv(x_BTD), tail, segment_ids)
-        q, k, v = (y.reshape(B, T, c.heads, c.head_dim) for y in jnp.split(jax.nn.silu(mixed), 3, axis=-1))
-        logits = self.gates(x_BTD).reshape(B, T, c.gates, c.heads).astype(self._state_dtype()) + self.gate_bias[...]
-        lr, *others = jnp.moveaxis(jax.nn.sigmoid(logits), 2, 0)
-        momentum = others.pop(0) if c.momentum else jnp.zeros_like(lr)
-        forget = others.pop(0) if c.forgetting else jnp.zeros_like(lr)
-        lr = (c.max_lr or 0.5 / c.chunk_size) * lr * (1 - momentum)
-        return (l2_normalise(q), l2_normalise(k), l2_normalise(v)), (lr, momentum, forget), tail
+    def report(
+        self, x_BTD: Float[Array, "B T D"], state: ShellState | None = None, segment_ids=None
+    ) -> dict[str, Array]:
+        """Diagnostics of one call: gate means, how often they saturate, surprise before and memory norms after it."""
+        before = self.init_state(x_BTD.shape[0]) if state is None else state
+        _, after, (_, k, v, gates) = self._mix(x_BTD, state, segment_ids)
+        saturated = lambda g: jnp.mean((g < 0.01) | (g > 0.99))  # noqa: E731
+        norm = lambda xs: jnp.sqrt(sum(jnp.mean(jnp.sum(x * x, axis=(-2, -1))) for x in xs))  # noqa: E731
+        no_write = jax.tree.map(jnp.zeros_like, gates)
+        found = {}
+        for when, memory in (("before", before.memory), ("after", after.memory)):
+            nothing = jax.tree.map(jnp.zeros_like, memory.momentum)
+            held = self._closed(memory._replace(momentum=nothing))._replace(phase=np.zeros(len(x_BTD), np.int32))
+            predicted, _ = self._memory(k, k, v, no_write, held, held, None)
+            found[f"surprise_{when}"] = 0.5 * jnp.mean(jnp.sum((predicted - v) ** 2, axis=-1).astype(jnp.float32))
+        return found | {
+            "lr_mean": jnp.mean(gates["lr"]),
+            "momentum_mean": jnp.mean(gates["momentum"]),
+            "forget_mean": jnp.mean(gates["forget"]),
+            "forget_saturated": saturated(gates["forget"]),
+            "memory_norm": norm(after.memory.weights),
+            "momentum_norm": norm(after.memory.momentum),
+        }
 
-    def _project_read(self, x_BTD, read_BTHK):
-        y = self.norm(read_BTHK).reshape(*x_BTD.shape[:2], -1)
-        return self.out(y * jax.nn.silu(self.gate(x_BTD)))
 
-    def _state_dtype(self):
-        return jnp.promote_types(self.qkv.kernel.dtype, jnp.float32)
-
-    def _learned_memory(self) -> NeuralMemoryState:
-        """The learned initial memory of one row [1, H, in, out], without momentum."""
-        return NeuralMemoryState.start(tuple(w[...].astype(self._state_dtype()) for w in self.initial), 1)
+def _of_one_row(memory: NeuralMemoryState, batch_size: int = 1):
+    """Returns (weights, batch_size, momentum) of the first row, `[H, in, out]` each: the arguments of `start`."""
+    return tuple(w[0] for w in memory.weights), batch_size, tuple(s[0] for s in memory.momentum)
 
 
 def _logit(p: float) -> float:

@@ -2,5 +2,14 @@
 
 from engrax.models.language_model import LanguageModelConfig
 from engrax.models.model import MODELS, ModelConfig
+from engrax.models.titans import TitansLMMConfig, TitansMACConfig, TitansMAGConfig, TitansMALConfig
 
-__all__ = ["MODELS", "LanguageModelConfig", "ModelConfig"]
+__all__ = [
+    "MODELS",
+    "LanguageModelConfig",
+    "ModelConfig",
+    "TitansLMMConfig",
+    "TitansMACConfig",
+    "TitansMAGConfig",
+    "TitansMALConfig",
+]

@@ -57,6 +57,11 @@ class LanguageModelConfig(ModelConfig):
         return (cls(vocab_size=16, dim=8, mixers=(attention, titans), repeat=2, mlp_hidden=12, remat="full"),)
 
     @property
+    def exempt_from(self) -> dict[str, str]:
+        """What its mixers are exempt from."""
+        return {law: reason for mixer in self.mixers for law, reason in mixer.exempt_from.items()}
+
+    @property
     def num_layers(self) -> int:
         """Blocks in the whole network."""
         return self.repeat * len(self.mixers)

@@ -39,17 +39,34 @@ class Decay(NamedTuple):
     lo: Float[Array, "..."]
 
 
-def cumulative_decay(g: Float[Array, "..."], axis: int) -> Decay:
-    """Returns the cumulative sums of log gates (float32 or float64) along the axis of the tokens of one chunk."""
-    g = jnp.maximum(g, FLOOR if g.dtype == jnp.float64 else FLOOR_32)
+def cumulative_decay(g: Float[Array, "..."], axis: int, *, segments: bool = False) -> Decay:
+    """Returns the cumulative sums of log gates (float32 or float64) along the axis of the tokens of one chunk.
+
+    segments: gates at the floor are boundaries. Nothing passes them, so that `lo` may begin anew there, and then no
+    rounding of a gradient passes them either.
+    """
+    floor = FLOOR if g.dtype == jnp.float64 else FLOOR_32
+    boundary, g = g <= floor, jnp.maximum(g, floor)
     whole = lax.stop_gradient(jnp.round(g / STEP) * STEP)
-    return Decay(lax.stop_gradient(jnp.cumsum(whole, axis)), jnp.cumsum(g - whole, axis))
+    lo = _sum_since(boundary, g - whole, axis) if segments else jnp.cumsum(g - whole, axis)
+    return Decay(lax.stop_gradient(jnp.cumsum(whole, axis)), lo)
 
 
-def chunk_decay(g: Float[Array, "B T *D"], chunk: int) -> Decay:
+def _sum_since(boundary, x, axis: int):
+    """Returns the cumulative sum of x, begun anew at every boundary: by doubling, so that nothing is subtracted."""
+    x, segment = jnp.moveaxis(x, axis, 0), jnp.cumsum(jnp.moveaxis(boundary, axis, 0), axis=0, dtype=jnp.int32)
+    shift = 1
+    while shift < x.shape[0]:
+        earlier = jnp.where(segment[shift:] == segment[:-shift], x[:-shift], 0)
+        x = x + jnp.pad(earlier, [(shift, 0)] + [(0, 0)] * (x.ndim - 1))
+        shift *= 2
+    return jnp.moveaxis(x, 0, axis)
+
+
+def chunk_decay(g: Float[Array, "B T *D"], chunk: int, *, segments: bool = False) -> Decay:
     """Returns the cumulative sums inside every chunk of `chunk` tokens, laid out as g; T is a multiple of `chunk`."""
     chunks = g.reshape(g.shape[0], g.shape[1] // chunk, chunk, *g.shape[2:])
-    hi, lo = cumulative_decay(chunks, 2)
+    hi, lo = cumulative_decay(chunks, 2, segments=segments)
     return Decay(hi.reshape(g.shape), lo.reshape(g.shape))
 
 

@@ -7,6 +7,7 @@ from engrax.tests.subjects import Subject
 
 ALLOWED = {  # law -> the words by which a reason names one of the exemptions that exist
     "causality": ("paper", "prefix"),
+    "paths": ("prefix",),
     "state_carry": ("prefix",),
     "trainability": ("stop-gradient", "correction", "truncated", "top-k", "top-1", "single-memory"),
 }
@@ -37,7 +38,23 @@ def _fails(s: Subject, name: str) -> bool:
     return False
 
 
-COSTLY = ("paths.gradients", "stability.long")  # in the fast suite for the first example of each config class alone
+# Compiling is nearly all that a law costs. `make test` leaves to `make test-all` the laws that need programs of their
+# own, except for what everything else is built on, and most laws of what is a setting of another config's module.
+OWN_PROGRAMS = ("paths.gradients", "state_carry.cuts", "independence.batch_size", "stability.long", "state.start")
+FOUNDATIONS = ("attention", "language_model", "linear_attention", "titans")
+FEW_PROGRAMS = ("causality.finite_change", "independence.rows", "independence.padding")
+
+
+def _is_slow(registry, name: str, index: int, part: str) -> bool:
+    if index or _is_setting(registry[name], registry):
+        return part not in FEW_PROGRAMS
+    return part in OWN_PROGRAMS and name not in FOUNDATIONS
+
+
+def _is_setting(config: type, registry) -> bool:
+    """Whether another registered config builds the same module."""
+    others = (other for other in registry.values() if other is not config)
+    return any(issubclass(config, other) and config.build is other.build for other in others)
 
 
 def cases(registry):
@@ -46,7 +63,7 @@ def cases(registry):
     for name in registry:
         for index in range(len(registry[name].examples())):
             for part in LAWS:
-                slow = [pytest.mark.slow] if index and part in COSTLY else []
+                slow = [pytest.mark.slow] if _is_slow(registry, name, index, part) else []
                 found.append(pytest.param(name, index, part, False, marks=slow, id=f"{name}{index}-{part}"))
             found += [
                 pytest.param(name, index, part, True, marks=[pytest.mark.slow], id=f"{name}{index}-{part}-deep")

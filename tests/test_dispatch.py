@@ -184,6 +184,21 @@ def test_decay_has_the_gradient_of_a_cumulative_sum():
     np.testing.assert_allclose(got, np.where(np.isinf(g), 0, later), rtol=1e-5, atol=1e-5)
 
 
+def test_sums_of_segments_let_no_rounding_of_a_gradient_pass(x64):
+    """Sums that begin anew at every boundary give the same products, and gradients that are 0 beyond it, exactly."""
+    g = jnp.asarray(GATES)
+    decay = cumulative_decay(g, 0, segments=True)
+    distance = difference(jax.tree.map(lambda x: x[:, None], decay), jax.tree.map(lambda x: x[None], decay))
+    lower = np.tril(np.ones((64, 64), bool))[..., None]
+    np.testing.assert_allclose(np.where(lower, np.exp(np.minimum(distance, 0)), 0), exact_products(GATES), atol=1e-12)
+    segment, bar = jnp.cumsum(jnp.isinf(g), axis=0), jnp.asarray(np.random.default_rng(1).normal(size=g.shape))
+    for last in range(int(segment.max()) + 1):
+        own = segment == last
+        total = lambda g, own=own: jnp.sum(jnp.where(own, bar * cumulative_decay(g, 0, segments=True).lo, 0))  # noqa: E731
+        grad = jax.grad(total)(g)
+        assert not np.any(np.where(own, 0, grad)), "a gradient passes a boundary"
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 5, 16, 24, 64])
 def test_channel_scores(tokens, x64):
     rng = np.random.default_rng(tokens)

@@ -133,6 +133,7 @@ class Experiment:
     seed: int = 0  # of the parameters and of the order of the data
     align: int = 1  # tokens; packed documents start at multiples of it (a memory's chunk_size, say)
     compute_dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # of activations; auto = bfloat16 on GPU and TPU
+    allow_future: bool = False  # train a model that sees the tokens it should predict
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

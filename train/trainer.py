@@ -153,7 +153,13 @@ class Trainer:
 
 
 def check(experiment: Experiment) -> None:
-    """Raises UserError where model and data do not fit each other."""
+    """Raises UserError where model and data, or model and loss, do not fit each other."""
+    leak = experiment.model.exempt_from.get("causality")
+    if leak and not experiment.allow_future:
+        raise UserError(
+            f"the model is not causal ({leak}), so that its next-token loss means nothing; choose a causal mode, or "
+            "set --allow-future if that is what you want to see."
+        )
     vocab = getattr(experiment.model, "vocab_size", None)
     if vocab is not None and vocab < experiment.data.vocab_size:
         raise UserError(

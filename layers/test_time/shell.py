@@ -1,0 +1,149 @@
+"""The mixer around a memory that is trained at test time (Titans, arXiv 2501.00663, section 4.4).
+
+Keys, values and queries are projected, convolved, passed through SiLU and normalised to length 1; persistent tokens are
+written first, in chunks of their own; what is read is normalised, gated and projected. What the memory is and how it
+learns, a subclass says.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from engrax.layers.conv import ShortConv
+from engrax.layers.modules import l2_normalise, projection, rms_norm
+from engrax.layers.segments import last_segment_after, select_rows, starts_anew
+
+
+class ShellState(NamedTuple):
+    """Everything the mixer needs to continue at any position; its size does not depend on T."""
+
+    memory: Any  # every leaf [B, ...]
+    tail: Float[Array, "B W C"]  # the last conv_width - 1 projected tokens (q, k and v side by side)
+    last_segment: Int[Array, " B"]
+
+
+class MemoryShell(nnx.Module):
+    """Base of the mixers with a test-time memory: x [B, T, D] -> y [B, T, D], ShellState.
+
+    The config has heads, head_dim, conv_width and persistent_tokens. A subclass defines `_add_memory`,
+    `_learned_memory`, `_closed`, `_broadcast`, `_at_place_of`, `_gates` and `_memory`.
+    """
+
+    def __init__(self, config, dim: int, *, gates: int, rngs: nnx.Rngs, num_layers: int = 1):
+        self.config = config
+        inner = config.heads * config.head_dim
+        self.qkv = projection(dim, 3 * inner, ("embed", "heads"), rngs=rngs)
+        self.conv = ShortConv(3 * inner, config.conv_width, rngs=rngs)
+        self.gates = projection(dim, gates, ("embed", "heads"), rngs=rngs, scale=0.1)
+        self._add_memory(rngs)
+        if config.persistent_tokens:
+            self.persistent = nnx.Param(
+                jax.random.normal(rngs.params(), (config.persistent_tokens, dim)), axes=("persistent", "embed")
+            )
+        self.norm = rms_norm(config.head_dim, rngs=rngs)
+        self.gate = projection(dim, inner, ("embed", "heads"), rngs=rngs)
+        self.out = projection(inner, dim, ("heads", "embed"), rngs=rngs, scale=(2 * num_layers) ** -0.5)
+
+    def _add_memory(self, rngs: nnx.Rngs) -> None:
+        """Adds the memory's own parameters."""
+        raise NotImplementedError
+
+    def _learned_memory(self):
+        """Returns the learned memory of one row at phase 0."""
+        raise NotImplementedError
+
+    def _closed(self, memory):
+        """Returns the memory of one row with its last chunk ended, at phase 0."""
+        raise NotImplementedError
+
+    def _broadcast(self, memory, batch_size: int):
+        """Returns the memory of one row at phase 0 for every row."""
+        raise NotImplementedError
+
+    def _at_place_of(self, memory, other):
+        """Returns the memory at the other's place of the chunk grid, which is the row's and runs on."""
+        raise NotImplementedError
+
+    def _gates(self, x_BTD: Float[Array, "B T D"]):
+        """Returns the gates of every token, a pytree of [B, T, H, ...]."""
+        raise NotImplementedError
+
+    def _memory(self, q, k, v, gates, memory, reset, segment_ids):
+        """Writes and reads q, k, v `[B, T, H, K]`. Returns (reads, memory).
+
+        reset: the memory of one row that new segments start from; None where none can begin.
+        """
+        raise NotImplementedError
+
+    def _resets_itself(self) -> bool:
+        """Whether the memory needs its reset state inside a segment too."""
+        return False
+
+    def reset_state(self):
+        """Returns the memory of one row that every segment starts from: the persistent tokens are in it."""
+        memory = self._learned_memory()
+        if self.config.persistent_tokens:
+            x_1PD = self.persistent[...][None]
+            q_k_v, _ = self._project(x_1PD, self.conv.init_tail(1, x_1PD.dtype), None)
+            _, memory = self._memory(*q_k_v, self._gates(x_1PD), memory, None, None)
+        return self._closed(memory)
+
+    def init_state(self, batch_size: int) -> ShellState:
+        """Returns the state every row and every segment starts from, at phase 0."""
+        return self._start(self.reset_state(), batch_size)
+
+    def _start(self, reset, batch_size: int) -> ShellState:
+        return ShellState(
+            memory=self._broadcast(reset, batch_size),
+            tail=self.conv.init_tail(batch_size, self.qkv.kernel.dtype),
+            last_segment=jnp.full((batch_size,), -1, jnp.int32),
+        )
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        state: ShellState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], ShellState]:
+        """Writes and reads every token; a new segment starts from `reset_state()`. Padding (-1) gives 0."""
+        if segment_ids is not None:
+            x_BTD = jnp.where((segment_ids >= 0)[..., None], x_BTD, 0)  # padding may hold anything, NaN included
+        read, state, _ = self._mix(x_BTD, state, segment_ids)
+        return self._project_read(x_BTD, read), state
+
+    def _mix(self, x_BTD, state, segment_ids):
+        """Returns the memory's reads [B, T, H, K], the new state, and (q, k, v, gates)."""
+        fresh = state is None
+        reset = self.reset_state() if fresh or segment_ids is not None or self._resets_itself() else None
+        state = self._start(reset, len(x_BTD)) if fresh else state
+        memory, tail = state.memory, state.tail
+        if segment_ids is None:
+            last = jnp.maximum(state.last_segment, 0)
+        else:
+            last = last_segment_after(state.last_segment, segment_ids)
+            if not fresh:
+                start = self._start(reset, len(x_BTD))
+                anew = starts_anew(state.last_segment, segment_ids)
+                memory = select_rows(anew, self._at_place_of(start.memory, memory), memory)
+                tail = select_rows(anew, start.tail, tail)
+        q_k_v, tail = self._project(x_BTD, tail, segment_ids)
+        gates = self._gates(x_BTD)
+        read, memory = self._memory(*q_k_v, gates, memory, reset, segment_ids)
+        return read, ShellState(memory, tail, last), (*q_k_v, gates)
+
+    def _project(self, x_BTD, tail, segment_ids):
+        """Returns (q, k, v) each [B, T, H, K], of length 1, and the new tail."""
+        B, T, _ = x_BTD.shape
+        mixed, tail = self.conv(self.qkv(x_BTD), tail, segment_ids)
+        heads = (B, T, self.config.heads, self.config.head_dim)
+        return [l2_normalise(y.reshape(heads)) for y in jnp.split(jax.nn.silu(mixed), 3, axis=-1)], tail
+
+    def _project_read(self, x_BTD, read_BTHK):
+        y = self.norm(read_BTHK).reshape(*x_BTD.shape[:2], -1)
+        return self.out(y * jax.nn.silu(self.gate(x_BTD)))
+
+    def _state_dtype(self):
+        return jnp.promote_types(self.qkv.kernel.dtype, jnp.float32)
