@@ -41,7 +41,7 @@ def _fails(s: Subject, name: str) -> bool:
 # Compiling is nearly all that a law costs. `make test` leaves to `make test-all` the laws that need programs of their
 # own, except for what everything else is built on, and most laws of what is a setting of another config's module.
 OWN_PROGRAMS = ("paths.gradients", "state_carry.cuts", "independence.batch_size", "stability.long", "state.start")
-FOUNDATIONS = ("attention", "language_model", "linear_attention", "titans")
+FOUNDATIONS = ("attention", "linear_attention", "titans")
 FEW_PROGRAMS = ("causality.finite_change", "independence.rows", "independence.padding")
 
 
