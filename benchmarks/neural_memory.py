@@ -184,6 +184,18 @@ def describe_hardware() -> dict:
     return {"cpu": model, "cores": os.cpu_count(), "system": platform.platform(), "load": os.getloadavg()}
 
 
+def report_head(script: str, args) -> dict:
+    """Returns what every report begins with: when, on what, by which command."""
+    words = ["PEER/bin/python" if word == args.peer_python else word for word in sys.argv[1:]]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": describe_hardware(),
+        "command": " ".join(["python", f"benchmarks/{script}", *words]),
+        "seed": args.seed,
+        "runs": args.runs,
+    }
+
+
 def show(name: str, result: dict) -> None:
     for engine in ("engrax", "titans-pytorch"):
         if engine in result:
@@ -216,16 +228,7 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     if not args.peer_python:
         print(HOW_TO_ADD_PEER)
-    words = ["PEER/bin/python" if word == args.peer_python else word for word in sys.argv[1:]]
-    command = " ".join(["python", "benchmarks/neural_memory.py", *words])
-    report = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": describe_hardware(),
-        "command": command,
-        "seed": args.seed,
-        "runs": args.runs,
-        "results": {},
-    }
+    report = report_head("neural_memory.py", args) | {"results": {}}
     for name in args.settings:
         report["results"][name] = compare(name, args)
         show(name, report["results"][name])

@@ -12,7 +12,6 @@ this is.
 """
 
 import argparse
-import datetime
 import json
 import os
 import resource
@@ -22,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from neural_memory import HOW_TO_ADD_PEER, Peer, describe_hardware, quantiles  # noqa: E402
+from neural_memory import HOW_TO_ADD_PEER, Peer, quantiles, report_head  # noqa: E402
 
 TOKENS, DIM, DEPTH, SEGMENT, PERSISTENT, HEADS, HEAD_DIM = 513, 256, 2, 128, 4, 4, 64
 TARGET = 3.0
@@ -122,15 +121,7 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     if not args.peer_python:
         print(HOW_TO_ADD_PEER)
-    words = ["PEER/bin/python" if word == args.peer_python else word for word in sys.argv[1:]]
-    report = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": describe_hardware(),
-        "command": " ".join(["python", "benchmarks/titans_mac.py", *words]),
-        "seed": args.seed,
-        "runs": args.runs,
-        "result": compare(args),
-    }
+    report = report_head("titans_mac.py", args) | {"result": compare(args)}
     for engine in ("engrax", "titans-pytorch"):
         if engine in report["result"]:
             r = report["result"][engine]

@@ -16,7 +16,6 @@ run diverged at step 41). The norm of the read makes its length irrelevant.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from jaxtyping import Array, Float
 
 from engrax.errors import UserError
 from engrax.layers.mixer import MIXERS, MixerConfig
-from engrax.layers.test_time.shell import MemoryShell, ShellState
+from engrax.layers.test_time.shell import MemoryShell, ShellState, logit
 from engrax.pallas_kernels import NeuralMemoryState, neural_memory
 from engrax.pallas_kernels.neural_memory import cost
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS
@@ -125,9 +124,9 @@ class Titans(MemoryShell):
         config, H = self.config, self.config.heads
         # eta = 0.5 and alpha = forget_init at the start, spread over the heads so that they differ in time scale.
         spread = jnp.linspace(-1.0, 1.0, H)
-        bias = [jnp.full(H, _logit(config.lr_init))]
+        bias = [jnp.full(H, logit(config.lr_init))]
         bias += [spread] if config.momentum else []
-        bias += [_logit(config.forget_init) + spread] if config.forgetting else []
+        bias += [logit(config.forget_init) + spread] if config.forgetting else []
         self.gate_bias = nnx.Param(jnp.stack(bias), axes=("gate", "heads"))
         # The last layer starts at zero, so that what is read is what was written and not the initial function.
         widths = config.layer_widths
@@ -208,7 +207,3 @@ class Titans(MemoryShell):
 def _of_one_row(memory: NeuralMemoryState, batch_size: int = 1):
     """Returns (weights, batch_size, momentum) of the first row, `[H, in, out]` each: the arguments of `start`."""
     return tuple(w[0] for w in memory.weights), batch_size, tuple(s[0] for s in memory.momentum)
-
-
-def _logit(p: float) -> float:
-    return math.log(p / (1 - p))

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from engrax.errors import UserError
-from engrax.layers import AttentionConfig, MACConfig, MAGConfig, TitansConfig
+from engrax.layers import AttentionConfig, MACConfig, MAGConfig, MALConfig, TitansConfig
 from engrax.layers.attention import masked_attention, rotate
 from engrax.models import MODELS
 from engrax.tests.experiments import tiny
@@ -101,6 +101,15 @@ def test_a_silent_memory_lets_the_attention_through(x64):
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 13, 8)))
     alone, _ = module.attention(x)
     np.testing.assert_allclose(module(x)[0], module.out(module.norm(alone)), rtol=1e-9, atol=1e-10)
+
+
+def test_mag_and_mal_are_their_equations(x64):
+    parts = dict(memory=MEMORY, attention=AttentionConfig(heads=2, head_dim=4, window=6))
+    mag, mal = randomised(MAGConfig(**parts)), randomised(MALConfig(**parts))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 13, 8)))
+    gate = 2 * jax.nn.sigmoid(mag.memory_norm(mag.memory(x)[0]))
+    np.testing.assert_allclose(mag(x)[0], mag.out(mag.norm(mag.attention(x)[0]) * gate), rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(mal(x)[0], mal.attention(mal.memory_norm(mal.memory(x)[0]))[0], rtol=1e-9, atol=1e-10)
 
 
 def test_persistent_tokens_are_seen_from_everywhere(x64):

@@ -25,7 +25,7 @@ from engrax.layers.test_time.losses import inner_loss
 from engrax.layers.test_time.retention import effective, newton_schulz, retain
 from engrax.layers.test_time.structures import Extra, Structure
 from engrax.pallas_kernels.neural_memory.grid import aligned_grid, from_blocks, phased_grid, to_blocks
-from engrax.pallas_kernels.segments import segment_starts
+from engrax.pallas_kernels.segments import mask_tokens, segment_starts
 
 Matrices = dict[str, Float[Array, "..."]]  # one matrix [..., I, O] by name
 
@@ -165,7 +165,7 @@ def run(
     places = begin[..., None] + jnp.cumsum(grid.holds[:, :, 0], axis=-1)  # tokens up to and with the slot
     real, start = grid.holds[:, :, 0], None
     if segment_ids is not None:
-        q, k, v = (jnp.where((segment_ids >= 0)[:, :, None, None], x, 0) for x in (q, k, v))
+        q, k, v, gates = jax.tree.map(partial(mask_tokens, segment_ids >= 0), (q, k, v, gates))
         real = real & to_blocks(grid, (segment_ids >= 0)[:, :, None])[:, :, 0]
         start = real & to_blocks(grid, segment_starts(segment_ids)[:, :, None])[:, :, 0]
     fresh = (held > 0) & (begin % size == 0)

@@ -9,7 +9,6 @@ an inner loss of its key and value, against what the memory should keep. In plai
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from engrax.layers.test_time.coefficients import Gates
 from engrax.layers.test_time.features import feature_count, polynomial_features
 from engrax.layers.test_time.losses import LOSSES
 from engrax.layers.test_time.retention import RETENTIONS
-from engrax.layers.test_time.shell import MemoryShell
+from engrax.layers.test_time.shell import MemoryShell, logit
 from engrax.layers.test_time.structures import KINDS, Structure, initial_matrices
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS
 from engrax.pallas_kernels.segments import segment_starts
@@ -144,7 +143,9 @@ class MemoryConfig(MixerConfig):
 
     @property
     def lr_bound(self) -> float:
-        """Upper bound of theta / (1 - eta). The default keeps a key that fills its chunk from being overshot.
+        """Upper bound of theta / (1 - eta), or of theta with muon, whose step has a size of its own.
+
+        The default keeps a key that fills its chunk from being overshot.
 
         A normed output has the length of head_dim^1/2, not about 1, and its gradients are as much larger.
         """
@@ -240,8 +241,8 @@ class TestTimeMemory(MemoryShell):
         c, rule = self.config, self.config.rule()
         # eta = 0.5 and alpha = forget_init at the start, spread over the heads so that they differ in time scale.
         spread = jnp.linspace(-1.0, 1.0, c.heads)
-        starts = {"lr": jnp.full(c.heads, _logit(c.lr_init)), "momentum": spread}
-        starts |= {"forget": _logit(c.forget_init) + spread, "delta": jnp.zeros(c.heads), "weight": jnp.zeros(c.heads)}
+        starts = {"lr": jnp.full(c.heads, logit(c.lr_init)), "momentum": spread}
+        starts |= {"forget": logit(c.forget_init) + spread, "delta": jnp.zeros(c.heads), "weight": jnp.zeros(c.heads)}
         bias = [jnp.tile(starts[name], (width, 1)) for name, width in c.gate_widths.items()]
         self.gate_bias = nnx.Param(jnp.concatenate(bias), axes=("gate", "heads"))
         if c.forgetting == "head":
@@ -346,7 +347,3 @@ def _previous_key(k, gates: Gates, memory: engine.MemoryState, segment_ids):
     lr, weight = (jnp.where(there[..., None], gate, 0) for gate in (gates.lr, gates.weight))
     gates = gates._replace(lr=lr, weight=weight)
     return shifted, gates, memory._replace(previous=engine.Previous(k[:, -1], real[:, -1]))
-
-
-def _logit(p: float) -> float:
-    return math.log(p / (1 - p))

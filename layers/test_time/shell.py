@@ -5,6 +5,7 @@ written first, in chunks of their own; what is read is normalised, gated and pro
 learns, a subclass says.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,11 @@ from jaxtyping import Array, Float, Int
 from engrax.layers.conv import ShortConv
 from engrax.layers.modules import l2_normalise, projection, rms_norm
 from engrax.layers.segments import last_segment_after, select_rows, starts_anew
+
+
+def logit(p: float) -> float:
+    """Returns the x of which p, in (0, 1), is the sigmoid: where a gate's bias begins."""
+    return math.log(p / (1 - p))
 
 
 class ShellState(NamedTuple):
