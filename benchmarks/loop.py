@@ -1,15 +1,17 @@
 """Times what the training loop adds: from the command to the first step, and per step beside the bare compiled step.
 
-    python benchmarks/loop.py [--config quickstart] [--steps 20] [--trials 3] [--output FILE.json]
+    python benchmarks/loop.py [--config quickstart] [--steps 4] [--trials 30] [--output FILE.json]
 
 The first figure is wall-clock time from starting `engrax train CONFIG` in a new process to its first logged step,
-imports and compilation included, without a compilation cache. The second compares seconds per step of the loop (data,
-metrics, progress, logging every step) with the compiled step alone on one resident batch, taking turns.
+imports and compilation included, without a compilation cache (3 starts). The second compares seconds per step of the
+loop (data, metrics, logging every step) with the compiled step alone on one resident batch: inside one run they take
+turns, STEPS steps each, TRIALS times. The overhead is the median of the ratios of neighbours, its interval a bootstrap.
 """
 
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import platform
@@ -46,55 +48,85 @@ def seconds_to_first_step(config: str) -> float:
     return seconds
 
 
-def step_seconds(config: str, steps: int, trials: int) -> tuple[list[float], list[float]]:
-    """(seconds per step of the loop, of the bare compiled step), one pair per trial."""
-    import jax
+class Turns:
+    """A compiled step that takes turns: `block` steps as the loop asks for them, then as many on one batch by itself."""
+
+    def __init__(self, step, block: int):
+        self.step, self.block = step, block
+        self.calls, self.begun = 0, None
+        self.looped, self.bare = [], []  # seconds per step, one number a block
+
+    def __call__(self, state, batch):
+        import jax
+
+        if self.calls % self.block == 0:
+            jax.block_until_ready(state)
+            now = time.perf_counter()
+            if self.calls > self.block:  # the first block compiles
+                self.looped.append((now - self.begun) / self.block)
+            begun = time.perf_counter()
+            for _ in range(self.block):
+                state, values = self.step(state, batch)
+            jax.block_until_ready((state, values))
+            self.begun = time.perf_counter()
+            if self.calls:
+                self.bare.append((self.begun - begun) / self.block)
+        self.calls += 1
+        return self.step(state, batch)
+
+
+def step_seconds(config: str, block: int, trials: int) -> tuple[list[float], list[float]]:
+    """(seconds per step of the loop, of the bare compiled step): one pair per trial, of `block` steps each."""
+    from unittest import mock
 
     from engrax.configs import find
-    from engrax.train import CheckpointConfig, EvalConfig, LogConfig, loop, metrics
+    from engrax.train import CheckpointConfig, EvalConfig, LogConfig, loop
     from engrax.train.trainer import Trainer
 
     experiment = dataclasses.replace(
         find(config).experiment,
-        steps=steps,
+        steps=(trials + 2) * block + 1,
         checkpoint=CheckpointConfig(every=0),
         eval=EvalConfig(every=0, batches=1),
         log=LogConfig(every=1),
     )
-    trainer, looped, bare = Trainer(experiment), [], []
-    batch, state = trainer.put(next(trainer.loader("train"))), trainer.init_state()
-    state, values = trainer.train_step(state, batch)
-    for _ in range(trials):
-        with tempfile.TemporaryDirectory() as folder:
-            loop.train(experiment, Path(folder) / "run", progress=False)
-            rows = [r for r in metrics.read(Path(folder) / "run") if "tokens_per_second" in r][
-                :-1
-            ]  # the last validates
-        tokens = experiment.batch_size * experiment.data.seq_len
-        looped.append(statistics.fmean(tokens / row["tokens_per_second"] for row in rows))
-        jax.block_until_ready(values)
-        begun = time.perf_counter()
-        for _ in range(len(rows)):
-            state, values = trainer.train_step(state, batch)
-        jax.block_until_ready(values)
-        bare.append((time.perf_counter() - begun) / len(rows))
-    return looped, bare
+    made = []
+
+    class Alternating(Trainer):
+        @functools.cached_property
+        def train_step(self):
+            made.append(Turns(Trainer.train_step.func(self), block))
+            return made[-1]
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(loop, "Trainer", Alternating):
+        loop.train(experiment, Path(folder) / "run", progress=False)
+    (turns,) = made
+    return turns.looped[:trials], turns.bare[:trials]
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """The bootstrap 95 % interval of the median."""
+    import numpy as np
+
+    drawn = np.random.default_rng(0).choice(values, (10_000, len(values)))
+    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="quickstart")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--output")
     args = parser.parse_args()
-    first = [seconds_to_first_step(args.config) for _ in range(args.trials)]
+    first = [seconds_to_first_step(args.config) for _ in range(3)]
     looped, bare = step_seconds(args.config, args.steps, args.trials)
     overhead = [a / b - 1 for a, b in zip(looped, bare)]
     print(f"command to first step  {statistics.median(first):6.2f} s  (min {min(first):.2f}, max {max(first):.2f})")
     print(f"step in the loop       {statistics.median(looped):6.3f} s, bare {statistics.median(bare):.3f} s")
-    spread = f"(min {min(overhead):+.1%}, max {max(overhead):+.1%})"
-    print(f"overhead               {statistics.median(overhead):+6.1%}  {spread}")
+    low, high = median_interval(overhead)
+    print(f"overhead               {statistics.median(overhead):+6.1%}  (95 % interval {low:+.1%} to {high:+.1%})")
     if args.output:
         import jax
 
@@ -106,7 +138,7 @@ def main() -> None:
             "seconds_to_first_step": first,
             "step_seconds_loop": looped,
             "step_seconds_bare": bare,
-            "overhead": overhead,
+            "overhead": {"median": statistics.median(overhead), "low": low, "high": high, "ratios": overhead},
         }
         Path(args.output).write_text(json.dumps(found, indent=2) + "\n")
 
