@@ -132,6 +132,21 @@ class LanguageModel(nnx.Module):
         `memory` (a tuple over the pattern, leaves [repeat, B, ...]) continues earlier tokens; None starts anew.
         The reads of mixers registered under a name in `mute` are left out of the residual stream.
         """
+        return self.encode(self.embed(tokens_BT), memory, segment_ids=segment_ids, mute=mute)
+
+    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The vectors of tokens."""
+        return self.embedding[...][tokens_BT]
+
+    def encode(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        memory: Any = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mute: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """What a call does with its tokens' vectors: any others, a prompt's or a memory's, may stand among them."""
         muted = [mixer.registered_name in mute for mixer in self.config.mixers]
 
         def body(blocks, x, states):
@@ -141,7 +156,6 @@ class LanguageModel(nnx.Module):
                 new.append(state)
             return x, tuple(new)
 
-        x_BTD = self.embedding[...][tokens_BT]
         x_BTD, memory = self._scan(body, x_BTD, memory)
         return self.norm(x_BTD), memory
 
@@ -162,7 +176,7 @@ class LanguageModel(nnx.Module):
                 x, _ = block(x, state, segment_ids, False)
             return x, found
 
-        return self._scan(body, self.embedding[...][tokens_BT], None)[1]
+        return self._scan(body, self.embed(tokens_BT), None)[1]
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Tied-embedding logits, float32 or wider."""
