@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ from engrax.registry import did_you_mean
 
 EXAMPLES = {
     "train": "engrax train quickstart --run-dir runs/quickstart --steps 500 --model.mixers.0.heads 8",
-    "evaluate": "engrax evaluate runs/quickstart --step best",
+    "evaluate": "engrax evaluate runs/quickstart --step best --stream 16384",
     "generate": 'engrax generate runs/quickstart --prompt "def " --tokens 200',
     "describe": "engrax describe quickstart --model.dim 512",
+    "compare": "engrax compare titans_ablation --folder runs/titans_ablation --steps 300",
     "list": "engrax list",
     "bench": "engrax bench linear_attention --quick --output bench.json",
 }
@@ -110,11 +112,12 @@ def _evaluate(args: list[str]) -> int:
     parser.add_argument("run", help="the run folder")
     parser.add_argument("--step", default=None, help="a step's number, or best (default: the newest)")
     parser.add_argument("--batches", type=int, default=None, help="validation batches (default: all)")
+    parser.add_argument("--stream", type=int, metavar="TOKENS", help="also read long validation documents so far")
     parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers the run's own mixers")
     known = parser.parse_args(args)
     from engrax import evaluate
 
-    results = evaluate(known.run, step=known.step, batches=known.batches, plugins=known.plugin)
+    results = evaluate(known.run, step=known.step, batches=known.batches, stream=known.stream, plugins=known.plugin)
     print(results.summary())
     return 0
 
@@ -159,6 +162,29 @@ def _describe(args: list[str]) -> int:
     return 0
 
 
+def _compare(args: list[str]) -> int:
+    parser = _parser(
+        "compare",
+        "Trains and tabulates a comparison: every experiment at every learning rate of the grid, the best rate with "
+        "several seeds. Goes on where it was interrupted. Any field of all experiments is a flag: --steps 300.",
+    )
+    parser.add_argument("config", help="a comparison that `engrax list` shows, or a .py file with comparison()")
+    parser.add_argument("--folder", help="where its runs and tables go (default: runs/COMPARISON)")
+    parser.add_argument("--seeds", type=int, help="at the best learning rate (default: the comparison's)")
+    known, rest = _split_help(parser, args)
+    from engrax import configs, evals
+
+    comparison, name = configs.find_comparison(known.config)
+    prog = f"engrax compare {known.config}"
+    experiments = {label: override(e, rest, prog) for label, e in comparison.experiments.items()}
+    seeds = comparison.seeds if known.seeds is None else known.seeds
+    comparison = dataclasses.replace(comparison, experiments=experiments, seeds=seeds)
+    found = evals.compare(comparison, known.folder or f"runs/{name}", command=shlex.join(["engrax", "compare", *args]))
+    print(found.markdown)
+    print(f"The table, its numbers and its plot are in {found.directory}")
+    return 0
+
+
 def _list(args: list[str]) -> int:
     _parser("list", "Lists configs, mixers, models and data sets.").parse_args(args)
     from engrax import configs
@@ -168,6 +194,9 @@ def _list(args: list[str]) -> int:
 
     print("configs:")
     for name in configs.names():
+        print(f"  {name:24} {configs.summary(name)}")
+    print("comparisons:")
+    for name in configs.comparison_names():
         print(f"  {name:24} {configs.summary(name)}")
     for title, registry in (("mixers", MIXERS), ("models", MODELS), ("data sets", DATASETS)):
         print(f"{title}:")
@@ -211,6 +240,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "generate": _generate,
     "describe": _describe,
+    "compare": _compare,
     "list": _list,
     "bench": _bench,
 }

@@ -10,3 +10,7 @@ class UserError(ValueError):
 
 class UnknownName(UserError):
     """A name that no registry knows."""
+
+
+class Diverged(UserError):
+    """A training whose loss or gradient is not finite any more."""

@@ -1,6 +1,7 @@
 """Experiments: one typed Python file each, whose docstring is a lab note and whose `config()` returns the Experiment.
 
-A user's own file outside the package works the same way: `engrax train path/to/config.py`.
+`comparisons/` holds comparisons of experiments, whose `comparison()` returns the Comparison. A user's own file outside
+the package works the same way: `engrax train path/to/config.py`, `engrax compare path/to/comparison.py`.
 """
 
 import ast
@@ -8,9 +9,11 @@ import dataclasses
 import importlib
 import pkgutil
 from pathlib import Path
+from typing import Any
 
 from engrax import plugins
 from engrax.errors import UserError
+from engrax.evals.comparison import Comparison
 from engrax.registry import did_you_mean
 from engrax.train import Experiment
 
@@ -27,32 +30,48 @@ class Source:
 
 def names() -> list[str]:
     """The configs that come with engrax."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg and not m.name.startswith("_"))
+
+
+def comparison_names() -> list[str]:
+    """The comparisons that come with engrax."""
+    return sorted(m.name for m in pkgutil.iter_modules([str(Path(__path__[0]) / "comparisons")]))
 
 
 def summary(name: str) -> str:
-    """The first line of a config's docstring."""
-    text = (Path(__path__[0]) / f"{name}.py").read_text()
+    """The first line of a config's or a comparison's docstring."""
+    folder = Path(__path__[0]) / ("comparisons" if name in comparison_names() else "")
+    text = (folder / f"{name}.py").read_text()
     return (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
 
 
 def find(name: str) -> Source:
     """A config by name or by the path of a Python file. Raises UserError where there is none."""
+    path, experiment = _call(name, "config", Experiment, names(), "engrax.configs")
+    return Source(experiment, path.stem if path else name, path)
+
+
+def find_comparison(name: str) -> tuple[Comparison, str]:
+    """A comparison by name or by the path of a Python file, and its name. Raises UserError where there is none."""
+    path, found = _call(name, "comparison", Comparison, comparison_names(), "engrax.configs.comparisons")
+    return found, path.stem if path else name
+
+
+def _call(name: str, function: str, wanted: type, known: list[str], package: str) -> tuple[Path | None, Any]:
+    """(the user's file or None, what `function()` of the module returns), an instance of `wanted`."""
     if name.endswith(".py"):
         path = Path(name)
         module = plugins.load(path)
-        found = path.stem
-    elif name in names():
-        path, module, found = None, importlib.import_module(f"engrax.configs.{name}"), name
+    elif name in known:
+        path, module = None, importlib.import_module(f"{package}.{name}")
     else:
         raise UserError(
-            f"unknown config {name!r}{did_you_mean(name, names())} (known: {', '.join(names())}; or give a .py file)."
+            f"unknown {function} {name!r}{did_you_mean(name, known)} (known: {', '.join(known)}; or give a .py file)."
         )
-    if not callable(getattr(module, "config", None)):
-        raise UserError(f"{name} defines no function config(); it must return an engrax.train.Experiment.")
-    experiment = plugins.run(path, module.config) if path else module.config()
-    if not isinstance(experiment, Experiment):
-        raise UserError(
-            f"config() of {name} returned {type(experiment).__name__}; it must return an engrax.train.Experiment."
-        )
-    return Source(experiment, found, path)
+    must = f"it must return an engrax.{wanted.__module__.split('.')[1]}.{wanted.__name__}."
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"{name} defines no function {function}(); {must}")
+    found = plugins.run(path, getattr(module, function)) if path else getattr(module, function)()
+    if not isinstance(found, wanted):
+        raise UserError(f"{function}() of {name} returned {type(found).__name__}; {must}")
+    return path, found

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,12 @@ class TextConfig(DataConfig):
     @abc.abstractmethod
     def _source(self, split: str) -> tuple[Documents, Callable[[Any], TokenArray], int]:
         """Returns (random-access documents of a split, document -> tokens, tokens to pack and shuffle together)."""
+
+    def token_documents(self, split: str) -> Iterator[TokenArray]:
+        """The documents of a split one after another, whole, as tokens."""
+        check_loader_arguments(self, split, 0, None, 1)
+        documents, encode, _ = self._source(split)
+        return (encode(documents[i]) for i in range(len(documents)))
 
     def loader(
         self,

@@ -1,5 +1,7 @@
-"""Evaluation of checkpoints: metrics, baselines, plots and one self-contained report."""
+"""Evaluation of checkpoints, and fair comparisons: metrics, baselines, plots, reports."""
 
+from engrax.evals.comparison import Claim, Comparison
+from engrax.evals.comparison_report import Compared, compare
 from engrax.evals.evaluation import Results, evaluate
 
-__all__ = ["Results", "evaluate"]
+__all__ = ["Claim", "Compared", "Comparison", "Results", "compare", "evaluate"]

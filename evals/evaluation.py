@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from engrax.errors import UserError
-from engrax.evals import ngrams, scoring
+from engrax.evals import ngrams, scoring, streaming
 from engrax.evals import statistics as stats
 from engrax.train import config as configs
 from engrax.train import cost, metrics, runs
@@ -65,7 +65,12 @@ class Results:
 
 
 def evaluate(
-    run_dir: epath.PathLike, *, step: int | str | None = None, batches: int | None = None, progress: bool = True
+    run_dir: epath.PathLike,
+    *,
+    step: int | str | None = None,
+    batches: int | None = None,
+    stream: int | None = None,
+    progress: bool = True,
 ) -> Results:
     """Evaluates a checkpoint on the default device and writes RUN/evals/step_N.
 
@@ -76,6 +81,7 @@ def evaluate(
       run_dir: a run folder, trained on whatever hardware.
       step: None = the newest checkpoint, "best" = the one of lowest validation loss, or a number.
       batches: validation batches of `scoring.batch_rows` rows; None scores up to `scoring.DEFAULT_TOKENS` tokens.
+      stream: also read this many tokens of long validation documents in pieces, through the carried memory.
       progress: show a progress bar on stderr. Warnings go there in any case.
 
     Raises:
@@ -95,6 +101,7 @@ def evaluate(
     scored, reported = _passes(scorer, rows, memories, progress)
     data |= measure(run.experiment, number, rows, scored)
     data["memory"] = _by_layer(run.experiment, reported)
+    data["streamed"] = None if stream is None else _streamed(run.experiment, model, stream, progress)
     history = metrics.read(run.directory)
     data["training"] = _training(history)
     data["costs"] = cost.costs(run.experiment) | {"evaluation_tokens_per_second": scored[()].tokens_per_second}
@@ -156,6 +163,14 @@ def _passes(scorer: scoring.Scorer, rows: scoring.Rows, memories: tuple[str, ...
     return scored, reported
 
 
+def _streamed(experiment: configs.Experiment, model: Any, length: int, progress: bool) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    with tqdm(total=-(-length // streaming.PIECE), unit="piece", disable=not progress, file=sys.stderr) as bar:
+        bar.set_description("stream")
+        return streaming.stream(experiment, model, length, tick=bar.update)
+
+
 def kind_of(experiment: configs.Experiment) -> str:
     """One of KINDS, by what the data config offers."""
     if hasattr(experiment.data, "solve") and hasattr(experiment.data, "chance"):
@@ -175,7 +190,7 @@ def measure(
             )
     kind = kind_of(experiment)
     labelled = rows.labelled
-    weights = _weights(experiment, rows, kind)
+    weights = divisors(experiment, rows, kind)
     unit = {"text": "bits per byte", "task": "accuracy", "tokens": "bits per token"}[kind]
     per_token = {mute: s.right.astype(float) if kind == "task" else s.nats / math.log(2) for mute, s in scored.items()}
     own = per_token[()]
@@ -207,7 +222,7 @@ def measure(
     return found
 
 
-def _weights(experiment: configs.Experiment, rows: scoring.Rows, kind: str) -> np.ndarray:
+def divisors(experiment: configs.Experiment, rows: scoring.Rows, kind: str) -> np.ndarray:
     """What the mean divides by, per token: the target's bytes for text, else 1; 0 where nothing is scored."""
     if kind != "text":
         return rows.labelled.astype(float)

@@ -26,6 +26,7 @@ def figures(data: dict[str, Any], history: list[dict[str, Any]]) -> list[Figure]
     found = [
         _overview(data),
         *_positions(data),
+        _streamed(data),
         _layers(data),
         _tokens(data),
         _curves(data, history),
@@ -132,6 +133,25 @@ def _position_caption(data: dict[str, Any], curves: dict[str, Any], task: bool) 
         else ""
     )
     return f"A model that uses its context falls to the right. {falls}{muted}{band}"
+
+
+def _streamed(data: dict[str, Any]) -> Figure | None:
+    found = data.get("streamed")
+    if not found:
+        return None
+    marks = [(f"trained on {found['trained_length']:,}", found["trained_length"])]
+    labels = (found["curve"]["axis"], found["unit"])
+    png = plots.curves(_title(data, "Long documents"), labels, found["curve"]["curves"], log_x=True, marks=marks)
+    drift, state, time = found["drift"], found["state_bytes"], found["time"]
+    interval = "" if drift["low"] is None else f" [{drift['low']:+.3f}, {drift['high']:+.3f}]"
+    caption = (
+        f"{found['documents']} validation documents read to {found['length']:,} tokens through the carried memory. "
+        f"Fourth quarter against the second, paired by document: {drift['value']:+.3f}{interval} {found['unit']}. "
+        f"The state has {state['first']:,} bytes after the first piece and {state['last']:,} after the last; a piece "
+        f"takes {time['piece']['ratio']:.2f} times as long at the end, a single token {time['token']['ratio']:.2f} "
+        "times (medians of alternating calls)."
+    )
+    return Figure("streamed", "Long documents", png, caption)
 
 
 def _mean_of(bins: list[dict[str, Any]], first: int, last: int) -> float | None:

@@ -15,6 +15,7 @@ import numpy as np
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#8e5ba6", "#6b7280"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, "#b8860b", "#56b4e9", "#cc79a7", "#404040")
 COLOURS = {"model": BLUE, "muted": ORANGE, "baseline": GREY, "reference": GREY}
+VERDICTS = {None: BLUE, "better": GREEN, "worse": ORANGE, "inconclusive": GREY}
 STYLE = {
     "figure.dpi": 144,
     "font.size": 9.5,
@@ -81,6 +82,26 @@ def bars(title: str, label: str, entries: Sequence[dict[str, Any]], *, limit: fl
     return drawn.png
 
 
+def intervals(title: str, label: str, entries: Sequence[dict[str, Any]]) -> bytes:
+    """Points with their intervals, the first entry on top and its interval drawn through all of them as a band:
+    {"name", "verdict" on it against the first, or None, "value", "low", "high"}."""
+    with canvas(title, height=0.6 + 0.34 * len(entries)) as drawn:
+        axis = drawn.axes[0, 0]
+        axis.axvspan(entries[0]["low"], entries[0]["high"], color=BLUE, alpha=0.12, lw=0)
+        for place, entry in zip(range(len(entries), 0, -1), entries):
+            colour = VERDICTS[entry["verdict"]]
+            axis.plot([entry["low"], entry["high"]], [place, place], color=colour, linewidth=2)
+            axis.plot([entry["value"]], [place], "o", color=colour, markersize=5)
+            note = f"{_number(entry['value'])}  {entry['verdict'] or ''}".rstrip()
+            axis.annotate(note, (1, place), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color=colour,
+                          xytext=(4, 0), textcoords="offset points")  # fmt: skip
+        axis.set_yticks(range(len(entries), 0, -1), [entry["name"] for entry in entries])
+        axis.set_ylim(0.4, len(entries) + 0.6)
+        axis.set_xlabel(label)
+        axis.tick_params(axis="y", length=0, labelcolor="#111827")
+    return drawn.png
+
+
 def curves(
     title: str,
     axis_labels: tuple[str, str],
@@ -88,9 +109,11 @@ def curves(
     *,
     log_x: bool,
     levels: Sequence[tuple[str, float]] = (),
+    marks: Sequence[tuple[str, float]] = (),
     y_range: tuple[float, float] | None = None,
 ) -> bytes:
-    """Curves over position bins: {"name", "kind", "bins"}; `levels` are horizontal lines such as chance."""
+    """Curves over position bins: {"name", "kind", "bins"}; `levels` are horizontal lines such as chance, `marks`
+    vertical ones such as a length."""
     with canvas(title) as drawn:
         axis = drawn.axes[0, 0]
         for i, line in enumerate(lines):
@@ -109,6 +132,10 @@ def curves(
             axis.axhline(level, color=GREY, linestyle="--", linewidth=1.1)
             axis.annotate(f"{name}\n{_number(level)}", (1, level), xycoords=("axes fraction", "data"), va="center",
                           xytext=(4, 0), textcoords="offset points", fontsize=8.5, color=GREY)  # fmt: skip
+        for name, place in marks:
+            axis.axvline(place, color=GREY, linestyle="--", linewidth=1.1)
+            axis.annotate(name, (place, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8.5, color=GREY,
+                          xytext=(4, -2), textcoords="offset points")  # fmt: skip
         if log_x:
             _log_axis(axis, max(b["to"] for line in lines for b in line["bins"]))
         if y_range:

@@ -58,6 +58,9 @@ def render(data: dict[str, Any], drawn: Sequence[Figure]) -> str:
                     _details("Numbers", _position_table(data, data[name])),
                 )
             )
+    if "streamed" in by_name:
+        table = _details("Numbers", _position_table(data, data["streamed"]["curve"]))
+        parts.append(_section(by_name["streamed"].heading, _figure(by_name["streamed"]), table))
     if data["memory"]:
         words = "" if "memory_by_layer" in by_name else f'<p class="sub">{escape(memory_sentences(data))}</p>'
         parts.append(_section("Memory by layer", _figure(by_name.get("memory_by_layer")), _memory_table(data), words))
@@ -85,6 +88,9 @@ def summary_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     for name, found in data["ablation"].items():
         rows.append((f"  {name} muted", f"{found['muted']['value']:.4f} ({signed(found['difference'])})"))
     rows += [(f"  {name.replace('_', ' ')}", f"{value:.4f}") for name, value in (data["task"] or {}).items()]
+    if data["streamed"]:
+        name = f"fourth - second quarter of {data['streamed']['length']:,} tokens, {data['streamed']['unit']}"
+        rows.append((name, signed(data["streamed"]["drift"])))
     if data["kind"] != "task":
         rows.append(("next-token accuracy", f"{data['validation']['accuracy']['value']:.4f}"))
     rows.append(("parameters", f"{data['costs']['parameters']['total']:,}"))

@@ -39,10 +39,16 @@ def _fails(s: Subject, name: str) -> bool:
 
 
 # Compiling is nearly all that a law costs. `make test` leaves to `make test-all` the laws that need programs of their
-# own, except for what everything else is built on, and most laws of what is a setting of another config's module.
+# own, and rows without segment ids, except for what everything else is built on; and most laws of what is a setting of
+# another config's module.
 OWN_PROGRAMS = ("paths.gradients", "state_carry.cuts", "independence.batch_size", "stability.long", "state.start")
 FOUNDATIONS = ("attention", "linear_attention", "titans")
 FEW_PROGRAMS = ("causality.finite_change", "independence.rows", "independence.padding")
+
+
+def is_thorough(name: str, index: int) -> bool:
+    """Whether the config is one that `make test` tests in full."""
+    return not index and name in (*FOUNDATIONS, "language_model")
 
 
 def _is_slow(registry, name: str, index: int, part: str) -> bool:

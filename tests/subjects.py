@@ -31,11 +31,12 @@ def _values(config, name: str) -> list:
 class Subject:
     """A config under test: `apply(params, x, state, ids) -> (y, state)`, compiled once per shape, shared by the laws.
 
-    Must be made, and used, where 64-bit types are on.
+    Must be made, and used, where 64-bit types are on. Inputs are NumPy arrays: to slice a JAX array compiles a program.
+    A subject that is not `thorough` runs most laws on packed rows only, which halves the programs to compile.
     """
 
-    def __init__(self, config, *, dim: int = 16, seed: int = 0):
-        self.config, self.dim = config, dim
+    def __init__(self, config, *, dim: int = 16, seed: int = 0, thorough: bool = True):
+        self.config, self.dim, self.thorough = config, dim, thorough
         self.is_model = isinstance(config, ModelConfig)
         self.chunk = max(_values(config, "chunk_size"), default=8)
         self.length = 3 * self.chunk + 7
@@ -45,6 +46,7 @@ class Subject:
         self._compile()
         self.x = self.inputs(ROWS, self.length)
         self.ids = packed_ids(self.chunk, self.length)
+        self.one_segment = np.zeros_like(self.ids)
         self.params = self._scaled_up()
         shape = jax.eval_shape(self.apply, self.params, self.x)[0].shape
         self.weights = self.rng.standard_normal(shape) / self.length**0.5  # projects outputs to one number
@@ -88,6 +90,10 @@ class Subject:
         module = nnx.merge(self.graphdef, params)
         return module.init_memory(batch_size) if self.is_model else module.init_state(batch_size)
 
+    def layouts(self, deep: bool) -> tuple:
+        """The segment ids that a law runs with: none (one segment) and packed rows, or packed rows alone."""
+        return (None, self.ids) if self.thorough or deep else (self.ids,)
+
     def variant(self, config) -> "Subject":
         """The same parameters and inputs under another config, e.g. another implementation of the same mathematics."""
         other = object.__new__(Subject)
@@ -99,15 +105,15 @@ class Subject:
     def inputs(self, batch: int, length: int):
         """Random inputs: token ids of a model, standard normal vectors of a mixer."""
         if self.is_model:
-            return jnp.asarray(self.rng.integers(0, self.config.vocab_size, (batch, length)), jnp.int32)
-        return jnp.asarray(self.rng.standard_normal((batch, length, self.dim)))
+            return self.rng.integers(0, self.config.vocab_size, (batch, length)).astype(np.int32)
+        return self.rng.standard_normal((batch, length, self.dim))
 
     def changed(self, x, where):
         """The inputs with every position of the mask `where [B, T]` replaced by something else."""
         if self.is_model:
             other = (x + self.rng.integers(1, self.config.vocab_size, x.shape)) % self.config.vocab_size
-            return jnp.where(where, other, x).astype(x.dtype)
-        return jnp.where(where[..., None], 3.0 * self.rng.standard_normal(x.shape) - x, x)
+            return np.where(where, other, x).astype(x.dtype)
+        return np.where(where[..., None], 3.0 * self.rng.standard_normal(x.shape) - x, x)
 
     def _scaled_up(self):
         """float64 parameters with normal noise well above their initialisation, the most that keeps the memory bounded.
@@ -126,7 +132,7 @@ class Subject:
             scaled = [jnp.asarray(p + scale * width(p) * n) for p, n in zip(leaves, noise)]
             scaled = jax.tree.unflatten(tree, scaled)
             outputs = [leaf for leaf in jax.tree.leaves(self.run(scaled, self.x)) if is_float(leaf) and leaf.size]
-            if all(np.all(np.abs(leaf) < 1e3) for leaf in outputs):
+            if all(np.all(np.abs(np.asarray(leaf)) < 1e3) for leaf in outputs):
                 return scaled
         raise AssertionError(f"{self.config} diverges at parameters only a quarter above their initialisation")
 
@@ -143,10 +149,11 @@ class Subject:
         return jax.tree.map(axis, *shapes)
 
     def take_rows(self, state, rows):
-        return jax.tree.map(lambda leaf, axis: jnp.take(leaf, np.asarray(rows), axis=axis), state, self.batch_axes)
+        rows = np.asarray(rows)
+        return jax.tree.map(lambda leaf, axis: np.take(np.asarray(leaf), rows, axis=axis), state, self.batch_axes)
 
     def join_rows(self, states):
-        return jax.tree.map(lambda axis, *leaves: jnp.concatenate(leaves, axis=axis), self.batch_axes, *states)
+        return jax.tree.map(lambda axis, *leaves: np.concatenate(leaves, axis=axis), self.batch_axes, *states)
 
 
 def is_float(leaf) -> bool:
@@ -164,4 +171,4 @@ def packed_ids(chunk: int, length: int):
     for row in rows:
         rest = length - sum(n or 0 for _, n in row)
         ids.append(np.concatenate([np.full(rest if n is None else n, i) for i, n in row]))
-    return jnp.asarray(np.stack(ids), jnp.int32)
+    return np.stack(ids).astype(np.int32)

@@ -50,6 +50,9 @@ def run_folder(tmp_path):
         (["generate", "no/such/run", "--prompt", "x"], "no run folder at no/such/run"),
         (["generate", "run"], "--prompt"),
         (["describe", "nothing"], "unknown config 'nothing'"),
+        (["compare", "titans_ablaton"], "did you mean 'titans_ablation'?"),
+        (["compare", "titans_ablation", "--seeds", "2"], "at least three"),
+        (["compare", "titans_ablation", "--stps", "2"], "did you mean 'steps'?"),
     ],
 )
 def test_a_mistake_is_one_line(capsys, tmp_path, monkeypatch, args, told):

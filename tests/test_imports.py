@@ -1,9 +1,9 @@
 """The rules of the source tree: which part may import which, what importing engrax loads, sizes, durable Flax."""
 
 import ast
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -209,20 +209,26 @@ def test_no_file_is_too_long():
     assert not {str(file): lines for file, lines in lengths.items() if lines > LONGEST_FILE}
 
 
+def _children_seconds() -> float:
+    """CPU seconds of the processes waited for: what else runs on the machine does not count."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 @pytest.mark.smoke
 def test_importing_engrax_is_light(tmp_path):
     """`import engrax` loads no optional package and takes little more than importing jax and flax does."""
     code = "import sys, engrax; print(*(name for name in sys.argv[1:] if name in sys.modules))"
     seconds, loaded = [], set()
     for _ in range(2):  # the first may have to write the compiled modules
-        start = time.monotonic()
+        start = _children_seconds()
         command = [sys.executable, "-c", code, *sorted(LAZY)]
         finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        seconds.append(time.monotonic() - start)
+        seconds.append(_children_seconds() - start)
         assert finished.returncode == 0, finished.stderr
         loaded |= set(finished.stdout.split())
     assert not loaded, f"importing engrax loads {sorted(loaded)}"
-    assert min(seconds) < 6, f"importing engrax took {min(seconds):.1f} s"  # 2 to 3 s on two idle cores
+    assert min(seconds) < 6, f"importing engrax took {min(seconds):.1f} s of CPU time"  # 2 to 3 s
 
 
 @pytest.mark.smoke

@@ -62,7 +62,7 @@ class Decay(nnx.Module):
             if segment_ids is None
             else segment_ids
         )
-        u = self._inputs(x)
+        u = self._inputs(x) * (1 + 1e-6 * (self.broken == "no ids" and segment_ids is None))
 
         def token(carry, inputs):
             h, last = carry
@@ -121,6 +121,7 @@ CAUGHT = {  # what is broken -> laws that must notice
     "growing state": ("state.shapes",),
     "changing dtype": ("state.shapes",),
     "no batch axis": ("state.shapes",),
+    "no ids": ("state.one_segment",),
     "start": ("state.start", "paths.steps"),
     "dropped state": ("paths.steps", "state_carry.blocks", "state_carry.cuts"),
     "phase not carried": ("paths.steps", "state_carry.blocks", "state_carry.cuts"),
@@ -142,7 +143,7 @@ CAUGHT = {  # what is broken -> laws that must notice
 
 @functools.lru_cache(maxsize=1)
 def subject(broken: str) -> Subject:
-    return Subject(DecayConfig(broken))
+    return Subject(DecayConfig(broken), thorough=not broken)  # the fewer programs must catch it too
 
 
 @functools.lru_cache(maxsize=1)

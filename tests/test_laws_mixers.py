@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from engrax.layers import MIXERS
-from engrax.tests.law_cases import cases, check_exemptions, exempt
+from engrax.tests.law_cases import cases, check_exemptions, exempt, is_thorough
 from engrax.tests.laws import LAWS
 from engrax.tests.subjects import Subject
 
@@ -13,7 +13,7 @@ from engrax.tests.subjects import Subject
 @functools.lru_cache(maxsize=1)
 def subject(name: str, index: int) -> Subject:
     """One subject per config, so that its compiled functions are shared by the laws; the last one alone is kept."""
-    return Subject(MIXERS[name].examples()[index])
+    return Subject(MIXERS[name].examples()[index], thorough=is_thorough(name, index))
 
 
 @pytest.mark.parametrize("name, index, law, deep", cases(MIXERS))

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from engrax.errors import UserError
+from engrax.errors import Diverged
 from engrax.train import config as configs
 from engrax.train import metrics, runs
 from engrax.train.checkpoint import Checkpoints
@@ -137,7 +137,7 @@ class Loop:
         self.bar.update(step, {"loss": row["loss"]})
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             kept = f"the checkpoint of step {self.saved} is sound" if self.saved else "nothing was saved yet"
-            raise UserError(
+            raise Diverged(
                 f"the loss or the gradient of step {step} is not finite; {kept}. "
                 "Train anew in another --run-dir with a lower --optimizer.learning-rate."
             )

@@ -1,0 +1,75 @@
+"""The Titans paper's ablation (arXiv 2501.00663, table 5), on real text at the size of a CPU.
+
+    engrax compare titans_ablation
+
+Eleven variants of two layers, at three learning rates, the best with three seeds.
+"""
+
+import dataclasses
+
+from engrax.data import StdlibText
+from engrax.evals import Claim, Comparison
+from engrax.layers import AttentionConfig, MACConfig, MAGConfig, MALConfig, TitansConfig
+from engrax.models import LanguageModelConfig
+from engrax.train import CheckpointConfig, EvalConfig, Experiment, LogConfig, OptimizerConfig
+
+PAPER = {  # language-modelling perplexity of table 5
+    "LMM": 27.01,
+    "MAC": 26.67,
+    "MAG": 25.70,
+    "MAL": 25.91,
+    "linear memory": 28.49,
+    "no convolution": 28.73,
+    "no momentum": 28.98,
+    "no forgetting": 29.04,
+    "no persistent tokens": 27.63,
+}
+
+
+def experiment(mixer) -> Experiment:
+    """The experiment with this mixer in every layer."""
+    return Experiment(
+        model=LanguageModelConfig(vocab_size=256, dim=128, mixers=(mixer,), repeat=2),
+        data=StdlibText(seq_len=256),
+        steps=300,
+        batch_size=8,
+        optimizer=OptimizerConfig(warmup_steps=50),
+        checkpoint=CheckpointConfig(every=0, keep_last=1, keep_best=0),
+        eval=EvalConfig(every=100, batches=4),
+        log=LogConfig(every=50),
+    )
+
+
+def comparison(make=experiment) -> Comparison:
+    """The comparison: the memory alone first, which the others are held to; `make` says what they are trained on."""
+    memory = TitansConfig(heads=4, head_dim=32, hidden=64, chunk_size=32, persistent_tokens=4)
+    attention = AttentionConfig(window=32, conv_width=4, persistent_tokens=4)
+    change = lambda **fields: dataclasses.replace(memory, **fields)  # noqa: E731
+    mixers = {
+        "LMM": memory,
+        "MAC": MACConfig(memory=memory, chunk_size=32),
+        "MAG": MAGConfig(memory=memory, attention=attention),
+        "MAL": MALConfig(memory=memory, attention=attention),
+        "linear memory": change(depth=1),
+        "no convolution": change(conv_width=1),
+        "no momentum": change(momentum=False),
+        "no forgetting": change(forgetting=False),
+        "no persistent tokens": change(persistent_tokens=0),
+        "depth 3": change(depth=3),
+        "depth 4": change(depth=4),
+    }
+    full = PAPER["LMM"]
+    claims = [
+        Claim(*((name, "LMM") if value < full else ("LMM", name)), f"table 5: {min(value, full)} < {max(value, full)}")
+        for name, value in PAPER.items()
+        if name != "LMM"
+    ]
+    claims += [
+        Claim("depth 3", "LMM", "figures 7 and 8: depth lowers perplexity"),
+        Claim("depth 4", "depth 3", "figures 7 and 8: depth lowers perplexity"),
+    ]
+    return Comparison(
+        experiments={name: make(mixer) for name, mixer in mixers.items()},
+        learning_rates=(2e-3, 4e-3, 8e-3),
+        claims=tuple(claims),
+    )

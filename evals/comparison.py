@@ -1,0 +1,208 @@
+"""Comparing experiments fairly: the same data, steps and learning-rate grid for all, several seeds at the best rate.
+
+Every experiment is trained at every learning rate of the grid with seed 0; the rate with the best validation score is
+trained again with the other seeds. Runs live in one folder each, so that an interrupted comparison goes on where it
+stopped. What the rows say, `engrax.evals.verdicts` decides.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from engrax.errors import Diverged, UserError
+from engrax.evals import evaluation, scoring
+from engrax.train import config as configs
+from engrax.train import cost, loop, metrics, runs
+
+LEARNT = 0.95  # accuracy from which a task counts as learnt
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """An ordering that somebody published: `better` scores better than `worse`, names of a comparison's experiments."""
+
+    better: str
+    worse: str
+    source: str  # where, with its numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Experiments that differ in their model alone, the grid they share, and what is claimed about them.
+
+    Raises UserError where they differ in data, steps or batch, or a claim names none of them.
+    """
+
+    experiments: dict[str, configs.Experiment]  # by their names in the table; the first is what the others are held to
+    learning_rates: tuple[float, ...]  # the grid, three or more
+    seeds: int = 3  # at the best learning rate
+    claims: tuple[Claim, ...] = ()
+
+    def __post_init__(self):
+        if len(self.experiments) < 2:
+            raise UserError("a comparison needs at least two experiments.")
+        if len(set(self.learning_rates)) < 3 or self.seeds < 3:
+            raise UserError(
+                f"learning_rates={self.learning_rates} and seeds={self.seeds}: a fair comparison has at least three "
+                "of each."
+            )
+        first, *others = self.experiments
+        for name in others:
+            for field in ("data", "steps", "batch_size"):
+                if getattr(self.experiments[name], field) != getattr(self.experiments[first], field):
+                    raise UserError(f"{name!r} and {first!r} differ in {field}: they cannot be compared.")
+        for claim in self.claims:
+            for name in (claim.better, claim.worse):
+                if name not in self.experiments:
+                    raise UserError(f"a claim speaks of {name!r}, which is no experiment of the comparison.")
+
+
+class Trial(NamedTuple):
+    """One run: an experiment at one learning rate with one seed."""
+
+    name: str
+    learning_rate: float
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What a trial's last checkpoint says about every validation row; `sums` is None where the training diverged."""
+
+    sums: np.ndarray | None  # [N] bits (text, tokens) or rightly predicted tokens (task)
+    counts: np.ndarray | None  # [N] bytes, tokens or labelled tokens
+    learnt_at: int | None = None  # first validated step with an accuracy of LEARNT, tasks alone
+    seconds: float = 0.0  # of training and scoring
+
+    @property
+    def mean(self) -> float:
+        """sums / counts over all rows; infinite bits, and accuracy 0, where the training diverged."""
+        return float("nan") if self.sums is None else float(self.sums.sum() / self.counts.sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An experiment's line of the table, as it was measured."""
+
+    name: str
+    learning_rate: float  # the best
+    grid: dict[float, float]  # learning rate -> score with seed 0, nan where it diverged
+    scores: tuple[Score, ...]  # one a seed, at the best learning rate
+    costs: dict[str, Any]
+
+
+def kind(comparison: Comparison) -> str:
+    """text (bits per byte), tokens (bits per token) or task (accuracy): the same for all experiments."""
+    return evaluation.kind_of(next(iter(comparison.experiments.values())))
+
+
+def run(comparison: Comparison, folder: epath.PathLike, *, progress: bool = True) -> list[Row]:
+    """Trains and scores what is missing in `folder`, and returns a row for every experiment.
+
+    Raises UserError where every learning rate of an experiment diverged, or a run of the folder is another experiment.
+    """
+    folder = runs.folder(folder)
+    trials = len(comparison.experiments) * (len(comparison.learning_rates) + comparison.seeds - 1)
+    tell = _progress(trials) if progress else lambda trial, score: None
+    sign = 1 if kind(comparison) == "task" else -1
+    rows = []
+    for name, experiment in comparison.experiments.items():
+        scored = {}
+        for trial in _grid(name, comparison.learning_rates):
+            scored[trial] = _score(comparison, trial, folder, tell)
+        sound = [t for t, score in scored.items() if score.sums is not None]
+        if not sound:
+            raise UserError(f"{name!r} diverged at every learning rate of the grid; give lower ones.")
+        best = max(sound, key=lambda t: sign * scored[t].mean)
+        others = [best._replace(seed=seed) for seed in range(1, comparison.seeds)]
+        scores = (scored[best], *(_score(comparison, t, folder, tell) for t in others))
+        grid = {t.learning_rate: score.mean for t, score in scored.items()}
+        rows.append(Row(name, best.learning_rate, grid, scores, cost.costs(experiment)))
+    return rows
+
+
+def _grid(name: str, learning_rates: tuple[float, ...]) -> Iterator[Trial]:
+    return (Trial(name, rate, 0) for rate in learning_rates)
+
+
+def _score(comparison: Comparison, trial: Trial, folder: epath.Path, tell: Callable) -> Score:
+    """The trial's score: read where it was written, else trained for."""
+    directory = folder / trial.name.replace(" ", "_") / f"lr_{trial.learning_rate:g}_seed_{trial.seed}"
+    experiment = comparison.experiments[trial.name]
+    optimizer = dataclasses.replace(experiment.optimizer, learning_rate=trial.learning_rate)
+    experiment = dataclasses.replace(experiment, seed=trial.seed, optimizer=optimizer)
+    written = directory / "evals" / "comparison.json"
+    if written.exists():
+        old = runs.open_run(directory)
+        runs.refuse_differences(old.experiment, experiment, old.experiment.steps, directory)
+        score = _read(json.loads(written.read_text()))
+        tell(trial, dataclasses.replace(score, seconds=0.0))
+        return score
+    begun = time.perf_counter()
+    try:
+        if not loop.train(experiment, directory, progress=False).finished:
+            raise UserError(f"stopped at {trial.name!r}; the same command goes on from there.")
+        score = _measure(directory)
+    except Diverged:
+        score = Score(None, None)
+    score = dataclasses.replace(score, seconds=time.perf_counter() - begun)
+    written.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_atomically(written, json.dumps(_written(score)) + "\n")
+    tell(trial, score)
+    return score
+
+
+def _measure(directory: epath.Path) -> Score:
+    """Scores the last checkpoint of a run on its validation rows."""
+    opened = runs.open_run(directory)
+    experiment = opened.experiment
+    model, step = opened.load()
+    rows = scoring.validation_rows(experiment, None)
+    scores = scoring.Scorer(experiment, model).score(rows)
+    what = evaluation.kind_of(experiment)
+    values = scores.right if what == "task" else scores.nats / np.log(2)
+    if not np.isfinite(values).all():
+        raise Diverged(f"the loss of step {step} of {directory} is not a number on the validation rows.")
+    labelled = np.where(rows.labelled, values, 0).astype(float)
+    learnt = [r["step"] for r in metrics.read(directory) if r.get("validation_accuracy", 0.0) >= LEARNT]
+    return Score(
+        sums=labelled.sum(axis=1),
+        counts=evaluation.divisors(experiment, rows, what).sum(axis=1),
+        learnt_at=min(learnt, default=None) if what == "task" else None,
+    )
+
+
+def _written(score: Score) -> dict[str, Any]:
+    """The score as JSON."""
+    arrays = {name: None if value is None else value.tolist() for name, value in vars(score).items() if name in _ARRAYS}
+    return arrays | {"learnt_at": score.learnt_at, "seconds": score.seconds}
+
+
+def _read(data: dict[str, Any]) -> Score:
+    """The inverse of `_written`."""
+    arrays = {name: None if data[name] is None else np.asarray(data[name]) for name in _ARRAYS}
+    return Score(**arrays, learnt_at=data["learnt_at"], seconds=data["seconds"])
+
+
+_ARRAYS = ("sums", "counts")
+
+
+def _progress(trials: int) -> Callable[[Trial, Score], None]:
+    """A line on stderr after every trial, with the time left."""
+    done, spent = [], []
+
+    def tell(trial: Trial, score: Score) -> None:
+        done.append(trial)
+        spent.extend([score.seconds] if score.seconds else [])
+        left = (trials - len(done)) * float(np.mean(spent)) / 60 if spent else 0.0
+        result = "diverged" if score.sums is None else f"{score.mean:.4f}"
+        where = f"{trial.name}, learning rate {trial.learning_rate:g}, seed {trial.seed}"
+        print(f"[{len(done)}/{trials}] {where}: {result} ({left:.0f} min left)", file=sys.stderr, flush=True)
+
+    return tell

@@ -1,0 +1,151 @@
+"""Reading documents far longer than the rows of the training, in pieces, through the memory that the model carries.
+
+What a memory promises is seen here: whether the loss still falls, or at least does not rise, past the length it was
+trained at; and whether state and time per token stay what they were.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, Int
+
+from engrax.errors import UserError
+from engrax.evals import statistics as stats
+from engrax.train import step as steps
+from engrax.train.config import Experiment
+
+PIECE = 256  # tokens of one call
+DOCUMENTS = 16  # documents read side by side, at most
+TURNS = 15  # timed calls at the beginning and at the end, by turns
+
+
+def long_documents(experiment: Experiment, length: int) -> Int[np.ndarray, "N L"]:
+    """The first length + 1 tokens of up to DOCUMENTS validation documents that have as many.
+
+    Raises UserError where the data is no text, or none of its validation documents is long enough.
+    """
+    if length < 4 * PIECE or length % (4 * PIECE):
+        raise UserError(f"stream={length} tokens must be a multiple of {4 * PIECE}: quarters are read in pieces.")
+    if not hasattr(experiment.data, "token_documents"):
+        raise UserError("only text has documents to stream; leave out --stream for a generated task.")
+    found, longest = [], 0
+    for tokens in experiment.data.token_documents("validation"):
+        longest = max(longest, len(tokens))
+        if len(tokens) > length:
+            found.append(tokens[: length + 1])
+        if len(found) == DOCUMENTS:
+            break
+    if not found:
+        raise UserError(f"no validation document has more than {length} tokens (the longest: {longest}); stream fewer.")
+    return np.stack(found).astype(np.int32)
+
+
+class Stream:
+    """A model's compiled call on a piece of every document: (nats of the next tokens, the memory after it)."""
+
+    def __init__(self, experiment: Experiment, model: nnx.Module):
+        graphdef, params = nnx.split(model, nnx.Param)
+        dtype = steps.resolve_dtype(experiment.compute_dtype)
+        self.params = jax.jit(lambda p: steps.cast(p, dtype))(params)
+
+        def read(params, tokens_BT, targets_BT, memory):
+            model = nnx.merge(graphdef, params)
+            hidden, memory = model(tokens_BT, memory)
+            return steps.token_losses(model.logits(hidden), targets_BT), memory
+
+        self._read = jax.jit(read)
+        self.start = jax.jit(lambda p, rows: nnx.merge(graphdef, p).init_memory(rows), static_argnums=1)
+
+    def __call__(self, tokens_BT, targets_BT, memory: Any) -> tuple[jax.Array, Any]:
+        return self._read(self.params, tokens_BT, targets_BT, memory)
+
+
+def stream(
+    experiment: Experiment, model: nnx.Module, length: int, *, tick: Callable[[int], Any] = lambda n: None
+) -> dict[str, Any]:
+    """Reads `length` tokens of each long validation document; a JSON-able dict.
+
+    Returns:
+      unit: bits per byte.
+      curve: the loss by position, as in results.json.
+      quarters: the loss in each quarter; drift: fourth - second quarter, paired by document, with its 95 % interval.
+      state_bytes: of one document's memory, after the first piece and after the last.
+      time: per token, {"piece", "token"}: calls of PIECE tokens and of one, at the end against at the beginning.
+    """
+    documents = long_documents(experiment, length)
+    tokens, targets = documents[:, :-1], documents[:, 1:]
+    reader = Stream(experiment, model)
+    memory, nats, early = reader.start(reader.params, len(tokens)), [], None
+    for at in range(0, length, PIECE):
+        found, memory = reader(tokens[:, at : at + PIECE], targets[:, at : at + PIECE], memory)
+        early = memory if early is None else early
+        nats.append(np.asarray(found))
+        tick(1)
+    bits = np.concatenate(nats, axis=1) / np.log(2)
+    if not np.isfinite(bits).all():
+        first = int(np.argwhere(~np.isfinite(bits))[:, 1].min())
+        raise UserError(f"the model's outputs are not numbers from token {first} on: a cache of declared capacity?")
+    size = np.asarray(experiment.data.tokenizer.byte_lengths)[targets].astype(float)
+    positions = np.broadcast_to(np.arange(length), bits.shape)
+    return {
+        "length": length,
+        "documents": len(documents),
+        "trained_length": experiment.data.seq_len,
+        "unit": "bits per byte",
+        "curve": {
+            "axis": "position in the document, tokens",
+            "curves": [
+                {
+                    "name": "model",
+                    "kind": "model",
+                    "bins": stats.by_position(bits, size, positions, stats.log_bins(length)),
+                }
+            ],
+        },
+        **quarters(bits, size),
+        "state_bytes": {"first": _bytes(early, len(tokens)), "last": _bytes(memory, len(tokens))},
+        "time": {
+            "piece": _times(reader, tokens[:, :PIECE], targets[:, :PIECE], early, memory),
+            "token": _times(reader, tokens[:, :1], targets[:, :1], early, memory),
+        },
+    }
+
+
+def quarters(bits: Float[np.ndarray, "N L"], size: Float[np.ndarray, "N L"]) -> dict[str, Any]:
+    """The loss of each quarter of the documents, and the drift: each document's fourth quarter minus its second."""
+    sums, counts = (x.reshape(len(x), 4, -1).sum(axis=2) for x in (bits, size))
+    by_document = sums / counts
+    drift = (by_document[:, 3] - by_document[:, 1])[:, None]
+    return {
+        "quarters": [stats.mean(sums[:, i : i + 1], counts[:, i : i + 1]).to_dict() for i in range(4)],
+        "drift": stats.mean(drift, np.ones_like(drift)).to_dict(),
+    }
+
+
+def _bytes(memory: Any, rows: int) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory)) // rows
+
+
+def _times(reader: Stream, tokens_BT, targets_BT, early: Any, late: Any) -> dict[str, Any]:
+    """Milliseconds per token of the same call from two states, taking turns, and the ratio late / early."""
+    seconds: dict[str, list[float]] = {"first": [], "last": []}
+    tokens_BT, targets_BT = jnp.asarray(tokens_BT), jnp.asarray(targets_BT)
+    for turn in range(-2, TURNS):
+        for name, memory in (("first", early), ("last", late)):
+            begun = time.perf_counter()
+            jax.block_until_ready(reader(tokens_BT, targets_BT, memory))
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - begun)
+    ratios = [b / a for a, b in zip(seconds["first"], seconds["last"])]
+    tokens = tokens_BT.shape[1]
+    return {name: 1e3 * statistics.median(found) / tokens for name, found in seconds.items()} | {
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
