@@ -19,7 +19,7 @@ from engrax.layers.mixer import MixerConfig
 from engrax.layers.mixer import register_mixer as register
 
 __version__ = "0.1.0"
-__all__ = ["MixerConfig", "UserError", "evaluate", "generate", "load", "register", "train"]
+__all__ = ["MixerConfig", "UserError", "evaluate", "export", "generate", "load", "register", "train"]
 
 
 def _train(config, run_dir, *, source=None, progress=True, **fields):
@@ -87,6 +87,26 @@ def generate(run, prompt, *, tokens=200, temperature=0.8, seed=0, step=None, plu
     ids = np.asarray(tokenizer.encode(prompt), np.int32)[None]
     model, _ = opened.load(step)
     return tokenizer.decode(sample(model, ids, tokens=tokens, temperature=temperature, seed=seed)[0])
+
+
+def export(run, folder, *, step=None, plugins=()):
+    """Writes a run that began from a published checkpoint (`init_from`) back into its files' layout, into `folder`.
+
+    A wrapped backbone (HMT, say) is written without what stands around it. Raises UserError where the run began anew.
+    """
+    from engrax.models import imported
+    from engrax.train import runs
+
+    opened = _open(run, plugins, runs)
+    source = opened.directory / "pretrained"
+    if not source.exists():
+        raise UserError(
+            f"{run} did not begin from a published checkpoint (--init-from): there is no layout to export to."
+        )
+    model, _ = opened.load(step)
+    for part in imported.find_backbone(opened.experiment.model)[1]:
+        model = getattr(model, part)
+    imported.export(model, folder, like=str(source))
 
 
 def _open(run, plugins, runs):

@@ -21,6 +21,7 @@ EXAMPLES = {
     "train": "engrax train quickstart --run-dir runs/quickstart --steps 500 --model.mixers.0.heads 8",
     "evaluate": "engrax evaluate runs/quickstart --step best --stream 16384",
     "generate": 'engrax generate runs/quickstart --prompt "def " --tokens 200',
+    "export": "engrax export runs/tuned exported --step best",
     "describe": "engrax describe quickstart --model.dim 512",
     "compare": "engrax compare titans_ablation --folder runs/titans_ablation --steps 300",
     "list": "engrax list",
@@ -147,6 +148,20 @@ def _generate(args: list[str]) -> int:
     return 0
 
 
+def _export(args: list[str]) -> int:
+    parser = _parser("export", "Writes a run that began from a published checkpoint back as one (safetensors).")
+    parser.add_argument("run", help="the run folder, trained with --init-from")
+    parser.add_argument("folder", help="where the files go; must be empty or new")
+    parser.add_argument("--step", default=None, help="a step's number, or best (default: the newest)")
+    parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers the run's own mixers")
+    known = parser.parse_args(args)
+    from engrax import export
+
+    export(known.run, known.folder, step=known.step, plugins=known.plugin)
+    print(f"exported to {known.folder}")
+    return 0
+
+
 def _describe(args: list[str]) -> int:
     parser = _parser(
         "describe", "Prints what a config costs before any step: parameters, FLOPs, state bytes, optimizer bytes."
@@ -239,6 +254,7 @@ COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "generate": _generate,
+    "export": _export,
     "describe": _describe,
     "compare": _compare,
     "list": _list,

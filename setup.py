@@ -65,6 +65,7 @@ setup(
         "array_record>=0.8.3; platform_system == 'Linux'"
         " or (platform_system == 'Darwin' and platform_machine == 'arm64')",  # where it has wheels
         "etils[epath]>=1.12",
+        "safetensors>=0.4.5",
         "wandb>=0.25",
         "tyro>=1.0",
         "jaxtyping>=0.3",
@@ -81,10 +82,12 @@ setup(
             "nbclient>=0.10",
             "ipykernel>=6.29",
             "tensorboardX>=2.6.4",
+            "scikit-learn>=1.5",
             "setuptools>=77.0.3",  # builds wheels offline in tests/test_install.py
         ],
         "dev": ["ruff>=0.8", "build>=1.2"],
         "tensorboard": ["tensorboardX>=2.6.4"],
+        "digits": ["scikit-learn>=1.5"],  # real images that it brings along, for the Hopfield notebook
         "cuda": ["jax[cuda13]>=0.10.2"],
         "cuda12": ["jax[cuda12]>=0.10.2"],  # for drivers older than 580
         "tpu": ["jax[tpu]>=0.10.2"],

@@ -49,7 +49,7 @@ def seconds_to_first_step(config: str) -> float:
 
 
 class Turns:
-    """A compiled step that takes turns: `block` steps as the loop asks for them, then as many on one batch by itself."""
+    """A compiled step that takes turns: `block` steps as the loop asks for them, then as many on one batch."""
 
     def __init__(self, step, block: int):
         self.step, self.block = step, block

@@ -1,7 +1,11 @@
 """Data: text and generated memory tasks behind one contract (`DataConfig`), found by name in `DATASETS`."""
 
+from engrax.data.bit_patterns import BitPatterns
 from engrax.data.config import DATASETS, Batch, DataConfig, Loader
+from engrax.data.digits import load_digits
+from engrax.data.latch import Latch
 from engrax.data.mqar import MQAR
+from engrax.data.set_disjointness import SetDisjointness
 from engrax.data.stdlib_text import StdlibText
 from engrax.data.text_folder import TextFolder
 from engrax.data.tfds_text import TfdsText
@@ -11,11 +15,15 @@ __all__ = [
     "DATASETS",
     "MQAR",
     "Batch",
+    "BitPatterns",
     "ByteTokenizer",
     "DataConfig",
     "JsonTokenizer",
+    "Latch",
     "Loader",
+    "SetDisjointness",
     "StdlibText",
     "TextFolder",
     "TfdsText",
+    "load_digits",
 ]

@@ -49,13 +49,20 @@ class TextConfig(DataConfig):
         process_count: int = 1,
         epochs: int | None = None,
         align: int = 1,
+        stream: bool = False,
     ) -> Loader:
-        """See `DataConfig.loader`. The position counts documents and rows, for any number of processes."""
+        """See `DataConfig.loader`. The position counts documents and rows, for any number of processes.
+
+        With `stream`, each row of a batch goes on where the same row of the batch before ended (`StreamedText`).
+        """
         from engrax.data.pipeline import PackedText
+        from engrax.data.stream import StreamedText
 
         check_loader_arguments(self, split, seed, epochs, align)
         share = Share.of(batch_size, process_index, process_count)
         documents, encode, buffer_tokens = self._source(split)
+        if stream:
+            return StreamedText(documents, encode, seq_len=self.seq_len, share=share, seed=seed, align=align)
         return PackedText(
             documents,
             encode,

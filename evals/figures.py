@@ -29,6 +29,7 @@ def figures(data: dict[str, Any], history: list[dict[str, Any]]) -> list[Figure]
         _streamed(data),
         _layers(data),
         _tokens(data),
+        _recall(data),
         _curves(data, history),
         _memory(data, history),
     ]
@@ -219,6 +220,24 @@ def _tokens(data: dict[str, Any]) -> Figure | None:
     return Figure(
         "memory_by_position", "Memory by position", png, "Diagnostics of each token, averaged over validation rows."
     )
+
+
+def _recall(data: dict[str, Any]) -> Figure | None:
+    """Diagnostics that are a table per layer: what a memory recalls of each past segment."""
+    panels = {
+        f"{name}, {layer}" if len(by) > 1 else name: np.asarray(v["values"], float)
+        for name, by in data["memory"].items()
+        for layer, v in by.items()
+        if np.ndim(v.get("values")) == 2
+    }
+    if not panels:
+        return None
+    png = plots.heat_maps(_title(data, "Recall by segment"), "recalled segment", "segment that begins", panels)
+    caption = (
+        "The weight of every past segment as a segment begins, averaged over validation rows. A bright diagonal looks "
+        "no further back than the last segments; columns are segments that many others come back to."
+    )
+    return Figure("memory_recall", "Recall by segment", png, caption)
 
 
 def _series(history: list[dict[str, Any]], key: str, scale: float = 1.0) -> tuple[list[int], list[float]]:

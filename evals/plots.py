@@ -265,3 +265,20 @@ def _mark(axis: Any, step: int, series: Sequence[dict[str, Any]]) -> None:
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
+
+
+def heat_maps(title: str, x_label: str, y_label: str, panels: dict[str, np.ndarray]) -> bytes:
+    """One panel per table [rows, columns], {name: values}, each with its scale."""
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with canvas(title, rows=rows, columns=columns, height=3.2, width=8.6) as drawn:
+        for axis, (name, values) in zip(drawn.axes.flat, panels.items()):
+            image = axis.imshow(values, cmap="viridis", aspect="auto", vmin=0)
+            drawn.figure.colorbar(image, ax=axis)
+            axis.set(xlabel=x_label, ylabel=y_label)
+            axis.set_title(name, fontsize=9.5)
+            axis.grid(visible=False)
+            _whole_numbers(axis)
+        for axis in drawn.axes.flat[len(panels) :]:
+            axis.set_visible(False)
+    return drawn.png

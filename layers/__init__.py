@@ -3,16 +3,24 @@
 from engrax.layers.attention import AttentionConfig
 from engrax.layers.based import BasedConfig
 from engrax.layers.deltanet import DeltaNetConfig
+from engrax.layers.energy_transformer import EnergyTransformer, EnergyTransformerConfig
+from engrax.layers.gated_convolution import GatedConvolutionConfig
 from engrax.layers.gated_deltanet import GatedDeltaNetConfig
 from engrax.layers.gla import GLAConfig
 from engrax.layers.gsa import GSAConfig
 from engrax.layers.hgrn2 import HGRN2Config
+from engrax.layers.hopfield import Hopfield, HopfieldSettings
+from engrax.layers.hopfield_layer import HopfieldLayer, HopfieldLayerConfig
+from engrax.layers.hopfield_mixer import HopfieldConfig
+from engrax.layers.hopfield_pooling import HopfieldPooling, HopfieldPoolingConfig
 from engrax.layers.infini_attention import InfiniAttentionConfig
 from engrax.layers.kda import KDAConfig
 from engrax.layers.lightning import LightningConfig
 from engrax.layers.linear_attention import LinearAttentionConfig
 from engrax.layers.mamba2 import Mamba2Config
+from engrax.layers.memorizing import MemorizingConfig
 from engrax.layers.mixer import MIXERS, MixerConfig
+from engrax.layers.mom import MoMConfig
 from engrax.layers.prefix_linear_attention import PrefixLinearAttentionConfig
 from engrax.layers.rebased import ReBasedConfig
 from engrax.layers.retnet import RetNetConfig
@@ -30,6 +38,7 @@ from engrax.layers.test_time import (
 from engrax.layers.titans import TitansConfig
 from engrax.layers.titans_mac import MACConfig
 from engrax.layers.titans_mag import MAGConfig, MALConfig
+from engrax.layers.transformer_xl import TransformerXLConfig
 
 __all__ = [
     "MIXERS",
@@ -37,10 +46,20 @@ __all__ = [
     "AttentionConfig",
     "BasedConfig",
     "DeltaNetConfig",
+    "EnergyTransformer",
+    "EnergyTransformerConfig",
     "GLAConfig",
     "GSAConfig",
+    "GatedConvolutionConfig",
     "GatedDeltaNetConfig",
     "HGRN2Config",
+    "Hopfield",
+    "HopfieldConfig",
+    "HopfieldLayer",
+    "HopfieldLayerConfig",
+    "HopfieldPooling",
+    "HopfieldPoolingConfig",
+    "HopfieldSettings",
     "InfiniAttentionConfig",
     "KDAConfig",
     "LaCTConfig",
@@ -51,8 +70,10 @@ __all__ = [
     "MALConfig",
     "Mamba2Config",
     "MemoraConfig",
+    "MemorizingConfig",
     "MemoryConfig",
     "MixerConfig",
+    "MoMConfig",
     "MonetaConfig",
     "OmegaNetConfig",
     "PrefixLinearAttentionConfig",
@@ -61,5 +82,6 @@ __all__ = [
     "TTTLinearConfig",
     "TTTMLPConfig",
     "TitansConfig",
+    "TransformerXLConfig",
     "YaadConfig",
 ]

@@ -1,10 +1,14 @@
 """Softmax attention: full or sliding window, grouped heads, rotary positions, and a cache of declared capacity.
 
+Its settings cover the attention of published checkpoints too: biases, normalised queries and keys, scaled rotary
+frequencies, no rotation at all.
+
 The attention itself is `jax.nn.dot_product_attention`; float64 takes a plain einsum: the library errs 1e-7 there.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from engrax.errors import UserError
 from engrax.layers.conv import ShortConv
 from engrax.layers.mixer import MIXERS, MixerConfig
-from engrax.layers.modules import projection
+from engrax.layers.modules import projection, rms_norm
 from engrax.layers.segments import last_segment_after, starts_anew
 
 
@@ -32,6 +36,39 @@ class AttentionState(NamedTuple):
     last_segment: Int[Array, " B"]
 
 
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are slowed for rows longer than those of pretraining."""
+
+    kind: Literal["none", "linear", "llama3"] = "none"  # linear: all alike (arXiv 2306.15595); llama3: the slow ones
+    factor: float = 1.0  # a slowed frequency is divided by it
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original_context / this are slowed in full
+    high_freq_factor: float = 4.0  # llama3: wavelengths below original_context / this are left alone
+    original_context: int = 8192  # llama3: tokens of a row in pretraining
+
+    def __post_init__(self):
+        if self.factor <= 0 or self.original_context < 1:
+            raise UserError(
+                f"rope_scaling.factor={self.factor} must be positive and "
+                f"original_context={self.original_context} at least 1 token."
+            )
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise UserError(
+                f"rope_scaling.low_freq_factor={self.low_freq_factor} must lie between 0 and "
+                f"high_freq_factor={self.high_freq_factor}."
+            )
+
+    def apply(self, frequency: Float[Array, " N"]) -> Float[Array, " N"]:
+        """The scaled frequencies, radians per token."""
+        if self.kind == "none":
+            return frequency
+        kept = 0.0
+        if self.kind == "llama3":
+            turns = self.original_context * frequency / (2 * math.pi)  # in a row of pretraining
+            kept = jnp.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        return frequency * (kept + (1 - kept) / self.factor)
+
+
 @MIXERS.register("attention")
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig(MixerConfig):
@@ -42,14 +79,17 @@ class AttentionConfig(MixerConfig):
     head_dim: int = 32  # width of one head, even
     window: int | None = None  # tokens a query sees, itself included; None = all
     capacity: int = 4096  # tokens a row may hold without a window; more raise
-    rope_base: float = 10_000.0  # longest rotary wavelength / 2 pi, in tokens
+    rope_base: float | None = 10_000.0  # longest rotary wavelength / 2 pi, in tokens; None = no rotary positions
     conv_width: int = 1  # taps of a short convolution on q, k and v, as the memories have; 1 = none
     persistent_tokens: int = 0  # learned tokens that every token attends to, wherever the window is
+    rope_scaling: RopeScaling = RopeScaling()
+    bias: Literal["none", "qkv", "all"] = "none"  # projections with a bias
+    qk_norm_eps: float | None = None  # eps of an RMSNorm over each head's query and key; None = no norm
 
     def __post_init__(self):
         if self.heads % (self.kv_heads or self.heads):
             raise UserError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}; choose a divisor.")
-        if self.head_dim % 2:
+        if self.head_dim % 2 and self.rope_base is not None:
             raise UserError(
                 f"head_dim={self.head_dim} is odd; rotary positions need pairs of channels, choose an even width."
             )
@@ -69,6 +109,16 @@ class AttentionConfig(MixerConfig):
             cls(heads=4, kv_heads=2, head_dim=4, window=8, conv_width=4, persistent_tokens=2),
             cls(heads=2, head_dim=4, window=2),
             cls(heads=2, head_dim=4, capacity=64),
+            cls(
+                heads=4,
+                kv_heads=2,
+                head_dim=6,
+                window=8,
+                persistent_tokens=2,
+                rope_scaling=RopeScaling("llama3", factor=8.0, original_context=16),
+                bias="all",
+                qk_norm_eps=1e-6,
+            ),
             cls(),
         )
 
@@ -81,11 +131,16 @@ class AttentionConfig(MixerConfig):
         return project + 4 * self.heads * self.head_dim * (seen + self.persistent_tokens)
 
 
-def rotate(x_BTHK: Float[Array, "B T H K"], position_BT: Int[Array, "B T"], base: float) -> Float[Array, "B T H K"]:
-    """Rotary embedding: channel pairs (i, i + K/2) turned by position * base^(-2i/K) radians."""
+def rotate(
+    x_BTHK: Float[Array, "B T H K"],
+    position_BT: Int[Array, "B T"],
+    base: float,
+    scaling: RopeScaling = RopeScaling(),
+) -> Float[Array, "B T H K"]:
+    """Rotary embedding: channel pairs (i, i + K/2) turned by position * base^(-2i/K) radians, before the scaling."""
     half = x_BTHK.shape[-1] // 2
     dtype = jnp.promote_types(x_BTHK.dtype, jnp.float32)
-    frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
+    frequency = scaling.apply(base ** (-jnp.arange(half, dtype=dtype) / half))
     angle = position_BT[..., None, None].astype(dtype) * frequency
     a, b = x_BTHK[..., :half].astype(dtype), x_BTHK[..., half:].astype(dtype)
     turned = jnp.concatenate(
@@ -121,13 +176,22 @@ class Attention(nnx.Module):
     def __init__(self, config: AttentionConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
         self.config = config
         groups = config.kv_heads or config.heads
-        self.q = projection(dim, config.heads * config.head_dim, ("embed", "heads"), rngs=rngs)
-        self.k = projection(dim, groups * config.head_dim, ("embed", "heads"), rngs=rngs)
-        self.v = projection(dim, groups * config.head_dim, ("embed", "heads"), rngs=rngs)
+        bias = config.bias != "none"
+        self.q = projection(dim, config.heads * config.head_dim, ("embed", "heads"), rngs=rngs, bias=bias)
+        self.k = projection(dim, groups * config.head_dim, ("embed", "heads"), rngs=rngs, bias=bias)
+        self.v = projection(dim, groups * config.head_dim, ("embed", "heads"), rngs=rngs, bias=bias)
+        if config.qk_norm_eps is not None:
+            self.q_norm = rms_norm(config.head_dim, rngs=rngs, eps=config.qk_norm_eps)
+            self.k_norm = rms_norm(config.head_dim, rngs=rngs, eps=config.qk_norm_eps)
         if config.conv_width > 1:
             self.conv = ShortConv((config.heads + 2 * groups) * config.head_dim, config.conv_width, rngs=rngs)
         self.out = projection(
-            config.heads * config.head_dim, dim, ("heads", "embed"), rngs=rngs, scale=(2 * num_layers) ** -0.5
+            config.heads * config.head_dim,
+            dim,
+            ("heads", "embed"),
+            rngs=rngs,
+            scale=(2 * num_layers) ** -0.5,
+            bias=config.bias == "all",
         )
         if config.persistent_tokens:
             self.persistent = nnx.Param(
@@ -172,7 +236,9 @@ class Attention(nnx.Module):
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
         position_BT = state.position[:, None] + jnp.arange(T)
         q, k, v, state = self._project(x_BTD, state, segment_ids)
-        plain_q, q, k = q, *(rotate(y, position_BT, c.rope_base) for y in (q, k))
+        plain_q = q
+        if c.rope_base is not None:
+            q, k = (rotate(y, position_BT, c.rope_base, c.rope_scaling) for y in (q, k))
         keys, values, segments, slot_position, state = self._extend(state, k, v, segment_ids, position_BT, fresh)
         age = position_BT[:, :, None] - slot_position[:, None, :]
         visible = (age >= 0) & (segments[:, None, :] == segment_ids[:, :, None])
@@ -197,14 +263,19 @@ class Attention(nnx.Module):
             mixed, tail = self.conv(jnp.concatenate(q_k_v, axis=-1), tail, segment_ids)
             widths = [q_k_v[0].shape[-1], q_k_v[0].shape[-1] + q_k_v[1].shape[-1]]
             q_k_v, state = jnp.split(mixed, widths, axis=-1), state._replace(tail=tail)
-        return *(y.reshape(*x_BTD.shape[:2], -1, c.head_dim) for y in q_k_v), state
+        q, k, v = (y.reshape(*x_BTD.shape[:2], -1, c.head_dim) for y in q_k_v)
+        if c.qk_norm_eps is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v, state
 
     def _with_persistent(self, plain_q, q, keys, values, visible):
         """Puts the persistent tokens before the others. They have no position: they meet the query as it was before
         its rotation, for which queries and keys get a second half, zero in every other key."""
         x_1PD = self.persistent[...][None]
         shape = (len(q), x_1PD.shape[1], *keys.shape[2:])
-        k, v = (jnp.broadcast_to(p(x_1PD).reshape(1, *shape[1:]), shape) for p in (self.k, self.v))
+        k, v = (p(x_1PD).reshape(1, *shape[1:]) for p in (self.k, self.v))
+        k = k if self.config.qk_norm_eps is None else self.k_norm(k)
+        k, v = (jnp.broadcast_to(y, shape) for y in (k, v))
         k = jnp.concatenate([jnp.zeros_like(k), k], axis=-1)
         keys = jnp.concatenate([keys, jnp.zeros_like(keys)], axis=-1)
         seen = jnp.ones((*visible.shape[:2], shape[1]), bool)

@@ -67,4 +67,4 @@ class Based(MatrixMemory):
         return taylor_features(q), taylor_features(k), v, {}
 
     def attend(self, q, k, v, terms, state, segment_ids):
-        return normalised_attend(super().attend, q, k, v, state, segment_ids)
+        return normalised_attend(super().attend, q, k, v, terms, state, segment_ids)

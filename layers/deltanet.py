@@ -27,6 +27,7 @@ class DeltaNetConfig(MatrixMemoryConfig):
     max_beta: float = 1.0  # upper bound of beta; up to 2 the memory may turn a key's value round (arXiv 2411.12537)
 
     rule: ClassVar = delta_cost
+    routable: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,7 +57,12 @@ class DeltaNet(MatrixMemory):
         super().__init__(config, dim, rngs=rngs, num_layers=num_layers)
         self.beta = projection(dim, config.values[0], ("embed", "heads"), rngs=rngs)
 
-    def tokens(self, x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT):
+    def features(self, q_BTHK, k_BTHK, v_BTHV):
         q, k, v = (jax.nn.silu(y) for y in (q_BTHK, k_BTHK, v_BTHV))
-        beta = self.config.max_beta * jax.nn.sigmoid(self.beta(x_BTD).astype(self.wide_dtype()))
-        return l2_normalise(q), l2_normalise(k), v, {"beta": beta}
+        return l2_normalise(q), l2_normalise(k), v
+
+    def gate_projections(self):
+        return {"beta": self.beta}
+
+    def gates(self, logits):
+        return {"beta": self.config.max_beta * jax.nn.sigmoid(logits["beta"].astype(self.wide_dtype()))}

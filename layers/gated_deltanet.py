@@ -43,7 +43,9 @@ class GatedDeltaNet(DeltaNet):
         super().__init__(config, dim, rngs=rngs, num_layers=num_layers)
         self.decay = DecayGate(dim, config.values[0], rngs=rngs)
 
-    def tokens(self, x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT):
-        q, k, v, terms = super().tokens(x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT)
-        g_BTH1, _ = self.decay(x_BTD, self.wide_dtype())
-        return q, k, v, terms | {"g": g_BTH1[..., 0]}
+    def gate_projections(self):
+        return super().gate_projections() | {"g": self.decay.project}
+
+    def gates(self, logits):
+        g_BTH1, _ = self.decay.from_logits(logits["g"], self.wide_dtype())
+        return super().gates(logits) | {"g": g_BTH1[..., 0]}

@@ -42,7 +42,13 @@ class DecayGate(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"], dtype) -> tuple[Float[Array, "B T H N"], Float[Array, "B T H N"]]:
         """Returns the log decays and the steps, per head and channel, in the dtype given."""
+        return self.from_logits(self.project(x_BTD), dtype)
+
+    def from_logits(
+        self, logits: Float[Array, "B T HN"], dtype
+    ) -> tuple[Float[Array, "B T H N"], Float[Array, "B T H N"]]:
+        """The same, from x W."""
         bias_HN = self.bias[...].astype(dtype)
-        step = jax.nn.softplus(self.project(x_BTD).astype(dtype).reshape(*x_BTD.shape[:2], *bias_HN.shape) + bias_HN)
+        step = jax.nn.softplus(logits.astype(dtype).reshape(*logits.shape[:2], *bias_HN.shape) + bias_HN)
         rate_H = jnp.exp(jnp.minimum(self.log_rate[...].astype(dtype), LARGEST_LOG_RATE))
         return -rate_H[:, None] * step, step

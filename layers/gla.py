@@ -7,7 +7,7 @@ The projection of the gate is low-rank; the root keeps alpha near 1, so that not
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ class GLAConfig(MatrixMemoryConfig):
     output_gate: bool = True  # whether the read is gated by a projection of the input
     gate_rank: int = 16  # channels between the two projections of the forget gate
     gate_temperature: float = 16.0  # divides the log of the forget gate; more = slower forgetting
+
+    routable: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,8 +58,13 @@ class GLA(MatrixMemory):
         self.forget = LowRank(dim, config.gate_rank, shape[0] * shape[1], rngs=rngs)
         self.forget_bias = nnx.Param(jnp.zeros(shape), axes=("heads", "gate"))
 
-    def tokens(self, x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT):
-        q, k, v = (self.short_activation(y) for y in (q_BTHK, k_BTHK, v_BTHV))
-        bias_HK = self.forget_bias[...].astype(self.wide_dtype())
-        logits = self.forget(x_BTD).astype(bias_HK.dtype).reshape(*x_BTD.shape[:2], *bias_HK.shape) + bias_HK
-        return q, k, v, {"g": jax.nn.log_sigmoid(logits) / self.config.gate_temperature}
+    def features(self, q_BTHK, k_BTHK, v_BTHV):
+        return tuple(self.short_activation(y) for y in (q_BTHK, k_BTHK, v_BTHV))
+
+    def gate_projections(self):
+        return {"g": self.forget}
+
+    def gates(self, logits):
+        bias_HK, g = self.forget_bias[...].astype(self.wide_dtype()), logits["g"]
+        g = g.astype(bias_HK.dtype).reshape(*g.shape[:2], *bias_HK.shape) + bias_HK
+        return {"g": jax.nn.log_sigmoid(g) / self.config.gate_temperature}

@@ -45,11 +45,11 @@ class KDAConfig(DeltaNetConfig):
         return self.gate_rank or self.head_dim
 
     def gate_multiplies(self, dim: int) -> int:
-        heads, value = self.values
-        gates = dim * heads + self.rank * (dim + heads * self.head_dim)
-        if self.output_gate:  # low-rank, where the count of all mixers has a full projection
-            gates += self.rank * (dim + heads * value) - dim * heads * value
-        return gates
+        heads = self.values[0]
+        return dim * heads + self.rank * (dim + heads * self.head_dim)
+
+    def output_multiplies(self, dim: int) -> int:
+        return dim * self.widths[2] + self.output_gate * self.rank * (dim + self.widths[2])
 
 
 class KDA(DeltaNet):
@@ -64,7 +64,9 @@ class KDA(DeltaNet):
         if config.output_gate:
             self.gate = LowRank(dim, config.rank, heads * value, rngs=rngs)
 
-    def tokens(self, x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT):
-        q, k, v, terms = super().tokens(x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT)
-        g_BTHK, _ = self.decay(x_BTD, self.wide_dtype())
-        return q, k, v, terms | {"g": g_BTHK}
+    def gate_projections(self):
+        return super().gate_projections() | {"g": self.decay.project}
+
+    def gates(self, logits):
+        g_BTHK, _ = self.decay.from_logits(logits["g"], self.wide_dtype())
+        return super().gates(logits) | {"g": g_BTHK}

@@ -7,7 +7,7 @@ root mean square instead (arXiv 2210.10340): it needs no positive features.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ class LinearAttentionConfig(MatrixMemoryConfig):
 
     feature_map: str = "elu+1"  # of queries and keys: elu+1 | relu | exp | softmax | silu | identity
     normalise: bool = True  # True: divided by the sum of the scores; False: RMS norm of each head's read
+
+    routable: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,20 +71,20 @@ class LinearAttention(MatrixMemory):
         self.norm_width = "none" if config.normalise else "head"
         super().__init__(config, dim, rngs=rngs, num_layers=num_layers)
 
-    def tokens(self, x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT):
+    def features(self, q_BTHK, k_BTHK, v_BTHV):
         q, k, v = (self.short_activation(y) for y in (q_BTHK, k_BTHK, v_BTHV))
         phi = FEATURE_MAPS[self.config.feature_map]
-        return phi(q), phi(k), v, {}
+        return phi(q), phi(k), v
 
     def attend(self, q, k, v, terms, state, segment_ids):
         if not self.config.normalise:
             return super().attend(q, k, v, terms, state, segment_ids)
-        return normalised_attend(super().attend, q, k, v, state, segment_ids)
+        return normalised_attend(super().attend, q, k, v, terms, state, segment_ids)
 
 
-def normalised_attend(attend, q, k, v, state, segment_ids):
+def normalised_attend(attend, q, k, v, terms, state, segment_ids):
     """Runs a mixer's `attend` so that every read is divided by the sum of its scores."""
-    out, memory = attend(q, k, with_ones(v), {"scale": 1.0}, state, segment_ids)
+    out, memory = attend(q, k, with_ones(v), terms | {"scale": 1.0}, state, segment_ids)
     return divided(out), memory
 
 

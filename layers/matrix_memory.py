@@ -5,8 +5,8 @@ matrix by one of the operations `linear_attention` and `gated_delta_rule`; the r
 
     [q, k, v]_t = conv(x W_qkv)_t,   o_t = the operation,   y_t = W_o (norm(o_t) * act(x_t W_gate))
 
-A mixer is a config (`MatrixMemoryConfig`) and a module (`MatrixMemory`) whose method `tokens` gives the rest: what
-becomes of q, k and v, and which gates go with them.
+A mixer is a config (`MatrixMemoryConfig`) and a module (`MatrixMemory`) that gives the rest: what becomes of q, k and v
+(`features`), and which gates go with them (`gate_projections`, `gates`); or both at once (`tokens`).
 """
 
 import dataclasses
@@ -60,6 +60,7 @@ class MatrixMemoryConfig(MixerConfig):
     implementation: str | None = None  # of the operation: reference | xla | ...; None = chosen by platform
 
     rule: ClassVar[ModuleType] = linear_cost  # costs of the operation that the mixer runs on
+    routable: ClassVar[bool] = False  # whether the module has `features` and `gates`, so that MoM can route to it
 
     def __post_init__(self):
         for name in ("heads", "head_dim", "chunk_size", "conv_width"):
@@ -95,20 +96,27 @@ class MatrixMemoryConfig(MixerConfig):
         """Multiply-adds per token of the projections of gates, the output's apart."""
         return 0
 
+    def output_multiplies(self, dim: int) -> int:
+        """Multiply-adds per token of the output's projection and its gate."""
+        return dim * self.widths[2] * (1 + self.output_gate)
+
     def flops_per_token(self, dim: int, seq_len: int) -> float:
-        inner = self.widths[2]
-        project = dim * (sum(self.widths) + inner * (1 + self.output_gate)) + self.gate_multiplies(dim)
+        project = dim * sum(self.widths) + self.output_multiplies(dim) + self.gate_multiplies(dim)
         if self.conv_width > 1:
             project += self.conv_width * sum(self.widths)
+        return 2 * project + self.memory_flops(seq_len)
+
+    def memory_flops(self, seq_len: int) -> float:
+        """Forward FLOPs per token of the passes of the operation."""
         memory = 0.0
         for m in self.matrices:
             sizes = dict(heads=m.heads, query_heads=m.query_heads, key=m.key, value=m.value)
             memory += self.rule.flops(batch=1, seq=seq_len, chunk_size=self.chunk_size, **sizes).forward
-        return 2 * project + memory / seq_len
+        return memory / seq_len
 
 
 class MatrixMemory(nnx.Module):
-    """x [B, T, D] -> y [B, T, D], MatrixMemoryState. A subclass gives `tokens` and, where it differs, the rest."""
+    """x [B, T, D] -> y [B, T, D], MatrixMemoryState. A subclass gives `features` and its gates, or `tokens`."""
 
     counts_tokens = False  # whether `tokens` needs the places of the tokens in their segments
     norm_width = "head"  # what the read is normalised over: "head", "all" heads together, or "none"
@@ -151,21 +159,39 @@ class MatrixMemory(nnx.Module):
     ) -> dict[str, Array]:
         """Diagnostics of one call: norm of the matrices after it, means of the gates and how often they saturate."""
         _, after, terms = self._mix(x_BTD, state, segment_ids)
-        size = sum(jnp.mean(jnp.sum(m * m, axis=(-2, -1))) for _, m in zip(self.config.matrices, after.memory))
+        return self.report_of(after.memory, terms)
+
+    def report_of(self, memory: tuple[Array, ...], terms: dict[str, Any], real=None) -> dict[str, Array]:
+        """The report of a call that left `memory`; real [B, T]: the tokens whose gates count, None = all."""
+        size = sum(jnp.mean(jnp.sum(m * m, axis=(-2, -1))) for _, m in zip(self.config.matrices, memory))
         found = {"memory_norm": jnp.sqrt(size)}
         gates = {"decay": jnp.exp(terms["g"])} if terms.get("g") is not None else {}
         gates |= {"beta": terms["beta"]} if "beta" in terms else {}
         for name, gate in gates.items():
-            found[f"{name}_mean"] = jnp.mean(gate)
-            found[f"{name}_saturated"] = jnp.mean((gate < 0.01) | (gate > 0.99))
+            where = None if real is None else real.reshape(real.shape + (1,) * (gate.ndim - 2))
+            found[f"{name}_mean"] = jnp.mean(gate, where=where)
+            found[f"{name}_saturated"] = jnp.mean((gate < 0.01) | (gate > 0.99), where=where)
         return found
 
     def tokens(self, x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT) -> tuple[Array, Array, Array, dict[str, Any]]:
         """What is written and read: (q, k, v, further arguments of the operation: g, beta, scale)."""
-        raise NotImplementedError(f"{type(self).__name__} must define tokens(x, q, k, v, place).")
+        logits = {name: project(x_BTD) for name, project in self.gate_projections().items()}
+        return *self.features(q_BTHK, k_BTHK, v_BTHV), self.gates(logits)
 
-    def attend(self, q, k, v, terms, state: MatrixMemoryState, segment_ids) -> tuple[Array, tuple[Array, ...]]:
-        """The passes of the operation: (reads [B, T, HV, V], the memory after the last token)."""
+    def features(self, q_BTHK, k_BTHK, v_BTHV) -> tuple[Array, Array, Array]:
+        """What becomes of queries, keys and values."""
+        raise NotImplementedError(f"{type(self).__name__} must define features(q, k, v), or tokens(x, q, k, v, place).")
+
+    def gate_projections(self) -> dict[str, nnx.Module]:
+        """The projections of the input that gates are made of, by name."""
+        return {}
+
+    def gates(self, logits: dict[str, Array]) -> dict[str, Any]:
+        """The gates (g, beta) from what `gate_projections` give."""
+        return {}
+
+    def attend(self, q, k, v, terms, state: Any, segment_ids) -> tuple[Array, tuple[Array, ...]]:
+        """The passes of the operation on `state.memory`: (reads [B, T, HV, V], the memory after the last token)."""
         out, memory = self.run(q, k, v, terms, state.memory[0], segment_ids)
         return out, (memory,)
 
@@ -187,7 +213,7 @@ class MatrixMemory(nnx.Module):
 
     def wide_dtype(self):
         """Of gates and memory: float32, float64 where the parameters are."""
-        return jnp.promote_types(self.qkv.kernel.dtype, jnp.float32)
+        return jnp.promote_types(self.out.kernel.dtype, jnp.float32)
 
     def short_activation(self, x: Array) -> Array:
         """SiLU where there is a convolution before it, as in the field's models; else the identity."""

@@ -33,6 +33,8 @@ class MixerConfig:
         dict[str, str]
     ] = {}  # {law or law.part: reason}; a test asserts that the exempt law really fails
 
+    adds_loss: ClassVar[bool] = False  # whether the module has auxiliary_loss(x, segment_ids) -> [B], for the training
+
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> nnx.Module:
         """Returns the module for model width `dim`; `layer` (from 0, may be traced) is its place among `num_layers`."""
         raise NotImplementedError(f"{type(self).__name__} must define build(dim, *, rngs, layer, num_layers).")

@@ -1,4 +1,6 @@
-"""Small parts that every mixer and block shares: projections with logical axis names, the gated MLP, l2 norm."""
+"""Small parts that every mixer and block shares: projections with logical axis names, norms, MLPs."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,21 +9,51 @@ from jaxtyping import Array, Float
 
 
 def projection(
-    in_features: int, out_features: int, axes: tuple[str, str], *, rngs: nnx.Rngs, scale: float = 1.0
+    in_features: int,
+    out_features: int,
+    axes: tuple[str, str],
+    *,
+    rngs: nnx.Rngs,
+    scale: float = 1.0,
+    bias: bool = False,
 ) -> nnx.Linear:
-    """A bias-free linear map whose kernel `[in, out]` carries the logical axis names `axes`.
+    """A linear map whose kernel `[in, out]` carries the logical axis names `axes`.
 
-    Initialised normal with standard deviation `scale / sqrt(in)`. It computes in the dtype of its input and kernel.
+    Initialised normal with standard deviation `scale / sqrt(in)`, a bias at zero. It computes in the dtype of its input
+    and kernel.
     """
     init = nnx.initializers.variance_scaling(scale**2, "fan_in", "normal")
     return nnx.Linear(
-        in_features, out_features, use_bias=False, kernel_init=init, kernel_metadata={"axes": axes}, rngs=rngs
+        in_features,
+        out_features,
+        use_bias=bias,
+        kernel_init=init,
+        kernel_metadata={"axes": axes},
+        bias_metadata={"axes": axes[1:]},
+        rngs=rngs,
     )
 
 
-def rms_norm(features: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def rms_norm(features: int, *, rngs: nnx.Rngs, eps: float = 1e-6) -> nnx.RMSNorm:
     """RMSNorm over the last axis with a learned scale."""
-    return nnx.RMSNorm(features, scale_metadata={"axes": ("norm",)}, rngs=rngs)
+    return nnx.RMSNorm(features, epsilon=eps, scale_metadata={"axes": ("norm",)}, rngs=rngs)
+
+
+def layer_norm(features: int, *, rngs: nnx.Rngs, eps: float = 1e-5) -> nnx.LayerNorm:
+    """LayerNorm over the last axis with a learned scale and bias; its variance is a mean of squares around the mean."""
+    axes = {"axes": ("norm",)}
+    return nnx.LayerNorm(
+        features, epsilon=eps, use_fast_variance=False, scale_metadata=axes, bias_metadata=axes, rngs=rngs
+    )
+
+
+NORMS = {"rms": rms_norm, "layer": layer_norm}
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def l2_normalise(x: Float[Array, "*B K"], eps: float = 1e-6) -> Float[Array, "*B K"]:
@@ -31,12 +63,46 @@ def l2_normalise(x: Float[Array, "*B K"], eps: float = 1e-6) -> Float[Array, "*B
 
 
 class GatedMLP(nnx.Module):
-    """SwiGLU: (silu(x W_gate) * x W_up) W_down. Shapes [B, T, D] -> [B, T, D]; hidden width `hidden`."""
+    """(act(x W_gate) * x W_up) W_down, SwiGLU by default. Shapes [B, T, D] -> [B, T, D]; hidden width `hidden`."""
 
-    def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs, out_scale: float = 1.0):
-        self.gate = projection(dim, hidden, ("embed", "mlp"), rngs=rngs)
-        self.up = projection(dim, hidden, ("embed", "mlp"), rngs=rngs)
-        self.down = projection(hidden, dim, ("mlp", "embed"), rngs=rngs, scale=out_scale)
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        rngs: nnx.Rngs,
+        out_scale: float = 1.0,
+        activation: str = "silu",
+        bias: bool = False,
+    ):
+        self.activation = activation
+        self.gate = projection(dim, hidden, ("embed", "mlp"), rngs=rngs, bias=bias)
+        self.up = projection(dim, hidden, ("embed", "mlp"), rngs=rngs, bias=bias)
+        self.down = projection(hidden, dim, ("mlp", "embed"), rngs=rngs, scale=out_scale, bias=bias)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return self.down(ACTIVATIONS[self.activation](self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class PlainMLP(nnx.Module):
+    """act(x W_up) W_down. Shapes [B, T, D] -> [B, T, D]; hidden width `hidden`."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        rngs: nnx.Rngs,
+        out_scale: float = 1.0,
+        activation: str = "gelu_tanh",
+        bias: bool = False,
+    ):
+        self.activation = activation
+        self.up = projection(dim, hidden, ("embed", "mlp"), rngs=rngs, bias=bias)
+        self.down = projection(hidden, dim, ("mlp", "embed"), rngs=rngs, scale=out_scale, bias=bias)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(ACTIVATIONS[self.activation](self.up(x_BTD)))
+
+
+MLPS = {"gated": GatedMLP, "plain": PlainMLP}

@@ -65,4 +65,4 @@ class ReBased(MatrixMemory):
         return products(self.q_norm(q) * scale), products(self.k_norm(k)), v, {}
 
     def attend(self, q, k, v, terms, state, segment_ids):
-        return normalised_attend(super().attend, q, k, v, state, segment_ids)
+        return normalised_attend(super().attend, q, k, v, terms, state, segment_ids)

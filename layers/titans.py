@@ -182,7 +182,8 @@ class Titans(MemoryShell):
     def report(
         self, x_BTD: Float[Array, "B T D"], state: ShellState | None = None, segment_ids=None
     ) -> dict[str, Array]:
-        """Diagnostics of one call: gate means, how often they saturate, surprise before and memory norms after it."""
+        """Diagnostics of one call: gate means, how often they saturate, surprise before and memory norms after it, and
+        [B, T] how well each token's write is known before and after it."""
         before = self.init_state(x_BTD.shape[0]) if state is None else state
         _, after, (_, k, v, gates) = self._mix(x_BTD, state, segment_ids)
         saturated = lambda g: jnp.mean((g < 0.01) | (g > 0.99))  # noqa: E731
@@ -194,6 +195,7 @@ class Titans(MemoryShell):
             held = self._closed(memory._replace(momentum=nothing))._replace(phase=np.zeros(len(x_BTD), np.int32))
             predicted, _ = self._memory(k, k, v, no_write, held, held, None)
             found[f"surprise_{when}"] = 0.5 * jnp.mean(jnp.sum((predicted - v) ** 2, axis=-1).astype(jnp.float32))
+        found |= self.errors_by_token(x_BTD, state, segment_ids)
         return found | {
             "lr_mean": jnp.mean(gates["lr"]),
             "momentum_mean": jnp.mean(gates["momentum"]),

@@ -13,8 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from engrax.errors import UserError
-from engrax.layers import AttentionConfig, MixerConfig, TitansConfig
-from engrax.layers.modules import GatedMLP, rms_norm
+from engrax.layers import AttentionConfig, MixerConfig, TitansConfig, lora
+from engrax.layers.attention import RopeScaling
+from engrax.layers.lora import LoraConfig
+from engrax.layers.modules import projection
+from engrax.models.layout import LayoutConfig, LearnedPositions
 from engrax.models.model import MODELS, ModelConfig
 from engrax.registry import did_you_mean
 
@@ -34,8 +37,11 @@ class LanguageModelConfig(ModelConfig):
     dim: int = 128  # model width
     mixers: tuple[MixerConfig, ...] = (AttentionConfig(window=64), TitansConfig())  # one repeat of the pattern
     repeat: int = 2  # times the pattern is repeated
-    mlp_hidden: int | None = None  # hidden width of the gated MLP; None = 8/3 dim rounded up to 16; 0 = no MLP
+    mlp_hidden: int | None = None  # hidden width of the MLP; None = 8/3 dim rounded up to 16; 0 = no MLP
     remat: str = "none"  # none | dots | full
+    layout: LayoutConfig = LayoutConfig()  # norms, MLPs, learned positions, the head
+    lora: LoraConfig = LoraConfig()  # adapters on the blocks' projections
+    frozen: bool = False  # training leaves all parameters alone but the adapters'
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -54,7 +60,23 @@ class LanguageModelConfig(ModelConfig):
     @classmethod
     def examples(cls) -> tuple["LanguageModelConfig", ...]:
         attention, titans = AttentionConfig.examples()[0], TitansConfig.examples()[0]
-        return (cls(vocab_size=16, dim=8, mixers=(attention, titans), repeat=2, mlp_hidden=12, remat="full"),)
+        sizes = dict(dim=8, repeat=2, mlp_hidden=12)
+        imported = AttentionConfig(
+            heads=2,
+            kv_heads=1,
+            head_dim=6,
+            window=8,
+            rope_scaling=RopeScaling("llama3", factor=8.0, original_context=16),
+            bias="all",
+            qk_norm_eps=1e-6,
+        )
+        layout = LayoutConfig(
+            norm="layer", norm_eps=1e-5, mlp="plain", activation="gelu", mlp_bias=True, embed_dim=4, tied=False
+        )
+        return (
+            cls(vocab_size=16, mixers=(attention, titans), remat="full", **sizes),
+            cls(vocab_size=12, mixers=(imported,), layout=layout, **sizes),
+        )
 
     @property
     def exempt_from(self) -> dict[str, str]:
@@ -68,30 +90,50 @@ class LanguageModelConfig(ModelConfig):
 
     @property
     def mlp_width(self) -> int:
-        """The gated MLP's hidden width."""
+        """The MLP's hidden width."""
         return -(-8 * self.dim // 3 // 16) * 16 if self.mlp_hidden is None else self.mlp_hidden
 
     def flops_per_token(self, seq_len: int) -> float:
         pattern = sum(mixer.flops_per_token(self.dim, seq_len) for mixer in self.mixers)
-        mlp = 6 * self.dim * self.mlp_width * len(self.mixers)
-        return self.repeat * (pattern + mlp) + 2 * self.dim * self.vocab_size
+        projections = {"gated": 3, "plain": 2}[self.layout.mlp]
+        mlp = 2 * projections * self.dim * self.mlp_width * len(self.mixers)
+        width = self.layout.embed_dim or self.dim
+        narrow = 4 * self.dim * width if self.layout.embed_dim else 0
+        adapters = 0
+        if self.lora.rank:
+            adapters = lora.adapter_flops(nnx.eval_shape(lambda: self.build(rngs=nnx.Rngs(0))))
+        return self.repeat * (pattern + mlp) + narrow + adapters + 2 * width * self.vocab_size
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + MLP(norm(x))."""
+    """x + mixer(norm(x)), then x + MLP(norm(x)); or norm(x + mixer(x)), then norm(x + MLP(x))."""
 
     def __init__(self, mixer: MixerConfig, config: LanguageModelConfig, *, layer: Any, rngs: nnx.Rngs):
-        self.mixer_norm = rms_norm(config.dim, rngs=rngs)
+        self.norm_place = config.layout.norm_place
+        self.mixer_norm = config.layout.build_norm(config.dim, rngs=rngs)
         self.mixer = mixer.build(config.dim, rngs=rngs, layer=layer, num_layers=config.num_layers)
         if config.mlp_width:
-            self.mlp_norm = rms_norm(config.dim, rngs=rngs)
-            self.mlp = GatedMLP(config.dim, config.mlp_width, rngs=rngs, out_scale=(2 * config.num_layers) ** -0.5)
+            self.mlp_norm = config.layout.build_norm(config.dim, rngs=rngs)
+            scale = (2 * config.num_layers) ** -0.5
+            self.mlp = config.layout.build_mlp(config.dim, config.mlp_width, rngs=rngs, out_scale=scale)
+        lora.attach(self, config.lora, rngs=rngs)
+        if config.frozen:
+            lora.freeze(self)
+
+    def mixer_input(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What the mixer sees of the residual stream."""
+        return self._norm("before", self.mixer_norm, x_BTD)
+
+    def _norm(self, place: str, norm: nnx.Module, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return norm(x_BTD) if self.norm_place == place else x_BTD
 
     def __call__(self, x_BTD, state, segment_ids, muted: bool):
-        y, state = self.mixer(self.mixer_norm(x_BTD), state, segment_ids)
+        y, state = self.mixer(self.mixer_input(x_BTD), state, segment_ids)
         x_BTD = x_BTD if muted else x_BTD + y.astype(x_BTD.dtype)
+        x_BTD = self._norm("after", self.mixer_norm, x_BTD)
         if hasattr(self, "mlp"):
-            x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+            x_BTD = x_BTD + self.mlp(self._norm("before", self.mlp_norm, x_BTD))
+            x_BTD = self._norm("after", self.mlp_norm, x_BTD)
         return x_BTD, state
 
 
@@ -100,10 +142,22 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        init = jax.nn.initializers.normal(config.dim**-0.5)
-        self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.dim)), axes=("vocab", "embed"))
+        layout, width = config.layout, config.layout.embed_dim or config.dim
+        init, shape, axes = jax.nn.initializers.normal(width**-0.5), (config.vocab_size, width), ("vocab", "embed")
+        self.embedding = nnx.Param(init(rngs.params(), shape), axes=axes)
         self.blocks = nnx.List(self._stack(i, mixer, rngs) for i, mixer in enumerate(config.mixers))
-        self.norm = rms_norm(config.dim, rngs=rngs)
+        if layout.norm_place == "before":
+            self.norm = layout.build_norm(config.dim, rngs=rngs)
+        if layout.positions:
+            self.positions = LearnedPositions(layout, config.dim, rngs=rngs)
+        if layout.embed_dim:
+            self.project_in = projection(width, config.dim, ("embed", "embed"), rngs=rngs)
+            self.project_out = projection(config.dim, width, ("embed", "embed"), rngs=rngs)
+        if not layout.tied:
+            self.head = nnx.Param(init(rngs.params(), shape), axes=axes)
+        lora.check_targets(self.blocks, config.lora)
+        if config.frozen:
+            lora.freeze(self, skip=("blocks",))  # they have marked their own; what wraps them may have added parts
 
     def _stack(self, place: int, mixer: MixerConfig, rngs: nnx.Rngs) -> Block:
         """The blocks of one pattern position, every parameter with a leading axis [repeat]."""
@@ -129,14 +183,16 @@ class LanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Returns the hidden states before the head, normalised, and the memory after the last token.
 
-        `memory` (a tuple over the pattern, leaves [repeat, B, ...]) continues earlier tokens; None starts anew.
+        `memory` (a tuple over the pattern, leaves [repeat, B, ...], then where the learned positions have come to, if
+        the model has any) continues earlier tokens; None starts anew.
         The reads of mixers registered under a name in `mute` are left out of the residual stream.
         """
         return self.encode(self.embed(tokens_BT), memory, segment_ids=segment_ids, mute=mute)
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The vectors of tokens."""
-        return self.embedding[...][tokens_BT]
+        x_BTD = self.embedding[...][tokens_BT]
+        return self.project_in(x_BTD) if hasattr(self, "project_in") else x_BTD
 
     def encode(
         self,
@@ -147,17 +203,43 @@ class LanguageModel(nnx.Module):
         mute: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B T D"], Any]:
         """What a call does with its tokens' vectors: any others, a prompt's or a memory's, may stand among them."""
+        return self._encode(x_BTD, memory, segment_ids, mute)[:2]
+
+    def with_losses(
+        self, tokens_BT: Int[Array, "B T"], *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
+        """The hidden states of rows begun anew, and what the mixers add to the training loss of each row's tokens.
+
+        That is the sum of `auxiliary_loss` over all blocks whose mixer `adds_loss` (a router's balance), 0 without any.
+        """
+        hidden_BTD, _, losses = self._encode(self.embed(tokens_BT), None, segment_ids, (), losses=True)
+        return hidden_BTD, losses
+
+    def _encode(self, x_BTD, memory, segment_ids, mute: tuple[str, ...], losses: bool = False):
+        """The hidden states, the memory after them and, where asked for, the losses [B] of the mixers."""
         muted = [mixer.registered_name in mute for mixer in self.config.mixers]
+        x_BTD, memory, place = self._add_positions(x_BTD, memory, segment_ids)
 
         def body(blocks, x, states):
-            new = []
-            for block, state, silent in zip(blocks, states, muted):
+            new, total = [], jnp.zeros((len(x),), jnp.promote_types(x.dtype, jnp.float32)) if losses else None
+            for mixer, block, state, silent in zip(self.config.mixers, blocks, states, muted):
+                if losses and mixer.adds_loss:
+                    total = total + block.mixer.auxiliary_loss(block.mixer_input(x), segment_ids)
                 x, state = block(x, state, segment_ids, silent)
                 new.append(state)
-            return x, tuple(new)
+            return x, (tuple(new), total)
 
-        x_BTD, memory = self._scan(body, x_BTD, memory)
-        return self.norm(x_BTD), memory
+        x_BTD, (memory, total) = self._scan(body, x_BTD, memory)
+        hidden_BTD = self.norm(x_BTD) if hasattr(self, "norm") else x_BTD
+        return hidden_BTD, (*memory, *place), jnp.sum(total, axis=0) if losses else None
+
+    def _add_positions(self, x_BTD, memory, segment_ids):
+        """x with its learned positions, the blocks' part of the memory, and () or (the positions' part after x,)."""
+        if not hasattr(self, "positions"):
+            return x_BTD, memory, ()
+        blocks, place = (None, None) if memory is None else (memory[:-1], memory[-1])
+        x_BTD, place = self.positions(x_BTD, place, segment_ids)
+        return x_BTD, blocks, (place,)
 
     def report(
         self, tokens_BT: Int[Array, "B T"], *, segment_ids: Int[Array, "B T"] | None = None
@@ -171,25 +253,29 @@ class LanguageModel(nnx.Module):
             for i, (block, state) in enumerate(zip(blocks, states)):
                 if hasattr(block.mixer, "report"):
                     name = names[i] if names.count(names[i]) == 1 else f"{names[i]}{i}"
-                    values = block.mixer.report(block.mixer_norm(x), state, segment_ids)
+                    values = block.mixer.report(block.mixer_input(x), state, segment_ids)
                     found |= {f"{name}.{key}": value for key, value in values.items()}
                 x, _ = block(x, state, segment_ids, False)
             return x, found
 
-        return self._scan(body, self.embed(tokens_BT), None)[1]
+        x_BTD, _, _ = self._add_positions(self.embed(tokens_BT), None, segment_ids)
+        return self._scan(body, x_BTD, None)[1]
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Tied-embedding logits, float32 or wider."""
+        """Logits from the embedding, or from the head of its own, float32 or wider."""
         dtype = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
-        return jnp.einsum("BTD,VD->BTV", hidden_BTD, self.embedding[...], preferred_element_type=dtype)
+        hidden_BTD = self.project_out(hidden_BTD) if hasattr(self, "project_out") else hidden_BTD
+        table_VD = self.embedding[...] if self.config.layout.tied else self.head[...]
+        return jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=dtype)
 
     def init_memory(self, batch_size: int) -> Any:
-        """The memory before the first token: a tuple over the pattern, leaves [repeat, B, ...]."""
+        """The memory before the first token, as a call returns it."""
 
         def body(blocks, x, states):
             return x, tuple(block.mixer.init_state(batch_size) for block in blocks)
 
-        return self._scan(body, jnp.zeros(()), None)[1]
+        states = self._scan(body, jnp.zeros(()), None)[1]
+        return (*states, self.positions.init_state(batch_size)) if hasattr(self, "positions") else states
 
     def _scan(self, body, x, memory):
         """Runs `body(blocks, x, states) -> (x, outputs)` over the repeats; outputs are stacked along a first axis."""

@@ -7,6 +7,7 @@ positive log-decay gates reported.
 from engrax.pallas_kernels.checks import debug_checks
 from engrax.pallas_kernels.dispatch import Availability, available
 from engrax.pallas_kernels.gated_delta_rule.api import gated_delta_rule
+from engrax.pallas_kernels.hopfield_retrieval.api import hopfield_energy, hopfield_retrieval
 from engrax.pallas_kernels.linear_attention.api import linear_attention
 from engrax.pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from engrax.pallas_kernels.neural_memory.api import neural_memory
@@ -18,6 +19,8 @@ __all__ = [
     "available",
     "debug_checks",
     "gated_delta_rule",
+    "hopfield_energy",
+    "hopfield_retrieval",
     "linear_attention",
     "linear_cross_entropy",
     "neural_memory",

@@ -19,6 +19,9 @@ import numpy as np
 import engrax.pallas_kernels as kernels
 from engrax.pallas_kernels.dispatch import OPERATIONS, available
 
+UNFUSED = (
+    "attentions"  # of Hopfield retrieval: one attention after the other, as one would write it without the operation
+)
 ERROR_TOKENS = 256  # the reference runs token by token
 # Vendor figures: dense matrix products in bfloat16 (operations a second), memory (bytes a second). float32 is counted
 # as bfloat16 / 2 on GPUs (TF32) and / 6 on TPUs (six bfloat16 passes).
@@ -52,6 +55,11 @@ def default_cases(op: str, backend: str) -> list[Case]:
         if backend != "cpu":
             rows = [dict(batch=8, seq=1024, features=768, vocabulary=50304)]
         return [Case(op, row) for row in rows]
+    if op == "hopfield_retrieval":
+        sizes = dict(batch=1, seq=1024, patterns=1024, heads=4, key=64, value=64)
+        if backend != "cpu":
+            sizes |= dict(batch=8, seq=4096, heads=16)
+        return [Case(op, sizes | dict(steps=steps)) for steps in (1, 3, 8)]
     if backend == "cpu":
         tokens, lengths, heads, width = 2048, (512, 2048), 4, 64
     else:
@@ -130,9 +138,34 @@ def _cross_entropy_problem(case: Case, dtype):
     return arrays, run
 
 
+def _hopfield_problem(case: Case, dtype):
+    s = case.sizes
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = {"state": (s["seq"], s["key"]), "stored": (s["patterns"], s["key"]), "values": (s["patterns"], s["value"])}
+    arrays = {
+        name: _normal(key, (s["batch"], rows, s["heads"], width), dtype)
+        for key, (name, (rows, width)) in zip(keys, shapes.items())
+    }
+
+    def run(arrays, implementation):
+        beta, steps = s["key"] ** -0.5, s["steps"]
+        if implementation != UNFUSED:
+            return kernels.hopfield_retrieval(**arrays, beta=beta, steps=steps, implementation=implementation), ()
+        x, stored = arrays["state"], arrays["stored"]
+        for values in (*[stored] * (steps - 1), arrays["values"]):
+            x = jax.nn.dot_product_attention(x, stored, values, scale=beta)
+        return x, ()
+
+    return arrays, run
+
+
 def make_problem(case: Case, dtype) -> tuple[dict[str, Any], Callable]:
     """Returns the arrays of a case and `run(arrays, implementation) -> (out, final state)`."""
-    makers = {"neural_memory": _neural_memory_problem, "linear_cross_entropy": _cross_entropy_problem}
+    makers = {
+        "neural_memory": _neural_memory_problem,
+        "linear_cross_entropy": _cross_entropy_problem,
+        "hopfield_retrieval": _hopfield_problem,
+    }
     return makers.get(case.op, _log_decay_problem)(case, dtype)
 
 
@@ -255,6 +288,8 @@ def bench(
     limits = peaks(dtype)
     for op in ops:
         names = implementations or [name for name in available(op).names if name != "reference"]
+        if op == "hopfield_retrieval" and not implementations:
+            names = [*names, UNFUSED]
         for case in [c for c in cases if c.op == op] if cases is not None else default_cases(op, backend):
             xla = None
             for name in sorted(names, key=lambda name: name != "xla"):

@@ -26,7 +26,7 @@ import numpy as np
 
 from engrax.registry import did_you_mean
 
-OPERATIONS = ("gated_delta_rule", "linear_attention", "linear_cross_entropy", "neural_memory")
+OPERATIONS = ("gated_delta_rule", "hopfield_retrieval", "linear_attention", "linear_cross_entropy", "neural_memory")
 KERNELS_NEED_JAX = (0, 11, 2)
 MODULES = {"xla": "xla", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}
 PLATFORMS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}

@@ -33,6 +33,8 @@ from jax.experimental import topologies  # noqa: E402
 from engrax.pallas_kernels.decay import Decay  # noqa: E402
 from engrax.pallas_kernels.dispatch import Plan, Shapes, load  # noqa: E402
 from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs as DeltaInputs  # noqa: E402
+from engrax.pallas_kernels.hopfield_retrieval import tpu as hopfield_retrieval  # noqa: E402
+from engrax.pallas_kernels.hopfield_retrieval import types as hopfield_types  # noqa: E402
 from engrax.pallas_kernels.linear_attention.vjp import Inputs as AttentionInputs  # noqa: E402
 from engrax.pallas_kernels.neural_memory import tpu as neural_memory  # noqa: E402
 from engrax.pallas_kernels.neural_memory import vjp as neural_memory_vjp  # noqa: E402
@@ -41,7 +43,8 @@ from engrax.pallas_kernels.segments import aligned_layout  # noqa: E402
 
 TARGETS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 BATCH, CHUNKS, HEADS = 8, 32, 4  # enough that the arrays do not lie in VMEM as wholes
-KERNEL = re.compile(r"%\w*?((?:linear_attention|gated_delta_rule|neural_memory)_(?:forward|backward_states|backward))")
+OPERATIONS = "linear_attention|gated_delta_rule|neural_memory|hopfield_retrieval"
+KERNEL = re.compile(rf"%\w*?((?:{OPERATIONS})_(?:forward|backward_states|backward))")
 SCOPED = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
 
 
@@ -103,6 +106,21 @@ def memory(layers, activation="gelu", slots=64, group=1, phased=False, segments=
     return run, (blocks, (matrices,) * 3, (matrices,) * 2 if segments else None)
 
 
+def hopfield(states, patterns, key, value, steps, dtype):
+    """Returns several updates of Hopfield retrieval as a function of arrays, and their shapes."""
+    dtype = jnp.dtype(dtype)
+    shapes = hopfield_types.Shapes(steps, "softmax", "dot", states, patterns, key, value, dtype, False)
+    assert hopfield_retrieval.unsupported(shapes) is None, hopfield_retrieval.unsupported(shapes)
+    form = hopfield_types.Form(steps, 1e-4, 64, "softmax", 1.0, "dot", "unrolled", dtype)
+    sizes = (states, key), (patterns, key), (patterns, value)
+    arrays = [array(BATCH, HEADS, *size, dtype=dtype) for size in sizes]
+
+    def run(*arrays):
+        return hopfield_retrieval.retrieve(form, False, *arrays)
+
+    return run, (*arrays, array(HEADS), array(BATCH, 1, patterns, dtype=bool))
+
+
 def cases() -> dict:
     """Returns {name: (function that makes the program, its arguments by name)}."""
     found = {}
@@ -133,6 +151,12 @@ def cases() -> dict:
         memory,
         dict(layers=((20, 36), (36, 12)), slots=5, phased=True, decayed=True),
     )
+    for dtype in ("bfloat16", "float32"):
+        for steps in (2, 3, 8):
+            sizes = dict(states=4096, patterns=1024, key=64, value=64, steps=steps, dtype=dtype)
+            found[f"hopfield_retrieval N=4096 M=1024 D=V=64, {steps} updates, {dtype}"] = hopfield, sizes
+    sizes = dict(states=37, patterns=20, key=20, value=12, steps=3, dtype="float32")
+    found["hopfield_retrieval N=37 M=20 D=20 V=12, 3 updates, float32"] = hopfield, sizes
     return found
 
 

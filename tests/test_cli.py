@@ -49,6 +49,8 @@ def run_folder(tmp_path):
         (["evaluate", "no/such/run"], "no run folder at no/such/run"),
         (["generate", "no/such/run", "--prompt", "x"], "no run folder at no/such/run"),
         (["generate", "run"], "--prompt"),
+        (["export", "no/such/run", "out"], "no run folder at no/such/run"),
+        (["train", "quickstart", "--init-from", "no/such/folder"], "no/such/folder"),
         (["describe", "nothing"], "unknown config 'nothing'"),
         (["compare", "titans_ablaton"], "did you mean 'titans_ablation'?"),
         (["compare", "titans_ablation", "--seeds", "2"], "at least three"),
@@ -133,6 +135,10 @@ def test_a_run_without_checkpoint(capsys, run_folder):
 
 
 @pytest.mark.smoke
+def test_a_run_that_began_anew_has_no_layout_to_export_to(capsys, run_folder):
+    assert "did not begin from a published checkpoint" in mistake(capsys, "export", str(run_folder), "out")
+
+
 def test_list_names_everything(capsys):
     assert cli.main(["list"]) == 0
     out = capsys.readouterr().out

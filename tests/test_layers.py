@@ -14,6 +14,7 @@ from engrax.layers.attention import rotate
 from engrax.layers.conv import ShortConv
 from engrax.layers.modules import l2_normalise
 from engrax.layers.segments import first_real_segment, last_segment_after, select_rows, starts_anew
+from engrax.layers.test_time.mixer import MemoryConfig
 from engrax.pallas_kernels import NeuralMemoryState, neural_memory
 
 IDS = jnp.array([[0, 0, 0, 2, 2, -1, -1], [-1, -1, 3, 3, -1, 3, 4], [-1] * 7], jnp.int32)
@@ -187,10 +188,38 @@ def test_report_names_finite_numbers_and_memory_lowers_surprise(rng):
     config = TitansConfig(heads=2, head_dim=8, hidden=16, chunk_size=4)
     report = jax.jit(lambda params, x: nnx.merge(graph(config), params).report(x))
     x = jnp.asarray(np.tile(rng.standard_normal((1, 1, 8)), (2, 64, 1)), jnp.float32)  # one token, over and over
-    report = {name: float(value) for name, value in report(parameters(config), x).items()}
+    report = report(parameters(config), x)
+    before, after = (np.asarray(report.pop(f"error_{when}_write")) for when in ("before", "after"))
+    report = {name: float(value) for name, value in report.items()}
     assert all(np.isfinite(list(report.values())))
+    assert np.isnan(before[:, 0]).all() and np.all(before[:, -4:] < 0.5 * before[:, 1:2])
+    assert np.all(after[:, 1:8] < before[:, 1:8])
     assert report["surprise_after"] < 0.5 * report["surprise_before"]
     assert 0 < report["lr_mean"] <= 1 / 4 and 0 < report["momentum_mean"] < 1 and 0 < report["forget_mean"] < 0.1
+
+
+@pytest.mark.parametrize("target", ["value", "residual", "next"])
+def test_errors_by_token_are_those_of_the_memory_at_that_moment(target, x64, rng):
+    """When the row is cut before a token, then the state there, read at the token's key, errs by what is reported."""
+    config = MemoryConfig(heads=2, head_dim=4, hidden=6, chunk_size=4, target=target, conv_width=1)
+    module, x = built(config), jnp.asarray(rng.standard_normal((2, 11, 8)))
+    ids = jnp.asarray([[0] * 11, [0] * 5 + [-1] * 2 + [1] * 4], jnp.int32)
+    errors = module.errors_by_token(x, None, ids)
+    wanted = np.ones((2, 11), bool)
+    wanted[0, 0] = wanted[1, [0, 5, 6, 7]] = False
+    for found in errors.values():
+        assert np.array_equal(np.isfinite(found), wanted)
+    _, k, v = module._prepare(x, None, None)[0]
+    still = lambda g: jnp.zeros_like(g[:, :1])  # noqa: E731
+    for t, when in ((4, "before"), (5, "after"), (9, "before"), (10, "after")):  # tokens 4 and 9 in both
+        key, token = (t - 1 if when == "after" else t), (t - 1 if when == "after" else t)
+        key = key - 1 if target == "next" else key
+        _, state = module(x[:, :t])
+        gates = jax.tree.map(still, module._gates(x))
+        read, _ = module._memory(k[:, key : key + 1], k[:, :1], v[:, :1], gates, state.memory, None, None)
+        aim = v[:, token] - k[:, token] if target == "residual" else v[:, token]
+        error = 0.5 * np.mean(np.sum(np.asarray(read[:, 0] - aim) ** 2, axis=-1), axis=-1)
+        np.testing.assert_allclose(errors[f"error_{when}_write"][0, token], error[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

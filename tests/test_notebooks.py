@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -9,7 +10,22 @@ import pytest
 
 EXPECTED = {  # notebook: (what it prints, how many plots it draws, what it leaves beside itself)
     "01_quickstart": (["backend cpu", "one pass and two pieces differ"], 1, ["run/evals"]),
+    "05_hmt_long_documents": (
+        ["backend cpu", "one pass and two pieces differ", "segment 0: 0.0 with unroll 1", "mean weight at odd ages"],
+        3,
+        [],
+    ),
     "03_titans": (["backend cpu", "the anomaly surprises", "unseen keys at the end", "lact", "titans_mal"], 5, []),
+    "04_mixture_of_memories": (
+        ["backend cpu", "memories that were not chosen moved by 0.0", "balance weight 0.01", "mixture of 16, top-2"],
+        4,
+        [],
+    ),
+    "06_hopfield": (
+        ["backend cpu", "largest rise of the energy", "patterns that hold 90 %", "digits"],
+        3 + (importlib.util.find_spec("sklearn") is not None),
+        [],
+    ),
 }
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 

@@ -39,3 +39,30 @@ def test_quickstart_learns_with_its_memory(reached):
     assert data["validation"]["bits_per_byte"]["value"] < order_3
     assert data["ablation"]
     assert all(found["difference"]["value"] >= 0.05 for found in data["ablation"].values()), data["ablation"]
+
+
+DEEP = """
+import json
+import engrax
+from engrax.configs import quickstart
+from engrax.layers import TitansConfig
+from engrax.train import metrics
+
+experiment = quickstart.config()
+fields = {
+    "model__dim": 64, "model__mixers": (TitansConfig(depth=4),), "model__repeat": 4, "data__seq_len": 128,
+    "steps": 2000, "batch_size": 4, "compute_dtype": "bfloat16", "log__every": 1, "eval__every": 0,
+}
+engrax.train(experiment, "run", progress=False, **fields)
+from pathlib import Path
+print(json.dumps([row["loss"] for row in metrics.read(Path("run"))]))
+"""
+
+
+@pytest.mark.slow
+def test_deep_memories_train_in_bfloat16(run_python):
+    """4 layers, memories of depth 4 at their default settings, 2,000 steps: no loss that is not a number, and learning
+    (users of other implementations report NaN here)."""
+    losses = json.loads(run_python(DEEP, devices=1, env={"XLA_FLAGS": ""}, timeout=2400).splitlines()[-1])
+    assert len(losses) == 2000 and all(0 < loss < 10 for loss in losses)
+    assert sum(losses[-100:]) < 0.6 * sum(losses[:100])

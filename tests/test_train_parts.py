@@ -11,13 +11,15 @@ import pytest
 from flax import nnx
 
 from engrax.errors import UserError
+from engrax.layers import LinearAttentionConfig, MoMConfig
+from engrax.models import LanguageModelConfig, RMTConfig
 from engrax.tests.experiments import small, tiny
 from engrax.train import CheckpointConfig, LogConfig, OptimizerConfig, metrics, optimizer
 from engrax.train import config as configs
 from engrax.train import step as steps
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.loop import train
-from engrax.train.trainer import Trainer
+from engrax.train.trainer import Trainer, check
 
 
 @pytest.mark.smoke
@@ -273,6 +275,21 @@ def test_settings_that_would_lose_a_run_are_refused(field, value):
 def test_replace_checks_types():
     with pytest.raises(UserError, match="batch_size=16.5 is not of the type wanted: int"):
         configs.replace(small(), {"batch_size": 16.5})
+
+
+def test_losses_that_nobody_would_collect_are_refused():
+    mixer = MoMConfig(base=LinearAttentionConfig(heads=1, head_dim=4))
+    model = LanguageModelConfig(vocab_size=32, dim=8, mixers=(mixer,))
+    check(dataclasses.replace(small(), model=model))
+    silent = dataclasses.replace(model, mixers=(dataclasses.replace(mixer, balance_weight=0.0),))
+    for wrap, told in (
+        (lambda m: RMTConfig(backbone=m), "rmt does not collect"),
+        (lambda m: m, "carry_memory does not"),
+    ):
+        carries = told.startswith("carry")
+        with pytest.raises(UserError, match=told):
+            check(dataclasses.replace(small(), model=wrap(model), carry_memory=carries))
+        check(dataclasses.replace(small(), model=wrap(silent), carry_memory=carries))
 
 
 def test_freed_memory_stays_mapped(run_python):

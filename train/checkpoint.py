@@ -20,7 +20,16 @@ from engrax.train.config import CheckpointConfig
 def flatten(tree: Any) -> dict[str, Any]:
     """The leaves of a tree under dotted names."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {".".join(_key(k) for k in path if _key(k) != "value"): leaf for path, leaf in leaves}
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def _not_empty(flat: dict[str, Any]) -> dict[str, Any]:
+    """The arrays that hold a value: Orbax refuses the others, and a memory may have some."""
+    return {name: leaf for name, leaf in flat.items() if math.prod(leaf.shape)}
+
+
+def _name(path: Any) -> str:
+    return ".".join(_key(k) for k in path if _key(k) != "value")
 
 
 def _key(entry: Any) -> str:
@@ -31,8 +40,13 @@ def _key(entry: Any) -> str:
 
 
 def unflatten(flat: dict[str, Any], like: Any) -> Any:
-    """The tree of the shape of `like` with the leaves of `flat`."""
-    return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in flatten(like)])
+    """The tree of the shape of `like` with the leaves of `flat`; empty arrays may be missing there."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    found = [
+        flat[_name(path)] if _name(path) in flat else jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+        for path, x in leaves
+    ]
+    return jax.tree.unflatten(structure, found)
 
 
 class Checkpoints:
@@ -68,7 +82,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, data_state: dict, metrics: dict[str, float] | None) -> None:
         """Starts saving; blocks only while arrays are copied to the host. The write ends with a rename."""
         args = self._ocp.args.Composite(
-            state=self._ocp.args.StandardSave(flatten(state)), data=self._ocp.args.JsonSave(data_state)
+            state=self._ocp.args.StandardSave(_not_empty(flatten(state))), data=self._ocp.args.JsonSave(data_state)
         )
         self._manager.save(step, args=args, metrics=metrics)
 
@@ -99,7 +113,7 @@ class Checkpoints:
 
         Raises UserError where shapes or names do not fit, naming the first parameter that differs.
         """
-        wanted = flatten(like)
+        wanted = _not_empty(flatten(like))
         self._check(wanted, step)
         args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(wanted), data=self._ocp.args.JsonRestore())
         found = self._read(self._manager, step, args)

@@ -133,7 +133,10 @@ class Experiment:
     seed: int = 0  # of the parameters and of the order of the data
     align: int = 1  # tokens; packed documents start at multiples of it (a memory's chunk_size, say)
     compute_dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # of activations; auto = bfloat16 on GPU and TPU
+    init_from: str | None = None  # folder of a published checkpoint that the parameters start from; None = fresh ones
     allow_future: bool = False  # train a model that sees the tokens it should predict
+    start_from: str | None = None  # run folder whose newest parameters this run begins with (a second stage)
+    carry_memory: bool = False  # the memory after a batch is the one before the next; rows are streams of documents
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -141,6 +144,8 @@ class Experiment:
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
+        if self.carry_memory and (self.optimizer.accumulate > 1 or self.parallel.strategy != "pjit"):
+            raise UserError("carry_memory needs optimizer.accumulate=1 and parallel.strategy='pjit'.")
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")

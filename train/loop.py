@@ -183,7 +183,19 @@ def _latest_step(run_dir: epath.Path) -> int:
 def _restore_or_init(trainer: Trainer, checkpoints: Checkpoints, data: Any, saved: int) -> tuple[Any, int]:
     """(state, steps done): from the newest checkpoint, with the data moved to its position, or fresh."""
     if not saved:
-        return trainer.init_state(), 0
+        return _from_earlier_stage(trainer, trainer.init_state()), 0
     state, position = checkpoints.restore(trainer.abstract_state(), saved)
     data.set_state(position)
     return state, saved
+
+
+def _from_earlier_stage(trainer: Trainer, state: Any) -> Any:
+    """The fresh state with the parameters of `start_from`, where the experiment names a run."""
+    if trainer.experiment.start_from is None:
+        return state
+    earlier = Checkpoints(runs.folder(trainer.experiment.start_from))
+    try:
+        like = trainer.abstract_state()["params"]
+        return state | {"params": earlier.restore_params(like, earlier.resolve(None))}
+    finally:
+        earlier.close()

@@ -1,10 +1,14 @@
 """AdamW and its learning-rate schedules, from optax. Clipping lives in the step, where the global norm is known."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from engrax.layers.lora import is_frozen
 from engrax.train.config import OptimizerConfig
 
 DECAYED_AXES = {"embed", "mlp", "heads", "vocab"}  # a matrix between two of these is decayed; nothing else is
@@ -57,8 +61,30 @@ def decay_mask(params: nnx.State) -> nnx.State:
     return jax.tree.map(decays, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def stop_frozen(params: Any) -> Any:
+    """The parameters, those marked as frozen without a gradient."""
+    return _map_variables(lambda v: v.replace(jax.lax.stop_gradient(v.get_value())) if is_frozen(v) else v, params)
+
+
+def keep_frozen(old: Any, new: Any) -> Any:
+    """`new`, the parameters marked as frozen as they were: adding an update of 0 would change the sign of -0."""
+    return _map_variables(lambda v, after: v if is_frozen(v) else after, old, new)
+
+
+def _map_variables(f: Callable, *trees: Any) -> Any:
+    return jax.tree.map(f, *trees, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
 def build(config: OptimizerConfig, steps: int, params: nnx.State) -> optax.GradientTransformation:
-    """AdamW with decoupled decay. `params` give the mask; abstract ones serve."""
+    """AdamW with decoupled decay; frozen parameters have no moments. `params` give the masks; abstract ones serve."""
+    labels = _map_variables(lambda v: v.replace("frozen" if is_frozen(v) else "trained"), params)
+    trained = _adamw(config, steps, params)
+    if "frozen" not in jax.tree.leaves(labels):
+        return trained
+    return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+
+
+def _adamw(config: OptimizerConfig, steps: int, params: nnx.State) -> optax.GradientTransformation:
     return optax.adamw(
         schedule(config, steps),
         b1=config.b1,

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from engrax.errors import UnknownName, UserError
+from engrax.models import imported
 from engrax.train import config as configs
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.optimizer import steps_may_change
@@ -103,11 +104,15 @@ def prepare(
             )
     elif directory.exists() and any(directory.iterdir()):
         raise UserError(f"{run_dir} is not empty and holds no run; choose another --run-dir.")
+    if experiment.init_from is not None and not (directory / "pretrained").exists():
+        imported.check(experiment.init_from, imported.find_backbone(experiment.model)[0])
     if jax.process_count() > 1:  # nobody writes before all have looked, so all refuse or none does
         multihost_utils.sync_global_devices("engrax: the run folder was read")
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory / "config.json", configs.to_json(experiment))
+        if experiment.init_from is not None and not (directory / "pretrained").exists():
+            imported.describe_source(experiment.init_from, directory / "pretrained")
         if not (directory / "environment.json").exists():  # where the run was started, not where it was last resumed
             write_atomically(directory / "environment.json", json.dumps(environment, indent=2) + "\n")
         _copy_sources(directory, experiment, source)

@@ -59,16 +59,28 @@ def state_specs(
 ) -> dict[str, Any]:
     """Specs of the training state {"params", "opt_state", "step"}, leaf by leaf, and "moments": one spec per parameter
     for its optimizer state."""
+    masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731  (frozen parameters have no moments)
     opt_state = jax.eval_shape(tx.init, params)
     moments = param_specs(params, config, mesh, stage=1)
     return {
         "params": param_specs(params, config, mesh, stage=3),
         "opt_state": optax.tree_map_params(
-            tx, lambda _, spec: spec, opt_state, moments, transform_non_params=lambda _: PartitionSpec()
+            tx,
+            lambda leaf, spec: leaf if masked(leaf) else spec,
+            opt_state,
+            moments,
+            transform_non_params=lambda _: PartitionSpec(),
+            is_leaf=masked,
         ),
         "moments": moments,
         "step": PartitionSpec(),
     }
+
+
+def batch_axis_spec(two: Any, three: Any) -> PartitionSpec:
+    """The spec of an array whose batch axis is found from its shapes for 2 and for 3 rows."""
+    axis = [a == b for a, b in zip(two.shape, three.shape)].index(False)
+    return PartitionSpec(*[None] * axis, BATCH)
 
 
 def named(specs: Any, mesh: Mesh) -> Any:

@@ -4,8 +4,9 @@
 `pmap`: the same step as a per-device program with explicit collectives, through `jax.shard_map` (what `jax.pmap` has
 become): gradients are summed or reduce-scattered, parameters gathered, by hand.
 
-The loss is the mean negative log-likelihood over all labelled tokens of the global batch, whatever the number of
-devices or microbatches, so every layout computes the same number.
+The loss is the mean negative log-likelihood over all labelled tokens of the global batch, and what the model's mixers
+add to it (a router's balance), which is a number per row that each of its labelled tokens counts with: whatever the
+number of devices or microbatches, every layout computes the same number.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from engrax.train import optimizer, sharding
 from engrax.train.config import Experiment
 
 Batch = dict[str, Array]
-State = dict[str, Any]  # {"params": nnx.State, "opt_state": ..., "step": int32 []}
+State = dict[str, Any]  # {"params": nnx.State, "opt_state": ..., "step": int32 []}, and {"memory": ...} if carried
+STATE = ("params", "opt_state", "step", "memory")
 
 
 def token_losses(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]) -> Float[Array, "B T"]:
@@ -46,12 +48,29 @@ def cast(params: Any, dtype: Any) -> Any:
 
 
 def loss_sum(graphdef: nnx.GraphDef, dtype: Any) -> Callable[[Any, Batch], Float[Array, ""]]:
-    """Returns f(params, batch) = sum over the batch's labelled tokens of the loss in nats."""
+    """Returns f(params, batch) = sum over the batch's labelled tokens of the loss: nats, and what mixers add."""
 
     def compute(params, batch):
-        model = nnx.merge(graphdef, cast(params, dtype))
-        hidden, _ = model(batch["tokens"], segment_ids=batch["segment_ids"])
-        return jnp.sum(token_losses(model.logits(hidden), batch["targets"]))
+        model = nnx.merge(graphdef, cast(optimizer.stop_frozen(params), dtype))
+        tokens, ids, added = batch["tokens"], batch["segment_ids"], 0.0
+        if hasattr(model, "with_losses"):
+            hidden, losses = model.with_losses(tokens, segment_ids=ids)
+            added = jnp.sum(losses * jnp.sum(batch["targets"] >= 0, axis=1))
+        else:
+            hidden, _ = model(tokens, segment_ids=ids)
+        return jnp.sum(token_losses(model.logits(hidden), batch["targets"])) + added
+
+    return compute
+
+
+def carried_loss_sum(graphdef: nnx.GraphDef, dtype: Any) -> Callable[[Any, Batch, Any], tuple[Float[Array, ""], Any]]:
+    """Returns f(params, batch, memory) -> (sum of losses, the memory after the batch); no gradient through either."""
+
+    def compute(params, batch, memory):
+        model = nnx.merge(graphdef, cast(optimizer.stop_frozen(params), dtype))
+        memory = jax.lax.stop_gradient(memory)
+        hidden, memory = model(batch["tokens"], memory, segment_ids=batch["segment_ids"])
+        return jnp.sum(token_losses(model.logits(hidden), batch["targets"])), jax.lax.stop_gradient(memory)
 
     return compute
 
@@ -80,7 +99,7 @@ def apply_gradient(tx, state: State, params: Any, grads: Any, norm: Array, clip_
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
         grads = jax.tree.map(lambda g: g * scale, grads)
     updates, opt_state = tx.update(grads, state["opt_state"], params)
-    return optax.apply_updates(params, updates), opt_state
+    return optimizer.keep_frozen(params, optax.apply_updates(params, updates)), opt_state
 
 
 def labelled(batch: Batch) -> Array:
@@ -92,12 +111,25 @@ def pjit_step(experiment: Experiment, loss: Callable, tx: Any, mesh: Mesh, specs
     """The jitted step(state, batch) -> (state, metrics) over global arrays; the state is donated."""
     rate = optimizer.schedule(experiment.optimizer, experiment.steps)
 
+    def gradient(state, batch, count):
+        """(loss, gradient, what the new state holds besides)."""
+        if "memory" not in state:
+            value, grads = accumulated_gradient(loss, state["params"], batch, count, experiment.optimizer.accumulate)
+            return value, grads, {}
+
+        def mean(params):
+            total, memory = loss(params, batch, state["memory"])
+            return total / count, memory
+
+        (value, memory), grads = jax.value_and_grad(mean, has_aux=True)(state["params"])
+        return value, grads, {"memory": memory}
+
     def step(state, batch):
         count = jnp.maximum(labelled(batch), 1.0)
-        value, grads = accumulated_gradient(loss, state["params"], batch, count, experiment.optimizer.accumulate)
+        value, grads, rest = gradient(state, batch, count)
         norm = optax.tree.norm(grads)
         params, opt_state = apply_gradient(tx, state, state["params"], grads, norm, experiment.optimizer.clip_norm)
-        new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1} | rest
         return new, {"loss": value, "grad_norm": norm, "learning_rate": rate(state["step"])}
 
     return _jit(step, mesh, specs)
@@ -170,7 +202,7 @@ def _map(f: Callable, tree: Any, specs: Any) -> Any:
 
 
 def _jit(step: Callable, mesh: Mesh, specs: State) -> Callable:
-    state = sharding.named({name: specs[name] for name in ("params", "opt_state", "step")}, mesh)
+    state = sharding.named({name: specs[name] for name in STATE if name in specs}, mesh)
     batch = jax.sharding.NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     scalar = jax.sharding.NamedSharding(mesh, PartitionSpec())
     return jax.jit(step, in_shardings=(state, batch), out_shardings=(state, scalar), donate_argnums=0)

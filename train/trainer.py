@@ -14,8 +14,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from engrax.errors import UserError
+from engrax.models import imported
 from engrax.train import optimizer, sharding
 from engrax.train import step as steps
+from engrax.train.checkpoint import flatten, unflatten
 from engrax.train.config import Experiment
 
 
@@ -53,23 +55,52 @@ class Trainer:
     @cached_property
     def specs(self) -> dict[str, Any]:
         """Partition specs of the training state, leaf by leaf."""
-        return sharding.state_specs(self.tx, self._abstract[1], self.experiment.parallel, self.mesh)
+        specs = sharding.state_specs(self.tx, self._abstract[1], self.experiment.parallel, self.mesh)
+        if self.experiment.carry_memory:
+            shapes = [jax.eval_shape(lambda p, n=n: self._fresh_memory(p, n), self._abstract[1]) for n in (2, 3)]
+            specs["memory"] = jax.tree.map(sharding.batch_axis_spec, *shapes)
+        return specs
+
+    def _fresh_memory(self, params: Any, rows: int) -> Any:
+        """The model's memory before the first batch, in the compute dtype."""
+        dtype = steps.resolve_dtype(self.experiment.compute_dtype)
+        memory = nnx.merge(self.graphdef, steps.cast(params, dtype)).init_memory(rows)
+        return jax.tree.map(jnp.asarray, memory)
 
     @cached_property
     def state_shardings(self) -> dict[str, Any]:
         """NamedShardings of {"params", "opt_state", "step"}."""
-        return sharding.named({k: self.specs[k] for k in ("params", "opt_state", "step")}, self.mesh)
+        return sharding.named({k: self.specs[k] for k in steps.STATE if k in self.specs}, self.mesh)
 
     def _fresh_state(self) -> dict[str, Any]:
         model = self.experiment.model.build(rngs=nnx.Rngs(self.experiment.seed))
         params = nnx.state(model, nnx.Param)
-        return {"params": params, "opt_state": self.tx.init(params), "step": jnp.zeros((), jnp.int32)}
+        state = {"params": params, "opt_state": self.tx.init(params), "step": jnp.zeros((), jnp.int32)}
+        if self.experiment.carry_memory:
+            state["memory"] = self._fresh_memory(params, self.experiment.batch_size)
+        return state
 
     def init_state(self) -> dict[str, Any]:
         """The state before the first step, created where it lives: no device ever holds a whole sharded leaf."""
         # It runs once: on CPU, where optimising it takes three times longer than it saves, it is compiled as it stands.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        return jax.jit(self._fresh_state, out_shardings=self.state_shardings, compiler_options=options)()
+        given = self._imported_params()
+
+        def fresh():  # what is given is neither returned nor, therefore, computed
+            return {name: leaf for name, leaf in flatten(self._fresh_state()).items() if name not in given}
+
+        shardings = {name: s for name, s in flatten(self.state_shardings).items() if name not in given}
+        found = jax.jit(fresh, out_shardings=shardings, compiler_options=options)()
+        return unflatten(found | given, self.abstract_state())
+
+    def _imported_params(self) -> dict[str, jax.Array]:
+        """{flat name in the state: array} of the parameters that `init_from` holds, each where it lives."""
+        folder = self.experiment.init_from
+        if folder is None:
+            return {}
+        _, at = imported.find_backbone(self.experiment.model)
+        found = imported.read_params(folder, self.abstract_state()["params"], at=at)
+        return {".".join(map(str, ("params", *path))): value for path, value in found.items()}
 
     def abstract_state(self) -> dict[str, Any]:
         """ShapeDtypeStructs with shardings, to restore a checkpoint into."""
@@ -81,7 +112,8 @@ class Trainer:
     @cached_property
     def train_step(self) -> Callable:
         """step(state, batch) -> (state, {"loss", "grad_norm"}), donating the state."""
-        loss = steps.loss_sum(self.graphdef, steps.resolve_dtype(self.experiment.compute_dtype))
+        make = steps.carried_loss_sum if self.experiment.carry_memory else steps.loss_sum
+        loss = make(self.graphdef, steps.resolve_dtype(self.experiment.compute_dtype))
         strategy = steps.STRATEGIES[self.experiment.parallel.strategy]
         return strategy(self.experiment, loss, self.tx, self.mesh, self.specs)
 
@@ -125,6 +157,7 @@ class Trainer:
             process_count=jax.process_count(),
             epochs=None if split == "train" else 1,
             align=e.align,
+            **({"stream": True} if e.carry_memory and split == "train" else {}),
         )
 
     def validate(self, params: Any, batches: int) -> dict[str, float]:
@@ -159,6 +192,16 @@ def check(experiment: Experiment) -> None:
         raise UserError(
             f"the model is not causal ({leak}), so that its next-token loss means nothing; choose a causal mode, or "
             "set --allow-future if that is what you want to see."
+        )
+    backbone = experiment.model
+    while hasattr(backbone, "backbone"):
+        backbone = backbone.backbone
+    adding = [mixer.registered_name for mixer in getattr(backbone, "mixers", ()) if mixer.adds_loss]
+    if adding and (experiment.carry_memory or backbone is not experiment.model):
+        where = "carry_memory" if experiment.carry_memory else experiment.model.registered_name
+        raise UserError(
+            f"{where} does not collect what {adding[0]} adds to the loss; train it without, or set its weights of "
+            "these losses to 0."
         )
     vocab = getattr(experiment.model, "vocab_size", None)
     if vocab is not None and vocab < experiment.data.vocab_size:

@@ -27,5 +27,5 @@ def experiment(mixer) -> Experiment:
 
 
 def comparison() -> Comparison:
-    """The comparison: the memory alone first, which the others are held to. What the paper claims, it claims of text."""
+    """The comparison: the memory alone first. What the paper claims, it claims of text."""
     return titans_ablation.comparison(experiment)

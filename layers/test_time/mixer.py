@@ -319,10 +319,19 @@ class TestTimeMemory(MemoryShell):
         out, memory = engine.run(c.rule(), q, k, v, gates, memory, reset, segment_ids, extra)
         return out.astype(dtype), memory
 
+    def _written(self, k, v):
+        if self.config.target == "residual":
+            return k, v - k
+        if self.config.target == "next":
+            return jnp.concatenate([k[:, :1], k[:, :-1]], axis=1), v
+        return k, v
+
     def report(self, x_BTD, state=None, segment_ids=None) -> dict[str, Array]:
-        """Diagnostics of one call: gate means, how often they saturate, and the memory's norms after it."""
+        """Diagnostics of one call: gate means, how often they saturate, the memory's norms after it, and [B, T] how
+        well each token's write is known before and after it."""
         _, after, (_, _, _, gates) = self._mix(x_BTD, state, segment_ids)
-        found = {"lr_mean": jnp.mean(gates.lr), "forget_mean": jnp.mean(gates.forget)}
+        found = self.errors_by_token(x_BTD, state, segment_ids)
+        found |= {"lr_mean": jnp.mean(gates.lr), "forget_mean": jnp.mean(gates.forget)}
         found["forget_saturated"] = jnp.mean((gates.forget < 0.01) | (gates.forget > 0.99))
         if self.config.orders:
             found["momentum_mean"] = jnp.mean(gates.momentum)

@@ -120,8 +120,39 @@ class MemoryShell(nnx.Module):
         read, state, _ = self._mix(x_BTD, state, segment_ids)
         return self._project_read(x_BTD, read), state
 
+    def errors_by_token(self, x_BTD, state: ShellState | None, segment_ids) -> dict[str, Float[Array, "B T"]]:
+        """1/2 |M(key) - target|^2 of what every token writes, by the memory right before and right after that write.
+
+        NaN at padding, and where the token before is none of the segment's: nothing was written yet.
+        """
+        q_k_v, gates, memory, reset, _, _ = self._prepare(x_BTD, state, segment_ids)
+        _, k, v = q_k_v
+        key, target = self._written(k, v)
+        ahead = jnp.concatenate([key[:, 1:], key[:, :1]], axis=1)  # M_t read at the key of token t + 1
+        before, after = (self._memory(q, k, v, gates, memory, reset, segment_ids)[0] for q in (ahead, key))
+        before = jnp.concatenate([before[:, -1:], before[:, :-1]], axis=1)
+        follows = jnp.arange(x_BTD.shape[1]) > 0
+        if segment_ids is not None:
+            same = segment_ids == jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+            follows = follows & same & (segment_ids >= 0)
+        error = lambda read: 0.5 * jnp.mean(jnp.sum((read - target).astype(jnp.float32) ** 2, axis=-1), axis=-1)  # noqa: E731
+        return {
+            "error_before_write": jnp.where(follows, error(before), jnp.nan),
+            "error_after_write": jnp.where(follows, error(after), jnp.nan),
+        }
+
+    def _written(self, k, v):
+        """Returns the key and the target of every token's write, [B, T, H, K] each."""
+        return k, v
+
     def _mix(self, x_BTD, state, segment_ids):
         """Returns the memory's reads [B, T, H, K], the new state, and (q, k, v, gates)."""
+        q_k_v, gates, memory, reset, tail, last = self._prepare(x_BTD, state, segment_ids)
+        read, memory = self._memory(*q_k_v, gates, memory, reset, segment_ids)
+        return read, ShellState(memory, tail, last), (*q_k_v, gates)
+
+    def _prepare(self, x_BTD, state, segment_ids):
+        """Returns (q, k, v), the gates, the memory to begin with and to reset to, the new tail and last segment."""
         fresh = state is None
         reset = self.reset_state() if fresh or segment_ids is not None or self._resets_itself() else None
         state = self._start(reset, len(x_BTD)) if fresh else state
@@ -136,9 +167,7 @@ class MemoryShell(nnx.Module):
                 memory = select_rows(anew, self._at_place_of(start.memory, memory), memory)
                 tail = select_rows(anew, start.tail, tail)
         q_k_v, tail = self._project(x_BTD, tail, segment_ids)
-        gates = self._gates(x_BTD)
-        read, memory = self._memory(*q_k_v, gates, memory, reset, segment_ids)
-        return read, ShellState(memory, tail, last), (*q_k_v, gates)
+        return q_k_v, self._gates(x_BTD), memory, reset, tail, last
 
     def _project(self, x_BTD, tail, segment_ids):
         """Returns (q, k, v) each [B, T, H, K], of length 1, and the new tail."""

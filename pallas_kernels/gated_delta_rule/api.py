@@ -106,7 +106,7 @@ def _by_chunks(plan, dtype, num_segments, q, k, v, beta, g, initial_state, segme
     g = None if g is None else g.astype(sums)
     tokens = (*(x.astype(dtype) for x in (q, k, v)), beta.astype(sums))
     tokens, g, layout = lay_out(tokens, g, segment_ids, num_segments, plan.chunk)
-    decay = None if g is None else chunk_decay(g, plan.chunk, segments=segment_ids is not None and layout is None)
+    decay = None if g is None else chunk_decay(g, plan.chunk, segments=segment_ids is not None)
     out, state = apply_rule(plan, Inputs(*tokens, decay, state, layout))
     return take_back(out, q.shape[1], segment_ids, layout).astype(v.dtype), state
 

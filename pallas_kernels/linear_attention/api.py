@@ -102,7 +102,7 @@ def _by_chunks(plan, dtype, num_segments, q, k, v, g, initial_state, segment_ids
     g = None if g is None else g.astype(sums)
     tokens = tuple(x.astype(dtype) for x in (q, k, v))
     tokens, g, layout = lay_out(tokens, g, segment_ids, num_segments, plan.chunk)
-    decay = None if g is None else chunk_decay(g, plan.chunk, segments=segment_ids is not None and layout is None)
+    decay = None if g is None else chunk_decay(g, plan.chunk, segments=segment_ids is not None)
     out, state = attend(plan, Inputs(*tokens, decay, state, layout))
     return take_back(out, q.shape[1], segment_ids, layout).astype(v.dtype), state
 

@@ -1,0 +1,31 @@
+"""Gated DeltaNet with sliding-window attention in every fourth layer, heads and widths as in `gated_deltanet_340m`.
+
+    engrax train gated_deltanet_hybrid_340m --data.path CORPUS --data.tokenizer-file TOKENIZER.json --run-dir runs/gdn
+
+317 M parameters: 20 layers. Any mixer may stand in the pattern; not trained by us, so no figure stands here.
+"""
+
+from engrax.data import TextFolder
+from engrax.layers import AttentionConfig, GatedDeltaNetConfig
+from engrax.models import LanguageModelConfig
+from engrax.train import CheckpointConfig, EvalConfig, Experiment, OptimizerConfig
+
+
+def config() -> Experiment:
+    """The experiment."""
+    memory = GatedDeltaNetConfig(heads=6, head_dim=128, value_dim=256, chunk_size=64)
+    return Experiment(
+        model=LanguageModelConfig(
+            vocab_size=32_000,
+            dim=1024,
+            mixers=(memory, memory, memory, AttentionConfig(heads=16, head_dim=64, window=1024)),
+            repeat=5,
+            remat="dots",
+        ),
+        data=TextFolder(path="corpus", seq_len=2048),
+        steps=28_600,
+        batch_size=256,
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=1024, weight_decay=0.01),
+        checkpoint=CheckpointConfig(every=1000),
+        eval=EvalConfig(every=1000, batches=20),
+    )

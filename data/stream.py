@@ -1,0 +1,74 @@
+"""Rows that are streams: each row of a batch goes on where the same row of the batch before ended.
+
+For memories carried from batch to batch. Row r of B reads the documents r, r + B, r + 2 B, ... of an endless shuffled
+order, one after another; in `segment_ids` they count on over the whole run, so that a memory sees where one ends.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import grain
+
+from engrax.data import hashing
+from engrax.data.config import Batch, Documents, Share, TokenArray, padding_batch, require
+from engrax.errors import UserError
+
+
+class StreamedText(grain.DatasetIterator):
+    """Batches of streamed rows. A grain iterator whose position is, for each row of the global batch, its document in
+    the row's order and the next token in it; a document starts at a multiple of `align` tokens."""
+
+    def __init__(
+        self,
+        documents: Documents,
+        encode: Callable[[Any], TokenArray],
+        *,
+        seq_len: int,
+        share: Share,
+        seed: int,
+        align: int,
+    ):
+        super().__init__()
+        require(len(documents) > 0, "the data set has no documents.")
+        self._documents, self._encode = documents, encode
+        self._seq_len, self._share, self._align = seq_len, share, align
+        order = grain.MapDataset.range(len(documents))
+        self._order = order.shuffle(seed=hashing.seed32(seed)).repeat(None)
+        self._position = [[0, 0] for _ in range(share.batch_size)]
+
+    def get_state(self) -> dict[str, list[list[int]]]:
+        """The position after the batch last returned."""
+        return {"stream": [list(place) for place in self._position]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from a position; raises UserError if it belongs to other data or another batch size."""
+        if set(state) != {"stream"} or len(state["stream"]) != self._share.batch_size:
+            raise UserError("the saved data position does not belong to streams of this batch size.")
+        self._position = [[int(n) for n in place] for place in state["stream"]]
+
+    def __next__(self) -> Batch:
+        batch = padding_batch(self._share.rows, self._seq_len)
+        for row in range(self._share.batch_size):
+            self._fill(batch, row)
+        return batch
+
+    def _fill(self, batch: Batch, row: int) -> None:
+        """Writes the next `seq_len` tokens of a row of the global batch, or passes over those of other processes."""
+        mine, at, empty = row - self._share.start, 0, 0
+        while at < self._seq_len:
+            count, begin = self._position[row]
+            tokens = self._read(count * self._share.batch_size + row)
+            empty = 0 if len(tokens) else empty + 1
+            require(empty <= len(self._documents), "the data set has no text: every document is empty.")
+            length = min(len(tokens) - begin, self._seq_len - at)
+            if 0 <= mine < self._share.rows:
+                following = tokens[begin + 1 : begin + length + 1]
+                batch["tokens"][mine, at : at + length] = tokens[begin : begin + length]
+                batch["targets"][mine, at : at + len(following)] = following
+                batch["segment_ids"][mine, at : at + length] = count
+            done = begin + length == len(tokens)
+            at += -(-length // self._align) * self._align if done else length
+            self._position[row] = [count + 1, 0] if done else [count, begin + length]
+
+    def _read(self, index: int) -> TokenArray:
+        return self._encode(self._documents[self._order[index]])

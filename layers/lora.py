@@ -1,0 +1,112 @@
+"""Low-rank adaptation of projections (LoRA, arXiv 2106.09685): y = x W + (alpha / rank) (x A) B, with B zero at first.
+
+Adapters hang on projections by name, whatever mixer or MLP these belong to. W keeps its name in the parameter tree, so
+the parameters of the unadapted model load into the adapted one; `frozen` parameters are marked, and the optimizer
+leaves what is marked alone.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from engrax.errors import UserError
+from engrax.registry import did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Settings of the adapters."""
+
+    rank: int = 0  # columns of A; 0 = no adapters
+    alpha: float = 16.0  # the product A B is scaled by alpha / rank
+    targets: tuple[str, ...] = ("q", "v")  # names of the adapted projections: q, k, v, out, gate, up, down, ...
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise UserError(f"lora.rank={self.rank} must not be negative (0 = no adapters).")
+        if self.rank and not self.targets:
+            raise UserError("lora.targets is empty; name the projections to adapt (q, v, ...), or set lora.rank 0.")
+
+
+class LoraLinear(nnx.Linear):
+    """A projection with an adapter: x [..., in] -> y [..., out]."""
+
+    def __init__(self, base: nnx.Linear, config: LoraConfig, *, rngs: nnx.Rngs):
+        super().__init__(base.in_features, base.out_features, use_bias=base.use_bias, rngs=rngs)
+        self.kernel, self.bias = base.kernel, base.bias
+        self.scale = config.alpha / config.rank
+        first, last = base.kernel.get_metadata().get("axes", (None, None))
+        init = jax.nn.initializers.normal(base.in_features**-0.5)
+        self.lora_a = nnx.Param(init(rngs.params(), (base.in_features, config.rank)), axes=(first, "rank"))
+        self.lora_b = nnx.Param(jnp.zeros((config.rank, base.out_features)), axes=("rank", last))
+
+    def __call__(self, inputs: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        y = super().__call__(inputs)
+        down = inputs.astype(y.dtype) @ self.lora_a[...].astype(y.dtype)
+        return y + self.scale * (down @ self.lora_b[...].astype(y.dtype))
+
+    def merged_kernel(self) -> Float[Array, "*L I O"]:
+        """W + (alpha / rank) A B, also of layers stacked along leading axes; in W's dtype."""
+        a, b = self.lora_a[...], self.lora_b[...]
+        product = jnp.einsum("...IR,...RO->...IO", a, b, precision="highest")
+        return (self.kernel[...] + self.scale * product).astype(self.kernel[...].dtype)
+
+
+def attach(module: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
+    """Replaces every projection below `module` whose name is in `config.targets` by an adapted one."""
+    if config.rank:
+        for parent, name, child in list(_linears(module)):
+            if name in config.targets:
+                setattr(parent, name, LoraLinear(child, config, rngs=rngs))
+
+
+def check_targets(module: nnx.Module, config: LoraConfig) -> None:
+    """Raises UserError where a target names no projection below `module`."""
+    names = {name for _, name, _ in _linears(module)}
+    for target in config.targets if config.rank else ():
+        if target not in names:
+            raise UserError(
+                f"lora.targets names {target!r}, but no projection of the model has this name"
+                f"{did_you_mean(target, names)} (known: {', '.join(sorted(names))})."
+            )
+
+
+def merged_params(module: nnx.Module) -> dict[tuple, Array]:
+    """{path: value} of all parameters below `module` without the adapters, which are added to their kernels."""
+    found = {path: value[...] for path, value in nnx.iter_graph(module) if isinstance(value, nnx.Param)}
+    for path, layer in nnx.iter_graph(module):
+        if isinstance(layer, LoraLinear):
+            found[(*path, "kernel")] = layer.merged_kernel()
+            del found[(*path, "lora_a")], found[(*path, "lora_b")]
+    return found
+
+
+def adapter_flops(module: nnx.Module) -> int:
+    """Forward FLOPs per token of the adapters below `module`: a multiply-add for each of their entries."""
+    layers = [layer for _, layer in nnx.iter_graph(module) if isinstance(layer, LoraLinear)]
+    return 2 * sum(layer.lora_a.size + layer.lora_b.size for layer in layers)
+
+
+def freeze(module: nnx.Module, *, skip: tuple[str, ...] = ()) -> None:
+    """Marks every parameter below `module`, adapters and the parts named in `skip` apart, as one that training leaves
+    alone."""
+    for path, value in nnx.iter_graph(module):
+        if isinstance(value, nnx.Param) and path[0] not in skip and not str(path[-1]).startswith("lora_"):
+            value.set_metadata(frozen=True)
+
+
+def is_frozen(leaf: Any) -> bool:
+    """Whether it is a variable that `freeze` has marked."""
+    return isinstance(leaf, nnx.Variable) and bool(leaf.get_metadata().get("frozen", False))
+
+
+def _linears(module: nnx.Module) -> Iterator[tuple[nnx.Module, str, nnx.Linear]]:
+    """(parent, name, projection) of every linear map below `module`."""
+    for _, parent in nnx.iter_graph(module):
+        if isinstance(parent, nnx.Module):
+            yield from ((parent, name, child) for name, child in vars(parent).items() if isinstance(child, nnx.Linear))

@@ -1,0 +1,148 @@
+"""Associative recurrent memory transformer (ARMT; arXiv 2407.04841) around a pattern language model.
+
+Each block has an associative memory (layers/associative.py) that holds what earlier segments wrote. All vectors of a
+segment read from it before the block; behind the L tokens stand m learned memory tokens, and what the block gives
+there is written as the segment ends:
+
+    h <- block(h + read(h)),   at the memory tokens: write(h)
+
+The first segment reads nothing. Memory tokens stand at the end alone: what they carry goes through the matrices.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from engrax.errors import UserError
+from engrax.layers import AttentionConfig
+from engrax.layers.associative import ORDER, Association, AssociativeMemory
+from engrax.layers.segments import select_rows
+from engrax.models.language_model import LanguageModel, LanguageModelConfig
+from engrax.models.model import MODELS
+from engrax.models.segment_config import SegmentRecurrentConfig
+from engrax.models.segment_recurrence import SegmentRecurrent
+
+
+@MODELS.register("armt")
+@dataclasses.dataclass(frozen=True)
+class ARMTConfig(SegmentRecurrentConfig):
+    """Settings of ARMT; the backbone must be a pattern language model, whose blocks get the memories."""
+
+    memory_tokens: int = 16  # m, vectors behind the tokens of a segment
+    key_dim: int = 64  # K, width of queries and keys before DPFP-3 makes 6 K features of them
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(1, "memory_tokens", "key_dim")
+        if not isinstance(self.backbone, LanguageModelConfig):
+            raise UserError(
+                f"ARMT wraps the blocks of a pattern language model, not of {self.backbone.registered_name!r}; "
+                "choose a language_model, or RMT or HMT, which wrap any model."
+            )
+
+    def build(self, *, rngs: nnx.Rngs) -> "ARMT":
+        return ARMT(self, rngs=rngs)
+
+    @classmethod
+    def examples(cls) -> tuple["ARMTConfig", ...]:
+        attention = AttentionConfig(heads=2, head_dim=4)
+        small = LanguageModelConfig(vocab_size=16, dim=8, mixers=(attention,), repeat=2, mlp_hidden=12)
+        return (cls(backbone=small, segment_length=4, memory_tokens=2, key_dim=4),)
+
+    @property
+    def extra_slots(self) -> int:
+        return self.memory_tokens
+
+    @property
+    def exempt_from(self) -> dict[str, str]:
+        return super().exempt_from | {"trainability.finite_differences": "the normaliser's correction has no gradient"}
+
+    def flops_per_token(self, seq_len: int) -> float:
+        dim, features = self.backbone.dim, 2 * ORDER * self.key_dim
+        read = 2 * dim * self.key_dim + 2 * features * (dim + 1)
+        write = 2 * dim * (self.key_dim + dim + 1) + 4 * features * (dim + 1)
+        slots = 1 + self.memory_tokens / self.segment_length
+        per_block = read * slots + write * self.memory_tokens / self.segment_length
+        return super().flops_per_token(seq_len) + self.backbone.num_layers * per_block
+
+
+class AssociativeLanguageModel(LanguageModel):
+    """A pattern language model whose blocks have an associative memory each."""
+
+    def __init__(self, config: LanguageModelConfig, key_dim: int, *, rngs: nnx.Rngs):
+        self.key_dim = key_dim
+        super().__init__(config, rngs=rngs)
+
+    def _stack(self, place, mixer, rngs):
+        """The blocks of one pattern position with their memories, every parameter with a leading axis [repeat]."""
+        block, dim, key_dim = super()._stack(place, mixer, rngs), self.config.dim, self.key_dim
+
+        def build(key):
+            return AssociativeMemory(dim, key_dim, rngs=nnx.Rngs(key))
+
+        keys = jax.random.split(rngs.params(), self.config.repeat)
+        block.associative = nnx.eval_shape(lambda: build(jax.random.key(0)))
+        nnx.update(block.associative, jax.vmap(lambda key: nnx.state(build(key), nnx.Param))(keys))
+        return block
+
+    def init_associations(self, batch_size: int) -> tuple[Association, ...]:
+        """Empty memories: a tuple over the pattern, leaves [repeat, B, ...]."""
+
+        def body(blocks, x, states):
+            return x, tuple(block.associative.init_state(batch_size) for block in blocks)
+
+        return self._scan(body, jnp.zeros(()), None)[1]
+
+    def read_segment(self, x_BSD, state, ids, associations, owner: Int[Array, " B"], closing: int):
+        """`encode`, with the memories of the documents `owner`: (hidden, state, memories after the `closing` last
+        vectors were written)."""
+        x_BSD, states, place = self._add_positions(x_BSD, state, ids)
+        pattern = len(self.config.mixers)
+        states = (None,) * pattern if states is None else states
+        reads = ids == owner[:, None]
+        goes_on = ids[:, -1] == owner  # else another document has begun, which has no memory yet
+
+        def body(blocks, x, both):
+            new = []
+            for block, state, memory in zip(blocks, *both):
+                x = x + block.associative.read(x, memory, reads)
+                x, state = block(x, state, ids, False)
+                if closing:
+                    memory = select_rows(goes_on, memory, jax.tree.map(jnp.zeros_like, memory))
+                    memory = block.associative.write(x[:, -closing:], memory)
+                new.append((state, memory))
+            return x, tuple(zip(*new))
+
+        x_BSD, (states, associations) = self._scan(body, x_BSD, (states, associations))
+        hidden = self.norm(x_BSD) if hasattr(self, "norm") else x_BSD
+        return hidden, (*states, *place), associations
+
+
+class ARMT(SegmentRecurrent):
+    """The module of ARMTConfig; the memory is a tuple of Associations, leaves [repeat, B, ...]."""
+
+    def __init__(self, config: ARMTConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, AssociativeLanguageModel(config.fitted_backbone, config.key_dim, rngs=rngs))
+        init = jax.nn.initializers.normal(self.width**-0.5)
+        shape = (config.memory_tokens, self.width)
+        self.memory_tokens = nnx.Param(init(rngs.params(), shape), axes=("persistent", "embed"))
+
+    def start_memory(self, batch_size: int) -> tuple[Association, ...]:
+        return self.backbone.init_associations(batch_size)
+
+    def open(self, memory, recent, ahead):
+        nothing = jnp.zeros((len(recent), 0, self.width), self.memory_tokens.dtype)
+        return memory, nothing, jnp.ones((len(recent), 0), bool)
+
+    def close(self, memory) -> Float[Array, "B M D"]:
+        return jnp.broadcast_to(self.memory_tokens[...], (memory[0].sum.shape[1], *self.memory_tokens.shape))
+
+    def write(self, memory, hidden_BSD, made: Any) -> tuple[Association, ...]:
+        return made
+
+    def read(self, x_BSD, ids, state, memory, owner, closing):
+        return self.backbone.read_segment(x_BSD, state, ids, memory, owner, closing)

@@ -1,0 +1,22 @@
+"""Published checkpoints (Hugging Face layouts) as engrax language models, from a local folder and back.
+
+    config = imported.read_config("SmolLM-135M")        # a LanguageModelConfig
+    model  = imported.load("SmolLM-135M")               # its module, parameters included
+    imported.export(model, "out", like="SmolLM-135M")   # the same tensors, in the same files
+
+A folder holds config.json and model.safetensors, or model.safetensors.index.json and the files it names. Its
+tokenizer.json is read by `engrax.data.tokenizers.load_tokenizer`.
+"""
+
+from engrax.models.imported.architectures import read_config
+from engrax.models.imported.checkpoint import (
+    check,
+    describe_source,
+    export,
+    find_backbone,
+    load,
+    merge,
+    read_params,
+)
+
+__all__ = ["check", "describe_source", "export", "find_backbone", "load", "merge", "read_config", "read_params"]

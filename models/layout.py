@@ -1,0 +1,96 @@
+"""What surrounds the mixers of a language model: norms, MLPs, learned positions, and how the embedding is used.
+
+The defaults are engrax's own; the other settings are those of published checkpoints (GPT-2, OPT, Llama, Qwen).
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from engrax.errors import UserError
+from engrax.layers.modules import MLPS, NORMS
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutConfig:
+    """Settings of the parts around the mixers."""
+
+    norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
+    norm_eps: float = 1e-6  # added to the variance
+    norm_place: Literal["before", "after"] = "before"  # before each mixer and MLP, or after its sum with the residual
+    mlp: Literal["gated", "plain"] = "gated"  # three projections or two
+    activation: Literal["silu", "relu", "gelu", "gelu_tanh"] = "silu"  # of the MLP
+    mlp_bias: bool = False  # the MLP's projections have biases
+    positions: int = 0  # learned positions that a segment may have; 0 = none
+    unused_positions: int = 0  # rows of their table before the first one (OPT has 2)
+    embed_dim: int | None = None  # width of the embedding, projected to the model's and back; None = the model's
+    tied: bool = True  # the head is the embedding
+
+    def __post_init__(self):
+        if self.positions < 0 or self.unused_positions < 0:
+            raise UserError(
+                f"layout.positions={self.positions} and unused_positions={self.unused_positions} must not be negative."
+            )
+
+    def build_norm(self, dim: int, *, rngs: nnx.Rngs) -> nnx.Module:
+        """A norm over the last axis."""
+        return NORMS[self.norm](dim, rngs=rngs, eps=self.norm_eps)
+
+    def build_mlp(self, dim: int, hidden: int, *, rngs: nnx.Rngs, out_scale: float) -> nnx.Module:
+        """The MLP of a block."""
+        return MLPS[self.mlp](
+            dim, hidden, rngs=rngs, out_scale=out_scale, activation=self.activation, bias=self.mlp_bias
+        )
+
+
+class PositionState(NamedTuple):
+    """Where the row's last segment has come to; the leading axis stands where the blocks' states have theirs."""
+
+    count: Int[Array, "1 B"]  # real tokens of the segment so far
+    last_segment: Int[Array, "1 B"]  # its id, -1 before the first real token
+
+
+class LearnedPositions(nnx.Module):
+    """A vector for each place of a segment. Places are counted over real tokens and restart with every segment."""
+
+    def __init__(self, config: LayoutConfig, dim: int, *, rngs: nnx.Rngs):
+        self.config = config
+        init = jax.nn.initializers.normal(dim**-0.5)
+        rows = config.positions + config.unused_positions
+        self.table = nnx.Param(init(rngs.params(), (rows, dim)), axes=("position", "embed"))
+
+    def init_state(self, batch_size: int) -> PositionState:
+        """Before the first token."""
+        return PositionState(jnp.zeros((1, batch_size), jnp.int32), jnp.full((1, batch_size), -1, jnp.int32))
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], state: PositionState | None, segment_ids: Int[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T D"], PositionState]:
+        """x with the vectors of its tokens' places added, and the state after it.
+
+        Raises UserError where T tokens of one segment exceed the table; a segment that outgrows it inside jit gives
+        NaN.
+        """
+        B, T, _ = x_BTD.shape
+        if segment_ids is None and T > self.config.positions:
+            raise UserError(
+                f"{T} tokens exceed the {self.config.positions} learned positions of the model; use shorter rows."
+            )
+        state = self.init_state(B) if state is None else state
+        count, last = state.count[0], state.last_segment[0]
+        if segment_ids is None:
+            segment_ids = jnp.broadcast_to(jnp.maximum(last, 0)[:, None], (B, T))
+        highest = jax.lax.cummax(jnp.concatenate([last[:, None], segment_ids], axis=1), axis=1)  # padding is -1
+        real = segment_ids >= 0
+        seen = jnp.cumsum(real, axis=1, dtype=jnp.int32)
+        begins = real & (segment_ids != highest[:, :-1])
+        # Real tokens of the call before the token's segment; -count where the state's own segment goes on.
+        before = jax.lax.cummax(jnp.where(begins, seen - 1, -count[:, None]), axis=1)
+        rows = jnp.maximum(seen - 1 - before, 0) + self.config.unused_positions
+        vectors = self.table[...].at[rows].get(mode="fill", fill_value=jnp.nan)
+        after = PositionState((seen - before)[:, -1][None], highest[:, -1][None])
+        return x_BTD + vectors.astype(x_BTD.dtype), after

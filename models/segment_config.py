@@ -1,0 +1,82 @@
+"""Settings that the segment-recurrent models have in common."""
+
+import dataclasses
+from typing import Any
+
+from engrax.errors import UserError
+from engrax.layers import AttentionConfig
+from engrax.models.language_model import REMAT, LanguageModelConfig
+from engrax.models.model import ModelConfig
+from engrax.registry import did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentRecurrentConfig(ModelConfig):
+    """What the segment-recurrent models have in common."""
+
+    backbone: ModelConfig = LanguageModelConfig(mixers=(AttentionConfig(),))
+    segment_length: int = 256  # L, tokens
+    unroll: int | None = None  # segments through which gradients flow back; None = all of a call
+    remat: str = "none"  # none | dots | full: what a segment's forward pass saves for the backward pass
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise UserError(
+                f"unknown remat {self.remat!r}{did_you_mean(self.remat, REMAT)} (known: {', '.join(REMAT)})."
+            )
+        self.at_least(1, "segment_length")
+        if self.unroll is not None:
+            self.at_least(1, "unroll")
+
+    def at_least(self, bound: int, *names: str) -> None:
+        """Raises UserError for the first of the fields below the bound."""
+        for name in names:
+            if getattr(self, name) < bound:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {bound}.")
+
+    @property
+    def vocab_size(self) -> int:
+        """The backbone's."""
+        return self.backbone.vocab_size
+
+    @property
+    def extra_slots(self) -> int:
+        """Vectors around the tokens of a segment."""
+        raise NotImplementedError
+
+    @property
+    def recent_tokens(self) -> int:
+        """Tokens of the row that are kept as tokens."""
+        return 0
+
+    @property
+    def exempt_from(self) -> dict[str, str]:
+        """What its backbone is exempt from, and what truncation takes away."""
+        truncated = {} if self.unroll is None else {"trainability.finite_differences": "truncated backpropagation"}
+        return dict(self.backbone.exempt_from) | truncated
+
+    @property
+    def fitted_backbone(self) -> ModelConfig:
+        """The backbone with caches that hold a segment."""
+        return fit_capacity(self.backbone, self.segment_length + self.extra_slots)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        slots = self.segment_length + self.extra_slots
+        head = 2 * self.backbone.dim * self.vocab_size  # the slots around the tokens need no logits
+        per_slot = self.fitted_backbone.flops_per_token(slots) - head
+        return per_slot * slots / self.segment_length + head
+
+
+def fit_capacity(config: Any, tokens: int) -> Any:
+    """A backbone's config with attention caches no larger than a segment of `tokens` slots needs."""
+    if isinstance(config, (tuple, list)):
+        return type(config)(fit_capacity(item, tokens) for item in config)
+    if not dataclasses.is_dataclass(config):
+        return config
+    changes = {}
+    for field in dataclasses.fields(config):
+        old = getattr(config, field.name)
+        new = min(old, tokens) if field.name == "capacity" else fit_capacity(old, tokens)
+        if field.init and new is not old and new != old:
+            changes[field.name] = new
+    return dataclasses.replace(config, **changes) if changes else config

@@ -1,0 +1,338 @@
+"""Segment recurrence around any backbone: what HMT, RMT and ARMT share.
+
+A row is cut into segments of L tokens. The backbone reads every segment from an empty state of its own, with vectors
+put around the tokens that carry what earlier segments left:
+
+    [opening | tokens | closing]           or          [opening | first tokens | inserted | other tokens | closing]
+
+What it gives at the closing slots becomes the new memory. A model fills in the hooks (`open`, `insert`, `close`,
+`write`); `Pass` runs them over any number of tokens from any position on.
+
+The grid of segments is the row's. A document that begins inside a segment reads the rest of it without an opening:
+set the experiment's `align` to the segment length and none does. A segment that holds only padding leaves no memory.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from engrax.layers.segments import last_segment_after
+from engrax.models.language_model import REMAT
+from engrax.models.model import ModelConfig
+
+
+class Running(NamedTuple):
+    """Everything needed to continue at any position; its size does not depend on the number of segments."""
+
+    memory: Any  # what earlier segments left: the model's own, with a batch axis in every leaf
+    backbone: Any  # its state inside the running segment
+    recent: Int[Array, "B W"]  # the row's last W tokens, -1 where padding or another document stood
+    place: Int[Array, " B"]  # tokens of the running segment so far
+    held: Bool[Array, " B"]  # the running segment holds a token of the row's last document
+    last_segment: Int[Array, " B"]
+    uncut: Int[Array, " B"]  # segments since gradients through the memory were cut, below `unroll`
+
+
+class SegmentRecurrent(nnx.Module):
+    """Base of the models: embeds and reads through the backbone's `embed`, `encode`, `init_memory` and `logits`."""
+
+    insert_at: int | None = None  # tokens of a segment before `insert` puts something in
+
+    def __init__(self, config: ModelConfig, backbone: nnx.Module):
+        self.config, self.backbone = config, backbone
+
+    @property
+    def width(self) -> int:
+        """Of the backbone's vectors."""
+        return jax.eval_shape(lambda: self.backbone.embed(jnp.zeros((1, 1), jnp.int32))).shape[-1]
+
+    # The hooks. `memory` is the model's own; vectors are [B, S, D].
+
+    def start_memory(self, batch_size: int) -> Any:
+        """The memory of a document that begins."""
+        raise NotImplementedError
+
+    def open(self, memory: Any, recent: Int[Array, "B W"], ahead: Int[Array, "B A"]) -> tuple[Any, Array, Array]:
+        """(memory, vectors before the segment's first token, which of them count [B, S]); `ahead` are the tokens of
+        the segment that are known by then, of no use to a causal model."""
+        raise NotImplementedError
+
+    def insert(self, memory: Any, recent: Int[Array, "B W"]) -> tuple[Any, Array]:
+        """(memory, vectors after the first `insert_at` tokens)."""
+        raise NotImplementedError
+
+    def close(self, memory: Any) -> Array:
+        """The vectors after the segment's last token."""
+        raise NotImplementedError
+
+    def write(self, memory: Any, hidden_BSD: Float[Array, "B S D"], made: Any) -> Any:
+        """The memory after a segment, from the backbone's hidden states at the closing slots."""
+        raise NotImplementedError
+
+    def read(self, x_BSD, ids: Int[Array, "B S"], state: Any, memory: Any, owner: Int[Array, " B"], closing: int):
+        """The backbone over vectors: (hidden, its state, what its layers `made` for `write`). The memory belongs to
+        the document `owner`; the last `closing` vectors are the closing ones."""
+        hidden, state = self.backbone.encode(x_BSD, state, segment_ids=ids)
+        return hidden, state, None
+
+    # What every model of this kind does alike.
+
+    def init_memory(self, batch_size: int) -> Running:
+        """The state every row starts from."""
+        recent = jnp.full((batch_size, self.config.recent_tokens), -1, jnp.int32)
+        none = jnp.zeros((batch_size,), jnp.int32)
+        return Running(
+            memory=self.start_memory(batch_size),
+            backbone=self.backbone.init_memory(batch_size),
+            recent=recent,
+            place=np.zeros(batch_size, np.int32),  # known when traced: the first call is cut into whole segments
+            held=none > 0,
+            last_segment=none - 1,
+            uncut=none,
+        )
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        memory: Running | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Running]:
+        """Returns the hidden states of the tokens and the state after the last one; None starts anew."""
+        run = Pass(self, len(tokens_BT))
+        state = run.start if memory is None else memory
+        if segment_ids is None:
+            segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], tokens_BT.shape)
+        return run(state, tokens_BT, segment_ids)
+
+    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The backbone's logits."""
+        return self.backbone.logits(hidden_BTD)
+
+
+class Pass:
+    """One call of a segment-recurrent model over rows that may stand at different places of their segments."""
+
+    def __init__(self, model: SegmentRecurrent, batch_size: int):
+        self.model, self.config = model, model.config
+        self.length = model.config.segment_length
+        self.start = model.init_memory(batch_size)
+        self.axes = batch_axes(model)
+
+    def __call__(self, state: Running, tokens, ids) -> tuple[Array, Running]:
+        """All rows at place 0: segment by segment. At places that all sub-blocks of m tokens share: by m tokens. Else
+        token by token."""
+        T, L = tokens.shape[1], self.length
+        if isinstance(state.place, np.ndarray):
+            return self.from_grid(state, tokens, ids)
+        at = self.model.insert_at
+        size = int(np.gcd.reduce([T, L] + ([at] if at and T % L else [])))
+        if size == 1 or T == 1:
+            return self.by_blocks(state, tokens, ids, 1)
+        fast = self.from_grid if size == L else lambda *args: self.by_blocks(*args, size)
+        on_grid = jnp.all(state.place % size == 0)
+        return jax.lax.cond(on_grid, fast, lambda *args: self.by_blocks(*args, 1), state, tokens, ids)
+
+    def from_grid(self, state: Running, tokens, ids) -> tuple[Array, Running]:
+        """Whole segments, then what is left of the row; all rows at place 0."""
+        whole = tokens.shape[1] // self.length * self.length
+        state = state._replace(backbone=None, place=jnp.zeros(len(tokens), jnp.int32))
+        hidden = []
+        if whole:
+            state, found = self.segments(state, tokens[:, :whole], ids[:, :whole])
+            hidden.append(found)
+        if whole < tokens.shape[1]:
+            state, found = self.segment(state, tokens[:, whole:], ids[:, whole:])
+            hidden.append(found)
+        else:
+            state = state._replace(backbone=self.start.backbone)
+        return jnp.concatenate(hidden, axis=1), state
+
+    def segments(self, state: Running, tokens, ids) -> tuple[Running, Array]:
+        """Scans whole segments; of every `unroll` of them only the memory before them is kept for the backward pass."""
+        B, T = tokens.shape
+        policy, unroll = REMAT[self.config.remat], self.config.unroll
+        xs = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(B, -1, self.length), 1, 0), (tokens, ids))
+
+        def step(state, x):
+            return self.segment(state, *x)
+
+        step = step if policy is None else jax.checkpoint(step, policy=policy, prevent_cse=False)
+
+        def scan(state, xs):
+            return jax.lax.scan(step, state, xs)
+
+        n = T // self.length
+        if unroll is None or unroll >= n:
+            state, hidden = scan(state, xs)
+        else:
+            scan = jax.checkpoint(scan, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+            groups, rest = n // unroll, n % unroll
+            head = jax.tree.map(lambda x: x[: n - rest].reshape(groups, unroll, *x.shape[1:]), xs)
+            state, hidden = jax.lax.scan(scan, state, head)
+            hidden = hidden.reshape(-1, *hidden.shape[2:])
+            if rest:
+                state, last = scan(state, jax.tree.map(lambda x: x[n - rest :], xs))
+                hidden = jnp.concatenate([hidden, last])
+        return state, jnp.moveaxis(hidden, 0, 1).reshape(B, T, -1)
+
+    def segment(self, state: Running, tokens, ids) -> tuple[Running, Array]:
+        """All rows from place 0: a whole segment in one pass of the backbone, or the beginning of one."""
+        model, at, n = self.model, self.model.insert_at, tokens.shape[1]
+        complete = n == self.length
+        state = self.enter(state, ids[:, 0], jnp.ones(len(tokens), bool))
+        owner = state.last_segment
+        memory, opening, counts = model.open(state.memory, state.recent, self.ahead(tokens, ids, owner))
+        state = state._replace(memory=memory)
+        embedded = model.backbone.embed(tokens)
+        pieces = [(opening, jnp.where(counts, owner[:, None], -1))]
+        first = at if at is not None and n > at else 0
+        if first:
+            state = self.take(state, tokens[:, :first], ids[:, :first])
+            memory, inserted = model.insert(state.memory, state.recent)
+            state = state._replace(memory=memory)
+            pieces += [(embedded[:, :first], ids[:, :first]), (inserted, self.of_last(state, inserted))]
+        state = self.take(state, tokens[:, first:], ids[:, first:])
+        pieces.append((embedded[:, first:], ids[:, first:]))
+        closing = model.close(state.memory) if complete else embedded[:, :0]
+        pieces.append((closing, self.of_last(state, closing)))
+        x, all_ids = (jnp.concatenate(parts, axis=1) for parts in zip(*pieces))
+        hidden, backbone, made = model.read(x, all_ids, None, memory, owner, closing.shape[1])
+        if complete:
+            state = self.leave(state, hidden[:, x.shape[1] - closing.shape[1] :], made)
+        else:
+            state = state._replace(backbone=backbone, place=state.place + n)
+        spans, end = [], opening.shape[1]
+        for size in (first, n - first):  # the inserted slots, if any, stand between
+            spans.append(hidden[:, end : end + size])
+            end += size + (pieces[2][0].shape[1] if first else 0)
+        return state, jnp.concatenate(spans, axis=1)
+
+    def by_blocks(self, state: Running, tokens, ids, size: int) -> tuple[Array, Running]:
+        """Blocks of `size` tokens, in none of which a segment ends anywhere but at its end."""
+        B, T = tokens.shape
+        if T == size:
+            state, hidden = self.block(state, tokens, ids)
+            return hidden, state
+        xs = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(B, -1, size), 1, 0), (tokens, ids))
+        state, hidden = jax.lax.scan(lambda state, x: self.block(state, *x), state, xs)
+        return jnp.moveaxis(hidden, 0, 1).reshape(B, T, -1), state
+
+    def block(self, state: Running, tokens, ids) -> tuple[Running, Array]:
+        """Some tokens of a segment, in rows at different places of theirs."""
+        model = self.model
+        state = self.enter(state, ids[:, 0], state.place == 0)
+        ahead = self.ahead(tokens, ids, state.last_segment)
+        state = self.where(state.place == 0, lambda state: self.begin(state, ahead), state)
+        if model.insert_at is not None:
+            state = self.where(state.place == model.insert_at, self.inserted, state)
+        x = model.backbone.embed(tokens)
+        hidden, backbone, _ = model.read(x, ids, state.backbone, state.memory, state.last_segment, 0)
+        state = state._replace(backbone=backbone, place=state.place + tokens.shape[1])
+        state = self.take(state, tokens, ids)
+        return self.where(state.place == self.length, self.finish, state), hidden
+
+    def begin(self, state: Running, ahead) -> Running:
+        """The opening, read from the backbone's empty state."""
+        memory, opening, counts = self.model.open(state.memory, state.recent, ahead)
+        backbone = self.start.backbone
+        if opening.shape[1]:
+            ids = jnp.where(counts, state.last_segment[:, None], -1)
+            _, backbone, _ = self.model.read(opening, ids, None, memory, state.last_segment, 0)
+        return state._replace(memory=memory, backbone=backbone)
+
+    def inserted(self, state: Running) -> Running:
+        memory, x = self.model.insert(state.memory, state.recent)
+        ids = self.of_last(state, x)
+        _, backbone, _ = self.model.read(x, ids, state.backbone, memory, state.last_segment, 0)
+        return state._replace(memory=memory, backbone=backbone)
+
+    def finish(self, state: Running) -> Running:
+        x = self.model.close(state.memory)
+        ids = self.of_last(state, x)
+        hidden, _, made = self.model.read(x, ids, state.backbone, state.memory, state.last_segment, x.shape[1])
+        return self.leave(state, hidden, made)
+
+    def enter(self, state: Running, first_id: Int[Array, " B"], at: Bool[Array, " B"]) -> Running:
+        """Rows `at` the start of a segment: a document that starts there has no memory; gradients are cut if due."""
+        last = state.last_segment
+        anew = at & (first_id >= 0) & (last >= 0) & (first_id != last)
+        memory, uncut = self.select(anew, self.start.memory, state.memory), state.uncut
+        if self.config.unroll is not None:
+            memory = self.select(at & (uncut == 0), jax.lax.stop_gradient(memory), memory)
+        return state._replace(
+            memory=memory,
+            recent=jnp.where(anew[:, None], -1, state.recent),
+            held=state.held & ~at,
+            last_segment=jnp.where(at, jnp.maximum(last, first_id), last),
+        )
+
+    def take(self, state: Running, tokens, ids) -> Running:
+        """What is remembered of tokens by themselves; where another document has begun, its memory is empty."""
+        last = last_segment_after(state.last_segment, ids)
+        changed = (state.last_segment >= 0) & (last != state.last_segment)
+        own = (ids == last[:, None]) & (ids >= 0)
+        recent = jnp.concatenate(
+            [jnp.where(changed[:, None], -1, state.recent), jnp.where(own, tokens, -1).astype(jnp.int32)], axis=1
+        )
+        return state._replace(
+            memory=self.select(changed, self.start.memory, state.memory),
+            recent=recent[:, tokens.shape[1] :],
+            held=(state.held & ~changed) | jnp.any(own, axis=1),
+            last_segment=last,
+        )
+
+    def leave(self, state: Running, hidden, made) -> Running:
+        """The end of a segment: its memory is written where it held a token of the row's last document."""
+        written = self.model.write(state.memory, hidden, made)
+        uncut = state.uncut if self.config.unroll is None else (state.uncut + 1) % self.config.unroll
+        return state._replace(
+            memory=self.select(state.held, written, state.memory), place=jnp.zeros_like(state.place), uncut=uncut
+        )
+
+    def ahead(self, tokens, ids, owner):
+        """The document's tokens, -1 for all others."""
+        return jnp.where((ids == owner[:, None]) & (ids >= 0), tokens, -1)
+
+    def of_last(self, state: Running, x):
+        """Segment ids of vectors that belong to the row's last document."""
+        return jnp.broadcast_to(state.last_segment[:, None], x.shape[:2])
+
+    def where(self, rows: Bool[Array, " B"], change, state: Running) -> Running:
+        """`change(state)` in some rows; not computed where there are none."""
+
+        def some(state):
+            new = change(state)
+            kept = new._replace(memory=None, backbone=None), state._replace(memory=None, backbone=None)
+            return _select(rows, *kept, None)._replace(
+                memory=self.select(rows, new.memory, state.memory),
+                backbone=_select(rows, new.backbone, state.backbone, self.axes.backbone),
+            )
+
+        return jax.lax.cond(jnp.any(rows), some, lambda state: state, state)
+
+    def select(self, rows: Bool[Array, " B"], when_true: Any, when_false: Any) -> Any:
+        """`jnp.where` over the rows of two memories."""
+        return _select(rows, when_true, when_false, self.axes.memory)
+
+
+def batch_axes(model: nnx.Module) -> Any:
+    """Of every leaf of a model's state the axis that is the batch, found from the shapes of two batch sizes."""
+    shapes = [jax.eval_shape(lambda n=n: model.init_memory(n)) for n in (2, 3)]
+    return jax.tree.map(lambda a, b: [m == n for m, n in zip(a.shape, b.shape)].index(False), *shapes)
+
+
+def _select(rows, when_true, when_false, axes):
+    """`jnp.where` over the rows of two trees, their batch axis 0 or as `axes` says, in the second one's dtypes."""
+    axes = jax.tree.map(lambda leaf: 0, when_false) if axes is None else axes
+
+    def pick(a, b, axis):
+        shape = [1] * jnp.ndim(b)
+        shape[axis] = len(rows)
+        return jnp.where(rows.reshape(shape), jnp.asarray(a, b.dtype), b)
+
+    return jax.tree.map(pick, when_true, when_false, axes)

@@ -1,0 +1,9 @@
+"""Retrieval from a modern Hopfield network (arXiv 2008.02217): xi <- X^T sep(beta sim(X, xi)), once or until it rests.
+
+Files: `api` validates and chooses; `separation` turns scores into weights; `similarity` makes the scores; `reference`
+iterates as the definition says and solves dense systems for implicit gradients; `xla` has the bounded loop and both
+backward passes; `tpu` keeps the patterns on chip; `energy` is what the updates descend; `cost` counts FLOPs and bytes.
+"""
+
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
+MISSING = {"pallas_gpu": "there is no kernel: one update is attention, and several run as XLA's products and loops"}

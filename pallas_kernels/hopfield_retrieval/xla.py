@@ -1,0 +1,172 @@
+"""Hopfield retrieval with matrix products, a bounded loop, and backward passes that keep states, never weights.
+
+All updates but the last go from state to state, f(xi) = X^T sep(beta sim(X, xi)); the last one reads the values.
+Until it rests, every state of every row and head has a count of its own: a state that rests is left alone while others
+move. Gradients through the updates keep the states `[steps, B, H, N, D]` and make the weights of a step again. The
+implicit gradient keeps the resting state alone: u = xi_bar + J^T u, with J the Jacobian of f there, is iterated as the
+state was, and pulled back through one update (the resting state does not depend on the one it began from).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from engrax.pallas_kernels.dots import accumulator, on_cpu
+from engrax.pallas_kernels.hopfield_retrieval.separation import separate
+from engrax.pallas_kernels.hopfield_retrieval.similarity import product, similarities
+from engrax.pallas_kernels.hopfield_retrieval.types import Form
+
+CACHED_SCORES = 2**18  # 1 MiB
+
+
+def hopfield_retrieval_xla(
+    form: Form,
+    state: Float[Array, "B H N D"],
+    stored: Float[Array, "B H M D"],
+    values: Float[Array, "B H M V"],
+    beta: Float[Array, " H"],
+    visible: Bool[Array, "B _ M"] | None,
+) -> Float[Array, "B H N V"]:
+    """Returns what every state retrieves, in the accumulator's dtype; `visible` has a middle axis of N or 1."""
+    on_a_cpu = form._replace(operands=on_cpu(form.operands), scores=CACHED_SCORES)
+    branches = {"cpu": partial(_by_blocks, on_a_cpu), "default": partial(_by_blocks, form)}
+    return lax.platform_dependent(state, stored, values, beta, visible, **branches)
+
+
+def _by_blocks(form, state, stored, values, beta, visible):
+    """All updates of some states, then all updates of the next: their scores stay in the cache from step to step."""
+    batch, heads, count, _ = state.shape
+    blocks = 1
+    if form.scores is not None and form.steps != 1:
+        blocks = -(-batch * heads * count * stored.shape[2] // form.scores)
+    size = -(-count // min(blocks, count))
+    blocks = -(-count // size)
+    if blocks == 1:
+        return _retrieve(form, state, stored, values, beta, visible)
+
+    def split(x, axis):  # the last block is filled up with copies of the last state, which take no further update
+        pad = [(0, blocks * size - count if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, pad, mode="edge")
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
+
+    def run(block):
+        state, shown = block
+        return _retrieve(form, state, stored, values, beta, visible if shown is None else shown)
+
+    per_state = visible is not None and visible.shape[1] > 1
+    out = lax.map(run, (split(state, 2), split(visible, 1) if per_state else None))
+    return jnp.moveaxis(out, 0, 2).reshape(batch, heads, blocks * size, -1)[:, :, :count]
+
+
+def _retrieve(form, state, stored, values, beta, visible):
+    visible = None if visible is None else visible[:, None]
+    dtype = accumulator(state.dtype)  # of states between updates, and of the sums of gradients over updates
+    state, stored = state.astype(dtype), stored.astype(dtype)
+    if form.steps is None:
+        rest = _unrolled if form.gradient == "unrolled" else _implicit
+        state = rest(form, state, stored, beta, visible)
+    else:
+        step = jax.checkpoint(lambda state, _: (_update(form, state, stored, beta, visible), None))
+        state = lax.scan(step, state, length=form.steps - 1)[0] if form.steps > 1 else state
+    return product("bhnm,bhmv->bhnv", _weights(form, state, stored, beta, visible), values, form.operands)
+
+
+def _weights(form, state, stored, beta, visible):
+    scores = beta[:, None, None] * similarities(form.similarity, state, stored, form.operands)
+    return separate(form.separation, form.alpha, scores, visible)
+
+
+def _update(form, state, stored, beta, visible):
+    weights = _weights(form, state, stored, beta, visible)
+    return product("bhnm,bhmd->bhnd", weights, stored, form.operands)
+
+
+def _length(x):
+    return jnp.sqrt(jnp.sum(x * x, axis=-1))
+
+
+def _iterate(step, start, nearest, max_steps, keep=False):
+    """Iterates every vector of the last axis until it moves by no more than `nearest`, `max_steps` times at most.
+
+    Returns (where they rest, how many steps each took, with `keep` what they were before each step).
+    """
+    past = jnp.zeros((max_steps, *start.shape), start.dtype) if keep else None
+
+    def moving(carry):
+        i, _, count, _ = carry
+        return (i < max_steps) & jnp.any(count == i)
+
+    def body(carry):
+        i, x, count, past = carry
+        new = step(x)
+        moves = count == i  # it took every step so far
+        goes_on = moves & ~(_length(new - x) <= nearest)
+        past = past.at[i].set(x) if keep else None
+        # Where a step is the last one, its count stays behind the loop's: that is i + 1 steps, added at the end.
+        return i + 1, jnp.where(moves[..., None], new, x), jnp.where(goes_on, i + 1, count), past
+
+    zero = jnp.zeros(start.shape[:-1], jnp.int32)
+    i, x, count, past = lax.while_loop(moving, body, (jnp.int32(0), start, zero, past))
+    return x, jnp.minimum(count + 1, i), past
+
+
+def _nearest(form, stored, visible):
+    length = _length(stored.astype(accumulator(stored.dtype)))[:, :, None]
+    return form.tolerance * jnp.max(length if visible is None else jnp.where(visible, length, 0), axis=-1)
+
+
+def _rest(form, state, stored, beta, visible, keep=False):
+    step = partial(_update, form, stored=stored, beta=beta, visible=visible)
+    return _iterate(step, state, _nearest(form, stored, visible), form.max_steps - 1, keep)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _unrolled(form, state, stored, beta, visible):
+    return _rest(form, state, stored, beta, visible)[0]
+
+
+def _unrolled_fwd(form, state, stored, beta, visible):
+    state, count, past = _rest(form, state, stored, beta, visible, keep=True)
+    return state, (past, count, stored, beta, visible)
+
+
+def _unrolled_bwd(form, saved, bar):
+    past, count, stored, beta, visible = saved
+
+    def body(carry):
+        i, bar, stored_bar, beta_bar = carry
+        took = (i < count)[..., None]
+        pull = jax.vjp(lambda *args: _update(form, *args, visible), past[i], stored, beta)[1]
+        before, of_stored, of_beta = pull(jnp.where(took, bar, 0))
+        return i - 1, jnp.where(took, before, bar), stored_bar + of_stored, beta_bar + of_beta
+
+    start = (jnp.max(count) - 1, bar, jnp.zeros_like(stored), jnp.zeros_like(beta))
+    _, bar, stored_bar, beta_bar = lax.while_loop(lambda carry: carry[0] >= 0, body, start)
+    return bar, stored_bar, beta_bar, None
+
+
+_unrolled.defvjp(_unrolled_fwd, _unrolled_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _implicit(form, state, stored, beta, visible):
+    return _rest(form, state, stored, beta, visible)[0]
+
+
+def _implicit_fwd(form, state, stored, beta, visible):
+    state = _rest(form, state, stored, beta, visible)[0]
+    return state, (state, stored, beta, visible)
+
+
+def _implicit_bwd(form, saved, bar):
+    state, stored, beta, visible = saved
+    by_state = jax.vjp(lambda state: _update(form, state, stored, beta, visible), state)[1]
+    u, _, _ = _iterate(lambda u: bar + by_state(u)[0], bar, form.tolerance * _length(bar), form.max_steps)
+    by_rest = jax.vjp(lambda stored, beta: _update(form, state, stored, beta, visible), stored, beta)[1]
+    return jnp.zeros_like(state), *by_rest(u), None
+
+
+_implicit.defvjp(_implicit_fwd, _implicit_bwd)

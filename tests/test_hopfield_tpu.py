@@ -1,0 +1,123 @@
+"""The TPU kernel of Hopfield retrieval without a TPU: interpreted against float64 and the XLA form, lowered by name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engrax.pallas_kernels import hopfield_retrieval
+from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, interpreted_kernels
+from engrax.tests.op_problems import relative_rms
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__[:3] < KERNELS_NEED_JAX, reason="kernels need jax >= " + ".".join(map(str, KERNELS_NEED_JAX))
+)
+SLACK = 1.5  # a kernel's error may be that many times the XLA form's
+
+
+@pytest.fixture(params=[False], ids=[""])
+def interpreted(request, capfd):
+    """Interprets kernels, with race detection where the test asks for it."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    params = pltpu.InterpretParams(detect_races=request.param, out_of_bounds_reads="raise", uninitialized_memory="nan")
+    with interpreted_kernels(), pltpu.force_tpu_interpret_mode(params):
+        yield
+    pltpu.reset_tpu_interpret_mode_state()
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def make_problem(states, patterns, width, value, masked):
+    """Returns (state, stored, values), float32, and a mask; the second row sees nothing."""
+    rng = np.random.default_rng(0)
+    shapes = (2, states, 2, width), (2, patterns, 2, width), (2, patterns, 2, value)
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    mask = rng.random((2, patterns)) < 0.7
+    mask[0, 0], mask[1] = True, False
+    return arrays, jnp.asarray(mask) if masked else None
+
+
+def with_gradients(arrays, mask, implementation, steps=3):
+    @jax.jit
+    def run(*arrays):
+        def call(*arrays, beta):
+            return hopfield_retrieval(*arrays, beta=beta, steps=steps, mask=mask, implementation=implementation)
+
+        beta = jnp.asarray([0.2, 0.6], jnp.promote_types(arrays[0].dtype, jnp.float32))
+        out, pull = jax.vjp(lambda beta, *arrays: call(*arrays, beta=beta), beta, *arrays)
+        return out, pull(jnp.asarray(np.random.default_rng(1).normal(size=out.shape), out.dtype))
+
+    return run(*arrays)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "states, patterns, width, value, masked, dtype",
+    [
+        (20, 40, 16, 24, True, jnp.float32),
+        slow(20, 40, 16, 24, True, jnp.bfloat16),
+        slow(300, 130, 8, 8, False, jnp.float32),  # two blocks of states, the last one not full
+        slow(1, 1, 1, 1, False, jnp.float32),
+        slow(33, 128, 64, 64, True, jnp.bfloat16),
+    ],
+)
+def test_as_accurate_as_the_xla_form(states, patterns, width, value, masked, dtype, interpreted):
+    arrays, mask = make_problem(states, patterns, width, value, masked)
+    arrays = [x.astype(dtype) for x in arrays]
+    with jax.enable_x64(True):
+        truth = with_gradients([x.astype(jnp.float64) for x in arrays], mask, "reference")
+        truth = jax.tree.map(np.asarray, truth)
+    kernel, xla = (with_gradients(arrays, mask, name) for name in ("pallas_tpu", "xla"))
+    floor = 1e-6 if dtype == jnp.float32 else 1e-3
+    for own, other in zip(*(jax.tree.leaves(relative_rms(x, truth)) for x in (kernel, xla))):
+        assert own <= max(SLACK * other, floor), (own, other)
+    assert [x.dtype for x in jax.tree.leaves(kernel)] == [x.dtype for x in jax.tree.leaves(xla)]
+    if masked:
+        assert np.all(np.asarray(kernel[0])[1] == 0)
+
+
+@pytest.mark.parametrize("interpreted", [True], ids=["races"], indirect=True)
+def test_no_races(interpreted):
+    arrays, mask = make_problem(40, 30, 8, 8, True)
+    out = hopfield_retrieval(*arrays, beta=0.5, steps=2, mask=mask, implementation="pallas_tpu")
+    np.testing.assert_allclose(out, hopfield_retrieval(*arrays, beta=0.5, steps=2, mask=mask), atol=1e-5)
+
+
+def test_lowered_by_its_name():
+    from jax.sharding import AbstractDevice, AbstractMesh
+
+    arrays, mask = make_problem(40, 130, 64, 64, True)
+    device = AbstractDevice(device_kind="TPU v5e", num_cores=1, platform="tpu")
+    for steps, found in ((3, True), (1, False)):  # one update is attention
+        run = jax.jit(lambda *a, steps=steps: hopfield_retrieval(*a, beta=0.5, steps=steps, mask=mask))
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+            text = run.trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+        assert ("hopfield_retrieval_forward" in text) == found
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(steps=1), "2 to 8"),
+        (dict(steps=9), "2 to 8"),
+        (dict(steps=None), "a fixed number of updates"),
+        (dict(separation="sparsemax"), "not sparsemax of dot"),
+        (dict(mask=jnp.ones((2, 4, 5), bool)), r"takes masks \[B, M\]"),
+    ],
+)
+def test_what_it_does_not_serve(change, message):
+    arrays, _ = make_problem(4, 5, 3, 3, False)
+    with interpreted_kernels(), pytest.raises(NotImplementedError, match=message):
+        hopfield_retrieval(*arrays, **(dict(beta=1.0, steps=2) | change), implementation="pallas_tpu")
+
+
+def test_patterns_that_do_not_fit():
+    shape = jax.ShapeDtypeStruct((1, 200_000, 1, 128), jnp.float32)
+    state = jax.ShapeDtypeStruct((1, 8, 1, 128), jnp.float32)
+    with interpreted_kernels(), pytest.raises(NotImplementedError, match="MiB of VMEM for these patterns"):
+        jax.eval_shape(
+            lambda s, x: hopfield_retrieval(s, x, beta=1.0, steps=2, implementation="pallas_tpu"), state, shape
+        )

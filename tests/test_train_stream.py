@@ -1,0 +1,134 @@
+"""Documents longer than a row: streamed rows, the memory carried from batch to batch, and training in two stages."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from engrax.data import TextFolder
+from engrax.errors import UserError
+from engrax.layers import AttentionConfig
+from engrax.models import HMTConfig, LanguageModelConfig
+from engrax.tests.experiments import tiny
+from engrax.train import CheckpointConfig, OptimizerConfig
+from engrax.train.checkpoint import Checkpoints
+from engrax.train.loop import train
+from engrax.train.trainer import Trainer
+
+ROWS, SEQ = 4, 24
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for n, length in enumerate((70, 5, 31, 24, 160, 48, 9)):
+        (folder / f"{n}.txt").write_bytes(bytes(rng.integers(97, 123, length).astype(np.uint8)))
+    return TextFolder(path=str(folder), seq_len=SEQ, validation_fraction=0.03)
+
+
+def rows_of(batches, name):
+    return np.concatenate([batch[name] for batch in batches], axis=1)
+
+
+@pytest.mark.parametrize("align", [1, 8])
+def test_rows_go_on_from_batch_to_batch(text, align):
+    loader = text.loader("train", batch_size=ROWS, stream=True, align=align)
+    batches = [next(loader) for _ in range(12)]
+    tokens, targets, ids = (rows_of(batches, name) for name in ("tokens", "targets", "segment_ids"))
+    known = {bytes(document) for document in text.documents("train")}
+    whole = 0
+    for row in range(ROWS):
+        for n in range(ids[row].max()):  # the last one may be cut
+            where = np.flatnonzero(ids[row] == n)
+            assert where[0] % align == 0 and np.all(np.diff(where) == 1)
+            assert bytes(tokens[row, where].astype(np.uint8)) in known
+            np.testing.assert_array_equal(targets[row, where], [*tokens[row, where[1:]], -1])
+            whole += 1
+    assert whole > len(known)
+
+
+def test_a_stream_continues_from_its_position_and_is_shared_by_processes(text):
+    loader = text.loader("train", batch_size=ROWS, stream=True)
+    for _ in range(3):
+        next(loader)
+    position = loader.get_state()
+    wanted = next(loader)
+    parts = []
+    for process in range(2):
+        share = text.loader("train", batch_size=ROWS, stream=True, process_index=process, process_count=2)
+        share.set_state(position)
+        parts.append(next(share))
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
+    with pytest.raises(UserError, match="batch size"):
+        text.loader("train", batch_size=2, stream=True).set_state(position)
+
+
+def experiment(text, **fields):
+    backbone = LanguageModelConfig(
+        vocab_size=256, dim=8, mixers=(AttentionConfig(heads=2, head_dim=4),), repeat=1, mlp_hidden=8
+    )
+    model = HMTConfig(
+        backbone=backbone, segment_length=8, summary_tokens=4, sensory_tokens=0, cache_size=4, recall_width=4
+    )
+    fields = dict(model=model, data=text, steps=4, batch_size=ROWS, align=8, carry_memory=True) | fields
+    return tiny(**fields)
+
+
+def state_of(run_dir, settings, step):
+    checkpoints = Checkpoints(run_dir)
+    state, _ = checkpoints.restore(Trainer(settings).abstract_state(), step)
+    checkpoints.close()
+    return jax.device_get(state)
+
+
+def test_the_memory_goes_from_batch_to_batch_and_with_the_checkpoint(text, tmp_path):
+    settings = experiment(text)
+    trainer = Trainer(settings)
+    data, state = trainer.loader("train"), trainer.init_state()
+    graphdef, memory = trainer.graphdef, None
+    for _ in range(2):  # by hand: the loss of every batch, given the memory after the one before
+        batch, params = next(data), jax.tree.map(jnp.array, state["params"])  # the step donates its state
+        model = nnx.merge(graphdef, params)
+        hidden, memory = model(jnp.asarray(batch["tokens"]), memory, segment_ids=jnp.asarray(batch["segment_ids"]))
+        losses = -np.take_along_axis(
+            np.asarray(jax.nn.log_softmax(model.logits(hidden))), np.maximum(batch["targets"], 0)[..., None], -1
+        )[..., 0]
+        wanted = losses[batch["targets"] >= 0].mean()
+        state, values = trainer.train_step(state, trainer.put(batch))
+        np.testing.assert_allclose(values["loss"], wanted, rtol=1e-5)
+    assert int(state["memory"].memory.count.max()) > 3, "more segments than one batch holds"
+
+    settings = dataclasses.replace(settings, checkpoint=CheckpointConfig(every=2))
+    train(settings, tmp_path / "run", progress=False)
+    saved = state_of(tmp_path / "run", settings, 4)
+    assert np.any(saved["memory"].memory.cache != 0)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")  # as if it had been stopped at step 2
+    train(settings, tmp_path / "run", progress=False)
+    again = state_of(tmp_path / "run", settings, 4)
+    for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(again)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_second_stage_begins_with_the_first_ones_parameters(text, tmp_path):
+    second = experiment(text, steps=1, optimizer=OptimizerConfig(learning_rate=0.0))
+    first = dataclasses.replace(second, steps=2, model=dataclasses.replace(second.model, recall="last"))
+    first = dataclasses.replace(first, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1))
+    train(first, tmp_path / "first", progress=False)
+    train(dataclasses.replace(second, start_from=str(tmp_path / "first")), tmp_path / "second", progress=False)
+    wanted = state_of(tmp_path / "first", first, 2)["params"]
+    found = state_of(tmp_path / "second", second, 1)["params"]
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found)):
+        np.testing.assert_array_equal(a, b)  # a learning rate of 0 moves nothing
+
+
+@pytest.mark.parametrize("optimizer", [OptimizerConfig(accumulate=2)])
+def test_what_a_carried_memory_does_not_do_is_said(text, optimizer):
+    with pytest.raises(UserError, match="carry_memory needs"):
+        experiment(text, optimizer=optimizer)
