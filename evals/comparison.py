@@ -1,8 +1,9 @@
 """Comparing experiments fairly: the same data, steps and learning-rate grid for all, several seeds at the best rate.
 
-Every experiment is trained at every learning rate of the grid with seed 0; the rate with the best validation score is
-trained again with the other seeds. Runs live in one folder each, so that an interrupted comparison goes on where it
-stopped. What the rows say, `engrax.evals.verdicts` decides.
+Every experiment is trained at every learning rate of the grid with seed 0; at the rate with the best validation score
+it is trained anew with seeds 1, 2, ..., which alone are judged: the run that was chosen for its luck is not. Runs live
+in one folder each, so that an interrupted comparison goes on where it stopped. What the rows say,
+`engrax.evals.verdicts` decides.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ class Comparison:
 
     experiments: dict[str, configs.Experiment]  # by their names in the table; the first is what the others are held to
     learning_rates: tuple[float, ...]  # the grid, three or more
-    seeds: int = 3  # at the best learning rate
+    seeds: int = 3  # at the best learning rate, beside that of the grid
     claims: tuple[Claim, ...] = ()
 
     def __post_init__(self):
@@ -57,6 +58,9 @@ class Comparison:
             for field in ("data", "steps", "batch_size"):
                 if getattr(self.experiments[name], field) != getattr(self.experiments[first], field):
                     raise UserError(f"{name!r} and {first!r} differ in {field}: they cannot be compared.")
+        folders = [folder_of(name) for name in self.experiments]
+        if len(set(folders)) < len(folders):
+            raise UserError(f"the experiments' names {', '.join(self.experiments)} do not differ enough for folders.")
         for claim in self.claims:
             for name in (claim.better, claim.worse):
                 if name not in self.experiments:
@@ -82,7 +86,7 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """sums / counts over all rows; infinite bits, and accuracy 0, where the training diverged."""
+        """sums / counts over all rows; nan where the training diverged."""
         return float("nan") if self.sums is None else float(self.sums.sum() / self.counts.sum())
 
 
@@ -93,7 +97,7 @@ class Row:
     name: str
     learning_rate: float  # the best
     grid: dict[float, float]  # learning rate -> score with seed 0, nan where it diverged
-    scores: tuple[Score, ...]  # one a seed, at the best learning rate
+    scores: tuple[Score, ...]  # one a judged seed, at the best learning rate
     costs: dict[str, Any]
 
 
@@ -108,7 +112,7 @@ def run(comparison: Comparison, folder: epath.PathLike, *, progress: bool = True
     Raises UserError where every learning rate of an experiment diverged, or a run of the folder is another experiment.
     """
     folder = runs.folder(folder)
-    trials = len(comparison.experiments) * (len(comparison.learning_rates) + comparison.seeds - 1)
+    trials = len(comparison.experiments) * (len(comparison.learning_rates) + comparison.seeds)
     tell = _progress(trials) if progress else lambda trial, score: None
     sign = 1 if kind(comparison) == "task" else -1
     rows = []
@@ -120,8 +124,8 @@ def run(comparison: Comparison, folder: epath.PathLike, *, progress: bool = True
         if not sound:
             raise UserError(f"{name!r} diverged at every learning rate of the grid; give lower ones.")
         best = max(sound, key=lambda t: sign * scored[t].mean)
-        others = [best._replace(seed=seed) for seed in range(1, comparison.seeds)]
-        scores = (scored[best], *(_score(comparison, t, folder, tell) for t in others))
+        seeds = range(1, comparison.seeds + 1)
+        scores = tuple(_score(comparison, best._replace(seed=seed), folder, tell) for seed in seeds)
         grid = {t.learning_rate: score.mean for t, score in scored.items()}
         rows.append(Row(name, best.learning_rate, grid, scores, cost.costs(experiment)))
     return rows
@@ -131,9 +135,14 @@ def _grid(name: str, learning_rates: tuple[float, ...]) -> Iterator[Trial]:
     return (Trial(name, rate, 0) for rate in learning_rates)
 
 
+def folder_of(name: str) -> str:
+    """The folder of an experiment's runs."""
+    return name.replace(" ", "_")
+
+
 def _score(comparison: Comparison, trial: Trial, folder: epath.Path, tell: Callable) -> Score:
     """The trial's score: read where it was written, else trained for."""
-    directory = folder / trial.name.replace(" ", "_") / f"lr_{trial.learning_rate:g}_seed_{trial.seed}"
+    directory = folder / folder_of(trial.name) / f"lr_{trial.learning_rate:g}_seed_{trial.seed}"
     experiment = comparison.experiments[trial.name]
     optimizer = dataclasses.replace(experiment.optimizer, learning_rate=trial.learning_rate)
     experiment = dataclasses.replace(experiment, seed=trial.seed, optimizer=optimizer)
@@ -167,7 +176,7 @@ def _measure(directory: epath.Path) -> Score:
     scores = scoring.Scorer(experiment, model).score(rows)
     what = evaluation.kind_of(experiment)
     values = scores.right if what == "task" else scores.nats / np.log(2)
-    if not np.isfinite(values).all():
+    if not np.isfinite(scores.nats).all():
         raise Diverged(f"the loss of step {step} of {directory} is not a number on the validation rows.")
     labelled = np.where(rows.labelled, values, 0).astype(float)
     learnt = [r["step"] for r in metrics.read(directory) if r.get("validation_accuracy", 0.0) >= LEARNT]

@@ -46,7 +46,7 @@ def compare(comparison: Comparison, folder: epath.PathLike, *, command: str = ""
 
 
 def _grid(row: Row) -> dict[str, Any]:
-    """Scores by learning rate with seed 0, and by seed at the best one; None where a training diverged."""
+    """Scores by learning rate with seed 0, and by judged seed at the best one; None where a training diverged."""
     plain = lambda value: None if value != value else value  # noqa: E731
     return {
         "learning_rates": {f"{rate:g}": plain(value) for rate, value in row.grid.items()},
@@ -71,7 +71,7 @@ def _head(comparison: Comparison, command: str) -> dict[str, Any]:
         "batch_size": experiment.batch_size,
         "seq_len": experiment.data.seq_len,
         "learning_rates": list(comparison.learning_rates),
-        "seeds": list(range(comparison.seeds)),
+        "seeds": list(range(1, comparison.seeds + 1)),
     }
 
 
@@ -121,8 +121,8 @@ def _notes(head: dict[str, Any], lines: list[verdicts.Line]) -> str:
     grid = ", ".join(f"{rate:g}" for rate in head["learning_rates"])
     notes = [
         f"{head['date']}, {head['device']}, jax {head['versions'].get('jax')}; {head['steps']} steps of "
-        f"{head['batch_size']} x {head['seq_len']} tokens; learning rates {grid} with seed 0, the best with seeds "
-        f"{head['seeds'][0]} to {head['seeds'][-1]}; 95 % intervals by bootstrap over seeds and validation rows.",
+        f"{head['batch_size']} x {head['seq_len']} tokens; learning rates {grid} with seed 0, judged at the best "
+        f"with seeds {head['seeds'][0]} to {head['seeds'][-1]}; 95 % intervals by bootstrap over seeds and rows.",
     ]
     if any(line.at_edge for line in lines):
         notes.append("`*`: the best learning rate ends the grid.")

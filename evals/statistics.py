@@ -29,6 +29,17 @@ def mean(sums: Shaped[np.ndarray, "N T"], counts: Shaped[np.ndarray, "N T"]) -> 
     return _ratio(row_sums, row_counts)
 
 
+def mean_of_few(values: Float[np.ndarray, " N"]) -> Estimate:
+    """The mean of a few independent numbers, with Student's interval."""
+    from scipy.stats import t
+
+    n, value = len(values), float(np.mean(values))
+    if n < 2:
+        return Estimate(value, None, None)
+    half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
+    return Estimate(value, value - half, value + half)
+
+
 def _ratio(row_sums: Float[np.ndarray, " N"], row_counts: Float[np.ndarray, " N"]) -> Estimate:
     used = row_counts > 0
     row_sums, row_counts, rows = row_sums[used], row_counts[used], int(used.sum())

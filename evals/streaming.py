@@ -121,10 +121,10 @@ def quarters(bits: Float[np.ndarray, "N L"], size: Float[np.ndarray, "N L"]) -> 
     """The loss of each quarter of the documents, and the drift: each document's fourth quarter minus its second."""
     sums, counts = (x.reshape(len(x), 4, -1).sum(axis=2) for x in (bits, size))
     by_document = sums / counts
-    drift = (by_document[:, 3] - by_document[:, 1])[:, None]
+    drift = by_document[:, 3] - by_document[:, 1]
     return {
         "quarters": [stats.mean(sums[:, i : i + 1], counts[:, i : i + 1]).to_dict() for i in range(4)],
-        "drift": stats.mean(drift, np.ones_like(drift)).to_dict(),
+        "drift": stats.mean_of_few(drift).to_dict(),
     }
 
 

@@ -67,7 +67,10 @@ class EnergyTransformer(nnx.Module):
     def descend(
         self, x_BND: Float[Array, "B N D"], *, mask: Bool[Array, "B N"] | None = None
     ) -> tuple[Float[Array, "B N D"], Float[Array, "steps B"]]:
-        """Returns the tokens after the descent, and the energy of every row before each step."""
+        """Returns the tokens after the descent, and the energy of every row before each step.
+
+        Between steps tokens are float32 or wider: in fewer bits a small step would be lost.
+        """
 
         @jax.checkpoint
         def step(x, _):
@@ -75,11 +78,14 @@ class EnergyTransformer(nnx.Module):
             (slope,) = pull(jnp.ones_like(energy))
             return x - self.config.step_size * slope.astype(x.dtype), energy
 
-        return jax.lax.scan(step, x_BND, length=self.config.steps)
+        start = _shown(x_BND.astype(jnp.promote_types(x_BND.dtype, jnp.float32)), mask)
+        x, energies = jax.lax.scan(step, start, length=self.config.steps)
+        x = x.astype(x_BND.dtype)
+        return (x if mask is None else jnp.where(mask[..., None], x, x_BND)), energies
 
     def energy(self, x_BND: Float[Array, "B N D"], *, mask: Bool[Array, "B N"] | None = None) -> Float[Array, " B"]:
         """The energy of every row of tokens, up to a constant of the number of tokens."""
-        return self.energy_of(self.normalised(x_BND), mask)
+        return self.energy_of(self.normalised(_shown(x_BND, mask)), mask)
 
     def normalised(self, x_BND: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         """g, in float32 or wider."""
@@ -89,7 +95,7 @@ class EnergyTransformer(nnx.Module):
 
     def energy_of(self, g_BND: Float[Array, "B N D"], mask: Bool[Array, "B N"] | None = None) -> Float[Array, " B"]:
         """The energy as a function of g."""
-        c = self.config
+        c, g_BND = self.config, _shown(g_BND, mask)
         shown = jnp.ones(g_BND.shape[:2], bool) if mask is None else mask
         q, k = (p(g_BND).reshape(*g_BND.shape[:2], c.heads, c.head_dim) for p in (self.q, self.k))
         sees = jnp.broadcast_to(shown[:, None], (*shown.shape, shown.shape[1]))
@@ -100,3 +106,8 @@ class EnergyTransformer(nnx.Module):
         attention = hopfield_energy(q, k, beta=beta, mask=sees) - 0.5 * jnp.sum(q * q, axis=-1)
         memory = -0.5 * jnp.sum(jax.nn.relu(self.memory(g_BND)) ** 2, axis=-1)
         return jnp.sum(jnp.where(shown, jnp.sum(attention, axis=-1) + memory, 0), axis=-1)
+
+
+def _shown(x_BND, mask):
+    """Zeros in the place of what is masked: it may hold anything, and a gradient of 0 times that must be 0."""
+    return x_BND if mask is None else jnp.where(mask[..., None], x_BND, 0)

@@ -9,7 +9,7 @@ are made of it.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from engrax.errors import UserError
 from engrax.layers.mixer import MixerConfig
 from engrax.layers.modules import NORMS, projection
 from engrax.pallas_kernels import hopfield_energy, hopfield_retrieval
+from engrax.registry import did_you_mean
 
 Norm = Literal["none", "rms", "layer"]
 
@@ -59,18 +60,18 @@ class HopfieldSettings(MixerConfig):
     implementation: str | None = None  # of the operation: reference | xla | ...; None = chosen by platform
 
     def __post_init__(self):
-        for name in (
-            "heads",
-            "head_dim",
-            "max_steps",
-            *(name for name in ("value_dim", "steps") if getattr(self, name)),
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        for field in dataclasses.fields(self):
+            value, known = getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal and value not in known:
+                near = did_you_mean(str(value), known)
+                raise UserError(f"unknown {field.name} {value!r}{near} (known: {', '.join(known)}).")
         if self.steps == 0:
             raise UserError(
                 "steps=0 retrieves nothing; choose 1 for one update, None to iterate until the state rests."
             )
+        for name in ("heads", "head_dim", "value_dim", "steps", "max_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.gradient == "implicit" and self.steps is not None:
             raise UserError(f"gradient='implicit' needs steps=None, not steps={self.steps}.")
         if isinstance(self.beta, tuple) and len(self.beta) != self.heads:
@@ -162,7 +163,9 @@ class Hopfield(nnx.Module):
         to_out = (c.value_width, out_dim or dim, ("heads", "embed"))
         self.out = projection(*to_out, rngs=rngs, scale=scale, bias=bias) if c.project_output else None
         if c.trainable_beta:
-            self.beta_raw = nnx.Param(jnp.log(jnp.expm1(jnp.asarray(c.betas))), axes=("heads",))
+            beta = np.asarray(c.betas, np.float64)
+            inverse = beta + np.log(-np.expm1(-beta))  # of softplus, without the exponential of a large beta
+            self.beta_raw = nnx.Param(jnp.asarray(inverse), axes=("heads",))
         if c.bias_pattern:
             draw = [jax.random.normal(rngs.params(), (c.heads, n // c.heads)) for n in (c.width, c.value_width)]
             self.bias_key, self.bias_value = (nnx.Param(x * x.shape[-1] ** -0.5, axes=("heads", "kv")) for x in draw)
@@ -185,20 +188,24 @@ class Hopfield(nnx.Module):
         mask: Bool[Array, "B M"] | Bool[Array, "B N M"] | None = None,
     ) -> Float[Array, "B N O"]:
         """Retrieves. stored: the states themselves by default; values: what they are made of, the stored patterns by
-        default. mask: True = visible; a state that sees nothing retrieves 0 before the output projection."""
-        q, k, v = self.spaces(state_BNS, stored_BMD, values_BME)
+        default. mask: True = visible; what no state sees may hold anything, and a state that sees nothing retrieves 0
+        before the output projection."""
+        q, k, v = self.spaces(state_BNS, stored_BMD, values_BME, mask)
         return self.read(self.retrieve(q, k, v, mask))
 
     def weights(self, state_BNS, stored_BMD=None, *, mask=None) -> Float[Array, "B N H M"]:
         """The weights of the last update, over the stored patterns and then the bias and zero patterns."""
-        q, k, v = self.spaces(state_BNS, stored_BMD, None)
-        k, v, mask = self.with_extra_patterns(k, v, mask)
+        return self.weights_of(*self.spaces(state_BNS, stored_BMD, None, mask), mask)
+
+    def weights_of(self, q_BNHK, k_BMHK, v_BMHV, mask=None) -> Float[Array, "B N H M"]:
+        """The same of states, patterns and values in association space."""
+        k, _, mask = self.with_extra_patterns(k_BMHK, v_BMHV, mask)
         identity = jnp.broadcast_to(jnp.eye(k.shape[1], dtype=k.dtype)[None, :, None], (*k.shape[:3], k.shape[1]))
-        return hopfield_retrieval(q, k, identity, beta=self.betas(), mask=mask, **self.settings.retrieval)
+        return hopfield_retrieval(q_BNHK, k, identity, beta=self.betas(), mask=mask, **self.settings.retrieval)
 
     def energy(self, state_BNS, stored_BMD=None, *, mask=None) -> Float[Array, "B N H"]:
         """The energy of the states before the first update (`hopfield_energy`)."""
-        q, k, v = self.spaces(state_BNS, stored_BMD, None)
+        q, k, v = self.spaces(state_BNS, stored_BMD, None, mask)
         return self.energy_of(q, *self.with_extra_patterns(k, v, mask)[::2])
 
     def energy_of(self, q_BNHK, k_BMHK, mask) -> Float[Array, "B N H"]:
@@ -207,11 +214,16 @@ class Hopfield(nnx.Module):
         options = dict(separation=c.separation, alpha=c.alpha, similarity=c.similarity)
         return hopfield_energy(q_BNHK, k_BMHK, beta=self.betas(), mask=mask, **options)
 
-    def spaces(self, state_BNS, stored_BMD, values_BME):
+    def spaces(self, state_BNS, stored_BMD, values_BME, mask=None):
         """Returns states [B, N, H, K], patterns [B, M, H, K] and values [B, M, H, V] in association space."""
         stored = state_BNS if stored_BMD is None else stored_BMD
+        return self.states(state_BNS), *self.memory(stored, values_BME, mask)
+
+    def memory(self, stored_BMD, values_BME=None, mask=None):
+        """Returns patterns [B, M, H, K] and values [B, M, H, V], made of zeros where `mask` shows them to no state."""
+        stored = blanked(stored_BMD, mask)
         k = self.patterns(stored)
-        return self.states(state_BNS), k, self.contents(stored if values_BME is None else values_BME, k)
+        return k, self.contents(stored if values_BME is None else blanked(values_BME, mask), k)
 
     def states(self, x_BNS: Float[Array, "B N S"]) -> Float[Array, "B N H K"]:
         """States in association space."""
@@ -262,6 +274,17 @@ class Hopfield(nnx.Module):
 
     def _heads(self, x):
         return x.reshape(*x.shape[:-1], self.settings.heads, -1)
+
+
+def blanked(x_BMD: Float[Array, "B M D"], mask: Bool[Array, "B M"] | Bool[Array, "B N M"] | None):
+    """Zeros in the place of what no state sees: parameters would get 0 times what it holds as a gradient, NaN for NaN.
+
+    A mask of another size is left to the operation, which names it.
+    """
+    if mask is None:
+        return x_BMD
+    seen = jnp.any(mask, axis=1) if mask.ndim == 3 else mask
+    return x_BMD if seen.shape != x_BMD.shape[:2] else jnp.where(seen[..., None], x_BMD, 0)
 
 
 def _norm(kind: str, width: int, rngs: nnx.Rngs):

@@ -85,11 +85,10 @@ class HopfieldLayer(nnx.Module):
         """Looks up every vector by itself."""
         a, c = self.association, self.config
         q = a.states(x_BND)
-        k = a.normed(self.stored[...][None].astype(q.dtype))
-        v = self.targets[...][None].astype(q.dtype) if c.targets == "learned" else k
-        # One row of all tokens: the patterns are the same for all rows, and need not be there once for each.
-        y = a.retrieve(q.reshape(1, -1, *q.shape[2:]), k, v)
-        return a.read(y.reshape(*q.shape[:3], -1))
+        k = a.normed(self.stored[...].astype(q.dtype))
+        v = self.targets[...].astype(q.dtype) if c.targets == "learned" else k
+        # The patterns once for each row: rows that were merged into one could not be split over a mesh.
+        return a.read(a.retrieve(q, *(jnp.broadcast_to(x, (len(q), *x.shape)) for x in (k, v))))
 
 
 class LookupMixer(HopfieldLayer):

@@ -16,7 +16,6 @@ from engrax.errors import UserError
 from engrax.layers.attention import Attention, AttentionState
 from engrax.layers.hopfield import Hopfield, HopfieldSettings, Norm
 from engrax.layers.mixer import MIXERS
-from engrax.pallas_kernels import hopfield_retrieval
 
 
 @MIXERS.register("hopfield")
@@ -34,6 +33,8 @@ class HopfieldConfig(HopfieldSettings):
         super().__post_init__()
         if self.window is not None and self.window < 1:
             raise UserError(f"window={self.window} must be at least 1 token (None sees everything).")
+        if self.capacity < 1:
+            raise UserError(f"capacity={self.capacity} must be at least 1 token.")
 
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> "CausalHopfield":
         return CausalHopfield(self, dim, rngs=rngs, num_layers=num_layers)
@@ -101,14 +102,13 @@ class CausalHopfield(Attention):
         patterns that hold 90 % of the last weights, means over tokens; the inverse temperatures."""
         a, c = self.association, self.config
         q, k, v, visible, ids, _ = self._see(x_BTD, state, segment_ids)
-        k, v, visible = a.with_extra_patterns(k, v, visible)
-        identity = jnp.broadcast_to(jnp.eye(k.shape[1], dtype=k.dtype)[None, :, None], (*k.shape[:3], k.shape[1]))
-        weights = hopfield_retrieval(q, k, identity, beta=a.betas(), mask=visible, **c.retrieval)
+        weights = a.weights_of(q, k, v, visible)
         real = jnp.broadcast_to((ids >= 0)[..., None], weights.shape[:3])
         falling = -jnp.sort(-weights, axis=-1)
         held = 1 + jnp.sum(jnp.cumsum(falling, axis=-1) < 0.9, axis=-1)
         found = {"patterns_of_90_percent": jnp.mean(held, where=real), "beta": a.betas()}
         if c.similarity in ("dot", "l2"):
+            k, _, visible = a.with_extra_patterns(k, v, visible)
             found["hopfield_energy"] = jnp.mean(a.energy_of(q, k, visible), where=real)
         return found
 
@@ -134,6 +134,6 @@ class CausalHopfield(Attention):
         return q, keys.astype(q.dtype), values.astype(q.dtype), visible, segment_ids, state
 
     def _dtype(self):
-        """Of the parameters, float32 where there are none."""
+        """Of the parameters; where there are none the widest that JAX is set to: tokens of any dtype fit in."""
         leaves = jax.tree.leaves(nnx.state(self.association, nnx.Param))
-        return leaves[0].dtype if leaves else jnp.float32
+        return leaves[0].dtype if leaves else jnp.result_type(float)

@@ -52,21 +52,19 @@ class HopfieldPooling(nnx.Module):
         *,
         mask: Bool[Array, "B M"] | None = None,
     ) -> Float[Array, "B Q O"]:
-        """Pools; mask: True = an element of the set. Of an empty set, 0 before the output projection."""
-        q, k, v = self._spaces(stored_BMD, values_BME)
+        """Pools; mask: True = an element of the set, the others may hold anything. Of an empty set, 0 before the
+        output projection."""
+        q, k, v = self._spaces(stored_BMD, values_BME, mask)
         return self.association.read(self.association.retrieve(q, k, v, mask))
 
     def weights(self, stored_BMD, *, mask=None) -> Float[Array, "B Q H M"]:
         """The weights of the last update, over the set and then the bias and zero patterns."""
-        q, k, v = self._spaces(stored_BMD, None)
-        identity = jnp.broadcast_to(jnp.eye(k.shape[1], dtype=k.dtype)[None, :, None], (*k.shape[:3], k.shape[1]))
-        return self.association.retrieve(q, k, identity, mask)
+        return self.association.weights_of(*self._spaces(stored_BMD, None, mask), mask)
 
-    def _spaces(self, stored, values):
-        a = self.association
-        k = a.patterns(stored)
-        q = a.normed(self.queries[...].astype(k.dtype))
-        return jnp.broadcast_to(q, (len(k), *q.shape)), k, a.contents(stored if values is None else values, k)
+    def _spaces(self, stored, values, mask):
+        k, v = self.association.memory(stored, values, mask)
+        q = self.association.normed(self.queries[...].astype(k.dtype))
+        return jnp.broadcast_to(q, (len(k), *q.shape)), k, v
 
 
 class PoolingState(NamedTuple):

@@ -6,7 +6,7 @@ leaves what is marked alone.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -57,17 +57,31 @@ class LoraLinear(nnx.Linear):
         return (self.kernel[...] + self.scale * product).astype(self.kernel[...].dtype)
 
 
-def attach(module: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
-    """Replaces every projection below `module` whose name is in `config.targets` by an adapted one."""
-    if config.rank:
-        for parent, name, child in list(_linears(module)):
-            if name in config.targets:
-                setattr(parent, name, LoraLinear(child, config, rngs=rngs))
+def attach(module: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> frozenset[str]:
+    """Replaces every projection below `module` whose name is in `config.targets` by an adapted one.
+
+    Returns the names of all projections that could be targets. Raises UserError where a target names one that cannot:
+    its kernel is no matrix (every memory has its own), or its class lists it in `read_directly`, the names of
+    projections whose kernels it reads without calling them.
+    """
+    names = set()
+    for parent, name, child in list(_linears(module)) if config.rank else ():
+        adaptable = child.kernel.ndim == 2 and name not in getattr(parent, "read_directly", ())
+        if adaptable:
+            names.add(name)
+        if name in config.targets:
+            if not adaptable:
+                raise UserError(
+                    f"lora.targets names {name!r}, but this projection of {type(parent).__name__} cannot have an "
+                    "adapter: it is no matrix that the module calls. Leave it out."
+                )
+            setattr(parent, name, LoraLinear(child, config, rngs=rngs))
+    return frozenset(names)
 
 
-def check_targets(module: nnx.Module, config: LoraConfig) -> None:
-    """Raises UserError where a target names no projection below `module`."""
-    names = {name for _, name, _ in _linears(module)}
+def check_targets(names: Iterable[str], config: LoraConfig) -> None:
+    """Raises UserError where a target is none of the names that `attach` found."""
+    names = set(names)
     for target in config.targets if config.rank else ():
         if target not in names:
             raise UserError(

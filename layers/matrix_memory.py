@@ -26,6 +26,7 @@ from engrax.layers.segments import last_segment_after, select_rows, starts_anew
 from engrax.pallas_kernels import gated_delta_rule, linear_attention
 from engrax.pallas_kernels.gated_delta_rule import cost as delta_cost
 from engrax.pallas_kernels.linear_attention import cost as linear_cost
+from engrax.pallas_kernels.segments import mask_tokens
 
 
 class MatrixMemoryState(NamedTuple):
@@ -152,7 +153,8 @@ class MatrixMemory(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], MatrixMemoryState]:
         """Writes and reads every token; a new segment starts from zero. Padding (-1) gives 0."""
         read, state, _ = self._mix(x_BTD, state, segment_ids)
-        return self.project_read(x_BTD, read), state
+        y = self.project_read(x_BTD, read)
+        return y if segment_ids is None else mask_tokens(segment_ids >= 0, y), state
 
     def report(
         self, x_BTD: Float[Array, "B T D"], state: MatrixMemoryState | None = None, segment_ids=None

@@ -47,6 +47,7 @@ from engrax.layers.routing import (
 )
 from engrax.layers.segments import first_real_segment, last_segment_after, select_rows, starts_anew
 from engrax.pallas_kernels.mesh import over_mesh
+from engrax.pallas_kernels.segments import mask_tokens
 
 
 class MoMState(NamedTuple):
@@ -128,6 +129,8 @@ class MoMConfig(MixerConfig):
 class MoM(nnx.Module):
     """The module of MoMConfig: x [B, T, D] -> y [B, T, D], MoMState."""
 
+    read_directly = ("router",)  # in float32 or wider; an adapter would change nothing
+
     def __init__(self, config: MoMConfig, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1):
         self.config = config
         base: MatrixMemoryConfig = config.base
@@ -165,7 +168,8 @@ class MoM(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], MoMState]:
         """Writes every token to its memories and reads them; a new segment starts from zero. Padding (-1) gives 0."""
         call = self._mix(x_BTD, state, segment_ids)
-        return self.base.project_read(x_BTD, call.read), call.state
+        y = self.base.project_read(x_BTD, call.read)
+        return y if segment_ids is None else mask_tokens(segment_ids >= 0, y), call.state
 
     def auxiliary_loss(
         self, x_BTD: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
@@ -265,7 +269,9 @@ class MoM(nnx.Module):
             return spread(project(x_BTD), runs.places)
         B, M = runs.block_owner.shape
         y = spread(x_BTD, runs.blocks).reshape(B, M, -1, x_BTD.shape[-1])
-        multiply = over_mesh(by_memory, ("BMCD", None, "BM"), "BMCE")  # block after block, but each device its own rows
+        multiply = over_mesh(
+            by_memory, ("BMCD", None, "BM"), "BMCE", uneven="whole"
+        )  # block after block, but each device its own rows
         for linear in _linears(project):
             kernels = linear.kernel[...]
             y = multiply(y.astype(jnp.promote_types(y.dtype, kernels.dtype)), kernels, runs.block_owner)

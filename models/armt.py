@@ -36,13 +36,13 @@ class ARMTConfig(SegmentRecurrentConfig):
     key_dim: int = 64  # K, width of queries and keys before DPFP-3 makes 6 K features of them
 
     def __post_init__(self):
-        super().__post_init__()
-        self.at_least(1, "memory_tokens", "key_dim")
         if not isinstance(self.backbone, LanguageModelConfig):
             raise UserError(
                 f"ARMT wraps the blocks of a pattern language model, not of {self.backbone.registered_name!r}; "
                 "choose a language_model, or RMT or HMT, which wrap any model."
             )
+        super().__post_init__()
+        self.at_least(1, "memory_tokens", "key_dim")
 
     def build(self, *, rngs: nnx.Rngs) -> "ARMT":
         return ARMT(self, rngs=rngs)
@@ -100,7 +100,7 @@ class AssociativeLanguageModel(LanguageModel):
     def read_segment(self, x_BSD, state, ids, associations, owner: Int[Array, " B"], closing: int):
         """`encode`, with the memories of the documents `owner`: (hidden, state, memories after the `closing` last
         vectors were written)."""
-        x_BSD, states, place = self._add_positions(x_BSD, state, ids)
+        x_BSD, states, place, _ = self._add_positions(x_BSD, state, ids)  # a segment never outgrows its positions
         pattern = len(self.config.mixers)
         states = (None,) * pattern if states is None else states
         reads = ids == owner[:, None]

@@ -222,7 +222,7 @@ def _watched(run: Pass, state, tokens, ids):
 def _recall_report(weights: Float[Array, "S B N"], counts: Int[Array, "S B"]) -> dict[str, Array]:
     """The diagnostics of HMT.report; a memory in slot N - a is a segments old."""
     S, _, N = weights.shape
-    recalls = (counts > 0).astype(weights.dtype)
+    recalls = (jnp.sum(weights, axis=-1) > 0).astype(weights.dtype)  # not where another document began meanwhile
 
     def mean(values):  # over the rows that recalled
         return jnp.sum(recalls * values, axis=1) / jnp.maximum(recalls.sum(axis=1), 1)

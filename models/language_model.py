@@ -17,7 +17,7 @@ from engrax.layers import AttentionConfig, MixerConfig, TitansConfig, lora
 from engrax.layers.attention import RopeScaling
 from engrax.layers.lora import LoraConfig
 from engrax.layers.modules import projection
-from engrax.models.layout import LayoutConfig, LearnedPositions
+from engrax.models.layout import LayoutConfig, LearnedPositions, without_place
 from engrax.models.model import MODELS, ModelConfig
 from engrax.registry import did_you_mean
 
@@ -116,7 +116,7 @@ class Block(nnx.Module):
             self.mlp_norm = config.layout.build_norm(config.dim, rngs=rngs)
             scale = (2 * config.num_layers) ** -0.5
             self.mlp = config.layout.build_mlp(config.dim, config.mlp_width, rngs=rngs, out_scale=scale)
-        lora.attach(self, config.lora, rngs=rngs)
+        self.adaptable = lora.attach(self, config.lora, rngs=rngs)  # what wraps the block may add parts, not adapted
         if config.frozen:
             lora.freeze(self)
 
@@ -155,7 +155,7 @@ class LanguageModel(nnx.Module):
             self.project_out = projection(config.dim, width, ("embed", "embed"), rngs=rngs)
         if not layout.tied:
             self.head = nnx.Param(init(rngs.params(), shape), axes=axes)
-        lora.check_targets(self.blocks, config.lora)
+        lora.check_targets(frozenset().union(*(block.adaptable for block in self.blocks)), config.lora)
         if config.frozen:
             lora.freeze(self, skip=("blocks",))  # they have marked their own; what wraps them may have added parts
 
@@ -218,7 +218,7 @@ class LanguageModel(nnx.Module):
     def _encode(self, x_BTD, memory, segment_ids, mute: tuple[str, ...], losses: bool = False):
         """The hidden states, the memory after them and, where asked for, the losses [B] of the mixers."""
         muted = [mixer.registered_name in mute for mixer in self.config.mixers]
-        x_BTD, memory, place = self._add_positions(x_BTD, memory, segment_ids)
+        x_BTD, memory, place, lost = self._add_positions(x_BTD, memory, segment_ids)
 
         def body(blocks, x, states):
             new, total = [], jnp.zeros((len(x),), jnp.promote_types(x.dtype, jnp.float32)) if losses else None
@@ -230,16 +230,17 @@ class LanguageModel(nnx.Module):
             return x, (tuple(new), total)
 
         x_BTD, (memory, total) = self._scan(body, x_BTD, memory)
-        hidden_BTD = self.norm(x_BTD) if hasattr(self, "norm") else x_BTD
+        hidden_BTD = without_place(self.norm(x_BTD) if hasattr(self, "norm") else x_BTD, lost)
         return hidden_BTD, (*memory, *place), jnp.sum(total, axis=0) if losses else None
 
     def _add_positions(self, x_BTD, memory, segment_ids):
-        """x with its learned positions, the blocks' part of the memory, and () or (the positions' part after x,)."""
+        """x with its learned positions, the blocks' part of the memory, () or (the positions' part after x,), and which
+        tokens the positions did not reach."""
         if not hasattr(self, "positions"):
-            return x_BTD, memory, ()
+            return x_BTD, memory, (), None
         blocks, place = (None, None) if memory is None else (memory[:-1], memory[-1])
-        x_BTD, place = self.positions(x_BTD, place, segment_ids)
-        return x_BTD, blocks, (place,)
+        x_BTD, place, lost = self.positions(x_BTD, place, segment_ids)
+        return x_BTD, blocks, (place,), lost
 
     def report(
         self, tokens_BT: Int[Array, "B T"], *, segment_ids: Int[Array, "B T"] | None = None
@@ -258,7 +259,7 @@ class LanguageModel(nnx.Module):
                 x, _ = block(x, state, segment_ids, False)
             return x, found
 
-        x_BTD, _, _ = self._add_positions(self.embed(tokens_BT), None, segment_ids)
+        x_BTD, *_ = self._add_positions(self.embed(tokens_BT), None, segment_ids)
         return self._scan(body, x_BTD, None)[1]
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

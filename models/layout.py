@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from engrax.errors import UserError
 from engrax.layers.modules import MLPS, NORMS
@@ -69,11 +69,12 @@ class LearnedPositions(nnx.Module):
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], state: PositionState | None, segment_ids: Int[Array, "B T"] | None
-    ) -> tuple[Float[Array, "B T D"], PositionState]:
-        """x with the vectors of its tokens' places added, and the state after it.
+    ) -> tuple[Float[Array, "B T D"], PositionState, Bool[Array, "B T"]]:
+        """x with the vectors of its tokens' places added, the state after it, and which tokens have no place.
 
-        Raises UserError where T tokens of one segment exceed the table; a segment that outgrows it inside jit gives
-        NaN.
+        Raises UserError where T tokens of one segment exceed the table. Tokens of a segment that outgrows it inside
+        jit get its last vector, which is finite: NaN would reach other segments through masked attention (0 * NaN).
+        `without_place` makes NaN of what the model gives for them.
         """
         B, T, _ = x_BTD.shape
         if segment_ids is None and T > self.config.positions:
@@ -90,7 +91,12 @@ class LearnedPositions(nnx.Module):
         begins = real & (segment_ids != highest[:, :-1])
         # Real tokens of the call before the token's segment; -count where the state's own segment goes on.
         before = jax.lax.cummax(jnp.where(begins, seen - 1, -count[:, None]), axis=1)
-        rows = jnp.maximum(seen - 1 - before, 0) + self.config.unused_positions
-        vectors = self.table[...].at[rows].get(mode="fill", fill_value=jnp.nan)
+        places, end = seen - 1 - before, self.config.positions
+        vectors = self.table[...][jnp.clip(places, 0, end - 1) + self.config.unused_positions]
         after = PositionState((seen - before)[:, -1][None], highest[:, -1][None])
-        return x_BTD + vectors.astype(x_BTD.dtype), after
+        return x_BTD + vectors.astype(x_BTD.dtype), after, real & (places >= end)
+
+
+def without_place(x_BTD: Float[Array, "B T D"], lost_BT: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
+    """x with NaN at the tokens beyond the learned positions; None = the model has none."""
+    return x_BTD if lost_BT is None else jnp.where(lost_BT[..., None], jnp.nan, x_BTD)

@@ -25,6 +25,11 @@ class SegmentRecurrentConfig(ModelConfig):
                 f"unknown remat {self.remat!r}{did_you_mean(self.remat, REMAT)} (known: {', '.join(REMAT)})."
             )
         self.at_least(1, "segment_length")
+        if isinstance(self.backbone, SegmentRecurrentConfig):
+            raise UserError(
+                f"{self.backbone.registered_name} recurs over segments itself and cannot be a backbone; wrap the "
+                "language model inside it."
+            )
         if self.unroll is not None:
             self.at_least(1, "unroll")
 
@@ -57,12 +62,20 @@ class SegmentRecurrentConfig(ModelConfig):
 
     @property
     def fitted_backbone(self) -> ModelConfig:
-        """The backbone with caches that hold a segment."""
+        """The backbone with caches that hold a segment. Raises UserError where its learned positions do not."""
+        slots, layout = self.segment_length + self.extra_slots, getattr(self.backbone, "layout", None)
+        if layout is not None and 0 < layout.positions < slots:
+            raise UserError(
+                f"a segment of {self.segment_length} tokens and {self.extra_slots} vectors around them exceeds the "
+                f"backbone's {layout.positions} learned positions; choose a shorter segment_length."
+            )
         return fit_capacity(self.backbone, self.segment_length + self.extra_slots)
 
     def flops_per_token(self, seq_len: int) -> float:
         slots = self.segment_length + self.extra_slots
-        head = 2 * self.backbone.dim * self.vocab_size  # the slots around the tokens need no logits
+        layout = getattr(self.backbone, "layout", None)
+        width = layout and layout.embed_dim or self.backbone.dim
+        head = 2 * width * self.vocab_size  # the slots around the tokens need no logits
         per_slot = self.fitted_backbone.flops_per_token(slots) - head
         return per_slot * slots / self.segment_length + head
 

@@ -109,6 +109,13 @@ class SegmentRecurrent(nnx.Module):
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], tokens_BT.shape)
         return run(state, tokens_BT, segment_ids)
 
+    def on_grid(self, memory: Running, length: int) -> Running:
+        """The same state for a caller who knows that every call has `length` tokens: where that is a number of whole
+        segments, all rows stand at the start of one, and only that path is traced."""
+        if length % self.config.segment_length:
+            return memory
+        return memory._replace(place=np.zeros(memory.place.shape, np.int32))
+
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The backbone's logits."""
         return self.backbone.logits(hidden_BTD)
@@ -127,7 +134,7 @@ class Pass:
         """All rows at place 0: segment by segment. At places that all sub-blocks of m tokens share: by m tokens. Else
         token by token."""
         T, L = tokens.shape[1], self.length
-        if isinstance(state.place, np.ndarray):
+        if isinstance(state.place, np.ndarray) and not state.place.any():
             return self.from_grid(state, tokens, ids)
         at = self.model.insert_at
         size = int(np.gcd.reduce([T, L] + ([at] if at and T % L else [])))
@@ -219,7 +226,13 @@ class Pass:
             state, hidden = self.block(state, tokens, ids)
             return hidden, state
         xs = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(B, -1, size), 1, 0), (tokens, ids))
-        state, hidden = jax.lax.scan(lambda state, x: self.block(state, *x), state, xs)
+
+        def step(state, x):
+            return self.block(state, *x)
+
+        # What a block computes would be kept for the backward pass even where another path is taken (`__call__`).
+        step = jax.checkpoint(step, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+        state, hidden = jax.lax.scan(step, state, xs)
         return jnp.moveaxis(hidden, 0, 1).reshape(B, T, -1), state
 
     def block(self, state: Running, tokens, ids) -> tuple[Running, Array]:
@@ -261,9 +274,11 @@ class Pass:
         """Rows `at` the start of a segment: a document that starts there has no memory; gradients are cut if due."""
         last = state.last_segment
         anew = at & (first_id >= 0) & (last >= 0) & (first_id != last)
-        memory, uncut = self.select(anew, self.start.memory, state.memory), state.uncut
-        if self.config.unroll is not None:
-            memory = self.select(at & (uncut == 0), jax.lax.stop_gradient(memory), memory)
+        memory = state.memory
+        if self.config.unroll is not None:  # what a document starts from is a parameter: it keeps its gradient
+            cut = at & (state.uncut == 0) & (last >= 0)
+            memory = self.select(cut, jax.lax.stop_gradient(memory), memory)
+        memory = self.select(anew, self.start.memory, memory)
         return state._replace(
             memory=memory,
             recent=jnp.where(anew[:, None], -1, state.recent),

@@ -4,6 +4,7 @@ A hand-written kernel is opaque to the partitioner, so the call is wrapped in `j
 `data` and `fsdp`, heads over `tensor`, everything else replicated. No collective is needed.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,13 @@ ROW_AXES = ("data", "fsdp")
 HEAD_AXES = ("tensor",)
 
 
-def over_mesh(f: Callable, in_dims: tuple[Any, ...], out_dims: Any) -> Callable:
+def over_mesh(f: Callable, in_dims: tuple[Any, ...], out_dims: Any, *, uneven: str = "refuse") -> Callable:
     """Returns f as it runs under the mesh in force (`jax.set_mesh`), f itself where there is none.
 
     in_dims: for each argument a pytree prefix of strings with one letter per axis, "BTHK"; B is a batch row, H a head
     (of q or of v), any other letter stays whole; None: replicated. out_dims: the same for what f returns.
-    Axes that are already manual (inside `jax.shard_map`) are left alone.
+    Axes that are already manual (inside `jax.shard_map`) are left alone. uneven: what is done with sizes that do not
+    divide over the devices: "refuse" raises ValueError, "whole" runs f as it is (no kernel then).
     """
     mesh = jax.sharding.get_abstract_mesh()
     automatic = () if mesh.empty else [n for n, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto]
@@ -31,8 +33,11 @@ def over_mesh(f: Callable, in_dims: tuple[Any, ...], out_dims: Any) -> Callable:
         return PartitionSpec(*(axes.get(letter) or None for letter in dims or ()))
 
     def run(*args):
-        for dims, arg in zip(in_dims, args):
-            _check_sizes(dims, arg, axes, mesh)
+        misfits = [message for dims, arg in zip(in_dims, args) for message in _misfits(dims, arg, axes, mesh)]
+        if misfits and uneven == "whole":
+            return f(*args)
+        if misfits:
+            raise ValueError(misfits[0])
         in_specs, out_specs = (jax.tree.map(spec, dims, is_leaf=_is_dims) for dims in (in_dims, out_dims))
         # All axes become manual, those that split nothing too: kernels are refused where an automatic one is left.
         names = set(automatic)
@@ -45,16 +50,18 @@ def _is_dims(x) -> bool:
     return x is None or isinstance(x, str)
 
 
-def _check_sizes(dims, arg, axes, mesh) -> None:
+def _misfits(dims, arg, axes, mesh) -> list[str]:
+    """What does not divide over the mesh, a sentence each."""
+    found = []
+
     def check(dims, subtree):
         for leaf in jax.tree.leaves(subtree):
             for letter, size in zip(dims or (), leaf.shape):
-                parts = 1
-                for name in axes.get(letter, ()):
-                    parts *= mesh.shape[name]
+                parts = math.prod(mesh.shape[name] for name in axes.get(letter, ()))
                 if size % parts:
                     what = "batch rows" if letter == "B" else "heads"
                     over = " x ".join(axes[letter])
-                    raise ValueError(f"{size} {what} do not divide over the {parts} devices of mesh axes {over}.")
+                    found.append(f"{size} {what} do not divide over the {parts} devices of mesh axes {over}.")
 
     jax.tree.map(check, dims, arg, is_leaf=_is_dims)
+    return found

@@ -4,9 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
 
 from engrax.errors import UserError
 from engrax.layers import (
@@ -23,7 +25,11 @@ from engrax.layers import (
 )
 from engrax.models.hopfield_sets import POOLINGS, SetClassifierConfig
 from engrax.pallas_kernels import hopfield_retrieval
+from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, interpreted_kernels
 
+kernels = pytest.mark.skipif(
+    jax.__version_info__[:3] < KERNELS_NEED_JAX, reason="kernels need jax >= " + ".".join(map(str, KERNELS_NEED_JAX))
+)
 SMALL = HopfieldSettings(heads=2, head_dim=4, value_dim=3)
 
 
@@ -66,7 +72,7 @@ def test_an_association_of_two_sets(x64):
     order = np.random.default_rng(0).permutation(8)
     np.testing.assert_allclose(call(states, stored[:, order], values[:, order]), out, rtol=1e-10)
     mask = jnp.arange(8) < 6
-    hidden = [jnp.where(mask[:, None], x, 1e6) for x in (stored, values)]
+    hidden = [jnp.where(mask[:, None], x, jnp.nan) for x in (stored, values)]
     shown = call(states, stored[:, :6], values[:, :6])
     np.testing.assert_allclose(call(states, *hidden, mask=jnp.tile(mask, (2, 1))), shown, rtol=1e-10)
 
@@ -94,6 +100,8 @@ def test_trainable_beta_starts_where_it_is_told_and_each_head_has_its_own(x64):
     association, fixed = (build(Hopfield, s, 6) for s in (c, dataclasses.replace(c, trainable_beta=False)))
     np.testing.assert_allclose(association.betas(), (0.1, 3.0), rtol=1e-6)
     np.testing.assert_allclose(association(normal(2, 8, 6)), fixed(normal(2, 8, 6)), rtol=1e-5)
+    extreme = Hopfield(dataclasses.replace(c, beta=(100.0, 1e-5)), 6, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(extreme.betas(), (100.0, 1e-5), rtol=1e-6)
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -103,10 +111,32 @@ def test_pooling_does_not_depend_on_the_order_nor_on_padding(queries, x64):
     out = pooling(x)
     assert out.shape == (2, queries, 5)
     np.testing.assert_allclose(pooling(x[:, ::-1]), out, rtol=1e-10)
-    padded = jnp.concatenate([x, jnp.full((2, 3, 6), 1e5)], axis=1)
+    padded = jnp.concatenate([x, jnp.full((2, 3, 6), jnp.nan)], axis=1)
     mask = jnp.tile(jnp.arange(11) < 8, (2, 1))
     np.testing.assert_allclose(pooling(padded, mask=mask), out, rtol=1e-10)
     assert np.all(pooling.weights(padded, mask=mask)[..., 8:] == 0)
+
+
+def test_gradients_of_pooling_do_not_depend_on_padding(x64):
+    pooling, x = build(HopfieldPooling, SMALL, 6), normal(2, 8, 6)
+    mask = jnp.arange(8) < jnp.array([[5], [0]])  # one set is empty
+    graph, params = nnx.split(pooling)
+
+    @jax.jit
+    def slopes(params, x):
+        return jax.grad(lambda p, x: jnp.sum(jnp.sin(nnx.merge(graph, p)(x, mask=mask))), argnums=(0, 1))(params, x)
+
+    wanted = slopes(params, x)
+    assert any(np.any(x != 0) for x in jax.tree.leaves(wanted[0]))
+    jax.tree.map(np.testing.assert_array_equal, slopes(params, jnp.where(mask[..., None], x, jnp.nan)), wanted)
+
+
+@pytest.mark.parametrize("extra", [("bias_pattern",), ("zero_pattern",), ("bias_pattern", "zero_pattern")])
+def test_the_weights_of_pooling_have_the_extra_patterns(extra, x64):
+    pooling, x = build(HopfieldPooling, dataclasses.replace(SMALL, **dict.fromkeys(extra, True)), 6), normal(2, 8, 6)
+    weights = pooling.weights(x, mask=jnp.ones((2, 8), bool).at[:, 5:].set(False))
+    assert weights.shape == (2, 1, 2, 8 + len(extra)) and np.all(weights[..., 8:] > 0)
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-12)
 
 
 def test_lookup_is_association_with_learned_patterns(x64):
@@ -117,6 +147,18 @@ def test_lookup_is_association_with_learned_patterns(x64):
     wanted = layer.association.out(hopfield_retrieval(q, k, v, beta=0.9, steps=2).reshape(2, 8, 8))
     assert layer(x).shape == (2, 8, 7)
     np.testing.assert_allclose(layer(x), wanted, rtol=1e-12)
+
+
+@kernels
+def test_the_rows_of_a_lookup_can_be_split_over_a_mesh():
+    """The TPU kernel of several updates takes each device's own rows: it refuses what they do not divide."""
+    c = HopfieldLayerConfig(heads=2, head_dim=4, patterns=6, steps=2, implementation="pallas_tpu")
+    layer = HopfieldLayer(c, 5, rngs=nnx.Rngs(0))
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    with interpreted_kernels(), jax.sharding.use_abstract_mesh(mesh):
+        assert jax.eval_shape(layer, jax.ShapeDtypeStruct((4, 8, 5), jnp.float32)).shape == (4, 8, 5)
+        with pytest.raises(ValueError, match="3 batch rows do not divide over the 2 devices"):
+            jax.eval_shape(layer, jax.ShapeDtypeStruct((3, 8, 5), jnp.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,6 +212,11 @@ def test_the_cache_has_its_capacity():
     assert np.all(np.isnan(y))
 
 
+def test_a_cache_without_parameters_keeps_float64(x64):
+    mixer, x = HopfieldConfig.raw(6, window=5).build(6, rngs=nnx.Rngs(0)), normal(2, 9, 6)
+    np.testing.assert_array_equal(mixer(x)[1].keys[:, :, 0], x[:, -4:])
+
+
 def test_a_mixer_reports_on_itself(x64):
     c = HopfieldConfig(heads=2, head_dim=4, window=6, beta=(0.0, 50.0), zero_pattern=True)
     found = build(c.build, 8).report(4 * normal(2, 20, 8))
@@ -190,6 +237,14 @@ def test_flops_are_counted():
         assert 0.8 < counted["flops"] / claimed < 1.5, (name, counted["flops"], claimed)
 
 
+@pytest.fixture
+def unchecked():
+    """As outside the tests, where no type is checked."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 BAD = [
     (dict(steps=0), "steps=0 retrieves nothing"),
     (dict(heads=0), "heads=0 must be at least 1"),
@@ -198,20 +253,30 @@ BAD = [
     (dict(beta=0.0, trainable_beta=True), "positive where it is trainable"),
     (dict(gradient="implicit"), "gradient='implicit' needs steps=None"),
     (dict(separation="entmax", alpha=1.0), "alpha=1.0 must be above 1"),
+    (dict(separation="soft"), "unknown separation 'soft'; did you mean 'softmax'"),
+    (dict(values="foo"), r"unknown values 'foo' \(known: projected, of_stored, plain\)"),
+    (dict(state_norm="batch"), r"unknown state_norm 'batch' \(known: none, rms, layer\)"),
+    (dict(value_dim=0), "value_dim=0 must be at least 1"),
 ]
 
 
 @pytest.mark.parametrize("change, message", BAD, ids=[m for _, m in BAD])
-def test_bad_settings_are_named(change, message):
+def test_bad_settings_are_named(change, message, unchecked):
     with pytest.raises(UserError, match=message):
         HopfieldSettings(**(dict(heads=2) | change))
 
 
-def test_widths_that_do_not_fit_are_named():
+def test_widths_that_do_not_fit_are_named(unchecked):
     with pytest.raises(UserError, match="stored patterns of width 7 are not projected"):
         Hopfield(HopfieldSettings.raw(6), 6, stored_dim=7, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="running pooling carries sums of one softmax update"):
         HopfieldPoolingConfig(steps=3)
+    with pytest.raises(UserError, match="capacity=-1 must be at least 1"):
+        HopfieldConfig(capacity=-1)
+    with pytest.raises(UserError, match="unknown targets 'pattern'; did you mean 'patterns'"):
+        HopfieldLayerConfig(targets="pattern")
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 7\)"):
+        Hopfield(SMALL, 6, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 6)), mask=jnp.ones((2, 7), bool))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,6 +322,39 @@ def test_the_energy_transformer_treats_tokens_alike_and_rows_apart(x64):
     assert np.all(np.isfinite(grads)) and np.any(grads != 0)
 
 
+def test_what_the_energy_transformer_masks_may_hold_anything(x64):
+    block, x = build(ET.build, 8), normal(2, 6, 8)
+    mask = jnp.ones((2, 6), bool).at[:, 4:].set(False)
+    graph, params = nnx.split(block)
+
+    @jax.jit
+    def run(params, x):
+        def loss(params, x):
+            out, energies = nnx.merge(graph, params).descend(x, mask=mask)
+            return jnp.sum(jnp.sin(jnp.where(mask[..., None], out, 0))) + jnp.sum(energies), out
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+    (wanted_grads, _), wanted = run(params, x)
+    nans = x.at[:, 4:].set(jnp.nan)
+    (grads, of_x), out = run(params, nans)
+    np.testing.assert_array_equal(out[:, :4], wanted[:, :4])
+    assert np.all(np.isnan(out[:, 4:]))
+    jax.tree.map(np.testing.assert_array_equal, grads, wanted_grads)
+    assert np.all(of_x[:, 4:] == 0) and np.all(np.isfinite(of_x)) and np.any(of_x != 0)
+    np.testing.assert_array_equal(block.energy(nans, mask=mask), block.energy(x, mask=mask))
+
+
+def test_the_energy_transformer_descends_in_float32():
+    """Steps too small for bfloat16 are not lost: one rounding, at the end."""
+    block = dataclasses.replace(ET, steps=200, step_size=2e-4).build(8, rngs=nnx.Rngs(0))
+    x = (2 * normal(2, 6, 8)).astype(jnp.bfloat16)
+    run = jax.jit(lambda x: block(x))
+    out, wanted = run(x), run(x.astype(jnp.float32))
+    assert out.dtype == jnp.bfloat16 and np.abs(wanted - x).max() > 0.05
+    np.testing.assert_allclose(out.astype(jnp.float32), wanted, rtol=2**-8, atol=1e-3)
+
+
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_set_classifiers_see_sets(pooling, x64):
     model = build(SetClassifierConfig(features=5, hidden=8, width=6, pooling=pooling, hopfield=SMALL).build)
@@ -264,7 +362,7 @@ def test_set_classifiers_see_sets(pooling, x64):
     out = model(x)
     assert out.shape == (3, 2)
     np.testing.assert_allclose(model(x[:, ::-1]), out, rtol=1e-10, atol=1e-12)
-    padded = jnp.concatenate([x, jnp.full((3, 2, 5), 50.0)], axis=1)
+    padded = jnp.concatenate([x, jnp.full((3, 2, 5), jnp.nan)], axis=1)
     mask = jnp.tile(jnp.arange(9) < 7, (3, 1))
     np.testing.assert_allclose(model(padded, mask), out, rtol=1e-10, atol=1e-12)
     assert not np.allclose(model(x.at[:, 0].add(3.0)), out)

@@ -182,6 +182,16 @@ def test_a_state_that_sees_nothing_retrieves_zero(kind, options):
     assert np.all(np.asarray(out)[blind] == 0) and np.all(np.asarray(out)[~blind] != 0)
     assert all(np.all(np.isfinite(g)) for g in grads) and np.all(np.asarray(grads[0])[blind] == 0)
     assert np.any(grads[1] != 0)
+    lost = jnp.where(blind[..., None, None], jnp.nan, arrays[0])
+    same = values_and_grads(lost, *arrays[1:], mask=mask, **({"beta": BETA} | options))
+    jax.tree.map(np.testing.assert_array_equal, same, (out, grads))
+
+
+def test_the_energy_of_a_state_that_sees_nothing_poisons_no_pattern():
+    (state, stored, _), mask = (make_problem(), make_mask("pairs"))
+    lost = state.at[1, 2].set(jnp.nan)  # it sees nothing
+    slope = jax.grad(lambda x: jnp.nansum(hopfield_energy(lost, x, beta=1.0, mask=mask)))(stored)
+    assert np.all(np.isfinite(slope)) and np.any(slope != 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,6 +259,9 @@ def test_energy_at_beta_zero_is_the_limit(separation, similarity, x64):
         return np.asarray(hopfield_energy(state, stored, beta=beta, **options))
 
     np.testing.assert_allclose(energy(0.0), energy(1e-9), atol=1e-6)
+    slope = jax.grad(lambda beta: jnp.sum(hopfield_energy(
+        state, stored, beta=beta, separation=separation, similarity=similarity, mask=mask)))(0.0)  # fmt: skip
+    np.testing.assert_allclose(slope, (energy(1e-5).sum() - energy(0.0).sum()) / 1e-5, rtol=1e-3)
     wanted = 0.5 * np.sum(np.asarray(state)[1, 2] ** 2, axis=-1) if similarity == "dot" else 0
     np.testing.assert_allclose(energy(1.0)[1, 2], wanted, atol=1e-14)  # it sees nothing
 
@@ -260,7 +273,8 @@ def test_energy_at_beta_zero_is_the_limit(separation, similarity, x64):
 def test_lower_precision(x64):
     """float32, and bfloat16 with float32 sums, against float64 on the rounded inputs; sizes of their own."""
     problem = make_problem(states=20, patterns=40, width=32, value=48)
-    for dtype, steps, most in ((jnp.float32, 3, 1e-5), (jnp.bfloat16, 1, 0.01), (jnp.bfloat16, 2, 0.02)):
+    cases = ((jnp.float32, 3, 1e-5), (jnp.bfloat16, 1, 0.01), (jnp.bfloat16, 2, 0.02), (jnp.float16, 1, 0.002))
+    for dtype, steps, most in cases:
         lower = [x.astype(dtype) for x in problem]
         wanted = values_and_grads(*(x.astype(jnp.float64) for x in lower), steps=steps, beta=(0.1, 0.3))
         got = values_and_grads(*lower, steps=steps, beta=(0.1, 0.3))

@@ -384,6 +384,18 @@ def test_devices_compute_their_own_rows(run_python):
     assert float(error) < 1e-5 and int(gathers) <= 1
 
 
+@pytest.mark.parametrize("routed", [True, False])
+def test_padding_may_hold_anything(routed, rng):
+    """When padding holds NaN, then its outputs are 0 and those of tokens are what they were, under the gate too."""
+    base = base_config("gla")
+    module = moved((MoMConfig(base=base) if routed else base).build(DIM, rngs=nnx.Rngs(0)), rng)
+    x, padding = np.asarray(inputs(rng), np.float32), IDS < 0
+    graphdef, params = nnx.split(module, nnx.Param)
+    run = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x, None, jnp.asarray(IDS))[0])
+    clean, dirty = (np.asarray(run(params, jnp.asarray(np.where(padding[..., None], v, x)))) for v in (0.0, np.nan))
+    assert np.all(clean[padding] == 0) and np.array_equal(clean, dirty)
+
+
 def test_the_balance_loss_is_in_the_training_loss(rng):
     """The loss of a batch is its nats and each row's balance losses, of all layers, times its labelled tokens."""
     mixer = MoMConfig(base=base_config("linear_attention"), balance_weight=0.5)

@@ -62,7 +62,7 @@ def test_export_writes_the_same_tensors(checkpoint, tmp_path, name, dtype):
     imported.export(imported.load(folder), tmp_path / "out", like=folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert {file.name for file in (tmp_path / "out").iterdir()} == {file.name for file in folder.iterdir()}
-    for file in set(index.values()):
+    for file in {*index.values(), "model.safetensors.index.json"}:
         # The same program wrote both, so that equal names, dtypes, shapes and bytes are an equal file.
         assert (tmp_path / "out" / file).read_bytes() == (folder / file).read_bytes(), file
     found = {k: v for file in set(index.values()) for k, v in load_file(tmp_path / "out" / file).items()}
@@ -97,6 +97,43 @@ def test_names_of_older_files_and_stored_heads_and_buffers(checkpoint, tmp_path)
         imported.load(folder)
 
 
+def test_the_index_names_the_tensors_that_are_written(checkpoint, tmp_path):
+    """Buffers are left out of the files, a file of buffers alone is not written, and engrax reads what is left."""
+    folder, config, tensors = checkpoint("llama3")
+    (folder / "model.safetensors").unlink()
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for i in range(3)}
+    oracle.write_checkpoint(folder, config, tensors | buffers, files=3)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(buffers, "buffers.safetensors")
+    save_file(buffers, folder / "buffers.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    imported.describe_source(folder, tmp_path / "kept")
+    for like, out in ((folder, tmp_path / "out"), (tmp_path / "kept", tmp_path / "again")):
+        imported.export(imported.load(folder), out, like=like)
+        np.testing.assert_array_equal(imported.load(out).embedding[...], tensors["model.embed_tokens.weight"])
+        written = json.loads((out / "model.safetensors.index.json").read_text())
+        assert set(written["weight_map"]) == set(tensors) and not (out / "buffers.safetensors").exists()
+        assert written["metadata"]["total_size"] == sum(value.nbytes for value in tensors.values())
+
+
+def test_a_description_is_complete_or_absent(checkpoint, tmp_path, monkeypatch):
+    folder, _, _ = checkpoint("qwen2")
+
+    def stops(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engrax.models.imported.checkpoint._copy_descriptions", stops)
+        with pytest.raises(OSError, match="no space left"):
+            imported.describe_source(folder, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+    imported.describe_source(folder, tmp_path / "kept")  # what the first attempt left is no obstacle
+    assert {file.name for file in (tmp_path / "kept").iterdir()} == {"config.json", "tensors.json"}
+    assert not (tmp_path / "kept.tmp").exists()
+    with pytest.raises(UserError, match="kept is not empty"):
+        imported.describe_source(folder, tmp_path / "kept")
+
+
 def test_generation_continues_a_prompt_and_learned_positions_end(checkpoint):
     folder, config, tensors = checkpoint("opt", max_position_embeddings=24)
     model = imported.load(folder)
@@ -117,6 +154,7 @@ def test_generation_continues_a_prompt_and_learned_positions_end(checkpoint):
         ("llama3", {"rope_parameters": oracle.LLAMA3_ROPE | {"beta": 3}}, "has the field beta"),
         ("smollm", {"rope_scaling": {"type": "linear"}}, "lacks factor"),
         ("llama3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ("smollm", {"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -132,6 +170,16 @@ def test_config_fields_that_are_not_supported_are_named(tmp_path, name, fields, 
     (tmp_path / "config.json").write_text(json.dumps(oracle.CONFIGS[name] | fields))
     with pytest.raises(UserError, match=message):
         imported.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["rope_parameters", None])
+def test_rotary_positions_of_whole_heads_may_be_spelled_out(tmp_path, place):
+    written = oracle.CONFIGS["llama3"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    wanted, whole = imported.read_config(tmp_path), {"partial_rotary_factor": 1.0}
+    written = written | ({place: written[place] | whole} if place else whole)
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert imported.read_config(tmp_path) == wanted
 
 
 def _without(name):

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from engrax.errors import UserError
-from engrax.layers import AttentionConfig, lora
+from engrax.layers import AttentionConfig, MoMConfig, lora
 from engrax.layers.lora import LoraConfig
 from engrax.models import ARMTConfig, HMTConfig, LanguageModelConfig, ModelConfig, imported
 from engrax.models.layout import LayoutConfig
@@ -67,6 +67,20 @@ def test_learned_positions_have_gradients_where_segments_reach(name, x64):
             assert np.all(g[reached] != 0) and not np.any(g[~reached])
         elif path[-2:] != ("k", "bias"):
             assert np.all(np.isfinite(g)) and np.all(g != 0), path
+
+
+def test_a_segment_beyond_the_table_spoils_nothing_but_its_own_end():
+    layout = dataclasses.replace(LAYOUTS["opt_after"], positions=5)
+    model = LanguageModelConfig(vocab_size=16, dim=8, mixers=(ATTENTION,), repeat=1, mlp_hidden=12, layout=layout)
+    model, ids = model.build(rngs=nnx.Rngs(0)), jnp.asarray([[0, 0, 1, 1, 1, 1, 1, 1]])
+    run = jax.jit(lambda tokens, ids, memory: model(tokens, memory, segment_ids=ids))
+    hidden, memory = run(TOKENS[:1, :8] % 16, ids, None)
+    lost = np.isnan(hidden).all(axis=-1)
+    np.testing.assert_array_equal(lost, [[False] * 7 + [True]])
+    np.testing.assert_array_equal(np.isnan(hidden).any(axis=-1), lost)
+    goes_on = jnp.asarray([[1, 2, 2, -1, -1, -1, -1, -1]])
+    hidden, _ = run(TOKENS[:1, :8] % 16, goes_on, memory)
+    np.testing.assert_array_equal(np.isnan(hidden).any(axis=-1), [[True] + [False] * 7])
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +140,27 @@ def test_targets_must_name_projections(folder):
     config = dataclasses.replace(imported.read_config(folder), lora=LoraConfig(rank=2, targets=("q", "gates")))
     with pytest.raises(UserError, match="'gates', but no projection.*did you mean 'gate'"):
         imported.load(folder, config)
+
+
+def _shapes(config):
+    return nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("target", ["router", "key_value"])
+def test_targets_must_be_matrices_that_their_mixer_calls(target):
+    config = LanguageModelConfig(vocab_size=16, dim=8, mixers=MoMConfig.examples()[:1], repeat=2, mlp_hidden=12)
+    with pytest.raises(UserError, match=f"names '{target}', but this projection of MoM cannot have an adapter"):
+        _shapes(dataclasses.replace(config, lora=LoraConfig(rank=2, targets=("out", target))))
+    blocks = _shapes(dataclasses.replace(config, lora=LoraConfig(rank=2, targets=("query", "out", "down")))).blocks
+    mixer = blocks[0].mixer
+    assert all(isinstance(p, lora.LoraLinear) for p in (mixer.query, mixer.base.out, blocks[0].mlp.down))
+
+
+def test_targets_must_belong_to_the_backbone(folder):
+    """The memories that ARMT adds to the blocks are trained whole: they get no adapters."""
+    backbone = dataclasses.replace(imported.read_config(folder), lora=LoraConfig(rank=2, targets=("q", "beta")))
+    with pytest.raises(UserError, match="'beta', but no projection of the model has this name"):
+        _shapes(ARMTConfig(backbone=backbone))
 
 
 def test_a_wrapped_backbone_is_found_filled_and_frozen(folder):

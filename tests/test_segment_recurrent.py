@@ -154,11 +154,18 @@ def test_backbones_of_other_layouts_serve():
         (dict(recall="of"), "did you mean 'off'"),
         (dict(unroll=0), "unroll=0 must be at least 1"),
         (dict(remat="dot"), "did you mean 'dots'"),
+        (dict(backbone=RMTConfig()), "rmt recurs over segments itself"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(change, says):
     with pytest.raises(UserError, match=says):
         dataclasses.replace(HMT, **change)
+
+
+def test_learned_positions_must_hold_a_segment():
+    backbone = dataclasses.replace(BACKBONE, layout=LayoutConfig(positions=LENGTH + 1))
+    with pytest.raises(UserError, match=f"exceeds the backbone's {LENGTH + 1} learned positions"):
+        RMTConfig(backbone=backbone, segment_length=LENGTH, memory_tokens=2).build(rngs=nnx.Rngs(0))
 
 
 def test_armt_wraps_pattern_language_models_alone():
@@ -247,25 +254,50 @@ def test_truncation_is_the_rows_not_the_calls():
     np.testing.assert_allclose(cut, whole, rtol=1e-4)
 
 
+def test_truncation_leaves_the_gradient_of_the_learned_start():
+    """When a document begins, then what it starts from is a parameter and learns, whatever `unroll` is."""
+    config = RMTConfig(memory_tokens=2, unroll=1, **SIZES)
+    graphdef, params = nnx.split(config.build(rngs=nnx.Rngs(0)), nnx.Param)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 12, (2, 2 * LENGTH)), jnp.int32)
+    ids = jnp.asarray(np.repeat([[0, 1]], LENGTH, axis=1) * np.array([[0], [1]]), jnp.int32)
+    grads = jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(tokens, segment_ids=ids)[0][..., 0]))(params)
+    assert np.all(grads["initial"][...] != 0)
+
+
+def test_a_state_from_the_host_is_not_taken_for_the_start():
+    """When a state was fetched, then its rows stand where they stood."""
+    model = RMTConfig(memory_tokens=2, **SIZES).build(rngs=nnx.Rngs(0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 12, (2, LENGTH)), jnp.int32)
+    whole, _ = model(tokens)
+    _, state = model(tokens[:, :2])
+    rest, _ = model(tokens[:, 2:], jax.device_get(state))
+    np.testing.assert_allclose(rest, whole[:, 2:], atol=1e-5)
+
+
 def test_memory_of_the_backward_pass_grows_with_the_unroll_and_not_with_the_document():
     backbone = dataclasses.replace(BACKBONE, dim=32, mixers=(AttentionConfig(heads=4, head_dim=8),), mlp_hidden=128)
     sizes = dict(backbone=backbone, segment_length=16, memory_tokens=2)
 
-    def bytes_needed(unroll, segments):
+    def bytes_needed(unroll, segments, carried=False):
         graphdef, params = nnx.split(
             nnx.eval_shape(lambda: RMTConfig(unroll=unroll, **sizes).build(rngs=nnx.Rngs(0))), nnx.Param
         )
 
-        def loss(params, tokens):
-            return jnp.sum(nnx.merge(graphdef, params)(tokens)[0] ** 2)
+        def loss(params, tokens, memory):
+            model = nnx.merge(graphdef, params)
+            memory = None if memory is None else model.on_grid(memory, tokens.shape[1])
+            return jnp.sum(model(tokens, memory)[0] ** 2)
 
         tokens = jax.ShapeDtypeStruct((2, 16 * segments), jnp.int32)
-        return jax.jit(jax.grad(loss)).lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
+        memory = jax.eval_shape(lambda p: nnx.merge(graphdef, p).init_memory(2), params) if carried else None
+        return jax.jit(jax.grad(loss)).lower(params, tokens, memory).compile().memory_analysis().temp_size_in_bytes
 
     short, long, everything = bytes_needed(2, 8), bytes_needed(2, 32), bytes_needed(None, 32)
     outputs = 24 * 2 * 20 * 32 * 4  # all slots' hidden states of 24 more segments
     assert long - short < 6 * outputs, f"{long - short} bytes more for 24 more segments"
     assert everything - long > 4 * (long - short), f"{everything} bytes without truncation, {long} with"
+    carried = bytes_needed(2, 32, carried=True)
+    assert carried < 1.2 * long, f"{carried} bytes from a carried memory, {long} from none"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

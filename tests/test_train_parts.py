@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from engrax.data import TextFolder
 from engrax.errors import UserError
 from engrax.layers import LinearAttentionConfig, MoMConfig
 from engrax.models import LanguageModelConfig, RMTConfig
@@ -279,8 +280,9 @@ def test_replace_checks_types():
 
 def test_losses_that_nobody_would_collect_are_refused():
     mixer = MoMConfig(base=LinearAttentionConfig(heads=1, head_dim=4))
-    model = LanguageModelConfig(vocab_size=32, dim=8, mixers=(mixer,))
-    check(dataclasses.replace(small(), model=model))
+    model = LanguageModelConfig(dim=8, mixers=(mixer,))
+    plain = small(data=TextFolder(path="never read"))
+    check(dataclasses.replace(plain, model=model))
     silent = dataclasses.replace(model, mixers=(dataclasses.replace(mixer, balance_weight=0.0),))
     for wrap, told in (
         (lambda m: RMTConfig(backbone=m), "rmt does not collect"),
@@ -288,8 +290,8 @@ def test_losses_that_nobody_would_collect_are_refused():
     ):
         carries = told.startswith("carry")
         with pytest.raises(UserError, match=told):
-            check(dataclasses.replace(small(), model=wrap(model), carry_memory=carries))
-        check(dataclasses.replace(small(), model=wrap(silent), carry_memory=carries))
+            check(dataclasses.replace(plain, model=wrap(model), carry_memory=carries))
+        check(dataclasses.replace(plain, model=wrap(silent), carry_memory=carries))
 
 
 def test_freed_memory_stays_mapped(run_python):

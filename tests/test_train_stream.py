@@ -1,7 +1,9 @@
 """Documents longer than a row: streamed rows, the memory carried from batch to batch, and training in two stages."""
 
 import dataclasses
+import importlib.util
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,14 @@ from flax import nnx
 
 from engrax.data import TextFolder
 from engrax.errors import UserError
-from engrax.layers import AttentionConfig
-from engrax.models import HMTConfig, LanguageModelConfig
+from engrax.layers import AttentionConfig, HopfieldConfig, MoMConfig
+from engrax.models import HMTConfig, LanguageModelConfig, RMTConfig
+from engrax.models.layout import LayoutConfig
 from engrax.tests.experiments import tiny
-from engrax.train import CheckpointConfig, OptimizerConfig
+from engrax.train import CheckpointConfig, OptimizerConfig, loop, runs
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.loop import train
-from engrax.train.trainer import Trainer
+from engrax.train.trainer import Trainer, check
 
 ROWS, SEQ = 4, 24
 
@@ -132,3 +135,90 @@ def test_a_second_stage_begins_with_the_first_ones_parameters(text, tmp_path):
 def test_what_a_carried_memory_does_not_do_is_said(text, optimizer):
     with pytest.raises(UserError, match="carry_memory needs"):
         experiment(text, optimizer=optimizer)
+
+
+def test_the_memory_begins_with_the_earlier_stages_values(text, tmp_path):
+    settings = experiment(text)
+    settings = dataclasses.replace(
+        settings,
+        model=RMTConfig(backbone=settings.model.backbone, segment_length=8, memory_tokens=2),
+        start_from=str(tmp_path / "first"),
+    )
+    trainer = Trainer(settings)
+    shapes = trainer.abstract_state()["params"]
+    params = jax.tree.map(lambda p: jnp.arange(p.size, dtype=p.dtype).reshape(p.shape), shapes)
+    earlier = Checkpoints(tmp_path / "first", CheckpointConfig())
+    earlier.save(3, {"params": params}, {}, None)
+    earlier.close()
+    state = trainer.init_state(loop._earlier_params(trainer))
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(state["params"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    initial = state["params"]["initial"][...]
+    np.testing.assert_array_equal(state["memory"].memory, np.broadcast_to(initial, (ROWS, *initial.shape)))
+    places = jax.tree.map(lambda leaf: leaf.sharding, state["memory"])
+    assert places == trainer.state_shardings["memory"]
+
+    other = dataclasses.replace(settings, model=dataclasses.replace(settings.model, memory_tokens=3))
+    with pytest.raises(UserError, match=r"start_from=.*initial"):
+        train(other, tmp_path / "second", progress=False)
+    assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize(
+    "fields, told",
+    [({}, "start_from=.*missing holds no checkpoints"), ({"init_from": "published"}, "init_from and start_from")],
+)
+def test_a_wrong_beginning_is_refused_before_anything_is_written(text, tmp_path, fields, told):
+    settings = experiment(text, start_from=str(tmp_path / "missing"), **fields)
+    with pytest.raises(UserError, match=told):
+        train(settings, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "missing").exists()
+
+
+def test_a_second_stage_can_be_exported_as_the_first(text, tmp_path):
+    described = tmp_path / "first" / "pretrained"
+    described.mkdir(parents=True)
+    (described / "config.json").write_text("{}")
+    runs.prepare(tmp_path / "second", experiment(text, start_from=str(tmp_path / "first")))
+    assert (tmp_path / "second" / "pretrained" / "config.json").read_text() == "{}"
+    runs.prepare(tmp_path / "third", experiment(text, start_from=str(tmp_path / "unknown")))
+    assert not (tmp_path / "third" / "pretrained").exists()
+
+
+def test_a_carried_row_goes_on_for_ever(text):
+    def of(*mixers, **fields):
+        return LanguageModelConfig(vocab_size=256, dim=8, mixers=mixers, repeat=1, **fields)
+
+    windowed, placed = AttentionConfig(window=8), LayoutConfig(positions=64)
+    for model, told in (
+        (of(windowed, AttentionConfig()), "attention without a window"),
+        (of(HopfieldConfig(capacity=7)), "capacity=7"),
+        (of(windowed, layout=placed), "layout.positions=64"),
+    ):
+        with pytest.raises(UserError, match=f"carry_memory: a carried row goes on for ever.*{told}"):
+            check(experiment(text, model=model))
+        check(experiment(text, model=model, carry_memory=False))
+        check(experiment(text, model=RMTConfig(backbone=model)))  # reads segment by segment
+    check(experiment(text, model=of(windowed)))
+
+
+def test_a_memory_is_carried_through_streams_only(text):
+    settings = experiment(text)
+    with pytest.raises(UserError, match="carry_memory needs rows that go on .* mqar has not"):
+        check(dataclasses.replace(settings, data=tiny().data))
+
+
+def test_the_source_of_a_wrapped_mixer_is_kept(text, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from engrax.layers import LinearAttentionConfig\n\n\nclass Mine(LinearAttentionConfig):\n    pass\n"
+    )
+    spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+    mine = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "mine", mine)
+    spec.loader.exec_module(mine)
+    settings = experiment(text)
+    backbone = dataclasses.replace(settings.model.backbone, mixers=(MoMConfig(base=mine.Mine()),))
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, backbone=backbone))
+    (tmp_path / "run").mkdir()
+    runs._copy_sources(runs.folder(tmp_path / "run"), settings, None)
+    assert [file.name for file in (tmp_path / "run" / "source").iterdir()] == ["mine.py"]

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from engrax.errors import Diverged
+from engrax.errors import Diverged, UserError
 from engrax.train import config as configs
 from engrax.train import metrics, runs
 from engrax.train.checkpoint import Checkpoints
@@ -55,11 +55,12 @@ def train(
     trainer = Trainer(experiment)
     mesh = trainer.mesh  # refuses a mesh or batch that does not divide, before anything is written
     saved = _latest_step(run_dir)
+    params = None if saved else _earlier_params(trainer)  # refuses a wrong run, before anything is written
     run = runs.prepare(run_dir, experiment, saved, source)
     checkpoints = Checkpoints(run.directory, experiment.checkpoint)
     main = jax.process_index() == 0
     data = trainer.loader("train")
-    state, start = _restore_or_init(trainer, checkpoints, data, saved)
+    state, start = _restore_or_init(trainer, checkpoints, data, saved, params)
     if main and start:
         print(f"resuming {run.directory} at step {start}", file=sys.stderr)
     if start >= experiment.steps:
@@ -180,22 +181,29 @@ def _latest_step(run_dir: epath.Path) -> int:
     return steps[-1] if steps else 0
 
 
-def _restore_or_init(trainer: Trainer, checkpoints: Checkpoints, data: Any, saved: int) -> tuple[Any, int]:
-    """(state, steps done): from the newest checkpoint, with the data moved to its position, or fresh."""
+def _restore_or_init(trainer: Trainer, checkpoints: Checkpoints, data: Any, saved: int, params: Any) -> tuple[Any, int]:
+    """(state, steps done): from the newest checkpoint, with the data moved to its position, or begun with `params`."""
     if not saved:
-        return _from_earlier_stage(trainer, trainer.init_state()), 0
+        return trainer.init_state(params), 0
     state, position = checkpoints.restore(trainer.abstract_state(), saved)
     data.set_state(position)
     return state, saved
 
 
-def _from_earlier_stage(trainer: Trainer, state: Any) -> Any:
-    """The fresh state with the parameters of `start_from`, where the experiment names a run."""
-    if trainer.experiment.start_from is None:
-        return state
-    earlier = Checkpoints(runs.folder(trainer.experiment.start_from))
+def _earlier_params(trainer: Trainer) -> Any:
+    """The newest parameters of the run that `start_from` names; None where the experiment names none."""
+    given = trainer.experiment.start_from
+    if given is None:
+        return None
+    if trainer.experiment.init_from is not None:
+        raise UserError("init_from and start_from both say what the parameters start from; choose one.")
+    directory = runs.folder(given)
+    if not (directory / "checkpoints").exists():
+        raise UserError(f"start_from={given} holds no checkpoints; give the folder of a run that was trained.")
+    earlier = Checkpoints(directory)
     try:
-        like = trainer.abstract_state()["params"]
-        return state | {"params": earlier.restore_params(like, earlier.resolve(None))}
+        return earlier.restore_params(trainer.abstract_state()["params"], earlier.resolve(None))
+    except UserError as error:
+        raise UserError(f"start_from={given}: {error}") from None
     finally:
         earlier.close()

@@ -9,6 +9,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -113,6 +114,8 @@ def prepare(
         write_atomically(directory / "config.json", configs.to_json(experiment))
         if experiment.init_from is not None and not (directory / "pretrained").exists():
             imported.describe_source(experiment.init_from, directory / "pretrained")
+        if experiment.start_from is not None and not (directory / "pretrained").exists():
+            _copy_description(folder(experiment.start_from) / "pretrained", directory / "pretrained")
         if not (directory / "environment.json").exists():  # where the run was started, not where it was last resumed
             write_atomically(directory / "environment.json", json.dumps(environment, indent=2) + "\n")
         _copy_sources(directory, experiment, source)
@@ -152,16 +155,34 @@ def describe_environment(experiment: configs.Experiment) -> dict[str, Any]:
 
 
 def _copy_sources(directory: epath.Path, experiment: configs.Experiment, source: epath.PathLike | None) -> None:
-    """Copies the user's config file, and the files of mixers and models that are not engrax's own, into RUN/source."""
+    """Copies the user's config file, and the files of all configs that are not engrax's own, into RUN/source."""
     files = {epath.Path(source)} if source else set()
-    mixers = getattr(experiment.model, "mixers", ())
-    for config in (experiment.model, experiment.data, *mixers):
+    for config in nested_configs(experiment):
         module = sys.modules.get(type(config).__module__)
         if not type(config).__module__.startswith("engrax.") and getattr(module, "__file__", None):
             files.add(epath.Path(module.__file__))
     for path in files:
         (directory / "source").mkdir(exist_ok=True)
         write_atomically(directory / "source" / path.name, path.read_text())
+
+
+def _copy_description(source: epath.Path, target: epath.Path) -> None:
+    """What `export` needs of the published checkpoint that an earlier stage began from, where it began from one."""
+    if source.exists():
+        target.mkdir()
+        for file in source.iterdir():
+            (target / file.name).write_bytes(file.read_bytes())
+
+
+def nested_configs(config: Any, skip: type | tuple[type, ...] = ()) -> Iterator[Any]:
+    """The dataclasses in a config, itself included, at any depth; those of the classes `skip` are left out whole."""
+    if isinstance(config, (tuple, list)):
+        for item in config:
+            yield from nested_configs(item, skip)
+    elif dataclasses.is_dataclass(config) and not isinstance(config, skip):
+        yield config
+        for field in dataclasses.fields(config):
+            yield from nested_configs(getattr(config, field.name), skip)
 
 
 def write_atomically(path: epath.Path, text: str) -> None:

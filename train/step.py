@@ -69,6 +69,8 @@ def carried_loss_sum(graphdef: nnx.GraphDef, dtype: Any) -> Callable[[Any, Batch
     def compute(params, batch, memory):
         model = nnx.merge(graphdef, cast(optimizer.stop_frozen(params), dtype))
         memory = jax.lax.stop_gradient(memory)
+        if hasattr(model, "on_grid"):
+            memory = model.on_grid(memory, batch["tokens"].shape[1])
         hidden, memory = model(batch["tokens"], memory, segment_ids=batch["segment_ids"])
         return jnp.sum(token_losses(model.logits(hidden), batch["targets"])), jax.lax.stop_gradient(memory)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from engrax.errors import UserError
 from engrax.models import imported
-from engrax.train import optimizer, sharding
+from engrax.models.layout import LayoutConfig
+from engrax.models.segment_config import SegmentRecurrentConfig
+from engrax.train import optimizer, runs, sharding
 from engrax.train import step as steps
 from engrax.train.checkpoint import flatten, unflatten
 from engrax.train.config import Experiment
@@ -80,18 +83,29 @@ class Trainer:
             state["memory"] = self._fresh_memory(params, self.experiment.batch_size)
         return state
 
-    def init_state(self) -> dict[str, Any]:
-        """The state before the first step, created where it lives: no device ever holds a whole sharded leaf."""
+    def init_state(self, params: Any = None) -> dict[str, Any]:
+        """The state before the first step, created where it lives: no device ever holds a whole sharded leaf.
+
+        `params`, an earlier run's with this trainer's shardings, take the place of fresh or imported ones.
+        """
         # It runs once: on CPU, where optimising it takes three times longer than it saves, it is compiled as it stands.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        given = self._imported_params()
+        given = self._imported_params() if params is None else flatten({"params": params})
 
         def fresh():  # what is given is neither returned nor, therefore, computed
             return {name: leaf for name, leaf in flatten(self._fresh_state()).items() if name not in given}
 
         shardings = {name: s for name, s in flatten(self.state_shardings).items() if name not in given}
         found = jax.jit(fresh, out_shardings=shardings, compiler_options=options)()
-        return unflatten(found | given, self.abstract_state())
+        state = unflatten(found | given, self.abstract_state())
+        if given and self.experiment.carry_memory:  # a memory may begin with learned values: those of these parameters
+
+            def memory(params):
+                return self._fresh_memory(params, self.experiment.batch_size)
+
+            shardings = self.state_shardings["memory"]
+            state["memory"] = jax.jit(memory, out_shardings=shardings, compiler_options=options)(state["params"])
+        return state
 
     def _imported_params(self) -> dict[str, jax.Array]:
         """{flat name in the state: array} of the parameters that `init_from` holds, each where it lives."""
@@ -203,9 +217,31 @@ def check(experiment: Experiment) -> None:
             f"{where} does not collect what {adding[0]} adds to the loss; train it without, or set its weights of "
             "these losses to 0."
         )
+    if experiment.carry_memory:
+        _check_carried(experiment)
     vocab = getattr(experiment.model, "vocab_size", None)
     if vocab is not None and vocab < experiment.data.vocab_size:
         raise UserError(
             f"model.vocab_size={vocab} is smaller than the data's {experiment.data.vocab_size} tokens; "
             f"set --model.vocab-size {experiment.data.vocab_size}."
         )
+
+
+def _check_carried(experiment: Experiment) -> None:
+    """Raises UserError where the data has no streams, or a part of the model holds only so many tokens of a row."""
+    if "stream" not in inspect.signature(experiment.data.loader).parameters:
+        raise UserError(
+            f"carry_memory needs rows that go on from batch to batch, which {experiment.data.registered_name} has not; "
+            "choose a text data set, or train without it."
+        )
+    for part in runs.nested_configs(experiment.model, skip=SegmentRecurrentConfig):  # these read segment by segment
+        if isinstance(part, LayoutConfig) and part.positions:
+            raise UserError(
+                f"carry_memory: a carried row goes on for ever, and the model has layout.positions={part.positions} "
+                "learned positions; choose layout.positions=0 and mixers with a window."
+            )
+        if hasattr(part, "capacity") and getattr(part, "window", None) is None:
+            raise UserError(
+                f"carry_memory: a carried row goes on for ever, and {part.registered_name} without a window holds "
+                f"capacity={part.capacity} tokens; set its window."
+            )

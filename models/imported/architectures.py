@@ -47,9 +47,12 @@ class Fields:
             raise UserError(f"{self.path} lacks the field {name}.")
         return default if value is None else value
 
-    def demand(self, name: str, wanted: Any) -> None:
-        """Raises UserError where the field is there and is not `wanted`, the only value supported."""
-        if (value := self._rest.pop(name, None)) not in (None, wanted):
+    def demand(self, name: str, wanted: Any, fields: dict[str, Any] | None = None) -> None:
+        """Raises UserError where the field is there and is not `wanted`, the only value supported.
+
+        `fields` is an object inside the file that has it; None = the file's own fields.
+        """
+        if (value := (self._rest if fields is None else fields).pop(name, None)) not in (None, wanted):
             raise UserError(f"{self.path}: {name}={value!r} is not supported (only {wanted!r} is).")
 
     def choose(self, name: str, known: dict[str, str], default: str) -> str:
@@ -75,7 +78,8 @@ class Fields:
         where = f"{self.path}: rope_scaling"
         if not isinstance(kind, str) or kind not in ("default", "linear", "llama3"):
             raise UserError(f"{where} kind {kind!r} is not supported (known: default, linear, llama3).")
-        self.demand("partial_rotary_factor", 1.0)
+        for fields in (None, scaling):  # transformers 5 writes it among the rope_parameters
+            self.demand("partial_rotary_factor", 1.0, fields)
         names = {"factor": "factor"} if kind != "default" else {}
         if kind == "llama3":
             names |= {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}

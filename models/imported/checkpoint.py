@@ -1,6 +1,7 @@
 """Loading a checkpoint's tensors into parameters, piece by piece, and writing parameters back as the same tensors."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from engrax.errors import UserError
 from engrax.layers import AttentionConfig, lora
 from engrax.layers.lora import LoraConfig
 from engrax.models.imported.architectures import Architecture, Fields, architecture, read_config
-from engrax.models.imported.files import DTYPES, HEADERS, TensorFiles, write_file
+from engrax.models.imported.files import DTYPES, HEADERS, INDEX, TensorFiles, write_file
 from engrax.models.language_model import LanguageModel, LanguageModelConfig
 from engrax.models.model import ModelConfig
 
@@ -231,7 +232,8 @@ def export(model: LanguageModel, folder: str | Path, *, like: str | Path) -> Non
     """Writes the parameters as the folder `like` has them: the same files, names, dtypes and shapes, config.json and
     tokenizer included. Adapters are merged first. `like` may be what `describe_source` wrote.
 
-    Buffers that are no parameters are left out. Raises UserError where `folder` is not empty or the model another one.
+    Buffers that are no parameters are left out, of the index too. Raises UserError where `folder` is not empty or the
+    model another one.
     """
     folder, like = Path(folder), Path(like)
     if folder.exists() and any(folder.iterdir()):
@@ -249,6 +251,8 @@ def export(model: LanguageModel, folder: str | Path, *, like: str | Path) -> Non
         tensors = {name: _tensor(plan, name, params) for name in names}
         write_file(folder / file, tensors, plan.files.metadata.get(file, {}))
     _copy_descriptions(like, folder)
+    if index := plan.files.index_of({name for names in files.values() for name in names}):
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _tensor(plan: Plan, name: str, params: dict[str, jax.Array]) -> np.ndarray:
@@ -266,11 +270,20 @@ def _tensor(plan: Plan, name: str, params: dict[str, jax.Array]) -> np.ndarray:
 
 
 def describe_source(folder: str | Path, target: epath.PathLike) -> None:
-    """Copies what `export` needs of a checkpoint's folder, everything but the values: config, tokenizer, headers."""
+    """Copies what `export` needs of a checkpoint's folder, everything but the values: config, tokenizer, headers.
+
+    `target` appears complete or not at all. Raises UserError where it is there and not empty.
+    """
     target = epath.Path(target)
-    target.mkdir(parents=True, exist_ok=True)
-    TensorFiles(folder).save_headers(target / HEADERS)
-    _copy_descriptions(Path(folder), target)
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target} is not empty; choose another folder for the description of {folder}.")
+    temporary = target.parent / (target.name + ".tmp")
+    if temporary.exists():
+        temporary.rmtree()
+    temporary.mkdir(parents=True)
+    TensorFiles(folder).save_headers(temporary / HEADERS)
+    _copy_descriptions(Path(folder), temporary)
+    temporary.replace(target)
 
 
 def _copy_descriptions(source: Path, target: Path | epath.Path) -> None:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -21,6 +23,11 @@ class TensorInfo:
     file: str
     dtype: str  # as the format spells it: F32, BF16, ...
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values; of the dtypes in DTYPES."""
+        return math.prod(self.shape) * jnp.dtype(DTYPES[self.dtype]).itemsize
 
 
 class TensorFiles:
@@ -87,6 +94,18 @@ class TensorFiles:
         index = (*index, *(slice(None) for _ in info.shape[len(index) :]))
         bounds = [slice(*part.indices(size)[:2]) for part, size in zip(index, info.shape)]
         return self._file(info.file).get_slice(name)[tuple(bounds)]
+
+    def index_of(self, written: set[str]) -> dict[str, Any] | None:
+        """The folder's index for the tensors `written` alone; None where there is no index or it names no others."""
+        path = self.folder / INDEX
+        index = read_json(path) if path.is_file() else {"weight_map": {}}
+        kept = {name: file for name, file in index["weight_map"].items() if name in written}
+        if len(kept) == len(index["weight_map"]):
+            return None
+        index["weight_map"] = kept
+        if "total_size" in (index.get("metadata") or {}):
+            index["metadata"]["total_size"] = sum(self.infos[name].nbytes for name in kept)
+        return index
 
     def save_headers(self, path: Path | epath.Path) -> None:
         """Writes what the headers say as JSON."""

@@ -11,10 +11,10 @@ import numpy as np
 from engrax.pallas_kernels.checks import check_array, check_option, check_positive_int, check_rank
 from engrax.pallas_kernels.dispatch import by_platform, choose, interpreting, load, unsupported_kernels
 from engrax.pallas_kernels.dots import accumulator
-from engrax.pallas_kernels.hopfield_retrieval.energy import WITH_ENERGY, energy
+from engrax.pallas_kernels.hopfield_retrieval.energy import WITH_ENERGY, pull
 from engrax.pallas_kernels.hopfield_retrieval.reference import hopfield_retrieval_reference
 from engrax.pallas_kernels.hopfield_retrieval.separation import SEPARATIONS
-from engrax.pallas_kernels.hopfield_retrieval.similarity import SIMILARITIES
+from engrax.pallas_kernels.hopfield_retrieval.similarity import SIMILARITIES, half_square
 from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
 from engrax.pallas_kernels.hopfield_retrieval.xla import hopfield_retrieval_xla
 
@@ -43,7 +43,8 @@ def hopfield_retrieval(
 
         xi <- X^T p   (steps - 1 times),   retrieved = V^T p,   p = sep(beta sim(X, xi))
 
-    One update with softmax and "dot" is attention, and runs as `jax.nn.dot_product_attention` (float64: as products).
+    One update with softmax and "dot" is attention, and runs as `jax.nn.dot_product_attention` (float32 and bfloat16;
+    other dtypes as products: the library has no float16 on a CPU, and errs 1e-7 in float64).
     Update k of the package hflayers ("update_steps_max = k") is `steps=k + 1` here.
 
     Args:
@@ -63,7 +64,7 @@ def hopfield_retrieval(
         of the state at rest, in memory that does not depend on the number of updates; the initial state then has none.
         The two agree where the iteration has converged.
       mask: bool `[B, M]` or `[B, N, M]`, True = visible; None: everything is. What no state sees may hold anything.
-        A state that sees nothing retrieves 0, and no gradient comes from it.
+        A state that sees nothing may hold anything too; it retrieves 0, and no gradient comes from it.
       implementation: None (choose), "reference" (state by state), "xla" or "pallas_tpu".
 
     Returns:
@@ -160,12 +161,13 @@ def _power(separation: str, alpha) -> float:
 
 
 def _prepare(dtype, state, stored, values, beta, mask):
-    """Heads before states and patterns, beta for every head, hidden patterns blank, the mask with a middle axis."""
+    """Beta for every head, hidden patterns and states that see nothing blank, the mask with a middle axis."""
     beta = jnp.broadcast_to(jnp.asarray(beta, accumulator(dtype)), state.shape[2:3])
     if mask is not None:
         mask = mask[:, None] if mask.ndim == 2 else mask
         seen = jnp.any(mask, axis=1)[..., None, None]
         stored, values = (None if x is None else jnp.where(seen, x, 0) for x in (stored, values))
+        state = jnp.where(jnp.any(mask, axis=-1)[..., None, None], state, 0)
     return state.astype(dtype), stored.astype(dtype), stored if values is None else values, beta, mask
 
 
@@ -174,7 +176,7 @@ def _run(name, kernels, interpret, form, state, stored, values, beta, mask):
     dtype = form.operands
     state, stored, values, beta, mask = _prepare(dtype, state, stored, values, beta, mask)
     plain = form.steps == 1 and form.separation == "softmax" and form.similarity == "dot"
-    if name != "reference" and plain and dtype != jnp.float64:
+    if name != "reference" and plain and dtype in (jnp.float32, jnp.bfloat16):
         return _attention(state, stored, values.astype(dtype), beta, mask)
     wide = accumulator(dtype)
     arrays = [jnp.swapaxes(x, 1, 2) for x in (state, stored, values)]
@@ -208,6 +210,7 @@ def _widened(x, width):
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _energy(separation, alpha, similarity, state, stored, beta, mask):
     dtype = accumulator(jnp.result_type(state, stored))
+    own = half_square(state.astype(dtype)) if similarity == "dot" else 0  # also of a state that sees nothing
     state, stored, _, beta, mask = _prepare(dtype, state, stored, None, beta, mask)
     arrays = [jnp.swapaxes(x, 1, 2) for x in (state, stored)]
-    return jnp.swapaxes(energy(separation, alpha, similarity, *arrays, beta, mask), 1, 2)
+    return own - jnp.swapaxes(pull(separation, alpha, similarity, *arrays, beta, mask), 1, 2)

@@ -9,7 +9,7 @@ from engrax.pallas_kernels.hopfield_retrieval.similarity import half_square, sim
 WITH_ENERGY = ("dot", "l2")  # similarities under which an update is a step of descent
 
 
-def energy(
+def pull(
     separation: str,
     alpha: float,
     similarity: str,
@@ -18,21 +18,23 @@ def energy(
     beta: Float[Array, " H"],
     visible: Bool[Array, "B _ M"] | None,
 ) -> Float[Array, "B H N"]:
-    """Returns the energy of every state; all arrays in the dtype of the computation."""
+    """Returns (Omega*(beta sim) - Omega*(0)) / beta of every state; all arrays in the dtype of the computation."""
     visible = None if visible is None else visible[:, None]
     scores = similarities(similarity, state, stored, state.dtype)
     if similarity == "l2":
         scores = scores - half_square(state)[..., None]
     zero = beta == 0
     beta_H11 = jnp.where(zero, 1, beta)[:, None, None]
-    pull = conjugate(separation, alpha, beta_H11 * scores, visible) / beta_H11[..., 0]
-    pull = jnp.where(zero[:, None], _mean(scores, visible), pull)
-    return (half_square(state) if similarity == "dot" else 0) - pull
+    found = conjugate(separation, alpha, beta_H11 * scores, visible) / beta_H11[..., 0]
+    at_zero = jnp.where(zero[:, None, None], scores, 0)
+    return jnp.where(zero[:, None], _near_zero(alpha, at_zero, beta[:, None], visible), found)
 
 
-def _mean(scores, visible):
-    """The limit for beta -> 0."""
-    if visible is None:
-        return jnp.mean(scores, axis=-1)
-    count = jnp.maximum(jnp.sum(visible, axis=-1), 1).astype(scores.dtype)
-    return jnp.sum(jnp.where(visible, scores, 0), axis=-1) / count
+def _near_zero(alpha, scores, beta, visible):
+    """The first two terms in beta: the mean, and beta / 2 M^(alpha - 1) times the variance, without which the slope in
+    beta would be lost. (M^(alpha - 1) (I - 1/M) is the Jacobian of the separation where M scores are equal.)"""
+    shown = jnp.ones(scores.shape, bool) if visible is None else jnp.broadcast_to(visible, scores.shape)
+    count = jnp.maximum(jnp.sum(shown, axis=-1), 1).astype(scores.dtype)
+    mean = jnp.sum(jnp.where(shown, scores, 0), axis=-1) / count
+    variance = jnp.sum(jnp.where(shown, scores - mean[..., None], 0) ** 2, axis=-1) / count
+    return mean + 0.5 * beta * count ** (alpha - 1) * variance

@@ -1,0 +1,75 @@
+"""Every mixer on recall at about the same state bytes: MQAR with 128 tokens and 16 pairs (arXiv 2312.04927).
+
+    engrax compare mqar_mixers
+
+Two layers of width 64, the same short convolution for all, states of 1960 to 2115 numbers a layer, tails of the
+convolution apart; mixtures hold as much in all their memories together. Attention has a window whose cache is as large,
+and the whole row besides: the ceiling.
+"""
+
+from engrax.data import MQAR
+from engrax.evals import Claim, Comparison
+from engrax.layers import MIXERS
+from engrax.models import LanguageModelConfig
+from engrax.train import CheckpointConfig, EvalConfig, Experiment, LogConfig, OptimizerConfig
+
+CONV = dict(conv_width=4)
+SQUARE = dict(heads=2, head_dim=32, value_dim=32) | CONV  # 2 x 32 x 32 = 2048 numbers
+MIXTURE = dict(heads=2, head_dim=14, value_dim=14) | CONV  # 5 memories (4 and the shared one) of 2 x 14 x 14
+MLP = dict(heads=2, head_dim=16, hidden=11, chunk_size=16) | CONV  # of depth 2: weights, momentum and anchor
+
+
+def mixers() -> dict:
+    """The mixers by their names in the table."""
+    make = lambda name, **settings: MIXERS[name](**settings)  # noqa: E731
+    routed = {f"mom of {base}": make("mom", base=make(base, **MIXTURE)) for base in ("gla", "gated_deltanet")}
+    return {
+        "linear_attention": make("linear_attention", **SQUARE),
+        "attention, all": make("attention", heads=2, head_dim=32, **CONV),
+        "attention, window": make("attention", heads=2, head_dim=32, window=17, **CONV),
+        "retnet": make("retnet", **SQUARE),
+        "lightning": make("lightning", **SQUARE),
+        "gla": make("gla", **SQUARE),
+        "mamba2": make("mamba2", heads=1, value_heads=2, head_dim=32, value_dim=32, **CONV),
+        "hgrn2": make("hgrn2", **SQUARE),
+        "deltanet": make("deltanet", **SQUARE),
+        "gated_deltanet": make("gated_deltanet", **SQUARE),
+        "kda": make("kda", **SQUARE),
+        "gsa": make("gsa", heads=2, head_dim=32, slots=16, **CONV),
+        "based": make("based", heads=2, head_dim=7, value_dim=28, **CONV),
+        "rebased": make("rebased", heads=2, head_dim=8, value_dim=28, **CONV),
+        "titans": make("titans", **MLP),
+        "ttt_linear": make("ttt_linear", heads=2, head_dim=22, chunk_size=16, **CONV),
+        **routed,
+    }
+
+
+def experiment(mixer) -> Experiment:
+    """The experiment with this mixer in both layers."""
+    return Experiment(
+        model=LanguageModelConfig(vocab_size=256, dim=64, mixers=(mixer,), repeat=2),
+        data=MQAR(seq_len=128, num_pairs=16, vocab_size=256),
+        steps=1500,
+        batch_size=32,
+        optimizer=OptimizerConfig(warmup_steps=100, weight_decay=0.01),
+        checkpoint=CheckpointConfig(every=0, keep_last=1, keep_best=0),
+        eval=EvalConfig(every=100, batches=8),
+        log=LogConfig(every=100),
+    )
+
+
+def comparison() -> Comparison:
+    """The comparison; the first, which the others are held to, has neither gates nor a delta rule."""
+    zoology = "arXiv 2312.04927: linear attention recalls less than attention at equal width"
+    delta = "arXiv 2406.06484: the delta rule recalls more than gates at equal state"
+    return Comparison(
+        experiments={name: experiment(mixer) for name, mixer in mixers().items()},
+        learning_rates=(1e-3, 3e-3, 1e-2),
+        claims=(
+            Claim("attention, all", "linear_attention", zoology),
+            Claim("based", "attention, window", "arXiv 2402.18668: recalls more at equal state than a window"),
+            Claim("deltanet", "gla", delta),
+            Claim("gated_deltanet", "mamba2", "arXiv 2412.06464: gated delta rule above Mamba-2 on recall"),
+            Claim("mom of gated_deltanet", "gated_deltanet", "arXiv 2502.13685: a mixture above one larger memory"),
+        ),
+    )
