@@ -201,6 +201,7 @@ def test_gradients_do_not_cross_segments():
     assert all(np.any(g != 0) for g in jax.tree.leaves(gradient["reset"]))
 
 
+@pytest.mark.slow
 def test_save_every_changes_nothing():
     arrays, static = make_problem(rows="phased", segments=True)
     wanted = values_and_grads(arrays, static)
@@ -255,6 +256,7 @@ def test_bfloat16_inputs_float32_states(implementation):
     assert np.median(np.abs(np.asarray(out, np.float64) - np.asarray(exact))) < 0.02 * np.abs(exact).mean()
 
 
+@pytest.mark.slow
 def test_vmap_equals_a_loop():
     problems = [make_problem(seed, length=6)[0] for seed in (0, 1)]
     static = make_problem(length=6)[1]
@@ -264,6 +266,7 @@ def test_vmap_equals_a_loop():
     assert_close(jax.jit(jax.vmap(gradient))(stacked), looped)
 
 
+@pytest.mark.slow
 def test_long_run_in_float32_stays_finite():
     """12,000 tokens at extreme gates, bfloat16 inputs of unit norm: no NaN in values or gradients."""
     arrays, static = make_problem(batch=1, heads=1, length=12_000, chunk=64)

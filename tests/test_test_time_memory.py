@@ -118,7 +118,8 @@ def run(config, tokens, gates, matrices, extra, cuts=()):
     return jnp.concatenate(found, axis=1), state
 
 
-SLOW = ("titans", "deep", "decayed", "decayed channels", "muon without momentum", "factorised", "window")
+SLOW = ("titans", "deep", "decayed", "decayed channels", "muon without momentum", "factorised", "window", "q norm")
+SLOW += ("window longer than the chunk", "channels", "row norm", "reset")  # the presets' settings hold them too
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
@@ -341,6 +342,8 @@ def test_presets_learn_within_a_row(name):
     module = config.build(16, rngs=nnx.Rngs(0))
     x = jnp.tile(jax.random.normal(jax.random.key(0), (1, 4, 16)), (1, 16, 1))
     report = module.report(x)
+    by_token = [np.asarray(report.pop(f"error_{when}_write")) for when in ("before", "after")]
+    assert all(np.isfinite(errors[:, 1:]).all() for errors in by_token)
     assert all(np.all(np.isfinite(value)) for value in report.values())
     _, later, _ = module._mix(x, None, None)
     _, _, (_, k, v, gates) = module._mix(x[:, -4:], None, None)
