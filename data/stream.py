@@ -35,6 +35,7 @@ class StreamedText(grain.DatasetIterator):
         order = grain.MapDataset.range(len(documents))
         self._order = order.shuffle(seed=hashing.seed32(seed)).repeat(None)
         self._position = [[0, 0] for _ in range(share.batch_size)]
+        self._open: dict[int, tuple[int, TokenArray]] = {}  # the document that each row is in, encoded
 
     def get_state(self) -> dict[str, list[list[int]]]:
         """The position after the batch last returned."""
@@ -57,7 +58,7 @@ class StreamedText(grain.DatasetIterator):
         mine, at, empty = row - self._share.start, 0, 0
         while at < self._seq_len:
             count, begin = self._position[row]
-            tokens = self._read(count * self._share.batch_size + row)
+            tokens = self._read(row, count * self._share.batch_size + row)
             empty = 0 if len(tokens) else empty + 1
             require(empty <= len(self._documents), "the data set has no text: every document is empty.")
             length = min(len(tokens) - begin, self._seq_len - at)
@@ -70,5 +71,7 @@ class StreamedText(grain.DatasetIterator):
             at += -(-length // self._align) * self._align if done else length
             self._position[row] = [count + 1, 0] if done else [count, begin + length]
 
-    def _read(self, index: int) -> TokenArray:
-        return self._encode(self._documents[self._order[index]])
+    def _read(self, row: int, index: int) -> TokenArray:
+        if row not in self._open or self._open[row][0] != index:
+            self._open[row] = index, self._encode(self._documents[self._order[index]])
+        return self._open[row][1]

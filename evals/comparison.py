@@ -109,7 +109,8 @@ def kind(comparison: Comparison) -> str:
 def run(comparison: Comparison, folder: epath.PathLike, *, progress: bool = True) -> list[Row]:
     """Trains and scores what is missing in `folder`, and returns a row for every experiment.
 
-    Raises UserError where every learning rate of an experiment diverged, or a run of the folder is another experiment.
+    Raises UserError where every learning rate or every judged seed of an experiment diverged, or a run of the folder is
+    another experiment.
     """
     folder = runs.folder(folder)
     trials = len(comparison.experiments) * (len(comparison.learning_rates) + comparison.seeds)
@@ -126,6 +127,11 @@ def run(comparison: Comparison, folder: epath.PathLike, *, progress: bool = True
         best = max(sound, key=lambda t: sign * scored[t].mean)
         seeds = range(1, comparison.seeds + 1)
         scores = tuple(_score(comparison, best._replace(seed=seed), folder, tell) for seed in seeds)
+        if all(score.sums is None for score in scores):
+            raise UserError(
+                f"{name!r} diverged with every judged seed at its best learning rate {best.learning_rate:g}; give "
+                "lower ones."
+            )
         grid = {t.learning_rate: score.mean for t, score in scored.items()}
         rows.append(Row(name, best.learning_rate, grid, scores, cost.costs(experiment)))
     return rows

@@ -64,7 +64,7 @@ class Bootstrap:
 
     def __init__(self, rows: list[Row], draws: int = DRAWS):
         rng = np.random.default_rng(0)
-        counts = rows[0].scores[0].counts
+        counts = next(score.counts for score in rows[0].scores if score.counts is not None)
         self.counts, size = counts, len(counts)
         self.draws = rng.multinomial(size, np.full(size, 1 / size), draws)  # [draws, N]: how often each row is drawn
         self.seeds = {row.name: _seed_draws(rng, _sound(row), draws) for row in rows}

@@ -109,11 +109,12 @@ def test_in_a_task_higher_is_better_and_steps_are_counted():
 
 
 def test_where_a_seed_diverged_nothing_is_said():
-    rows = [scored("base", [0.5] * 3), scored("good", [0.9, None, 0.9])]
+    rows = [scored("base", [0.5] * 3), scored("good", [None, 0.9, 0.9])]
     claims = (Claim("good", "base", "x"),)
     (_, good), (judged,) = verdicts.judge(Comparison({"base": tiny(), "good": tiny()}, RATES, claims=claims), rows)
     assert good.difference.low > 0 and good.diverged == 1
     assert good.verdict == judged.verdict == "inconclusive"
+    assert verdicts.Bootstrap(rows[::-1]).value("good") == pytest.approx(0.9)
 
 
 @pytest.mark.slow
@@ -140,7 +141,7 @@ def test_the_best_rate_is_run_with_every_seed_and_nothing_twice(tmp_path, monkey
         rate, heads = experiment.optimizer.learning_rate, experiment.model.mixers[0].heads
         trained.append((heads, rate, experiment.seed))
         runs.prepare(directory, experiment)
-        if rate > 1:
+        if rate > 1 or (rate == 0.5 and experiment.seed):
             raise Diverged("not finite")
         means[str(directory)] = 0.9 if rate == 1e-2 else 0.5
         return type("Result", (), {"finished": True})()
@@ -163,6 +164,8 @@ def test_the_best_rate_is_run_with_every_seed_and_nothing_twice(tmp_path, monkey
     (tmp_path / "d").mkdir()
     with pytest.raises(UserError, match="every learning rate"):
         evals.compare(pair(1e30, 2e30, 3e30), tmp_path / "d", progress=False)
+    with pytest.raises(UserError, match="every judged seed"):
+        evals.compare(pair(0.5, 2e30, 3e30), tmp_path / "e", progress=False)
 
 
 @pytest.mark.slow
