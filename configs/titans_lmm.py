@@ -1,7 +1,9 @@
 """Titans LMM, the memory alone, on the quickstart's text: no attention, a state of fixed size.
 
-engrax train titans_lmm --run-dir runs/titans_lmm
-engrax evaluate runs/titans_lmm --stream 16384
+    engrax train titans_lmm --run-dir runs/titans_lmm
+    engrax evaluate runs/titans_lmm --stream 16384
+
+Sized for two CPU cores; not trained to the end by us yet, so no figure stands here.
 """
 
 import dataclasses

@@ -1,7 +1,9 @@
 """Titans MAC, the memory as context of the attention inside segments, on the quickstart's text.
 
-engrax train titans_mac --run-dir runs/titans_mac
-engrax evaluate runs/titans_mac --stream 16384
+    engrax train titans_mac --run-dir runs/titans_mac
+    engrax evaluate runs/titans_mac --stream 16384
+
+Sized for two CPU cores; not trained to the end by us yet, so no figure stands here.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""Every mixer on recall at about the same state bytes: MQAR with 128 tokens and 16 pairs (arXiv 2312.04927).
+"""Mixers on recall at about the same state bytes: MQAR with 128 tokens and 16 pairs (arXiv 2312.04927).
 
     engrax compare mqar_mixers
 
 Two layers of width 64, the same short convolution for all, states of 1960 to 2115 numbers a layer, tails of the
 convolution apart; mixtures hold as much in all their memories together. Attention has a window whose cache is as large,
-and the whole row besides: the ceiling.
+and the whole row besides: the ceiling. Not run to the end by us yet, so no figure stands here.
 """
 
 from engrax.data import MQAR

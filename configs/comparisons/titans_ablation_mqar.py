@@ -2,7 +2,8 @@
 
     engrax compare titans_ablation_mqar
 
-Eleven variants of two layers of width 64, at three learning rates, the best with three seeds.
+Eleven variants of two layers of width 64, at three learning rates, the best with three seeds. Not run to the end by
+us yet, so no figure stands here.
 """
 
 import dataclasses
