@@ -12,7 +12,7 @@ from engrax.errors import UserError
 from engrax.layers import MIXERS, AttentionConfig, TitansConfig
 from engrax.layers.attention import rotate
 from engrax.layers.conv import ShortConv
-from engrax.layers.modules import l2_normalise
+from engrax.layers.modules import l2_normalise, projection
 from engrax.layers.segments import first_real_segment, last_segment_after, select_rows, starts_anew
 from engrax.layers.test_time.mixer import MemoryConfig
 from engrax.pallas_kernels import NeuralMemoryState, neural_memory
@@ -327,3 +327,22 @@ def test_every_parameter_names_its_axes_and_differs_by_key(name):
     one, other = parameters(MIXERS[name].examples()[0], seeds=(0, 1))
     changed = [bool(np.any(a != b)) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other))]
     assert any(changed), "the parameters do not depend on the key"
+
+
+def test_a_projection_is_differentiated_in_the_order_of_its_kernel(rng, x64):
+    """The kernel's gradient is one product [in, out]: no transpose, which XLA's CPU code would do for all tokens."""
+    module = projection(6, 5, ("embed", "mlp"), rngs=nnx.Rngs(0), bias=True)
+    definition, params = nnx.split(module)
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+    x, bar = rng.standard_normal((2, 3, 6)), rng.standard_normal((2, 3, 5))
+
+    def total(params, x):
+        return jnp.sum(nnx.merge(definition, params)(x) * bar)
+
+    value, (grads, x_bar) = jax.value_and_grad(total, argnums=(0, 1))(params, x)
+    kernel = np.asarray(params["kernel"][...])
+    np.testing.assert_allclose(value, np.sum((x @ kernel) * bar), rtol=1e-12)
+    np.testing.assert_allclose(grads["kernel"][...], np.einsum("bti,bto->io", x, bar), rtol=1e-12)
+    np.testing.assert_allclose(grads["bias"][...], bar.sum(axis=(0, 1)), rtol=1e-12)
+    np.testing.assert_allclose(x_bar, bar @ kernel.T, rtol=1e-12)
+    assert "transpose" not in str(jax.make_jaxpr(jax.grad(total))(params, x))
