@@ -29,11 +29,7 @@ SETTINGS = {
     f"chunk {chunk}": dict(dim=DIM, heads=HEADS, dim_head=HEAD_DIM, chunk_size=chunk, batch_size=chunk)
     for chunk in (16, 64)
 }
-KEEP_FREED_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
+KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 TARGETS = {"chunk 16": 8.0, "chunk 64": 2.5}
 HOW_TO_ADD_PEER = (
     "titans-pytorch is not timed: make it an environment of its own (python -m venv PEER; "
