@@ -39,18 +39,23 @@ class Layout(NamedTuple):
     """The blocks of a call and which token is in which slot."""
 
     blocks: Places  # leading axis N
-    token: Int[Array, "N B S"]
-    index: Int[Array, "B T"]  # of every token among the N * S slots of its row
+    length: int  # tokens of every row
+    token: Int[Array, "N B S"] | None  # None: rows are plainly cut into blocks
+    index: Int[Array, "B T"] | None  # of every token among the N * S slots of its row; None likewise
 
     def lay_out(self, x: Shaped[Array, "B T *D"]) -> Shaped[Array, "N B S *D"]:
-        """Returns the slots; holes hold copies of other tokens."""
-        return x[jnp.arange(len(x))[:, None], self.token]
+        """Returns the slots; holes hold zeros or copies of other tokens."""
+        if self.token is not None:
+            return x[jnp.arange(len(x))[:, None], self.token]
+        blocks, _, slots = self.blocks.holds.shape
+        x = jnp.pad(x, [(0, 0), (0, blocks * slots - self.length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(len(x), blocks, slots, *x.shape[2:]), 1, 0)
 
     def take_back(self, x: Shaped[Array, "N B S *D"]) -> Shaped[Array, "B T *D"]:
         """Returns the tokens in their order."""
         x = jnp.moveaxis(x, 0, 1)
         x = x.reshape(x.shape[0], -1, *x.shape[3:])
-        return x[jnp.arange(len(x))[:, None], self.index]
+        return x[:, : self.length] if self.index is None else x[jnp.arange(len(x))[:, None], self.index]
 
 
 def place_tokens(place: Int[Array | np.ndarray, " B"], length: int, size: int) -> Layout:
@@ -63,7 +68,7 @@ def place_tokens(place: Int[Array | np.ndarray, " B"], length: int, size: int) -
     if length == 1:
         one = jnp.ones((1, len(place), 1), jnp.int32)
         blocks = Places(one > 0, place[None, :, None], 0 * one[..., 0], place[None], one[..., 0])
-        return Layout(blocks, 0 * one, jnp.zeros((len(place), 1), jnp.int32))
+        return Layout(blocks, 1, None, None)
     count = -(-length // size) if aligned else 1 + -(-(length - 1) // size)
     n, s = jnp.arange(count)[:, None, None], jnp.arange(size)
     token = n * size + s - place[:, None]
@@ -71,7 +76,9 @@ def place_tokens(place: Int[Array | np.ndarray, " B"], length: int, size: int) -
     first = jnp.where(n[..., 0] == 0, place, 0)
     where = jnp.broadcast_to(s, holds.shape)
     blocks = Places(holds, where, first, first, jnp.sum(holds, axis=-1, dtype=jnp.int32))
-    return Layout(blocks, jnp.clip(token, 0, length - 1), place[:, None] + t)
+    if aligned:
+        return Layout(blocks, length, None, None)
+    return Layout(blocks, length, jnp.clip(token, 0, length - 1), place[:, None] + t)
 
 
 def conv_at_places(
