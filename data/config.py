@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
 import numpy as np
 from jaxtyping import Int32, Integer
 
+from engrax.data.token_types import TokenTypes, frequent_types
 from engrax.errors import UserError
 from engrax.registry import Registry
 
@@ -95,6 +96,16 @@ class DataConfig(abc.ABC):
     def tokenizer(self):
         """The tokenizer (`engrax.data.tokenizers`), or None for a generated task."""
         return None
+
+    def token_types(self, batch: Batch) -> TokenTypes:
+        """Returns the type of every token of rows, for diagnostics by kind of token; what padding gets is not used.
+
+        Those of the tokenizer, else the most frequent tokens of the rows; a task knows better and overrides this.
+        """
+        if hasattr(self.tokenizer, "token_types"):
+            return self.tokenizer.token_types(batch["tokens"])
+        name = str if self.tokenizer is None else lambda token: repr(self.tokenizer.decode([token]))
+        return frequent_types(batch["tokens"], batch["segment_ids"] >= 0, name)
 
     @abc.abstractmethod
     def digest(self) -> str:

@@ -18,8 +18,9 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from engrax.data import hashing
-from engrax.data.config import DATASETS, IGNORE, require
+from engrax.data.config import DATASETS, IGNORE, Batch, require
 from engrax.data.task import TaskConfig, choose
+from engrax.data.token_types import TokenTypes
 
 _KEYS, _VALUES, _SLOTS, _FILLER = range(4)  # the independent random streams of one example
 
@@ -67,6 +68,13 @@ class MQAR(TaskConfig):
         A model between `chance` and this has learnt which tokens are answers, but binds no key to its value.
         """
         return 1.0 / self.num_pairs
+
+    def token_types(self, batch: Batch) -> TokenTypes:
+        """Keys and values of the context, queries, and the filler between them."""
+        place = np.arange(self.seq_len)
+        asked = np.where(batch["targets"] != IGNORE, 2, 3)
+        in_context = place < 2 * self.num_pairs * self.num_passes
+        return TokenTypes(("key", "value", "query", "filler"), np.where(in_context, place % 2, asked))
 
     def _examples(self, key, row):
         half, context = self.vocab_size // 2, 2 * self.num_pairs * self.num_passes

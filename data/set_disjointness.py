@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from engrax.data import hashing
-from engrax.data.config import DATASETS, IGNORE, require
+from engrax.data.config import DATASETS, IGNORE, Batch, require
 from engrax.data.task import TaskConfig, choose
+from engrax.data.token_types import TokenTypes
 
 SEP, ASK = 0, 1  # every other token is an element
 _ELEMENTS, _SHARED, _PLACE, _ORDER = range(4)  # the independent random streams of one example
@@ -55,6 +56,14 @@ class SetDisjointness(TaskConfig):
     def chance_in_context(self) -> float:
         """Expected accuracy of guessing among the elements of the smaller set."""
         return 1.0 / self.small
+
+    def token_types(self, batch: Batch) -> TokenTypes:
+        """Elements of the set that comes first in the row and of the other, the ends of both, and the question."""
+        tokens = batch["tokens"]
+        first = np.argmax(tokens == SEP, axis=1)[:, None]  # elements of the first set
+        in_pass = np.arange(self.seq_len) % (self.small + self.large + 2)
+        index = np.select([tokens == ASK, tokens == SEP, in_pass < first], [3, 2, 0], 1)
+        return TokenTypes(("first set", "second set", "end of a set", "question"), index)
 
     def _examples(self, key, row):
         total = self.small + self.large - 1

@@ -7,9 +7,10 @@ import re
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 from engrax.data.files import stamp
+from engrax.data.token_types import TokenTypes, byte_types
 from engrax.errors import UserError
 
 
@@ -32,6 +33,10 @@ class ByteTokenizer:
     def byte_lengths(self) -> Int32[np.ndarray, "V"]:
         """Bytes of text that each token stands for."""
         return np.ones(self.vocab_size, np.int32)
+
+    def token_types(self, tokens: Int[np.ndarray, "N T"]) -> TokenTypes:
+        """Letters, digits, space, newlines, brackets, quotes, operators, other punctuation, other bytes."""
+        return byte_types(tokens)
 
 
 class JsonTokenizer:

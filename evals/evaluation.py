@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from engrax.data.token_types import TokenTypes
 from engrax.errors import UserError
-from engrax.evals import ngrams, scoring, streaming
+from engrax.evals import by_type, ngrams, scoring, streaming
 from engrax.evals import statistics as stats
 from engrax.train import config as configs
 from engrax.train import cost, metrics, runs
@@ -100,7 +101,8 @@ def evaluate(
     memories = memory_names(run.experiment) if scorer.can_mute else ()
     scored, reported = _passes(scorer, rows, memories, progress)
     data |= measure(run.experiment, number, rows, scored)
-    data["memory"] = _by_layer(run.experiment, reported)
+    types = by_type.types_of(run.experiment, scoring.reported_rows(rows))
+    data["token_types"], data["memory"] = by_type.counts(types), _by_layer(run.experiment, reported, types)
     data["streamed"] = None if stream is None else _streamed(run.experiment, model, stream, progress)
     history = metrics.read(run.directory)
     data["training"] = _training(history)
@@ -297,18 +299,24 @@ def _by_position(rows: scoring.Rows, weights: np.ndarray, curves: dict[str, tupl
     }
 
 
-def _by_layer(experiment: configs.Experiment, reported: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+def _by_layer(
+    experiment: configs.Experiment, reported: dict[str, np.ndarray], types: TokenTypes
+) -> dict[str, dict[str, Any]]:
     """{"titans.lr_mean": {"block 1": {"median", "mean", "p99"} over rows}}; a diagnostic of every token gives
-    {"by_position": [T]} instead. Blocks count from 0 through the whole network."""
+    {"by_position": [T], "by_type": [1 + types]} instead, one of every token and memory {"by_type": [1 + types, M]}
+    (`by_type.means`). Blocks count from 0 through the whole network."""
+    by_token = types.index.shape
     found: dict[str, dict[str, Any]] = {}
     for name, values in reported.items():
         for repeat in range(values.shape[1]):
             layer, where = values[:, repeat], f"block {block_of(experiment, name, repeat)}"
             if layer.ndim == 1:
                 summary = {"median": np.median(layer), "mean": np.mean(layer), "p99": np.percentile(layer, 99)}
-            elif layer.shape[1:] == (experiment.data.seq_len,):
-                tokens = np.maximum(np.isfinite(layer).sum(axis=0), 1)
-                summary = {"by_position": (np.nansum(layer, axis=0) / tokens).tolist()}
+            elif layer.shape[:2] == by_token:
+                summary = {"by_type": by_type.means(layer, types.index, len(types.names))}
+                if layer.ndim == 2:
+                    tokens = np.maximum(np.isfinite(layer).sum(axis=0), 1)
+                    summary["by_position"] = (np.nansum(layer, axis=0) / tokens).tolist()
             else:  # heads, memories, experts: their means over rows
                 summary = {"values": np.mean(layer, axis=0).tolist()}
             found.setdefault(name, {})[where] = summary

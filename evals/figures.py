@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from engrax.evals import plots
+from engrax.evals import by_type, plots
 
 RUNS_AWAY = 10  # a diagnostic whose 99th percentile over rows is this many times its median is called out
 
@@ -29,6 +29,7 @@ def figures(data: dict[str, Any], history: list[dict[str, Any]]) -> list[Figure]
         _streamed(data),
         _layers(data),
         _tokens(data),
+        _types(data),
         _recall(data),
         _curves(data, history),
         _memory(data, history),
@@ -220,6 +221,12 @@ def _tokens(data: dict[str, Any]) -> Figure | None:
     return Figure(
         "memory_by_position", "Memory by position", png, "Diagnostics of each token, averaged over validation rows."
     )
+
+
+def _types(data: dict[str, Any]) -> Figure | None:
+    """Diagnostics of every token by its type: which memory gets what."""
+    drawn = by_type.draw(_title(data, "Memory by type of token"), data)
+    return drawn and Figure("memory_by_type", "Memory by type of token", *drawn)
 
 
 def _recall(data: dict[str, Any]) -> Figure | None:

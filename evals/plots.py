@@ -282,3 +282,37 @@ def heat_maps(title: str, x_label: str, y_label: str, panels: dict[str, np.ndarr
         for axis in drawn.axes.flat[len(panels) :]:
             axis.set_visible(False)
     return drawn.png
+
+
+def tables(title: str, rows: Sequence[str], panels: dict[str, dict[str, Any]]) -> bytes:
+    """One heat map per panel with the same rows, {name: {"values" [rows, columns], "columns", "axis", "top"}}; scales
+    go from 0 to `top`, and up to eight columns have their numbers in them."""
+    across = min(3, len(panels))
+    down = math.ceil(len(panels) / across)
+    with canvas(title, rows=down, columns=across, height=0.65 + 0.23 * len(rows), width=8.6) as drawn:
+        for i, (axis, (name, panel)) in enumerate(zip(drawn.axes.flat, panels.items())):
+            values, columns = panel["values"], panel["columns"]
+            top = panel["top"] or 1.0
+            axis.imshow(values, cmap="viridis", aspect="auto", vmin=0, vmax=top)
+            every = max(1, len(columns) // 8)
+            axis.set_xticks(range(0, len(columns), every), columns[::every])
+            axis.set_yticks(range(len(rows)), rows if i % across == 0 else [])
+            axis.axhline(0.5, color="white", linewidth=2.5)
+            axis.set_xlabel(panel["axis"])
+            axis.set_title(name, fontsize=9.5)
+            axis.grid(visible=False)
+            axis.tick_params(length=0, labelsize=8.5)
+            if len(columns) <= 8:
+                for (row, column), value in np.ndenumerate(values):
+                    if np.isfinite(value):
+                        colour = "white" if value < 0.6 * top else "black"
+                        axis.text(column, row, _short(value), ha="center", va="center", fontsize=7.5, color=colour)
+            else:
+                drawn.figure.colorbar(axis.images[0], ax=axis)
+        for axis in drawn.axes.flat[len(panels) :]:
+            axis.set_visible(False)
+    return drawn.png
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if 0.01 <= value < 100 or value == 0 else f"{value:.1e}"

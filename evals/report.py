@@ -64,7 +64,7 @@ def render(data: dict[str, Any], drawn: Sequence[Figure]) -> str:
     if data["memory"]:
         words = "" if "memory_by_layer" in by_name else f'<p class="sub">{escape(memory_sentences(data))}</p>'
         parts.append(_section("Memory by layer", _figure(by_name.get("memory_by_layer")), _memory_table(data), words))
-    for name in ("memory_by_position", "memory_recall", "memory_over_training", "training"):
+    for name in ("memory_by_type", "memory_by_position", "memory_recall", "memory_over_training", "training"):
         if name in by_name:
             table = _training_table(data) if name == "training" else ""
             parts.append(_section(by_name[name].heading, _figure(by_name[name]), table))

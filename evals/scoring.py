@@ -137,6 +137,12 @@ def _whole_epoch(experiment: Experiment, seen: int) -> int | None:
     return total
 
 
+def reported_rows(rows: Rows) -> Rows:
+    """The first rows with labels, of about REPORT_TOKENS tokens together."""
+    real = np.flatnonzero(rows.labelled.any(axis=1))[: max(1, REPORT_TOKENS // rows.tokens.shape[1])]
+    return Rows(*(array[real] for array in rows.arrays().values()), complete=False)
+
+
 def _close(loader: Any) -> None:
     """Stops a loader's reading ahead."""
     if hasattr(loader, "close"):
@@ -173,15 +179,15 @@ class Scorer:
         return Scores(*joined, tokens_per_second=size / max(seconds, 1e-9))
 
     def report(self, rows: Rows) -> dict[str, np.ndarray]:
-        """The mixers' diagnostics of about REPORT_TOKENS tokens, one row at a time: {"titans.lr_mean": [rows, repeat]}.
+        """The mixers' diagnostics of `reported_rows(rows)`, one row at a time: {"titans.lr_mean": [rows, repeat]}.
 
         Row by row, because the mean over a batch hides a memory that runs away on one row in a hundred. A diagnostic of
-        every token is [rows, repeat, T], NaN at padding.
+        every token is [rows, repeat, T] or, with a value for each memory, [rows, repeat, T, M], NaN at padding.
         """
-        real = np.flatnonzero(rows.labelled.any(axis=1))[: max(1, REPORT_TOKENS // rows.tokens.shape[1])]
-        taken = {name: array[real, None] for name, array in rows.arrays().items()}
+        rows = reported_rows(rows)
+        taken = {name: array[:, None] for name, array in rows.arrays().items()}
         found = jax.device_get(self._report(self.params, taken))
-        padding = rows.segment_ids[real] < 0
+        padding = rows.segment_ids < 0
         return {name: _squeeze(np.asarray(values, np.float64), padding) for name, values in found.items()}
 
     def _batches(self, rows: Rows) -> Iterator[dict[str, np.ndarray]]:
@@ -202,7 +208,8 @@ class Scorer:
 
 
 def _squeeze(values: np.ndarray, padding: np.ndarray) -> np.ndarray:
-    """[rows, repeat, 1, T] diagnostics of tokens without their batch axis and without padding; others as they are."""
-    if values.shape[2:] != (1, padding.shape[1]):
+    """[rows, repeat, 1, T, ...] diagnostics of tokens without their batch axis and padding; others as they are."""
+    if values.shape[2:4] != (1, padding.shape[1]):
         return values
-    return np.where(padding[:, None], np.nan, values[:, :, 0])
+    padding = padding[:, None].reshape(len(padding), 1, -1, *(1,) * (values.ndim - 4))
+    return np.where(padding, np.nan, values[:, :, 0])

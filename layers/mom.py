@@ -183,17 +183,20 @@ class MoM(nnx.Module):
 
     def report(self, x_BTD: Float[Array, "B T D"], state: MoMState | None = None, segment_ids=None) -> dict[str, Array]:
         """Diagnostics of one call: the base's, and of the router: load of each memory (shares of the routed copies,
-        together 1), mean entropy in nats, how many memories no token chose, the balance loss (top_k at its best).
+        together 1) and the same of every token (NaN at padding), mean entropy in nats, how many memories no token
+        chose, the balance loss (top_k at its best).
         """
         call, real = self._mix(x_BTD, state, segment_ids), _real(x_BTD, segment_ids)
         found = self.base.report_of(call.state.memory, call.terms, call.runs.memory >= 0)
         tokens = jnp.sum(real, axis=1)[:, None] / jnp.maximum(jnp.sum(real), 1)
         load = jnp.sum(tokens * loads(call.choice, real)[0], axis=0) / self.config.top_k
+        chosen = jnp.sum(jax.nn.one_hot(call.choice.memory, self.config.memories), axis=2) / self.config.top_k
         log_p = jax.nn.log_softmax(call.choice.logits, axis=-1)
         entropy = jnp.where(real, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1), 0)
         rows = jnp.sum(call.state.memory[0] ** 2, axis=(-2, -1))
         return found | {
             "load": load,
+            "load_by_token": jnp.where(real[..., None], chosen, jnp.nan),
             "memory_norms": jnp.sqrt(jnp.mean(rows, axis=(0, 2))),
             "router_entropy": jnp.sum(entropy) / jnp.maximum(jnp.sum(real), 1),
             "dead_memories": jnp.sum(load == 0),

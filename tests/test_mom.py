@@ -276,6 +276,9 @@ def test_report_tells_how_the_memories_are_used(rng):
     report = run(x, None, jnp.asarray(IDS))
     memory = np.asarray(mixture.route(x).memory)[IDS >= 0]
     np.testing.assert_allclose(report["load"], np.bincount(memory.ravel(), minlength=4) / memory.size, rtol=1e-6)
+    by_token = np.asarray(report["load_by_token"])
+    assert np.array_equal(np.isnan(by_token).all(axis=2), IDS < 0) and set(by_token[IDS >= 0].ravel()) == {0, 0.5}
+    np.testing.assert_allclose(by_token[IDS >= 0].mean(axis=0), report["load"], rtol=1e-6)
     assert report["memory_norms"].shape == (5,) and 0 < report["router_entropy"] < np.log(4)
     assert report["dead_memories"] == 0 and {"beta_mean", "decay_mean", "memory_norm"} <= set(report)
     mixture.router.kernel[...] = 0 * mixture.router.kernel[...]  # everything ties
