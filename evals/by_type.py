@@ -65,9 +65,10 @@ def panels(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def draw(title: str, data: dict[str, Any]) -> tuple[bytes, str] | None:
     """The heat maps and what to see in them, or None where no diagnostic is by token."""
-    found, tokens = panels(data), data["token_types"]
+    found = panels(data)
     if not found:
         return None
+    tokens = data["token_types"]
     total = tokens[ALL]
     rows = [ALL, *(f"{name} ({share(n / total)})" for name, n in tokens.items() if name != ALL)]
     return plots.tables(title, rows, found), " ".join(_sentences(data["memory"], list(tokens)))
