@@ -17,7 +17,7 @@ from flax import nnx
 from engrax.data import MQAR, TextFolder
 from engrax.errors import UserError
 from engrax.evals import by_type, evaluate, evaluation, scoring, statistics, streaming
-from engrax.layers import AttentionConfig, LinearAttentionConfig, MoMConfig, TitansConfig
+from engrax.layers import AttentionConfig, TitansConfig
 from engrax.models import LanguageModelConfig
 from engrax.train import CheckpointConfig, EvalConfig, Experiment, LogConfig, ParallelConfig, cost, metrics, runs
 from engrax.train.loop import train
@@ -370,24 +370,14 @@ class Reporter(nnx.Module):
 
     def report(self, tokens, *, segment_ids=None):
         values = jnp.stack([tokens, 2 * tokens]).astype(jnp.float32) * self.scale[...]
-        load = jnp.stack([values, values == values[..., :1]], axis=-1)
-        return {
-            "titans.token": values,
-            "titans.mean": values.mean(axis=(1, 2)),
-            "titans.head": jnp.ones((2, 3)),
-            "titans.load": load,
-        }
-
-
-def by_layer(e, rows, model):
-    types = by_type.types_of(e, scoring.reported_rows(rows))
-    return evaluation._by_layer(e, scoring.Scorer(e, model).report(rows), types)
+        return {"titans.token": values, "titans.mean": values.mean(axis=(1, 2)), "titans.head": jnp.ones((2, 3))}
 
 
 def test_diagnostics_are_taken_row_by_row(text_folder):
     e = experiment(TextFolder(path=str(text_folder), seq_len=64, validation_fraction=0.3))
     rows = scoring.validation_rows(e, None)
-    found = by_layer(e, rows, Reporter())
+    types = by_type.types_of(e, scoring.reported_rows(rows))
+    found = evaluation._by_layer(e, scoring.Scorer(e, Reporter()).report(rows), types)
     real = rows.labelled.any(axis=1)
     tokens, inside = rows.tokens[real], rows.segment_ids[real] >= 0
     np.testing.assert_allclose(found["titans.mean"]["block 3"]["median"], np.median(2 * tokens.mean(axis=1)), rtol=1e-6)
@@ -397,44 +387,6 @@ def test_diagnostics_are_taken_row_by_row(text_folder):
     by_hand = (tokens * inside).sum(axis=0) / np.maximum(inside.sum(axis=0), 1)
     np.testing.assert_allclose(found["titans.token"]["block 1"]["by_position"], by_hand, rtol=1e-6)
     assert found["titans.head"]["block 3"] == {"values": [1.0, 1.0, 1.0]}
-
-
-def test_diagnostics_of_tokens_are_averaged_by_type():
-    """Given a token's kind by its place in the task, each kind's mean is that of a plain loop over its tokens."""
-    e = experiment(MQAR(seq_len=16, num_pairs=2, vocab_size=16, validation_examples=70))
-    rows = scoring.validation_rows(e, None)
-    found, inside = by_layer(e, rows, Reporter()), rows.segment_ids >= 0
-    kinds = np.where(rows.labelled, "query", "filler")
-    kinds[:, [0, 2]], kinds[:, [1, 3]] = "key", "value"
-    types = by_type.types_of(e, scoring.reported_rows(rows))
-    assert types.names == ("key", "value", "query", "filler")
-    wanted, first = [], 2 * rows.tokens[:, :1]
-    for kind in (None, *types.names):
-        tokens = inside if kind is None else inside & (kinds == kind)
-        wanted.append([np.mean(2 * rows.tokens[tokens]), np.mean((2 * rows.tokens == first)[tokens])])
-    np.testing.assert_allclose(found["titans.load"]["block 3"]["by_type"], wanted, rtol=1e-6)
-    by_token = found["titans.token"]["block 3"]["by_type"]
-    np.testing.assert_allclose(by_token, np.array(wanted)[:, 0], rtol=1e-6)
-    assert by_type.counts(types) == {"all tokens": 1120, "key": 140, "value": 140, "query": 140, "filler": 700}
-
-
-def test_a_mixtures_load_is_drawn_by_type_of_token():
-    """A panel for every layer; over all tokens it is the load that the mixture itself reports."""
-    base = LinearAttentionConfig(heads=1, head_dim=4, value_dim=4, chunk_size=8, conv_width=1)
-    memory = MoMConfig(base=base, shared=False, own_projections=False)  # compiles fastest
-    e = experiment(MQAR(seq_len=16, num_pairs=2, vocab_size=16, validation_examples=70), mixers=(memory,))
-    rows = scoring.validation_rows(e, None)
-    found = by_layer(e, rows, e.model.build(rngs=nnx.Rngs(0)))
-    assert list(found["mom.load_by_token"]) == ["block 0", "block 1"]
-    for layer, summary in found["mom.load_by_token"].items():
-        table = np.array(summary["by_type"])
-        assert table.shape == (5, 4) and np.ptp(table, axis=0).max() > 0.01
-        np.testing.assert_allclose(table.sum(axis=1), 1, rtol=1e-6)
-        np.testing.assert_allclose(table[0], found["mom.load"][layer]["values"], rtol=1e-5)
-    types = by_type.types_of(e, scoring.reported_rows(rows))
-    png, caption = by_type.draw("title", {"memory": found, "token_types": by_type.counts(types)})
-    assert png.startswith(b"\x89PNG") and "mom.load_by_token differs most in block" in caption
-    assert by_type.draw("title", {"memory": {"mom.load": found["mom.load"]}}) is None
 
 
 def test_costs_are_those_of_the_arrays(text_run):
