@@ -331,7 +331,7 @@ def test_wrong_settings_are_named(wrong, word):
         MoMConfig(**wrong)
 
 
-# --- devices, padding, training ---------------------------------------------------------------------------------------
+# --- devices, padding, training --------------------------------------------------------------------------------------
 
 MESH = """
 import jax, jax.numpy as jnp
