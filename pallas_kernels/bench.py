@@ -3,6 +3,7 @@
 Only jax is needed. Forward is the call alone; forward + backward has the gradient of every array argument. A figure
 is the median over runs, wall clock around a call that is waited for; on a GPU the time of the kernels themselves
 (CUPTI) stands beside it. Error is the relative root mean square difference from the float64 reference on shorter rows.
+Peers, other libraries' implementations, are timed in the same run where they can be (`peers`).
 """
 
 import datetime
@@ -17,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import engrax.pallas_kernels as kernels
+from engrax.pallas_kernels import peers
 from engrax.pallas_kernels.dispatch import OPERATIONS, available
 
 UNFUSED = (
     "attentions"  # of Hopfield retrieval: one attention after the other, as one would write it without the operation
 )
+PARTS = ("forward", "forward_backward")
 ERROR_TOKENS = 256  # the reference runs token by token
 # Vendor figures: dense matrix products in bfloat16 (operations a second), memory (bytes a second). float32 is counted
 # as bfloat16 / 2 on GPUs (TF32) and / 6 on TPUs (six bfloat16 passes).
@@ -66,7 +69,8 @@ def default_cases(op: str, backend: str) -> list[Case]:
         tokens, lengths, heads, width = 65536, (2048, 8192, 32768, 65536), 16, 128
     more = {"neural_memory": [dict(hidden=width, depth=1), dict(hidden=2 * width, depth=2)]}.get(op)
     if more is None:
-        more = [dict(gate="scalar"), dict(gate="channel")]
+        gates = ("none",) if op == "gated_delta_rule" and backend != "cpu" else ()
+        more = [dict(gate=gate) for gate in ("scalar", "channel", *gates)]
     base = [dict(batch=tokens // n, seq=n, heads=heads, key=width, value=width, chunk_size=64) for n in lengths]
     return [Case(op, sizes | extra) for extra in more for sizes in base]
 
@@ -91,6 +95,8 @@ def _log_decay_problem(case: Case, dtype):
     call = getattr(kernels, case.op)
 
     def run(arrays, implementation):
+        if implementation in peers.PEERS:
+            return peers.call(implementation, case.op, s, arrays)
         named = {name: x for name, x in arrays.items() if name not in "qkv"}
         q_k_v = (arrays[name] for name in "qkv")
         return call(*q_k_v, **named, chunk_size=s["chunk_size"], implementation=implementation)
@@ -179,14 +185,19 @@ def _total(run, implementation):
     return total
 
 
-def errors(case: Case, implementation: str, dtype) -> dict[str, float]:
+def errors(case: Case, implementation: str, dtype, gradients: bool = True) -> dict[str, float]:
     """Returns the relative RMS error of the output and of the gradients (the worst), against the float64 reference."""
     short = case._replace(sizes=case.sizes | dict(batch=1, seq=min(case.sizes["seq"], ERROR_TOKENS)))
     arrays, run = make_problem(short, dtype)
 
     def results(arrays, implementation):
+        if implementation == peers.FLA:
+            forward, backward = peers.torch_programs(short.op, short.sizes, arrays)
+            out, *grads = peers.to_numpy((forward()[0], *(backward() if gradients else ())))
+            return out, dict(zip(arrays, grads))
         out = run(arrays, implementation)[0]
-        return jax.tree.map(np.asarray, (out, jax.grad(_total(run, implementation))(arrays)))
+        grads = jax.grad(_total(run, implementation))(arrays) if gradients else {}
+        return jax.tree.map(np.asarray, (out, grads))
 
     with jax.enable_x64(True):
         exact = results(jax.tree.map(lambda x: x.astype(jnp.float64), arrays), "reference")
@@ -196,7 +207,12 @@ def errors(case: Case, implementation: str, dtype) -> dict[str, float]:
         a = np.asarray(a, np.float64)
         return float(np.sqrt(np.mean((a - b) ** 2)) / max(np.sqrt(np.mean(b**2)), 1e-30))
 
-    return {"forward": error(out, exact[0]), "gradients": max(jax.tree.leaves(jax.tree.map(error, grads, exact[1])))}
+    found = {"forward": error(out, exact[0])}
+    return found | ({"gradients": max(jax.tree.leaves(jax.tree.map(error, grads, exact[1])))} if gradients else {})
+
+
+def _spread(times: Sequence[float]) -> dict[str, float]:
+    return {"median": float(np.median(times)), "min": min(times), "max": max(times)}
 
 
 def _milliseconds(program, arrays, runs: int) -> dict[str, float]:
@@ -207,7 +223,7 @@ def _milliseconds(program, arrays, runs: int) -> dict[str, float]:
         begin = time.perf_counter()
         jax.block_until_ready(program(arrays))
         times.append((time.perf_counter() - begin) * 1e3)
-    return {"median": float(np.median(times)), "min": min(times), "max": max(times)}
+    return _spread(times)
 
 
 def _device_milliseconds(program, arrays) -> float | None:
@@ -251,23 +267,47 @@ def _without_chunk(case: Case) -> dict[str, Any]:
     return {name: value for name, value in case.sizes.items() if keep_chunk or name != "chunk_size"}
 
 
-def measure(case: Case, implementation: str, dtype, runs: int, limits) -> dict[str, Any]:
-    """Returns one row: times, memory, roofline and errors of one implementation at one shape."""
+def _time(case: Case, implementation: str, dtype, runs: int, part: str) -> dict[str, Any]:
     arrays, run = make_problem(case, dtype)
-    total = _total(run, implementation)
+    if implementation == peers.FLA:
+        programs = peers.torch_programs(case.op, case.sizes, arrays)
+        times = peers.torch_times(programs[part == "forward_backward"], runs)
+        device = float(np.median(times.device))
+        return {"ms": _spread(times.wall), "device_ms": device, "temporary_mb": times.temporary_mb}
+    call, gradient = (lambda arrays: run(arrays, implementation)), jax.value_and_grad(_total(run, implementation))
+    function = call if part == "forward" else gradient
+    compiled = jax.jit(function).lower(arrays).compile()
+    return {
+        "ms": _milliseconds(compiled, arrays, runs),
+        "device_ms": _device_milliseconds(jax.jit(function), arrays),
+        "temporary_mb": compiled.memory_analysis().temp_size_in_bytes / 2**20,
+    }
+
+
+def measure(case: Case, implementation: str, dtype, runs: int, limits) -> dict[str, Any]:
+    """Returns one row: times, memory, roofline and errors of one implementation or peer at one shape."""
     row: dict[str, Any] = {"op": case.op, "sizes": case.sizes, "implementation": implementation}
-    programs = {"forward": lambda arrays: run(arrays, implementation), "forward_backward": jax.value_and_grad(total)}
-    for name, function in programs.items():
-        compiled = jax.jit(function).lower(arrays).compile()
-        ms = _milliseconds(compiled, arrays, runs)
-        on_device = _device_milliseconds(jax.jit(function), arrays)
-        row[name] = {
-            "ms": ms,
-            "device_ms": on_device,
-            "temporary_mb": compiled.memory_analysis().temp_size_in_bytes / 2**20,
-            "roofline": _roofline(case, dtype, on_device or ms["median"], name != "forward", limits),
-        }
-    return row | {"error": errors(case, implementation, dtype)}
+    reason = peers.forward_only(implementation, case.op, case.sizes)
+    if reason:
+        row["forward_only"] = reason
+    for part in PARTS[:1] if reason else PARTS:
+        row[part] = times = _time(case, implementation, dtype, runs, part)
+        if implementation not in peers.YARDSTICKS:
+            ms = times["device_ms"] or times["ms"]["median"]
+            times["roofline"] = _roofline(case, dtype, ms, part != "forward", limits)
+    if implementation not in peers.YARDSTICKS:
+        row["error"] = errors(case, implementation, dtype, gradients=not reason)
+    return row
+
+
+def _measure_or_why(case: Case, name: str, dtype, runs: int, limits) -> dict[str, Any]:
+    """`measure`, or a row that says why there is nothing to measure."""
+    caught = Exception if name in peers.PEERS else NotImplementedError  # others' code fails as it likes
+    try:
+        return measure(case, name, dtype, runs, limits)
+    except caught as error:
+        reason = str(error) if type(error) is NotImplementedError else f"{type(error).__name__}: {error}"
+        return {"op": case.op, "sizes": case.sizes, "implementation": name, "unsupported": reason}
 
 
 def bench(
@@ -281,46 +321,58 @@ def bench(
     """Yields one row per shape and implementation, with its ratio to "xla" at the same shape.
 
     dtype: of q, k and v; default bfloat16 on an accelerator, float32 on a CPU. implementations: default all that can
-    run here, the token-by-token reference apart. Raises ValueError for an unknown operation.
+    run here, the token-by-token reference apart, and the peers, each of which is otherwise one row that says why it is
+    left out. Raises ValueError for an unknown operation.
     """
     backend = jax.default_backend()
     dtype = jnp.dtype(dtype or ("float32" if backend == "cpu" else "bfloat16"))
     limits = peaks(dtype)
+    left_out: set[str] = set()
     for op in ops:
         names = implementations or [name for name in available(op).names if name != "reference"]
-        if op == "hopfield_retrieval" and not implementations:
-            names = [*names, UNFUSED]
+        if not implementations:
+            names = [*names, *([UNFUSED] if op == "hopfield_retrieval" else []), *peers.PEERS]
         for case in [c for c in cases if c.op == op] if cases is not None else default_cases(op, backend):
             xla = None
             for name in sorted(names, key=lambda name: name != "xla"):
-                try:
-                    row = measure(case, name, dtype, runs, limits)
-                except NotImplementedError as error:  # a kernel that does not serve this shape
-                    yield {"op": op, "sizes": case.sizes, "implementation": name, "unsupported": str(error)}
-                    continue
+                if name in peers.PEERS:
+                    if name in left_out or not peers.serves(name, case.op, case.sizes):
+                        continue
+                    if reason := peers.missing(name):
+                        left_out.add(name)
+                        yield {"implementation": name, "left_out": reason}
+                        continue
+                row = _measure_or_why(case, name, dtype, runs, limits)
                 xla = row if name == "xla" else xla
-                for part in ("forward", "forward_backward"):
-                    if xla:
+                for part in PARTS:
+                    if xla and part in row and part in xla:
                         row[part]["speedup_over_xla"] = xla[part]["ms"]["median"] / row[part]["ms"]["median"]
                 yield row
 
 
 def describe(row: dict[str, Any]) -> str:
     """Returns the lines that are printed for one row."""
+    if "left_out" in row:
+        return f"{row['implementation']} is left out: {row['left_out']}"
     head = f"{Case(row['op'], row['sizes'])}  {row['implementation']}"
     if "unsupported" in row:
         return f"{head}: {row['unsupported']}"
-    lines = [f"{head}: error {row['error']['forward']:.1e}, of gradients {row['error']['gradients']:.1e}"]
-    for part, title in (("forward", "forward"), ("forward_backward", "forward + backward")):
+    words = {"forward": "error", "gradients": "of gradients"}
+    errors = ", ".join(f"{words[name]} {error:.1e}" for name, error in row.get("error", {}).items())
+    lines = [f"{head}: {errors or 'a yardstick, another function'}"]
+    for part in PARTS:
+        if part not in row:
+            lines.append(f"  forward only: {row['forward_only']}")
+            continue
         r = row[part]
         spread = f"({r['ms']['min']:.3f} to {r['ms']['max']:.3f})"
         device = f", kernels {r['device_ms']:.3f} ms" if r["device_ms"] is not None else ""
         speedup = f", {r['speedup_over_xla']:.2f} x xla" if "speedup_over_xla" in r else ""
-        lines.append(
-            f"  {title:18} {r['ms']['median']:9.3f} ms {spread}{device}{speedup}; "
-            f"{r['temporary_mb']:.1f} MB; {100 * r['roofline']['fraction']:.1f} % of the roofline "
-            f"({r['roofline']['binds']} binds)"
-        )
+        line = f"  {part.replace('_', ' + '):18} {r['ms']['median']:9.3f} ms {spread}{device}{speedup}; "
+        line += f"{r['temporary_mb']:.1f} MB"
+        if "roofline" in r:
+            line += f"; {100 * r['roofline']['fraction']:.1f} % of the roofline ({r['roofline']['binds']} binds)"
+        lines.append(line)
     return "\n".join(lines)
 
 
