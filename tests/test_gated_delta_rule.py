@@ -1,6 +1,6 @@
 """The operation `gated_delta_rule`: against the token-by-token reference, its precision, its cost and its messages."""
 
-import time
+import os
 
 import jax
 import jax.numpy as jnp
@@ -133,17 +133,18 @@ def test_long_run_at_extreme_gates_stays_finite():
 # Cost
 
 
+def gradient_of_a_call(q, k, v, beta, g):
+    run = lambda q, k, v, beta, g: gated_delta_rule(q, k, v, beta=beta, g=g, implementation="xla")  # noqa: E731
+    result, vjp = jax.vjp(run, q, k, v, beta, g)
+    return vjp(result)
+
+
 def program(length, gate="scalar", size=32):
     """Returns the gradient of a call with one head, compiled in half the time."""
     token = jax.ShapeDtypeStruct((1, length, 1, size), jnp.float32)
     beta = jax.ShapeDtypeStruct((1, length, 1), jnp.float32)
-
-    def pull(q, k, v, beta, g):
-        run = lambda q, k, v, beta, g: gated_delta_rule(q, k, v, beta=beta, g=g, implementation="xla")  # noqa: E731
-        result, vjp = jax.vjp(run, q, k, v, beta, g)
-        return vjp(result)
-
-    return problems.compiled(pull).lower(token, token, token, beta, beta if gate == "scalar" else token).compile()
+    g = beta if gate == "scalar" else token
+    return problems.compiled(gradient_of_a_call).lower(token, token, token, beta, g).compile()
 
 
 def temporary_bytes(program):
@@ -156,19 +157,39 @@ def test_memory_is_linear_in_the_length():
     assert long <= 8.1 * short and long < 0.25 * 16384 * 32 * 32 * 4
 
 
+TIMED = """
+import os, sys, time
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before any thread starts
+import jax, jax.numpy as jnp, numpy as np
+from engrax.tests.test_gated_delta_rule import gradient_of_a_call
+from engrax.train.host import keep_freed_memory
+
+keep_freed_memory()
+rng, programs = np.random.default_rng(0), {}
+for length in (2048, 16384):
+    q, k, v = (jnp.asarray(rng.normal(size=(1, length, 1, 32)) / 8, jnp.float32) for _ in range(3))
+    beta = jnp.full((1, length, 1), 0.5, jnp.float32)
+    programs[length] = jax.jit(gradient_of_a_call), (q, k, v, beta, -beta)
+seconds = dict.fromkeys(programs, np.inf)
+for _ in range(25):
+    for length, (program, arrays) in programs.items():
+        start = time.process_time()
+        for _ in range(16384 // length):
+            jax.block_until_ready(program(*arrays))
+        seconds[length] = min(seconds[length], time.process_time() - start)
+print(seconds[16384] / seconds[2048])
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="1.5 to 1.7 times was measured on two CPU cores: not reached yet")
-def test_time_per_token_does_not_grow_with_the_length():
-    rng, seconds = np.random.default_rng(0), {}
-    programs = {length: program(length) for length in (2048, 16384)}
-    for _ in range(8):  # the fastest of many, and processor time: other processes may be at work
-        for length, run in programs.items():
-            q, k, v = (jnp.asarray(rng.normal(size=(1, length, 1, 32)) / 8, jnp.float32) for _ in range(3))
-            beta = jnp.full((1, length, 1), 0.5, jnp.float32)
-            start = time.process_time()
-            jax.block_until_ready(run(q, k, v, beta, -beta))
-            seconds[length] = min(seconds.get(length, np.inf), time.process_time() - start)
-    assert seconds[16384] / 16384 < 1.3 * seconds[2048] / 2048
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not bind processes to a processor")
+def test_time_per_token_does_not_grow_with_the_length(run_python):
+    """Processor time of optimised programs on one processor, the fastest of many: other processes may be at work.
+
+    At 2,048 tokens there is one group of chunks, and XLA computes once what both passes need: 1.2 times.
+    """
+    ratio = float(run_python(TIMED, env={"XLA_FLAGS": ""}).split()[-1])
+    assert ratio < 1.3, ratio
 
 
 @pytest.mark.slow
