@@ -17,6 +17,7 @@ from engrax.pallas_kernels.dispatch import Shapes
 CHUNK = 64  # tokens of a chunk: the rows of one instruction of the matrix unit
 COLUMNS = 64  # columns of a state per program
 SIZES = (64, 128)  # the numbers of features that the kernels serve
+SMEM_BYTES = 224 * 2**10  # for a program's arrays, of the 227 KiB that it may have
 MOST_PROGRAMS = 65535  # along the second and third axis of a grid
 MASKED = -1e30  # a log decay whose exponential is 0; finite, so that no difference of two is NaN
 HI, LO, SINCE_START, TO_END, WHOLE, POSITION, FACTOR = range(7)  # rows of the packed gates
@@ -128,6 +129,20 @@ def products(*operands):
 
     shapes = [(terms[0][0].shape[0], terms[0][1].shape[1]) for terms in sums]
     return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def split(targets, x):
+    """Stores a float32 matrix in SMEM as the sum of as many in bfloat16 as there are targets, the largest first."""
+    for target in targets:
+        part = x.astype(jnp.bfloat16)
+        target[...] = part
+        x = x - part.astype(jnp.float32)
+
+
+def pairs(a, b) -> list:
+    """Returns the pairs of parts (see `split`) whose products add up to that of the sums: those that are not smaller
+    than what the parts leave out."""
+    return [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < len(a)]
 
 
 def transposed(ref):

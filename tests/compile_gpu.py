@@ -99,6 +99,30 @@ def neural_memory(key, value):
     return run, (q, q, v, *coefficients, matrix, matrix, v)
 
 
+def hopfield_retrieval(key, value, dtype):
+    """The same, forwards, for three updates of Hopfield retrieval, from as many patterns as the kernel takes."""
+    import jax
+    import jax.numpy as jnp
+
+    from engrax.pallas_kernels.hopfield_retrieval import gpu
+    from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
+
+    batch, heads, states, dtype = 2, 2, 256, jnp.dtype(dtype)
+
+    def fits(patterns):
+        sizes = (batch, heads, states, patterns, key, value)
+        return gpu.unsupported(Shapes(3, "softmax", "dot", *sizes, dtype, False)) is None
+
+    patterns = max(filter(fits, range(64, 4096, 64)))
+    arrays = [
+        jax.ShapeDtypeStruct((batch, heads, *size), dtype)
+        for size in ((states, key), (patterns, key), (patterns, value))
+    ]
+    beta, visible = jax.ShapeDtypeStruct((heads,), jnp.float32), jax.ShapeDtypeStruct((batch, 1, patterns), bool)
+    form = Form(3, 1e-4, 64, "softmax", 1.0, "dot", "unrolled", dtype)
+    return lambda *arrays: gpu.retrieve(form, False, *arrays), (*arrays, beta, visible)
+
+
 def kernel_plan(key):
     from engrax.pallas_kernels.dispatch import Plan
 
@@ -130,6 +154,8 @@ def cases() -> dict:
             found[name] = (make, (key, value, 2, heads, gated))
     for key, value in itertools.product((64, 128), (64, 128)):
         found[f"neural_memory K={key} V={value} depth 1"] = (neural_memory, (key, value))
+        for dtype in ("bfloat16", "float32"):
+            found[f"hopfield_retrieval D={key} V={value} {dtype}"] = (hopfield_retrieval, (key, value, dtype))
     return found
 
 

@@ -109,7 +109,7 @@ def memory(layers, activation="gelu", slots=64, group=1, phased=False, segments=
 def hopfield(states, patterns, key, value, steps, dtype):
     """Returns several updates of Hopfield retrieval as a function of arrays, and their shapes."""
     dtype = jnp.dtype(dtype)
-    shapes = hopfield_types.Shapes(steps, "softmax", "dot", states, patterns, key, value, dtype, False)
+    shapes = hopfield_types.Shapes(steps, "softmax", "dot", BATCH, HEADS, states, patterns, key, value, dtype, False)
     assert hopfield_retrieval.unsupported(shapes) is None, hopfield_retrieval.unsupported(shapes)
     form = hopfield_types.Form(steps, 1e-4, 64, "softmax", 1.0, "dot", "unrolled", dtype)
     sizes = (states, key), (patterns, key), (patterns, value)

@@ -7,7 +7,7 @@ import pytest
 
 from engrax.pallas_kernels import hopfield_retrieval
 from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, interpreted_kernels
-from engrax.tests.op_problems import relative_rms
+from engrax.tests.hopfield_problems import assert_as_accurate_as_xla, make_problem
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__[:3] < KERNELS_NEED_JAX, reason="kernels need jax >= " + ".".join(map(str, KERNELS_NEED_JAX))
@@ -27,29 +27,6 @@ def interpreted(request, capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-def make_problem(states, patterns, width, value, masked):
-    """Returns (state, stored, values), float32, and a mask; the second row sees nothing."""
-    rng = np.random.default_rng(0)
-    shapes = (2, states, 2, width), (2, patterns, 2, width), (2, patterns, 2, value)
-    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
-    mask = rng.random((2, patterns)) < 0.7
-    mask[0, 0], mask[1] = True, False
-    return arrays, jnp.asarray(mask) if masked else None
-
-
-def with_gradients(arrays, mask, implementation, steps=3):
-    @jax.jit
-    def run(*arrays):
-        def call(*arrays, beta):
-            return hopfield_retrieval(*arrays, beta=beta, steps=steps, mask=mask, implementation=implementation)
-
-        beta = jnp.asarray([0.2, 0.6], jnp.promote_types(arrays[0].dtype, jnp.float32))
-        out, pull = jax.vjp(lambda beta, *arrays: call(*arrays, beta=beta), beta, *arrays)
-        return out, pull(jnp.asarray(np.random.default_rng(1).normal(size=out.shape), out.dtype))
-
-    return run(*arrays)
-
-
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
@@ -67,16 +44,8 @@ def slow(*values):
 def test_as_accurate_as_the_xla_form(states, patterns, width, value, masked, dtype, interpreted):
     arrays, mask = make_problem(states, patterns, width, value, masked)
     arrays = [x.astype(dtype) for x in arrays]
-    with jax.enable_x64(True):
-        truth = with_gradients([x.astype(jnp.float64) for x in arrays], mask, "reference")
-        truth = jax.tree.map(np.asarray, truth)
-    kernel, xla = (with_gradients(arrays, mask, name) for name in ("pallas_tpu", "xla"))
     floor = 1e-6 if dtype == jnp.float32 else 1e-3
-    for own, other in zip(*(jax.tree.leaves(relative_rms(x, truth)) for x in (kernel, xla))):
-        assert own <= max(SLACK * other, floor), (own, other)
-    assert [x.dtype for x in jax.tree.leaves(kernel)] == [x.dtype for x in jax.tree.leaves(xla)]
-    if masked:
-        assert np.all(np.asarray(kernel[0])[1] == 0)
+    assert_as_accurate_as_xla("pallas_tpu", arrays, mask, slack=SLACK, floor=floor)
 
 
 @pytest.mark.parametrize("interpreted", [True], ids=["races"], indirect=True)

@@ -29,7 +29,9 @@ from engrax.pallas_kernels.gpu_parts import (
     kept,
     load_matrix,
     matrix,
+    pairs,
     products,
+    split,
     state_block,
     sum_columns,
     token_block,
@@ -105,7 +107,10 @@ def _invert(group: int, inputs, outputs, scratch):
 
 
 def _ladder(a, left, right):
-    """Returns (I + A)^-1 as `inverse.ladder_inverse` does; left and right: room for the two parts of a matrix each."""
+    """Returns (I + A)^-1 as `inverse.ladder_inverse` does.
+
+    left and right: room for the two parts of a matrix each; the inverse needs more bits than one bfloat16 has.
+    """
     row, column = (plgpu.broadcasted_iota(jnp.int32, a.shape, axis, layout=MATRIX) for axis in (0, 1))
 
     def corner(level):  # the lower left block of every pair of blocks of 2^level rows
@@ -114,26 +119,15 @@ def _ladder(a, left, right):
 
     x = jnp.where(row == column, 1.0, 0.0) - corner(0)
     for level in range(1, CHUNK.bit_length() - 1):
-        _split(left, x)
-        _split(right, corner(level))
+        split(left, x)
+        split(right, corner(level))
         plgpu.commit_smem()
-        (first,) = _product(left, right)
-        _split(right, first)
+        (first,) = products(pairs(left, right))
+        split(right, first)
         plgpu.commit_smem()
-        (second,) = _product(right, left)
+        (second,) = products(pairs(right, left))
         x = x - second
     return x
-
-
-def _split(targets, x):
-    """Stores a float32 matrix as the sum of two in bfloat16: the inverse needs more bits than one has."""
-    high = x.astype(jnp.bfloat16)
-    targets[0][...] = high
-    targets[1][...] = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
-def _product(a, b):
-    return products([(a[0], b[0]), (a[0], b[1]), (a[1], b[0])])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +246,7 @@ def _written(blocks, scratch):
     (read,) = products((blocks["k"], scratch["state"]))
     missing = load_matrix(blocks["v"]) - read * along_rows(blocks["by_row"].at[SINCE_START])
     scratch["rows"][...] = (missing * along_rows(blocks["by_row"].at[FACTOR])).astype(jnp.bfloat16)
-    _split(scratch["x"], load_matrix(blocks["x"]))
+    split(scratch["x"], load_matrix(blocks["x"]))
     plgpu.commit_smem()
     (written,) = products([(part, scratch["rows"]) for part in scratch["x"]])
     return written
@@ -365,7 +359,7 @@ def _rows_bar(plan: _Plan, blocks, scratch):
     read, carried = products((scratch["scores"], blocks["out_bar"]), (blocks["k"], scratch["state"]))
     written_bar = read * plan.scale + carried * along_rows(blocks["by_row"].at[SINCE_START])
     scratch["rows"][...] = written_bar.astype(jnp.bfloat16)
-    _split(scratch["x"], load_matrix(blocks["x"]))
+    split(scratch["x"], load_matrix(blocks["x"]))
     plgpu.commit_smem()
     (rows_bar,) = products([(transposed(part), scratch["rows"]) for part in scratch["x"]])
     return rows_bar

@@ -2,8 +2,9 @@
 
 Files: `api` validates and chooses; `separation` turns scores into weights; `similarity` makes the scores; `reference`
 iterates as the definition says and solves dense systems for implicit gradients; `xla` has the bounded loop and both
-backward passes; `tpu` keeps the patterns on chip; `energy` is what the updates descend; `cost` counts FLOPs and bytes.
+backward passes; `gpu` and `tpu` keep the patterns on chip; `energy` is what the updates descend; `cost` counts
+FLOPs and bytes.
 """
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
-MISSING = {"pallas_gpu": "there is no kernel: one update is attention, and several run as XLA's products and loops"}
+IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu")
+MISSING: dict[str, str] = {}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engrax.pallas_kernels.checks import check_array, check_option, check_positive_int, check_rank
-from engrax.pallas_kernels.dispatch import by_platform, choose, interpreting, load, unsupported_kernels
+from engrax.pallas_kernels.dispatch import KERNELS, by_platform, choose, interpreting, load, unsupported_kernels
 from engrax.pallas_kernels.dots import accumulator
 from engrax.pallas_kernels.hopfield_retrieval.energy import WITH_ENERGY, pull
 from engrax.pallas_kernels.hopfield_retrieval.reference import hopfield_retrieval_reference
@@ -65,7 +65,7 @@ def hopfield_retrieval(
         The two agree where the iteration has converged.
       mask: bool `[B, M]` or `[B, N, M]`, True = visible; None: everything is. What no state sees may hold anything.
         A state that sees nothing may hold anything too; it retrieves 0, and no gradient comes from it.
-      implementation: None (choose), "reference" (state by state), "xla" or "pallas_tpu".
+      implementation: None (choose), "reference" (state by state), "xla", "pallas_gpu" or "pallas_tpu".
 
     Returns:
       What is retrieved, `[B, N, H, V]`, in the widest dtype among state, stored and values.
@@ -93,11 +93,12 @@ def hopfield_retrieval(
     dtype = jnp.result_type(state, stored, *(() if values is None else (values,)))
     options = (separation, _power(separation, alpha), similarity, gradient)
     form = Form(steps, float(tolerance), int(max_steps), *options, jnp.dtype(dtype))
-    sizes = (state.shape[1], stored.shape[1], state.shape[3], (stored if values is None else values).shape[3])
+    (batch, states, heads, key), read = state.shape, stored if values is None else values
+    sizes = (batch, heads, states, stored.shape[1], key, read.shape[3])
     shapes = Shapes(steps, separation, similarity, *sizes, form.operands, getattr(mask, "ndim", 2) == 3)
     unsupported = unsupported_kernels(OP, shapes, implementation)
     name = choose(implementation, unsupported)
-    kernels = () if "pallas_tpu" in unsupported else ("pallas_tpu",)
+    kernels = tuple(kernel for kernel in KERNELS if kernel not in unsupported)
     return _run(name, kernels, interpreting(), form, state, stored, values, beta, mask)
 
 

@@ -31,6 +31,8 @@ class Shapes(NamedTuple):
     steps: int | None
     separation: str
     similarity: str
+    batch: int
+    heads: int
     states: int
     patterns: int
     key: int

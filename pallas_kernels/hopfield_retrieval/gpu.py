@@ -1,0 +1,205 @@
+"""Several updates as one GPU kernel (compute capability 9.0): a head's patterns stay in shared memory (SMEM).
+
+A program takes `CHUNK` states of one head through all updates. The patterns arrive once; an update goes over them block
+by block with a running maximum and sum of its softmax, so that no score leaves the registers but as a weight on its way
+to the matrix unit. Values are read once, at the end, and pass through. The backward pass is the XLA form's.
+
+The matrix unit takes bfloat16. A float32 matrix is the sum of three in bfloat16, and a product of two is the sum of the
+six products that count: what is left out is below float32's last digit.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from engrax.pallas_kernels.gpu_parts import (
+    BY_ROW,
+    CHUNK,
+    MATRIX,
+    MOST_PROGRAMS,
+    SIZES,
+    SMEM_BYTES,
+    along_columns,
+    matrix,
+    pairs,
+    products,
+    split,
+    sum_columns,
+    tiles,
+    transposed,
+)
+from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
+from engrax.pallas_kernels.hopfield_retrieval.xla import hopfield_retrieval_xla
+from engrax.pallas_kernels.mesh import over_mesh
+
+MOST_STEPS = 8  # as of the TPU kernel
+PARTS = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 3}  # bfloat16 matrices that add up to one of the dtype
+STAGES = 2  # blocks of values in SMEM at a time
+HIDDEN = -1e30  # added to the score of what is hidden
+
+
+def unsupported(shapes: Shapes) -> str | None:
+    """Returns why this kernel cannot serve a call, None if it can."""
+    if shapes.steps is None or not 2 <= shapes.steps <= MOST_STEPS:
+        return f"the GPU kernel makes a fixed number of updates, 2 to {MOST_STEPS} (one is attention)"
+    if (shapes.separation, shapes.similarity) != ("softmax", "dot"):
+        return f"the GPU kernel has softmax of dot products, not {shapes.separation} of {shapes.similarity}"
+    if shapes.mask_per_state:
+        return "the GPU kernel takes masks [B, M], not [B, N, M]"
+    if jnp.dtype(shapes.dtype) not in PARTS:
+        return f"the GPU kernel takes float32 or bfloat16, not {jnp.dtype(shapes.dtype)}"
+    if shapes.key not in SIZES or shapes.value not in SIZES:
+        return f"the GPU kernel takes D and V of {SIZES[0]} or {SIZES[1]}, not {shapes.key} and {shapes.value}"
+    if max(shapes.batch, shapes.heads) > MOST_PROGRAMS:
+        return f"the GPU kernel takes at most {MOST_PROGRAMS} rows and heads"
+    need = _smem_bytes(shapes)
+    if need > SMEM_BYTES:
+        return f"the GPU kernel would need {need >> 10} KiB of SMEM for these patterns, more than {SMEM_BYTES >> 10}"
+    return None
+
+
+def _smem_bytes(shapes: Shapes) -> int:
+    blocks, parts = -(-shapes.patterns // CHUNK), PARTS[jnp.dtype(shapes.dtype)]
+    columns = shapes.key * (blocks + 1) + CHUNK + STAGES * shapes.value  # of patterns and states, weights, values
+    return 2 * CHUNK * parts * columns + 4 * CHUNK * blocks
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def retrieve(form: Form, interpret: bool, state, stored, values, beta, visible):
+    """Returns what every state retrieves, as `hopfield_retrieval_xla`.
+
+    Hidden patterns and their values are zeros: where nothing is visible, all weigh the same and their mean is 0.
+    """
+    shown = jnp.ones((len(state), 1, stored.shape[2]), bool) if visible is None else visible
+    hidden = jnp.where(shown[:, 0], 0, HIDDEN).astype(jnp.float32)
+    run = over_mesh(partial(_forward, form.steps, interpret), ("BHND", "BHMD", "BHMV", "Hx", "BM"), "BHNV")
+    return run(state, stored, values, jnp.broadcast_to(beta[:, None], (len(beta), CHUNK)), hidden)
+
+
+def _retrieve_fwd(form, interpret, *arrays):
+    return retrieve(form, interpret, *arrays), arrays
+
+
+def _retrieve_bwd(form, interpret, arrays, bar):
+    *floats, visible = arrays
+    return *jax.vjp(lambda *floats: hopfield_retrieval_xla(form, *floats, visible), *floats)[1](bar), None
+
+
+retrieve.defvjp(_retrieve_fwd, _retrieve_bwd)
+
+
+def _forward(steps, interpret, state, stored, values, beta, hidden):
+    batch, heads, count, width = state.shape
+    parts, value = PARTS[stored.dtype], values.shape[3]
+    state = jnp.pad(state, [(0, 0), (0, 0), (0, -count % CHUNK), (0, 0)]).astype(jnp.float32)
+    missing = -hidden.shape[1] % CHUNK
+    hidden = jnp.pad(hidden, [(0, 0), (0, missing)], constant_values=HIDDEN).reshape(batch, -1, CHUNK)
+    blocks = hidden.shape[1]
+    stored, values = (
+        _bfloat16_parts(jnp.pad(x, [(0, 0), (0, 0), (0, missing), (0, 0)]).reshape(batch, heads, blocks, CHUNK, -1))
+        for x in (stored, values)
+    )
+    scratch = {
+        "stored": [plgpu.SMEM((blocks, CHUNK, width), jnp.bfloat16, transforms=tiles(jnp.bfloat16))] * parts,
+        "hidden": plgpu.SMEM((blocks, CHUNK), jnp.float32),
+        "state": [matrix(CHUNK, width)] * parts,
+        "weights": [matrix(CHUNK, CHUNK)] * parts,
+        "arrived": plgpu.Barrier(num_arrivals=parts * blocks + 1),
+    }
+    kernel = plgpu.kernel(
+        partial(_program, steps),
+        out_type=(jax.ShapeDtypeStruct((*state.shape[:3], value), jnp.float32),),
+        scratch_types=[scratch],
+        grid=(batch, heads, state.shape[2] // CHUNK),
+        grid_names=("batch", "head", "part"),
+        kernel_name="hopfield_retrieval_forward",
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )
+    (out,) = kernel({"state": state, "stored": stored, "values": values, "beta": beta, "hidden": hidden})
+    return out[:, :, :count]
+
+
+def _bfloat16_parts(x) -> list:
+    """Returns the bfloat16 arrays that add up to x. The compiler may drop a cast there and back; this it may not."""
+    parts = []
+    for _ in range(PARTS[x.dtype]):
+        parts.append(lax.reduce_precision(x, 8, 7))
+        x = x - parts[-1]
+    return [part.astype(jnp.bfloat16) for part in parts]
+
+
+def _program(steps: int, inputs, out, scratch):
+    batch, head, part = (lax.axis_index(name) for name in ("batch", "head", "part"))
+    rows, blocks = pl.ds(part * CHUNK, CHUNK), scratch["hidden"].shape[0]
+
+    @pl.loop(0, blocks)
+    def _arrive(i):
+        for source, target in zip(inputs["stored"], scratch["stored"]):
+            plgpu.copy_gmem_to_smem(source.at[batch, head, i], target.at[i], scratch["arrived"])
+
+    plgpu.copy_gmem_to_smem(inputs["hidden"].at[batch], scratch["hidden"], scratch["arrived"])
+    beta = plgpu.load(inputs["beta"].at[head], layout=BY_ROW, optimized=False)
+    state = plgpu.load(inputs["state"].at[batch, head, rows], layout=MATRIX, optimized=False)
+    plgpu.barrier_wait(scratch["arrived"])
+
+    def update(_, state):
+        see = _shown(scratch, beta, state)
+        start = _start(state.shape[1])
+        return _mean(
+            lax.fori_loop(0, blocks, lambda i, seen: see(i, [x.at[i] for x in scratch["stored"]], seen), start)
+        )
+
+    see = _shown(scratch, beta, lax.fori_loop(0, steps - 1, update, state))
+    value = inputs["values"][0].shape[-1]
+    block = plgpu.BlockSpec((None, CHUNK, value), lambda i: (i, 0, 0), transforms=tiles(jnp.bfloat16))
+    pipeline = plgpu.emit_pipeline(
+        lambda indices, *refs_and_seen: see(indices[0], refs_and_seen[:-1], refs_and_seen[-1]),
+        grid=(blocks,),
+        in_specs=[block] * len(inputs["values"]),
+        max_concurrent_steps=min(STAGES, blocks),
+        init_carry=_start(value),
+    )
+    out[batch, head, rows] = _mean(pipeline(*(x.at[batch, head] for x in inputs["values"])))
+
+
+def _start(columns: int):
+    """The maximum of no scores, their exponentials' sum, and the sum of nothing."""
+    rows = partial(jnp.full, (CHUNK,), dtype=jnp.float32)
+    top, total = (plgpu.layout_cast(rows(x), BY_ROW) for x in (-jnp.inf, 0.0))
+    return top, total, plgpu.layout_cast(jnp.zeros((CHUNK, columns), jnp.float32), MATRIX)
+
+
+def _shown(scratch, beta, state):
+    """Puts the states where the matrix unit reads them. Returns how they go on to a block of patterns.
+
+    It takes the block's number, the parts of what is averaged there, and what `_start` says of the blocks before.
+    """
+    split(scratch["state"], state)
+    plgpu.commit_smem()
+
+    def see(i, read, seen):
+        top, total, sums = seen
+        (scores,) = products(pairs(scratch["state"], [transposed(x.at[i]) for x in scratch["stored"]]))
+        scores = scores * _by_row(beta, CHUNK) + along_columns(scratch["hidden"].at[i])
+        new_top = jnp.maximum(top, plgpu.layout_cast(jnp.max(scores, axis=1), BY_ROW))
+        weights, fades = jnp.exp(scores - _by_row(new_top, CHUNK)), jnp.exp(top - new_top)
+        split(scratch["weights"], weights)
+        plgpu.commit_smem()
+        (added,) = products(pairs(scratch["weights"], read))
+        plgpu.commit_smem()  # all threads' products have read the weights, new ones may come
+        return new_top, total * fades + sum_columns(weights), sums * _by_row(fades, sums.shape[1]) + added
+
+    return see
+
+
+def _mean(seen):
+    _, total, sums = seen
+    return sums / _by_row(total, sums.shape[1])
+
+
+def _by_row(x, columns: int):
+    return lax.broadcast_in_dim(x, (CHUNK, columns), [0])

@@ -1,0 +1,80 @@
+"""The GPU kernel of Hopfield retrieval without a GPU: interpreted against float64 and the XLA form, lowered by name."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from engrax.pallas_kernels import hopfield_retrieval
+from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, interpreted_kernels
+from engrax.tests.hopfield_problems import assert_as_accurate_as_xla, make_problem
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__[:3] < KERNELS_NEED_JAX, reason="kernels need jax >= " + ".".join(map(str, KERNELS_NEED_JAX))
+)
+SLACK = 1.5  # a kernel's error may be that many times the XLA form's
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "states, patterns, width, value, masked, steps, dtype",
+    [
+        (20, 70, 64, 64, True, 2, jnp.float32),
+        slow(20, 70, 64, 64, True, 3, jnp.bfloat16),
+        slow(70, 200, 64, 128, False, 2, jnp.bfloat16),  # two programs a head, the last one not full
+        slow(1, 1, 128, 64, False, 8, jnp.float32),
+        slow(33, 192, 128, 128, True, 4, jnp.bfloat16),
+    ],
+)
+def test_as_accurate_as_the_xla_form_and_free_of_races(states, patterns, width, value, masked, steps, dtype):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    arrays, mask = make_problem(states, patterns, width, value, masked)
+    arrays = [x.astype(dtype) for x in arrays]
+    params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+    floor = 1e-6 if dtype == jnp.float32 else 1e-3
+    with interpreted_kernels(), plgpu.force_gpu_interpret_mode(params):
+        assert_as_accurate_as_xla("pallas_gpu", arrays, mask, slack=SLACK, floor=floor, steps=steps)
+
+
+@pytest.mark.parametrize("devices", [slow(1), 8])
+def test_an_h200_gets_the_kernel_where_it_serves(devices):
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+    specs = [jax.ShapeDtypeStruct((8, n, 2, 64), jnp.bfloat16) for n in (40, 130)]
+    mask = jax.ShapeDtypeStruct((8, 130), bool)
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
+    axes = ((2, 2, 2), ("data", "fsdp", "tensor")) if devices == 8 else ((), ())
+    mesh = AbstractMesh(*axes, axis_types=(AxisType.Auto,) * len(axes[0]), abstract_device=device)
+    rows, heads = (2, 1) if devices == 8 else (8, 2)
+    for steps, served in ((3, True), (1, False)):  # one update is attention
+        run = jax.jit(lambda s, x, mask, steps=steps: hopfield_retrieval(s, x, beta=0.5, steps=steps, mask=mask))
+        with jax.sharding.use_abstract_mesh(mesh):
+            text = run.trace(*specs, mask).lower(lowering_platforms=("cuda",)).as_text()
+        assert ("hopfield_retrieval_forward" in text) == served
+        assert not served or f"tensor<{rows}x{heads}x64x64xf32>" in text
+
+
+half = jnp.ones((2, 4, 2, 64), jnp.float16)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(steps=1), "2 to 8"),
+        (dict(steps=9), "2 to 8"),
+        (dict(steps=None), "a fixed number of updates"),
+        (dict(separation="sparsemax"), "not sparsemax of dot"),
+        (dict(mask=jnp.ones((2, 4, 5), bool)), r"takes masks \[B, M\]"),
+        (dict(values=jnp.ones((2, 5, 2, 32))), "D and V of 64 or 128, not 64 and 32"),
+        (dict(stored=jnp.ones((2, 5000, 2, 64))), "KiB of SMEM for these patterns"),
+        (dict(state=half, stored=half), "float32 or bfloat16, not float16"),
+    ],
+)
+def test_what_it_does_not_serve(change, message):
+    (state, stored, _), _ = make_problem(4, 5, 64, 64, False)
+    arguments = dict(state=state, stored=stored, beta=1.0, steps=2) | change
+    with interpreted_kernels(), pytest.raises(NotImplementedError, match=message):
+        hopfield_retrieval(**arguments, implementation="pallas_gpu")
