@@ -187,7 +187,7 @@ def points(x, sign=""):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000, help="training steps of 128 bags (default 2000)")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of 128 bags (default 1000)")
     parser.add_argument("--instances", type=int, default=16, help="patterns in a bag (default 16)")
     parser.add_argument("--bags", type=int, nargs="+", default=BAGS, help=f"numbers of training bags (default {BAGS})")
     parser.add_argument("--output", help="write the figures as JSON to this file")
