@@ -15,11 +15,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from engrax.pallas_kernels.dots import accumulator, on_cpu
-from engrax.pallas_kernels.hopfield_retrieval.separation import separate
+from engrax.pallas_kernels.hopfield_retrieval.separation import exponentials, separate
 from engrax.pallas_kernels.hopfield_retrieval.similarity import product, similarities
 from engrax.pallas_kernels.hopfield_retrieval.types import Form
 
-CACHED_SCORES = 2**18  # 1 MiB
+CACHED_SCORES = 2**19  # 2 MiB
+UNROLLED = 8  # updates that are written out: a loop copies its states
 
 
 def hopfield_retrieval_xla(
@@ -70,18 +71,29 @@ def _retrieve(form, state, stored, values, beta, visible):
         state = rest(form, state, stored, beta, visible)
     else:
         step = jax.checkpoint(lambda state, _: (_update(form, state, stored, beta, visible), None))
-        state = lax.scan(step, state, length=form.steps - 1)[0] if form.steps > 1 else state
-    return product("bhnm,bhmv->bhnv", _weights(form, state, stored, beta, visible), values, form.operands)
+        state = lax.scan(step, state, length=form.steps - 1, unroll=UNROLLED)[0] if form.steps > 1 else state
+    return _read(form, state, stored, values, beta, visible)
 
 
-def _weights(form, state, stored, beta, visible):
-    scores = beta[:, None, None] * similarities(form.similarity, state, stored, form.operands)
-    return separate(form.separation, form.alpha, scores, visible)
+def _scores(form, state, stored, beta):
+    if form.similarity == "dot" and form.operands in (jnp.float32, jnp.float64):
+        # There are fewer states than scores. An operand of 16 bits would be rounded once more.
+        return similarities("dot", beta * state, stored, form.operands)
+    return beta * similarities(form.similarity, state, stored, form.operands)
+
+
+def _read(form, state, stored, values, beta, visible):
+    """One update of which `values` are averaged; a softmax is normalised last, where there are fewer numbers."""
+    scores = _scores(form, state, stored, beta[:, None, None])
+    if form.separation == "softmax":
+        weights, total = exponentials(scores, visible)
+        return product("bhnm,bhmv->bhnv", weights, values, form.operands) / total
+    weights = separate(form.separation, form.alpha, scores, visible)
+    return product("bhnm,bhmv->bhnv", weights, values, form.operands)
 
 
 def _update(form, state, stored, beta, visible):
-    weights = _weights(form, state, stored, beta, visible)
-    return product("bhnm,bhmd->bhnd", weights, stored, form.operands)
+    return _read(form, state, stored, stored, beta, visible)
 
 
 def _length(x):
