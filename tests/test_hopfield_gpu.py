@@ -24,7 +24,7 @@ def slow(*values):
         (20, 70, 64, 64, True, 2, jnp.float32),
         slow(20, 70, 64, 64, True, 3, jnp.bfloat16),
         slow(70, 200, 64, 128, False, 2, jnp.bfloat16),  # two programs a head, the last one not full
-        slow(1, 1, 128, 64, False, 8, jnp.float32),
+        slow(1, 1, 64, 128, False, 8, jnp.float32),
         slow(33, 192, 128, 128, True, 4, jnp.bfloat16),
     ],
 )
@@ -69,6 +69,10 @@ half = jnp.ones((2, 4, 2, 64), jnp.float16)
         (dict(separation="sparsemax"), "not sparsemax of dot"),
         (dict(mask=jnp.ones((2, 4, 5), bool)), r"takes masks \[B, M\]"),
         (dict(values=jnp.ones((2, 5, 2, 32))), "D and V of 64 or 128, not 64 and 32"),
+        (
+            dict(state=jnp.ones((2, 4, 2, 128)), stored=jnp.ones((2, 5, 2, 128))),
+            "float32 states of 64 features, not 128",
+        ),
         (dict(stored=jnp.ones((2, 5000, 2, 64))), "KiB of SMEM for these patterns"),
         (dict(state=half, stored=half), "float32 or bfloat16, not float16"),
     ],

@@ -54,6 +54,8 @@ def unsupported(shapes: Shapes) -> str | None:
         return f"the GPU kernel takes float32 or bfloat16, not {jnp.dtype(shapes.dtype)}"
     if shapes.key not in SIZES or shapes.value not in SIZES:
         return f"the GPU kernel takes D and V of {SIZES[0]} or {SIZES[1]}, not {shapes.key} and {shapes.value}"
+    if PARTS[jnp.dtype(shapes.dtype)] > 1 and shapes.key > SIZES[0]:  # the compiler runs out of registers
+        return f"the GPU kernel takes {jnp.dtype(shapes.dtype)} states of {SIZES[0]} features, not {shapes.key}"
     if max(shapes.batch, shapes.heads) > MOST_PROGRAMS:
         return f"the GPU kernel takes at most {MOST_PROGRAMS} rows and heads"
     need = _smem_bytes(shapes)
