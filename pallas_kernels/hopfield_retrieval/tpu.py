@@ -107,15 +107,15 @@ def _forward(form, interpret, state, stored, values, beta, hidden):
 def _kernel(steps, state, stored, values, beta, hidden, out):
     x, v, scale, below = stored[...], values[...], beta[...], hidden[...]
 
-    def weights(xi):
+    def read(xi, of):
         scores = scale * _dot(xi.astype(x.dtype), x, 1) + below
         exponential = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
-        return exponential / jnp.sum(exponential, axis=1, keepdims=True)
+        return _dot(exponential.astype(of.dtype), of, 0) / jnp.sum(exponential, axis=1, keepdims=True)
 
     xi = state[...].astype(accumulator(x.dtype))
     for _ in range(steps - 1):
-        xi = _dot(weights(xi).astype(x.dtype), x, 0)
-    out[...] = _dot(weights(xi).astype(v.dtype), v, 0)
+        xi = read(xi, x)
+    out[...] = read(xi, v)
 
 
 def _dot(a, b, axis):
