@@ -1,7 +1,7 @@
 """Multiple-instance learning on bit patterns: Hopfield pooling beside mean, max and gated-attention pooling.
 
     python benchmarks/hopfield_mil.py --output benchmarks/results/hopfield_mil.json --plot docs/hopfield_mil.png
-    python benchmarks/hopfield_mil.py --instances 64 --bags 256 2048 --output benchmarks/results/hopfield_mil_64.json
+    python benchmarks/hopfield_mil.py --instances 64 --bags 256 2048
 
 Bags of 16 (or 64) patterns of 8 bits are positive where one pattern is among 8 signals; bag labels alone are shown
 (engrax.data.BitPatterns). With 2048 training bags several poolings make next to no mistake, which tells nothing of
@@ -159,7 +159,7 @@ def plot(results, bags, instances):
         axis.set_xticks(bags, [f"{n:,}" for n in bags])
         axis.set_xlabel("training bags")
         axis.set_ylabel("accuracy on 2,048 other bags, %")
-        axis.legend(loc="best", fontsize=9)
+        axis.legend(loc=(0.76, 0.14), fontsize=9)
     return drawn.png
 
 
