@@ -189,3 +189,29 @@ def decay_between(gates, reverse: bool, mask):
     hi, lo = (along_rows(gates[0].at[part]) - along_columns(gates[1].at[part]) for part in (HI, LO))
     between = -(hi + lo) if reverse else hi + lo
     return jnp.exp(jnp.where(mask, between, MASKED))
+
+
+def ladder(a, left, right):
+    """Returns (I + A)^-1 as `inverse.ladder_inverse` does; A float32 in SMEM: registers are what is scarce.
+
+    left and right: room for the two parts of a matrix each.
+    """
+    row, column = (plgpu.broadcasted_iota(jnp.int32, a.shape, axis, layout=MATRIX) for axis in (0, 1))
+
+    def corner(level):  # the lower left block of every pair of blocks of 2^level rows
+        pair = (column >> level) == (row >> level) - 1
+        return jnp.where(pair & (((row >> level) & 1) == 1), load_matrix(a), 0.0)
+
+    x = jnp.where(row == column, 1.0, 0.0) - corner(0)
+    for level in range(1, CHUNK.bit_length() - 1):
+        split(left, x)
+        split(right, corner(level))
+        plgpu.commit_smem()
+        (first,) = products(pairs(left, right))
+        plgpu.commit_smem()  # all warps' products have read the right operand, which is written anew
+        split(right, first)
+        plgpu.commit_smem()
+        (second,) = products(pairs(right, left))
+        plgpu.commit_smem()
+        x = x - second
+    return x

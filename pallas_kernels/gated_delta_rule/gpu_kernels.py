@@ -18,7 +18,6 @@ from engrax.pallas_kernels.gpu_parts import (
     CHUNK,
     COLUMNS,
     FACTOR,
-    MATRIX,
     SINCE_START,
     TO_END,
     WHOLE,
@@ -27,9 +26,9 @@ from engrax.pallas_kernels.gpu_parts import (
     gate_blocks,
     keep,
     kept,
+    ladder,
     load_matrix,
     matrix,
-    pairs,
     products,
     split,
     state_block,
@@ -38,36 +37,7 @@ from engrax.pallas_kernels.gpu_parts import (
     transposed,
     visible,
 )
-
-
-class _Plan(NamedTuple):
-    """What is static."""
-
-    scale: float
-    batch: int
-    heads: int
-    chunks: int
-    inner: int  # K
-    outer: int  # V
-    reverse: bool
-
-    def at(self, step):
-        """The chunk that is visited at a step."""
-        return self.chunks - 1 - step if self.reverse else step
-
-
-def _call(name, body, out_types, scratch, grid, interpret, inputs):
-    kernel = plgpu.kernel(
-        body,
-        out_type=(out_types,),
-        scratch_types=[scratch],
-        grid=grid,
-        grid_names=("batch", "head", "part"),
-        kernel_name=name,
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )
-    return kernel(inputs)[0]
-
+from engrax.pallas_kernels.gpu_walk import Walk, run_kernel, walk_chunks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The inverse
@@ -87,7 +57,7 @@ def inverses(name: str, k: jax.Array, gates: jax.Array, interpret: bool = False)
     }
     body = partial(_invert, heads // k.shape[2])
     inputs = {"k": k, "gates": gates}
-    return _call(name, body, out_types, scratch, (batch, heads, chunks), interpret, inputs)["x"]
+    return run_kernel(name, body, out_types, scratch, (batch, heads, chunks), interpret, inputs)["x"]
 
 
 def _invert(group: int, inputs, outputs, scratch):
@@ -99,35 +69,12 @@ def _invert(group: int, inputs, outputs, scratch):
     plgpu.barrier_wait(scratch["arrived"])
     (scores,) = products((scratch["k"], transposed(scratch["k"])))
     gates = scratch["gates"]
-    a = scores * decay_between(gates, False, visible(False, True, gates)) * along_rows(gates[0].at[FACTOR])
-    scratch["x"][...] = _ladder(a, *scratch["pairs"])
+    decay = decay_between(gates, False, visible(False, True, gates))
+    scratch["x"][...] = scores * decay * along_rows(gates[0].at[FACTOR])
+    scratch["x"][...] = ladder(scratch["x"], *scratch["pairs"])
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(scratch["x"], outputs["x"].at[batch, tokens, head])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _ladder(a, left, right):
-    """Returns (I + A)^-1 as `inverse.ladder_inverse` does.
-
-    left and right: room for the two parts of a matrix each; the inverse needs more bits than one bfloat16 has.
-    """
-    row, column = (plgpu.broadcasted_iota(jnp.int32, a.shape, axis, layout=MATRIX) for axis in (0, 1))
-
-    def corner(level):  # the lower left block of every pair of blocks of 2^level rows
-        pair = (column >> level) == (row >> level) - 1
-        return jnp.where(pair & (((row >> level) & 1) == 1), a, 0.0)
-
-    x = jnp.where(row == column, 1.0, 0.0) - corner(0)
-    for level in range(1, CHUNK.bit_length() - 1):
-        split(left, x)
-        split(right, corner(level))
-        plgpu.commit_smem()
-        (first,) = products(pairs(left, right))
-        split(right, first)
-        plgpu.commit_smem()
-        (second,) = products(pairs(right, left))
-        x = x - second
-    return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +98,7 @@ def forward_states(
     x: `inverses`; gates `[B, HV, N, 6, C]` with beta as the factor; start `[B, HV, K, V]` float32.
     """
     (batch, length), (heads, inner, outer) = k.shape[:2], start.shape[1:]
-    plan = _Plan(scale, batch, heads, length // CHUNK, inner, outer, False)
+    plan = Walk(scale, batch, heads, length // CHUNK, inner, outer)
     tokens = jax.ShapeDtypeStruct((batch, length, heads, outer), jnp.bfloat16)
     out_types = {"final": jax.ShapeDtypeStruct(start.shape, jnp.float32)}
     if q is not None:
@@ -170,38 +117,11 @@ def forward_states(
     }
     inputs = {"k": k, "v": v, "x": x, "gates": gates, "start": start} | ({} if q is None else {"q": q})
     body = partial(_advance_all, plan, min(stages, plan.chunks))
-    grid = (batch, heads, outer // COLUMNS)
-    found = _call(name, body, out_types, scratch, grid, interpret, inputs)
+    found = run_kernel(name, body, out_types, scratch, plan.grid, interpret, inputs)
     return Advanced(found.get("out"), found["final"], found.get("written"), found.get("states"))
 
 
-def _run_states(plan: _Plan, stages: int, arrivals: dict, start, final, scratch, step):
-    """Runs `step(chunk, blocks by name, state) -> state` over all chunks for one block of columns of one head."""
-    batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
-    columns = pl.ds(column * COLUMNS, COLUMNS)
-    state = ()
-    for row in range(0, plan.inner, 64):
-        block = plgpu.load(start.at[batch, head, pl.ds(row, 64), columns], layout=MATRIX, optimized=False)
-        state = keep(scratch, state, row, block)
-    plgpu.commit_smem()
-
-    def body(indices, *blocks_and_state):
-        *blocks, state = blocks_and_state
-        state = step(plan.at(indices[0]), dict(zip(arrivals, blocks)), state)
-        plgpu.commit_smem()  # shows the state to the matrix unit; all threads have read the inputs, new ones may come
-        return state
-
-    refs, specs = zip(*arrivals.values())
-    pipeline = plgpu.emit_pipeline(
-        body, grid=(plan.chunks,), in_specs=specs, max_concurrent_steps=stages, init_carry=state
-    )
-    state = pipeline(*refs)
-    for row in range(0, plan.inner, 64):
-        final[batch, head, pl.ds(row, 64), columns] = kept(scratch, state, row)
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _arrivals(plan: _Plan, inputs, full, columns) -> dict:
+def _arrivals(plan: Walk, inputs, full, columns) -> dict:
     """Returns by name the blocks that arrive for every chunk: of all features (`full`), of one block of columns."""
     batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
     found = {n: token_block(inputs[n], plan, batch, head, inputs[n].shape[3]) for n in full if n in inputs}
@@ -212,7 +132,7 @@ def _arrivals(plan: _Plan, inputs, full, columns) -> dict:
     return found
 
 
-def _advance_all(plan: _Plan, stages: int, inputs, outputs, scratch):
+def _advance_all(plan: Walk, stages: int, inputs, outputs, scratch):
     batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
     columns = pl.ds(column * COLUMNS, COLUMNS)
 
@@ -238,7 +158,7 @@ def _advance_all(plan: _Plan, stages: int, inputs, outputs, scratch):
         return after
 
     arrivals = _arrivals(plan, inputs, ("q", "k", "x"), ("v",))
-    _run_states(plan, stages, arrivals, inputs["start"], outputs["final"], scratch, step)
+    walk_chunks(plan, stages, arrivals, inputs["start"], outputs["final"], scratch, step)
 
 
 def _written(blocks, scratch):
@@ -252,7 +172,7 @@ def _written(blocks, scratch):
     return written
 
 
-def _output(plan: _Plan, blocks, scratch):
+def _output(plan: Walk, blocks, scratch):
     """Returns the buffer with the outputs of a chunk, given what is written in the scratch."""
     (buffer,) = scratch["scores"]
     (scores,) = products((blocks["q"], transposed(blocks["k"])))
@@ -286,7 +206,7 @@ def backward_states(
 ) -> Retreated:
     """Runs the cotangent of the state backwards. gates: packed for it (reverse), with beta as the factor."""
     (batch, length), (heads, inner, outer) = k.shape[:2], final_bar.shape[1:]
-    plan = _Plan(scale, batch, heads, length // CHUNK, inner, outer, True)
+    plan = Walk(scale, batch, heads, length // CHUNK, inner, outer, reverse=True)
     shape, blocks = jax.ShapeDtypeStruct, outer // COLUMNS
     out_types = {
         "rows_bar": shape((batch, length, heads, outer), jnp.bfloat16),
@@ -305,12 +225,12 @@ def backward_states(
     inputs = {"q": q, "k": k, "v": v, "x": x, "out_bar": out_bar, "gates": gates, "start": final_bar}
     inputs["match_with"] = states
     body = partial(_retreat_all, plan, min(stages, plan.chunks))
-    found = _call(name, body, out_types, scratch, (batch, heads, blocks), interpret, inputs)
+    found = run_kernel(name, body, out_types, scratch, plan.grid, interpret, inputs)
     dots, matches = found["dots"].sum(0).transpose(0, 2, 1), found["matches"].sum((0, -1))
     return Retreated(found["rows_bar"], found["v_bar"], found["final"], dots, matches)
 
 
-def _retreat_all(plan: _Plan, stages: int, inputs, outputs, scratch):
+def _retreat_all(plan: Walk, stages: int, inputs, outputs, scratch):
     batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
     columns = pl.ds(column * COLUMNS, COLUMNS)
 
@@ -346,10 +266,10 @@ def _retreat_all(plan: _Plan, stages: int, inputs, outputs, scratch):
         return after
 
     arrivals = _arrivals(plan, inputs, ("q", "k", "x"), ("v", "out_bar"))
-    _run_states(plan, stages, arrivals, inputs["start"], outputs["final"], scratch, step)
+    walk_chunks(plan, stages, arrivals, inputs["start"], outputs["final"], scratch, step)
 
 
-def _rows_bar(plan: _Plan, blocks, scratch):
+def _rows_bar(plan: Walk, blocks, scratch):
     """Returns X^T times the cotangent of what is written."""
     (scores,) = products((blocks["k"], transposed(blocks["q"])))
     gates = (blocks["by_row"], blocks["by_column"])

@@ -28,6 +28,7 @@ from engrax.pallas_kernels.gpu_parts import (
     sum_columns,
     transposed,
 )
+from engrax.pallas_kernels.gpu_walk import run_kernel
 from engrax.pallas_kernels.neural_memory.gpu_kernels import (
     ANCHOR,
     LAST,
@@ -38,7 +39,6 @@ from engrax.pallas_kernels.neural_memory.gpu_kernels import (
     WRITE,
     Sizes,
     Tokens,
-    run_kernel,
     sizes_of,
 )
 

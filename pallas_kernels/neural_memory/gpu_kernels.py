@@ -36,6 +36,7 @@ from engrax.pallas_kernels.gpu_parts import (
     token_block,
     transposed,
 )
+from engrax.pallas_kernels.gpu_walk import run_kernel
 
 # Rows of a chunk's table: A, B, what scales the anchor, C and E of the last slot; then A, B and P of the last slot.
 READ_WEIGHTS, READ_MOMENTUM, ANCHOR, WRITE, LAST_WRITE, LAST = range(6)
@@ -84,20 +85,6 @@ def sizes_of(tokens: Tokens, reverse: bool = False) -> Sizes:
     """Returns the sizes of a call; reverse: the chunks are visited from the last to the first."""
     batch, length, heads, key = tokens.k.shape
     return Sizes(batch, heads, length // CHUNK, key, tokens.v.shape[3], reverse)
-
-
-def run_kernel(name, body, out_types, scratch, grid, interpret, inputs) -> dict:
-    """Runs `body(inputs, outputs, scratch)`, dicts of references, once for every place of the grid."""
-    kernel = plgpu.kernel(
-        body,
-        out_type=(out_types,),
-        scratch_types=[scratch],
-        grid=grid,
-        grid_names=("batch", "head", "part"),
-        kernel_name=name,
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )
-    return kernel(inputs)[0]
 
 
 def forward(tokens: Tokens, weights, momentum, *, stages: int = 2, interpret: bool = False) -> dict:
