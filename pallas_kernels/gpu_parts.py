@@ -28,8 +28,6 @@ BY_ROW, BY_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)  # vectors that go along 
 
 def unsupported_sizes(shapes: Shapes) -> str | None:
     """Returns why the kernels of the log-decay operations cannot serve a call of these sizes, None where they can."""
-    if shapes.gate == "channel":
-        return "the GPU kernel has no gates per channel"
     if shapes.segments:
         return "the GPU kernel has no states per segment"
     if shapes.dtype != jnp.bfloat16:

@@ -37,7 +37,7 @@ device_description_str: "NVIDIA H200"
 BEGIN, END = "== case ", "== done "
 
 
-def linear_attention(key, value, query_heads, heads, gated):
+def linear_attention(key, value, query_heads, heads, gate):
     """Returns the core's forward and backward pass as a function of arrays, and their shapes."""
     from engrax.pallas_kernels.decay import Decay
     from engrax.pallas_kernels.linear_attention import gpu
@@ -46,14 +46,14 @@ def linear_attention(key, value, query_heads, heads, gated):
     plan = kernel_plan(key)
 
     def run(q, k, v, hi, lo, state, out_bar, state_bar):
-        inputs = Inputs(q, k, v, Decay(hi, lo) if gated else None, state, None)
+        inputs = Inputs(q, k, v, None if gate == "no" else Decay(hi, lo), state, None)
         return gpu.forward(plan, inputs)[0], gpu.backward(plan, inputs, (), (out_bar, state_bar))
 
-    q, v, gate, state = shapes(key, value, query_heads, heads)
-    return run, (q, q, v, gate, gate, state, v, state)
+    q, v, _, decay, state = shapes(key, value, query_heads, heads, gate)
+    return run, (q, q, v, decay, decay, state, v, state)
 
 
-def gated_delta_rule(key, value, query_heads, heads, gated):
+def gated_delta_rule(key, value, query_heads, heads, gate):
     """The same for the gated delta rule."""
     from engrax.pallas_kernels.decay import Decay
     from engrax.pallas_kernels.gated_delta_rule import gpu
@@ -62,12 +62,12 @@ def gated_delta_rule(key, value, query_heads, heads, gated):
     plan = kernel_plan(key)
 
     def run(q, k, v, beta, hi, lo, state, out_bar, state_bar):
-        inputs = Inputs(q, k, v, beta, Decay(hi, lo) if gated else None, state, None)
+        inputs = Inputs(q, k, v, beta, None if gate == "no" else Decay(hi, lo), state, None)
         outputs, residuals = gpu.forward(plan, inputs)
         return outputs, gpu.backward(plan, inputs, residuals, (out_bar, state_bar))
 
-    q, v, gate, state = shapes(key, value, query_heads, heads)
-    return run, (q, q, v, gate, gate, gate, state, v, state)
+    q, v, beta, decay, state = shapes(key, value, query_heads, heads, gate)
+    return run, (q, q, v, beta, decay, decay, state, v, state)
 
 
 def neural_memory(key, value):
@@ -129,16 +129,17 @@ def kernel_plan(key):
     return Plan(64, key**-0.5, "pallas_gpu", ("pallas_gpu",))
 
 
-def shapes(key, value, query_heads, heads) -> tuple:
-    """Returns the shapes of q or k, of v, of a gate and of a state."""
+def shapes(key, value, query_heads, heads, gate) -> tuple:
+    """Returns the shapes of q or k, of v, of a number per token, of the decay and of a state."""
     import jax
     import jax.numpy as jnp
 
-    def tokens(heads, *features):
-        return jax.ShapeDtypeStruct((2, 256, heads, *features), jnp.bfloat16 if features else jnp.float32)
+    def tokens(heads, *features, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((2, 256, heads, *features), dtype)
 
-    state = jax.ShapeDtypeStruct((2, heads, key, value), jnp.float32)
-    return tokens(query_heads, key), tokens(heads, value), tokens(heads), state
+    q, v = tokens(query_heads, key, dtype=jnp.bfloat16), tokens(heads, value, dtype=jnp.bfloat16)
+    decay = tokens(heads, key) if gate == "channel" else tokens(heads)
+    return q, v, tokens(heads), decay, jax.ShapeDtypeStruct((2, heads, key, value), jnp.float32)
 
 
 def cases() -> dict:
@@ -147,11 +148,10 @@ def cases() -> dict:
     The gated delta rule takes the same kernels without gates as with them.
     """
     found = {}
-    for make, gates in ((linear_attention, (False, True)), (gated_delta_rule, (True,))):
-        for key, value, gated, heads in itertools.product((64, 128), (64, 128), gates, (2, 4)):
-            gate = "scalar gate" if gated else "no gate"
-            name = f"{make.__name__} K={key} V={value} {gate}, 2 query and {heads} value heads"
-            found[name] = (make, (key, value, 2, heads, gated))
+    for make, gates in ((linear_attention, ("no", "scalar", "channel")), (gated_delta_rule, ("scalar", "channel"))):
+        for key, value, gate, heads in itertools.product((64, 128), (64, 128), gates, (2, 4)):
+            name = f"{make.__name__} K={key} V={value} {gate} gate, 2 query and {heads} value heads"
+            found[name] = (make, (key, value, 2, heads, gate))
     for key, value in itertools.product((64, 128), (64, 128)):
         found[f"neural_memory K={key} V={value} depth 1"] = (neural_memory, (key, value))
         for dtype in ("bfloat16", "float32") if key == 64 else ("bfloat16",):

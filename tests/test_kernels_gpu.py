@@ -33,6 +33,8 @@ KERNELS = {
         "backward_dk_of_keys",
     ),
 }
+WALKS = ("forward_tokens", "forward", "backward_tokens", "backward_states", "backward_dv", "backward_dqk")
+BY_CHANNEL = {"linear_attention": WALKS, "gated_delta_rule": (*WALKS, "backward_dk")}
 
 
 def slow(op, **case):
@@ -65,6 +67,8 @@ CASES = [
     ("linear_attention", dict(key=128, gates="zero")),
     ("linear_attention", dict(value=128, gate="none")),
     ("gated_delta_rule", dict(gates="zero", keys="correlated")),
+    ("linear_attention", dict(gate="channel", gates="mixed")),
+    ("gated_delta_rule", dict(gate="channel", gates="mixed", keys="correlated")),
     slow("linear_attention", key=128, value=128, groups=2, gates="reset"),
     slow("linear_attention", key=128, value=128, gate="none", heads=2, length=200),
     slow("linear_attention", value=128, gates="zero", batch=2, heads=2, groups=2, segments="packed"),
@@ -77,6 +81,16 @@ CASES = [
     slow("gated_delta_rule", value=128, gates="zero", batch=2, heads=2, length=150, segments="packed"),
     slow("gated_delta_rule", gate="none", keys="identical", length=64, state=False),
     slow("gated_delta_rule", gates="mixed", length=1024),
+    slow("linear_attention", gate="channel", key=128, value=128, groups=2, gates="reset", length=150),
+    slow("linear_attention", gate="channel", value=128, batch=2, heads=2, groups=2, gates="zero", segments="packed"),
+    slow("linear_attention", gate="channel", key=128, gates="mixed", length=64, state=False),
+    slow("linear_attention", gate="channel", gates="mixed", length=1024),
+    slow("linear_attention", gate="channel", gates="zero", length=1024),
+    slow("gated_delta_rule", gate="channel", key=128, value=128, groups=2, gates="reset", length=150),
+    slow("gated_delta_rule", gate="channel", value=128, batch=2, heads=2, gates="zero", segments="packed"),
+    slow("gated_delta_rule", gate="channel", key=128, gates="mixed", keys="identical", length=64, state=False),
+    slow("gated_delta_rule", gate="channel", gates="zero", keys="correlated"),
+    slow("gated_delta_rule", gate="channel", gates="mixed", length=1024),
 ]
 
 
@@ -93,22 +107,31 @@ def test_a_kernel_is_as_accurate_as_the_xla_form(op, case):
         assert error <= max(SLACK * other, FLOOR), f"{name}: the kernel errs by {error}, the XLA form by {other}"
 
 
-@pytest.mark.parametrize("op", ["linear_attention", pytest.param("gated_delta_rule", marks=pytest.mark.slow)])
-def test_a_gate_that_cuts_has_no_gradient_and_lets_nothing_through(op):
-    arrays, static = problem(op, gates="mixed")
+@pytest.mark.parametrize(
+    "op, gate",
+    [
+        ("linear_attention", "scalar"),
+        pytest.param("gated_delta_rule", "scalar", marks=pytest.mark.slow),
+        pytest.param("linear_attention", "channel", marks=pytest.mark.slow),
+        pytest.param("gated_delta_rule", "channel", marks=pytest.mark.slow),
+    ],
+)
+def test_a_gate_that_cuts_has_no_gradient_and_lets_nothing_through(op, gate):
+    arrays, static = problem(op, gates="mixed", gate=gate)
     arrays["g"] = arrays["g"].at[:, 100].set(-jnp.inf)
     (out, _), gradients = run(op, arrays, static, "pallas_gpu")
-    assert gradients["g"][0, 100, 0] == 0 and np.isfinite(gradients["g"]).all()
+    assert (gradients["g"][0, 100, 0] == 0).all() and np.isfinite(gradients["g"]).all()
     (other, _), _ = run(op, arrays | {"v": arrays["v"].at[:, :100].multiply(-2)}, static, "pallas_gpu")
     np.testing.assert_array_equal(out[:, 100:], other[:, 100:])
     assert np.any(out[:, :100] != other[:, :100])
 
 
+@pytest.mark.parametrize("gate", ["scalar", pytest.param("channel", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("op", OPS)
-def test_no_race_and_nothing_read_before_it_is_written(op):
+def test_no_race_and_nothing_read_before_it_is_written(op, gate):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    arrays, static = problem(op, gates="mixed", key=128, length=192)
+    arrays, static = problem(op, gate=gate, gates="mixed", key=128, length=192)
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     with plgpu.force_gpu_interpret_mode(params):
         results = run(op, arrays, static, "pallas_gpu")
@@ -123,10 +146,11 @@ def abstract_h200(shape=(), names=()):
     return jax.sharding.use_abstract_mesh(mesh)
 
 
+@pytest.mark.parametrize("gate", ["scalar", pytest.param("channel", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("devices, implementation", [(1, "pallas_gpu"), (8, None)])
 @pytest.mark.parametrize("op", OPS)
-def test_an_h200_gets_the_kernels_and_no_loop(op, devices, implementation):
-    arrays, static = problem(op, batch=8, heads=2)
+def test_an_h200_gets_the_kernels_and_no_loop(op, devices, implementation, gate):
+    arrays, static = problem(op, batch=8, heads=2, gate=gate)
     specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
     def loss(arrays):
@@ -136,8 +160,9 @@ def test_an_h200_gets_the_kernels_and_no_loop(op, devices, implementation):
     with abstract_h200(*(((2, 2, 2), ("data", "fsdp", "tensor")) if devices == 8 else ())):
         text = jax.jit(jax.grad(loss)).trace(specs).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @(mosaic_gpu\w*)\((.*)", text)
-    assert len(calls) == len(KERNELS[op]) and len(calls) == text.count("custom_call @mosaic")
-    assert set(re.findall(rf'"?({op}_(?:[a-z]+_)*[a-z]+?)_mosaic_gpu', text)) == {f"{op}_{x}" for x in KERNELS[op]}
+    names = (BY_CHANNEL if gate == "channel" else KERNELS)[op]
+    assert len(calls) == len(names) and len(calls) == text.count("custom_call @mosaic")
+    assert set(re.findall(rf'"?({op}_(?:[a-z]+_)*[a-z]+?)_mosaic_gpu', text)) == {f"{op}_{name}" for name in names}
     assert "stablehlo.while" not in text
     rows, heads = (2, 1) if devices == 8 else (8, 2)
     assert all(f"tensor<{rows}x128x{heads}x64xbf16>" in rest for _, rest in calls)
@@ -147,9 +172,8 @@ def test_an_h200_gets_the_kernels_and_no_loop(op, devices, implementation):
 def test_what_the_kernel_cannot_serve_is_said(op):
     unsupported = importlib.import_module(f"engrax.pallas_kernels.{op}.gpu").unsupported
     fine = Shapes(2, 128, 2, 4, 64, 128, 64, np.dtype(jnp.bfloat16), "scalar", False)
-    assert unsupported(fine) is None and unsupported(fine._replace(gate="none")) is None
+    assert all(unsupported(fine._replace(gate=gate)) is None for gate in ("none", "scalar", "channel"))
     for change, word in (
-        (dict(gate="channel"), "per channel"),
         (dict(segments=True), "per segment"),
         (dict(dtype=np.dtype(np.float32)), "float32"),
         (dict(key=32), "not 32 and 128"),

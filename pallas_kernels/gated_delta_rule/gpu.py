@@ -1,7 +1,7 @@
-"""The gated delta rule on GPUs of compute capability 9.0, with one gate per head or none.
+"""The gated delta rule on GPUs of compute capability 9.0.
 
-Forwards: the chunks' inverses X, all at once, then one pass that carries the state. Backwards, with W what
-the tokens write, R = beta (v - decay k S), W = X R:
+With one gate per head or none, forwards: the chunks' inverses X, all at once, then one pass that carries the state.
+Backwards, with W what the tokens write, R = beta (v - decay k S), W = X R:
 
     states   forwards again: W and the states S before each chunk
     dv       backwards: dW, dR = X^T dW, dv = beta dR, and dS
@@ -13,17 +13,26 @@ the tokens write, R = beta (v - decay k S), W = X R:
 The derivative of X is in the last two: dA = -dR W^T. The gates' gradients are dot products: with G the cumulative log
 decay of a chunk, dG_i = q_i . dq_i + k_i . (dk_i as a reader - dk_i as written), and dbeta_i = dR_i . (v_i - what k_i
 reads before its own token's write).
+
+Under one gate per channel the scores' sums over channels hold the decay, and what needs no state is done for all chunks
+at once (`gpu_channel`): scores, inverses and decayed tokens before the walk along the chunks (`gpu_channel_walks`), and
+the gradients of q, k and the gates after the walks of S and dS: first those of do as it reads (q; k, W), then those of
+-beta dR as it reads (k; k, W).
 """
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.decay import Decay
 from engrax.pallas_kernels.dispatch import Plan, Shapes
 from engrax.pallas_kernels.gated_delta_rule.gpu_kernels import backward_states, forward_states, inverses
 from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs, Outputs, Residuals
-from engrax.pallas_kernels.gpu_parts import pack_gates, unsupported_sizes
+from engrax.pallas_kernels.gpu_channel import by_channel, channel_gates, prepare, token_gradients
+from engrax.pallas_kernels.gpu_channel_walks import backward_states as walk_backwards
+from engrax.pallas_kernels.gpu_channel_walks import forward_states as walk_forwards
+from engrax.pallas_kernels.gpu_parts import CHUNK, pack_gates, unsupported_sizes
 from engrax.pallas_kernels.gpu_sweep import Read, Write, decay_cotangent, sum_groups, sweep
 from engrax.pallas_kernels.mesh import over_mesh
 
@@ -40,13 +49,15 @@ def unsupported(shapes: Shapes) -> str | None:
 
 def forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, Residuals]:
     """Returns (out, final state) and the inverses."""
-    return over_mesh(partial(_forward, plan), (_INPUTS,), (_OUTPUTS, _INVERSES))(inputs)
+    run = _forward_by_channel if by_channel(inputs.decay) else _forward
+    return over_mesh(partial(run, plan), (_INPUTS,), (_OUTPUTS, _INVERSES))(inputs)
 
 
 def backward(plan: Plan, inputs: Inputs, residuals: Residuals, cotangents: Outputs) -> Inputs:
     """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
     dims = (_INPUTS, _INVERSES, _OUTPUTS)
-    return over_mesh(partial(_backward, plan), dims, _INPUTS)(inputs, residuals, cotangents)
+    run = _backward_by_channel if by_channel(inputs.decay) else _backward
+    return over_mesh(partial(run, plan), dims, _INPUTS)(inputs, residuals, cotangents)
 
 
 def _decay(inputs: Inputs) -> Decay:
@@ -95,3 +106,44 @@ def _backward(plan: Plan, inputs: Inputs, x: Residuals, cotangents: Outputs) -> 
     q_bar = sum_groups(readers.outs[0], q)
     k_bar = sum_groups(readers.outs[1] + for_queries.outs[0] + for_keys.outs[0], k)
     return Inputs(q_bar, k_bar, back.v_bar, beta_bar.astype(beta.dtype), decay_bar, back.start_bar, None)
+
+
+def _by_chunk(beta: jax.Array) -> jax.Array:
+    """Returns `[B, T, HV]` as `[B, HV, N, C]`."""
+    return beta.reshape(beta.shape[0], -1, CHUNK, beta.shape[2]).transpose(0, 3, 1, 2)
+
+
+def _forward_by_channel(plan: Plan, inputs: Inputs) -> tuple[Outputs, Residuals]:
+    q, k, v, beta, decay, state, _ = inputs
+    gates, factors = channel_gates(decay), dict(beta=_by_chunk(beta), interpret=plan.interpret)
+    tokens = prepare(f"{NAME}_forward_tokens", q, k, gates, readers=True, **factors)
+    arrays = (tokens, v, gates.whole, state)
+    found = walk_forwards(f"{NAME}_forward", *arrays, read=True, scale=plan.scale, **factors)
+    return (found.out, found.final), tokens.inverse
+
+
+def _backward_by_channel(plan: Plan, inputs: Inputs, x: Residuals, cotangents: Outputs) -> Inputs:
+    q, k, v, beta, decay, state, _ = inputs
+    out_bar, final_bar = cotangents
+    gates, interpret = channel_gates(decay), plan.interpret
+    factors = dict(beta=_by_chunk(beta), interpret=interpret)
+    tokens = prepare(f"{NAME}_backward_tokens", q, k, gates, readers=True, interpret=interpret)._replace(inverse=x)
+    again = walk_forwards(f"{NAME}_backward_states", tokens, v, gates.whole, state, read=False, **factors)
+    arrays = (tokens, out_bar, gates.whole, final_bar)
+    back = walk_backwards(f"{NAME}_backward_dv", *arrays, scale=plan.scale, **factors)
+    arrays, options = (k, again.written, gates), dict(scale=plan.scale, interpret=interpret)
+    of_q = token_gradients(f"{NAME}_backward_dqk", q, *arrays, out_bar, again.states, back.states, **options)
+    options |= dict(scale=-1.0, factor=factors["beta"], strict=True)
+    of_reader = token_gradients(f"{NAME}_backward_dk", k, *arrays, back.rows, again.states, **options)
+    # From dR as it was rounded for the reads, too: v and what k reads nearly cancel where the memory is right.
+    keys = jnp.repeat(k, v.shape[2] // k.shape[2], axis=2)
+    beta_bar = _dots(back.rows, v) + _dots(of_reader.rows, keys)
+    gates_bar = of_q.gates + of_reader.gates
+    decay_bar = Decay(jnp.zeros_like(decay.hi), gates_bar.astype(decay.lo.dtype))
+    k_bar = sum_groups(of_q.keys + of_reader.keys + beta[..., None] * of_reader.rows, k)
+    return Inputs(sum_groups(of_q.rows, q), k_bar, back.v, beta_bar.astype(beta.dtype), decay_bar, back.start, None)
+
+
+def _dots(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the dot products along the last axis."""
+    return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=-1)

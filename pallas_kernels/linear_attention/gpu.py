@@ -7,13 +7,20 @@ A program owns 64 columns of a state and of the output that is read from it, so 
 K / 64 programs and no gradient is a sum over programs. The gate's gradient follows: with G the cumulative log decay of
 a chunk, dG_i = q_i . dq_i - k_i . dk_i, and the chunk's last token adds the state's part, for which the sweep of dq
 leaves the chunks' states (bfloat16) to the sweep of dk. Without gates no state leaves the chip.
+
+Under one gate per channel the decay is part of the scores' sums over channels, and what needs no state is done for all
+chunks at once (`gpu_channel`): scores and decayed tokens before the walk along the chunks (`gpu_channel_walks`), and
+the gradients of q, k and the gates after the walks of S and dS, which leave the states of all chunks for it.
 """
 
 from functools import partial
 
 import jax.numpy as jnp
 
+from engrax.pallas_kernels.decay import Decay
 from engrax.pallas_kernels.dispatch import Plan, Shapes
+from engrax.pallas_kernels.gpu_channel import by_channel, channel_gates, prepare, token_gradients
+from engrax.pallas_kernels.gpu_channel_walks import backward_states, forward_states
 from engrax.pallas_kernels.gpu_parts import pack_gates, unsupported_sizes
 from engrax.pallas_kernels.gpu_sweep import Read, Write, decay_cotangent, sum_groups, sweep
 from engrax.pallas_kernels.linear_attention.vjp import Inputs, Outputs
@@ -29,12 +36,14 @@ def unsupported(shapes: Shapes) -> str | None:
 
 def forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, tuple]:
     """Returns ((out in v's dtype, final state), no residuals)."""
-    return over_mesh(partial(_forward, plan), (_INPUTS,), _OUTPUTS)(inputs), ()
+    run = _forward_by_channel if by_channel(inputs.decay) else _forward
+    return over_mesh(partial(run, plan), (_INPUTS,), _OUTPUTS)(inputs), ()
 
 
 def backward(plan: Plan, inputs: Inputs, residuals: tuple, cotangents: Outputs) -> Inputs:
     """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
-    return over_mesh(partial(_backward, plan), (_INPUTS, _OUTPUTS), _INPUTS)(inputs, cotangents)
+    run = _backward_by_channel if by_channel(inputs.decay) else _backward
+    return over_mesh(partial(run, plan), (_INPUTS, _OUTPUTS), _INPUTS)(inputs, cotangents)
 
 
 _INPUTS = Inputs("BTHK", "BTHK", "BTHV", "BTH", "BHKV", None)  # axes, for `over_mesh`
@@ -88,3 +97,31 @@ def _backward(plan: Plan, inputs: Inputs, cotangents: Outputs) -> Inputs:
         decay_bar = decay_cotangent(decay, local + carried, of_k.carried_dots[0], of_k.matches, gates)
     q_bar, k_bar = (sum_groups(x, q) for x in (of_q.outs[0], of_k.outs[0]))
     return Inputs(q_bar, k_bar, of_v.outs[0], decay_bar, of_v.final, None)
+
+
+def _forward_by_channel(plan: Plan, inputs: Inputs) -> Outputs:
+    q, k, v, decay, state, _ = inputs
+    gates = channel_gates(decay)
+    tokens = prepare(f"{NAME}_forward_tokens", q, k, gates, interpret=plan.interpret)
+    options = dict(read=True, scale=plan.scale, interpret=plan.interpret)
+    found = forward_states(f"{NAME}_forward", tokens, v, gates.whole, state, **options)
+    return found.out, found.final
+
+
+def _backward_by_channel(plan: Plan, inputs: Inputs, cotangents: Outputs) -> Inputs:
+    q, k, v, decay, state, _ = inputs
+    out_bar, final_bar = cotangents
+    gates, interpret = channel_gates(decay), plan.interpret
+    tokens = prepare(f"{NAME}_backward_tokens", q, k, gates, interpret=interpret)
+    again = forward_states(f"{NAME}_backward_states", tokens, v, gates.whole, state, read=False, interpret=interpret)
+    arrays = (tokens, out_bar, gates.whole, final_bar)
+    back = backward_states(f"{NAME}_backward_dv", *arrays, scale=plan.scale, interpret=interpret)
+    of_tokens = token_gradients(
+        f"{NAME}_backward_dqk",
+        *(q, k, v, gates, out_bar, again.states, back.states),
+        scale=plan.scale,
+        out_dtype=jnp.bfloat16 if q.shape[2] == v.shape[2] else jnp.float32,
+        interpret=interpret,
+    )
+    decay_bar = Decay(jnp.zeros_like(decay.hi), of_tokens.gates.astype(decay.lo.dtype))
+    return Inputs(sum_groups(of_tokens.rows, q), sum_groups(of_tokens.keys, k), back.v, decay_bar, back.start, None)
