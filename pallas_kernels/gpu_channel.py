@@ -12,7 +12,8 @@ halves and k times its own in left ones, x x^T holds the scores of all pairs tha
 of q in right halves and of k in left ones are the factor times M x, M the symmetric matrix of the scores' cotangents.
 
 `prepare` computes the scores (and for the delta rule the inverse) and multiplies tokens by their decays to the ends of
-the chunk; the walks of `gpu_channel_walks` carry the states; `token_gradients` differentiates.
+the chunk; the walks of `gpu_channel_walks` carry the states; `token_gradients` differentiates. While the backward pass
+runs, the states and their cotangents of every chunk lie in memory as bfloat16: 4 K V bytes for each chunk and head.
 """
 
 from functools import partial
