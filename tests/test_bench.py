@@ -24,7 +24,9 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("op", bench.OPERATIONS)
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=() if op == "linear_attention" else pytest.mark.slow) for op in bench.OPERATIONS]
+)
 def test_a_row_of_every_operation(op):
     case = bench.Case(op, TINY[op])
     (row,) = bench.bench([op], cases=[case], runs=2, implementations=["xla"])
