@@ -38,9 +38,9 @@ def _fails(s: Subject, name: str) -> bool:
     return False
 
 
-# Compiling is nearly all that a law costs. `make test` leaves to `make test-all` the laws that need programs of their
-# own, and rows without segment ids, except for what everything else is built on; and most laws of what is a setting of
-# another config's module.
+# Compiling is nearly all that a law costs. Except for what everything else is built on, `make test` leaves to
+# `make test-all` the laws that need programs of their own, rows without segment ids, all but the first example of a
+# config, and most laws of what is a setting of another config's module.
 OWN_PROGRAMS = ("paths.gradients", "state_carry.cuts", "independence.batch_size", "stability.long", "state.start")
 FOUNDATIONS = ("attention", "linear_attention", "titans")
 FEW_PROGRAMS = ("causality.finite_change", "independence.rows", "independence.padding")
@@ -52,9 +52,10 @@ def is_thorough(name: str, index: int) -> bool:
 
 
 def _is_slow(registry, name: str, index: int, part: str) -> bool:
-    if index or _is_setting(registry[name], registry):
-        return part not in FEW_PROGRAMS
-    return part in OWN_PROGRAMS and name not in FOUNDATIONS
+    if name in FOUNDATIONS:
+        return index > 0 and part not in FEW_PROGRAMS
+    few = _is_setting(registry[name], registry)
+    return index > 0 or (part not in FEW_PROGRAMS if few else part in OWN_PROGRAMS)
 
 
 def _is_setting(config: type, registry) -> bool:

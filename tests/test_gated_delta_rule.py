@@ -54,6 +54,7 @@ def test_xla_equals_reference(case):
     problems.check_against_reference(OP, "xla", case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", IN_GROUPS, **as_words)
 def test_xla_equals_reference_in_groups(case, small_groups):
     problems.check_against_reference(OP, "xla", case)
@@ -92,7 +93,9 @@ def check_float32(keys, beta, **case):
         assert error <= max(problems.FLOAT32_ERROR, 20 * own), (jax.tree_util.keystr(path), error, own)
 
 
-@pytest.mark.parametrize("gate, keys, beta", [("none", "runs", 2.0), ("channel", "correlated", None)])
+@pytest.mark.parametrize(
+    "gate, keys, beta", [("none", "runs", 2.0), pytest.param("channel", "correlated", None, marks=pytest.mark.slow)]
+)
 def test_float32(gate, keys, beta):
     check_float32(keys, beta, gate=gate, length=150, chunk=64)
 

@@ -146,11 +146,11 @@ def test_the_installed_copy_is_imported(installed, checkout, request):
     "place, command",
     [
         ("root", ["pytest"]),
-        ("root", ["python", "-m", "pytest"]),
-        ("subfolder", ["pytest", "../tests"]),
+        pytest.param("root", ["python", "-m", "pytest"], marks=pytest.mark.slow),
         ("subfolder", ["python", "-m", "pytest", "../tests"]),
+        pytest.param("subfolder", ["pytest", "../tests"], marks=pytest.mark.slow),
         ("parent", ["pytest", "engrax/tests"]),
-        ("parent", ["python", "-m", "pytest", "engrax/tests"]),
+        pytest.param("parent", ["python", "-m", "pytest", "engrax/tests"], marks=pytest.mark.slow),
         ("/", ["pytest", "{checkout}/tests"]),
     ],
 )

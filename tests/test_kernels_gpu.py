@@ -64,7 +64,7 @@ def truth(op, arrays, static):
 
 CASES = [
     ("linear_attention", dict(groups=2, length=150, gates="mixed")),
-    ("linear_attention", dict(key=128, gates="zero")),
+    slow("linear_attention", key=128, gates="zero"),
     ("linear_attention", dict(value=128, gate="none")),
     ("gated_delta_rule", dict(gates="zero", keys="correlated")),
     ("linear_attention", dict(gate="channel", gates="mixed")),
@@ -147,7 +147,7 @@ def abstract_h200(shape=(), names=()):
 
 
 @pytest.mark.parametrize("gate", ["scalar", pytest.param("channel", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("devices, implementation", [(1, "pallas_gpu"), (8, None)])
+@pytest.mark.parametrize("devices, implementation", [pytest.param(1, "pallas_gpu", marks=pytest.mark.slow), (8, None)])
 @pytest.mark.parametrize("op", OPS)
 def test_an_h200_gets_the_kernels_and_no_loop(op, devices, implementation, gate):
     arrays, static = problem(op, batch=8, heads=2, gate=gate)
@@ -258,7 +258,7 @@ def with_bfloat16_products(function):
 @pytest.mark.parametrize(
     "case, options",
     [
-        (dict(length=128), dict()),
+        pytest.param(dict(length=128), dict(), marks=pytest.mark.slow),
         (dict(length=150, rows="phased"), dict(gradient_at="decayed")),
         pytest.param(dict(length=128, keys="identical"), dict(), marks=pytest.mark.slow),
         pytest.param(dict(length=64, key=128), dict(gradient_at="decayed"), marks=pytest.mark.slow),
@@ -294,7 +294,7 @@ def test_the_memory_kernel_is_as_accurate_as_the_xla_form_in_bfloat16_and_free_o
         assert error <= max(SLACK * other, FLOOR), f"{name}: the kernel errs by {error}, the XLA form by {other}"
 
 
-@pytest.mark.parametrize("devices, implementation", [(1, "pallas_gpu"), (8, None)])
+@pytest.mark.parametrize("devices, implementation", [pytest.param(1, "pallas_gpu", marks=pytest.mark.slow), (8, None)])
 def test_an_h200_gets_the_memory_kernels_and_no_loop(devices, implementation):
     arrays, static = memory_problem(batch=8, heads=2)
     specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)

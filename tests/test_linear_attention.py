@@ -107,35 +107,42 @@ def test_padding_writes_nothing_and_reads_zero(segments, gate, implementation):
     problems.check_padding(OP, implementation, dict(segments=segments, gate=gate, batch=3, length=50))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segments", ["packed", "states"])
 def test_gradients_do_not_cross_segments(segments):
     problems.check_segment_gradients_apart(OP, "xla", dict(segments=segments, gates="mixed", batch=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["none", "scalar", "channel"])
 def test_causal(gate):
     problems.check_causal(OP, "xla", dict(gate=gate, gates="mixed"), (0, 15, 16, 40, 74))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segments", ["packed", "states"])
 def test_causal_when_packed(segments):
     problems.check_causal(OP, "xla", dict(segments=segments, gates="mixed"), (20, 37))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segments", ["one", "states"])
 def test_rows_do_not_influence_each_other(segments):
     problems.check_rows_apart(OP, "xla", dict(segments=segments, gates="mixed", batch=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate, cuts", [("none", (1,)), ("scalar", (16, 50)), ("channel", (40,))])
 def test_a_cut_anywhere_changes_nothing(gate, cuts):
     problems.check_cuts(OP, "xla", dict(gate=gate), cuts)
 
 
+@pytest.mark.slow
 def test_a_cut_changes_nothing_with_a_state_per_segment():
     problems.check_cuts(OP, "xla", dict(segments="states", batch=3), (33,))
 
 
+@pytest.mark.slow
 def test_token_by_token_equals_one_call():
     problems.check_cuts(OP, "xla", dict(length=5, chunk=2), range(1, 5))
 
