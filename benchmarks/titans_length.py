@@ -1,0 +1,97 @@
+"""Do Titans memories hold out past the length they were trained at? Streams 16,384 bytes through each.
+
+    python benchmarks/titans_length.py --folder runs/length --output benchmarks/results/titans_length.json \
+        --plot docs/titans_length.png
+
+The memory alone (LMM) and memory as context (MAC), `configs/titans_lmm.py` and `titans_mac.py`, are trained on rows of
+256 bytes: as documents that begin anew with every row, and as streams whose memory goes on from row to row
+(`--carry-memory`; no gradient passes from row to row). Then every validation document of more than 16,384 bytes is read
+from its beginning, in pieces of 256. The rule, written beforehand: a memory holds out where the loss of the fourth
+quarter is at most 0.02 bits per byte above that of the second, paired by document, at the upper end of its 95 %
+interval; it does not where the lower end is above that; else it is inconclusive. Runs that are in the folder already go
+on, or are taken as they are.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from neural_memory import report_head  # noqa: E402
+
+LENGTH, ALLOWED = 16_384, 0.02  # bytes; bits per byte
+RUNS = {  # name -> config, fields
+    "LMM": ("titans_lmm", {}),
+    "LMM, memory carried": ("titans_lmm", {"carry_memory": True}),
+    "MAC": ("titans_mac", {}),
+    "MAC, memory carried": ("titans_mac", {"carry_memory": True}),
+}
+
+
+def measure(name: str, folder: Path) -> dict:
+    """Trains, or finds, one run and streams through it."""
+    import engrax
+
+    config, fields = RUNS[name]
+    run = folder / name.lower().replace(",", "").replace(" ", "_")
+    engrax.train(config, run, **fields)
+    found = engrax.evaluate(run, stream=LENGTH)
+    about = {"config": config, "fields": fields, "step": found.step, "bits_per_byte": found.bits_per_byte}
+    return about | found.data["streamed"]
+
+
+def verdict(drift: dict) -> str:
+    """The rule of this file."""
+    if drift["high"] is not None and drift["high"] <= ALLOWED:
+        return "holds out"
+    return "does not" if drift["low"] is not None and drift["low"] > ALLOWED else "inconclusive"
+
+
+def plot(rows: dict) -> bytes:
+    """Loss by position, a line for each run."""
+    from engrax.evals import plots
+
+    lines = [
+        {
+            "name": name,
+            "kind": "muted" if i else "model",
+            "bins": [b for b in row["curve"]["curves"][0]["bins"] if b["to"] > 64],
+        }
+        for i, (name, row) in enumerate(rows.items())
+    ]
+    axis = next(iter(rows.values()))["curve"]["axis"]
+    return plots.curves(
+        "Past the training length", (axis, "bits per byte"), lines, log_x=True, marks=[("trained on 256", 256)]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", default="runs/length", help="where the runs go (default: runs/length)")
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="which (default: all)")
+    parser.add_argument("--output", help="write the figures as JSON to this file")
+    parser.add_argument("--plot", help="write the loss by position as PNG to this file")
+    args = parser.parse_args()
+    rows = {}
+    for name in args.runs:
+        rows[name] = row = measure(name, Path(args.folder))
+        row["verdict"] = verdict(row["drift"])
+        drift, state, time = row["drift"], row["state_bytes"], row["time"]["piece"]
+        interval = f"{drift['value']:+.3f} [{drift['low']:+.3f}, {drift['high']:+.3f}]"
+        print(
+            f"{name}: {row['verdict']}; fourth - second quarter {interval} bits per byte in {row['documents']} documents; "
+            f"state {state['first']:,} and {state['last']:,} bytes, time {time['ratio']:.2f}",
+            flush=True,
+        )
+    args.peer_python, args.seed = None, 0
+    if args.output:
+        report = report_head("titans_length.py", args) | {"rows": rows}
+        Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
+    if args.plot:
+        Path(args.plot).write_bytes(plot(rows))
+
+
+if __name__ == "__main__":
+    main()
