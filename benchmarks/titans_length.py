@@ -81,7 +81,7 @@ def main() -> None:
         drift, state, time = row["drift"], row["state_bytes"], row["time"]["piece"]
         interval = f"{drift['value']:+.3f} [{drift['low']:+.3f}, {drift['high']:+.3f}]"
         print(
-            f"{name}: {row['verdict']}; fourth - second quarter {interval} bits per byte in {row['documents']} documents; "
+            f"{name}: {row['verdict']}; drift {interval} bits per byte in {row['documents']} documents; "
             f"state {state['first']:,} and {state['last']:,} bytes, time {time['ratio']:.2f}",
             flush=True,
         )
