@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -193,7 +194,7 @@ def report_head(script: str, args) -> dict:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": describe_hardware(),
-        "command": " ".join(["python", f"benchmarks/{script}", *words]),
+        "command": shlex.join(["python", f"benchmarks/{script}", *words]),
         "seed": args.seed,
         "runs": args.runs,
     }

@@ -1,9 +1,11 @@
 """Titans LMM, the memory alone, on the quickstart's text: no attention, a state of fixed size.
 
     engrax train titans_lmm --run-dir runs/titans_lmm
-    engrax evaluate runs/titans_lmm --stream 16384
+    engrax train titans_lmm --carry-memory --run-dir runs/carried     # for documents longer than a row
+    engrax evaluate runs/carried --stream 16384
 
-Sized for two CPU cores; not trained to the end by us yet, so no figure stands here.
+Two CPU cores, seed 0: 2.10 bits per byte; read past 2,048 bytes it gets ever worse, with --carry-memory it does not
+(docs/titans.md). Measured 2026-11-29, Python 3.13, jax 0.12.0.1.
 """
 
 import dataclasses

@@ -1,9 +1,10 @@
 """Titans MAC, the memory as context of the attention inside segments, on the quickstart's text.
 
-    engrax train titans_mac --run-dir runs/titans_mac
+    engrax train titans_mac --carry-memory --run-dir runs/titans_mac
     engrax evaluate runs/titans_mac --stream 16384
 
-Sized for two CPU cores; not trained to the end by us yet, so no figure stands here.
+Two CPU cores, seed 0: 2.77 bits per byte on rows of 256, 2.81 in the last quarter of 16,384 bytes (docs/titans.md).
+Measured 2026-11-29, Python 3.13, jax 0.12.0.1.
 """
 
 import dataclasses
