@@ -53,9 +53,8 @@ def is_thorough(name: str, index: int) -> bool:
 
 def _is_slow(registry, name: str, index: int, part: str) -> bool:
     if name in FOUNDATIONS:
-        return (
-            part not in FEW_PROGRAMS if index else name == "titans" and part in OWN_PROGRAMS
-        )  # a minute for these alone
+        many = name == "titans" and part in OWN_PROGRAMS  # they take a minute
+        return part not in FEW_PROGRAMS if index else many
     few = _is_setting(registry[name], registry)
     return index > 0 or (part not in FEW_PROGRAMS if few else part in OWN_PROGRAMS)
 
