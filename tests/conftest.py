@@ -1,5 +1,6 @@
 """What every test shares: run-time checked array shapes, float64 on request, and Python processes with many devices."""
 
+import gc
 import json
 import os
 import shutil
@@ -37,12 +38,24 @@ import numpy as np  # noqa: E402
 # In the tests' own processes nearly nothing is compiled twice, and filling the cache costs a tenth of the time.
 jax.config.update("jax_enable_compilation_cache", False)
 
+# Tracing makes many small objects that live long; looking for dead ones among them takes a twentieth of the time.
+gc.set_threshold(100_000, 50, 100)
+MOST_MAPPINGS = 20_000  # of 65,530 that Linux allows a process by default; what was compiled holds them
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_unconfigure(config):
     if _OWN_CACHE:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+def pytest_runtest_logreport(report):
+    """Forgets what was compiled before the process runs out of memory mappings, which crashes it."""
+    if report.when == "call" and report.duration > 1 and os.path.exists("/proc/self/maps"):
+        with open("/proc/self/maps") as maps:
+            if sum(1 for _ in maps) > MOST_MAPPINGS:
+                jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from engrax.models import ModelConfig
 from engrax.tests.laws import LAWS
 from engrax.tests.subjects import Subject
 
@@ -40,23 +41,33 @@ def _fails(s: Subject, name: str) -> bool:
 
 # Compiling is nearly all that a law costs. Except for what everything else is built on, `make test` leaves to
 # `make test-all` the laws that need programs of their own, rows without segment ids, all but the first example of a
-# config, and most laws of what is a setting of another config's module.
+# config, and most laws of what is a setting of another config's module or put together from modules tested apart.
 OWN_PROGRAMS = ("paths.gradients", "state_carry.cuts", "independence.batch_size", "stability.long", "state.start")
 FOUNDATIONS = ("attention", "linear_attention", "titans")
 FEW_PROGRAMS = ("causality.finite_change", "independence.rows", "independence.padding")
+RELATIVES = ("titans_mac", "titans_mag", "titans_mal", "retnet", "lightning", "hgrn2", "mamba2", "rebased")
+RELATIVES += ("infini_attention", "hopfield_layer", "memorizing", "transformer_xl", "armt", "rmt")  # few programs
+GRADIENTS = ("causality.jacobian", "packing.gradients", "stability.gradients", "trainability.gradients")
+SETTINGS_LEFT_OUT = ("ttt_mlp", "yaad", "moneta", "memora", "omeganet")  # of test_time_memory
+MODELS_LEFT_OUT = ("titans_lmm", "titans_mac", "titans_mag", "titans_mal", "transformer_xl", "memorizing_transformer")
 
 
 def is_thorough(name: str, index: int) -> bool:
     """Whether the config is one that `make test` tests in full."""
-    return not index and name in (*FOUNDATIONS, "language_model")
+    return not index and name in FOUNDATIONS
 
 
 def _is_slow(registry, name: str, index: int, part: str) -> bool:
+    if index:
+        return True
     if name in FOUNDATIONS:
-        many = name == "titans" and part in OWN_PROGRAMS  # they take a minute
-        return part not in FEW_PROGRAMS if index else many
-    few = _is_setting(registry[name], registry)
-    return index > 0 or (part not in FEW_PROGRAMS if few else part in OWN_PROGRAMS)
+        return name == "titans" and part in OWN_PROGRAMS  # they take a minute
+    if _is_setting(registry[name], registry):
+        return name in SETTINGS_LEFT_OUT + MODELS_LEFT_OUT or part not in FEW_PROGRAMS
+    if name in RELATIVES:
+        return part not in FEW_PROGRAMS
+    of_mixers = part in GRADIENTS and issubclass(registry[name], ModelConfig)  # those of a model's mixers will do
+    return of_mixers or part in OWN_PROGRAMS
 
 
 def _is_setting(config: type, registry) -> bool:

@@ -128,10 +128,13 @@ class Subject:
             floor = p.shape[-2] ** -0.5 if p.ndim > 1 else 0.5
             return np.clip(np.sqrt(np.mean(p * p)), floor, 1.0)
 
+        ids = None if self.thorough else self.one_segment  # the program that the laws use
         for scale in (2.0, 1.0, 0.5, 0.25):
             scaled = [jnp.asarray(p + scale * width(p) * n) for p, n in zip(leaves, noise)]
             scaled = jax.tree.unflatten(tree, scaled)
-            outputs = [leaf for leaf in jax.tree.leaves(self.run(scaled, self.x)) if is_float(leaf) and leaf.size]
+            outputs = [
+                leaf for leaf in jax.tree.leaves(self.run(scaled, self.x, None, ids)) if is_float(leaf) and leaf.size
+            ]
             if all(np.all(np.abs(np.asarray(leaf)) < 1e3) for leaf in outputs):
                 return scaled
         raise AssertionError(f"{self.config} diverges at parameters only a quarter above their initialisation")

@@ -123,8 +123,14 @@ def places(checkout):
     return {"root": checkout, "subfolder": checkout / "layers", "parent": checkout.parent, "/": Path("/")}
 
 
-@pytest.mark.parametrize("place", ["root", "subfolder", "parent", "/"])
-@pytest.mark.parametrize("installed", ["editable", "ordinary"])
+@pytest.mark.parametrize(
+    "installed, place",
+    [
+        *(("editable", place) for place in ("root", "subfolder", "parent", "/")),
+        ("ordinary", "root"),
+        *(pytest.param("ordinary", place, marks=pytest.mark.slow) for place in ("subfolder", "parent", "/")),
+    ],
+)
 def test_command_line_works_from_everywhere(installed, place, checkout, request):
     python = request.getfixturevalue(installed)
     cwd = places(checkout)[place]
@@ -149,7 +155,7 @@ def test_the_installed_copy_is_imported(installed, checkout, request):
         pytest.param("root", ["python", "-m", "pytest"], marks=pytest.mark.slow),
         ("subfolder", ["python", "-m", "pytest", "../tests"]),
         pytest.param("subfolder", ["pytest", "../tests"], marks=pytest.mark.slow),
-        ("parent", ["pytest", "engrax/tests"]),
+        pytest.param("parent", ["pytest", "engrax/tests"], marks=pytest.mark.slow),
         pytest.param("parent", ["python", "-m", "pytest", "engrax/tests"], marks=pytest.mark.slow),
         ("/", ["pytest", "{checkout}/tests"]),
     ],

@@ -24,6 +24,7 @@ def test_law(name, index, law, deep, x64):
     LAWS[law](s, deep)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, index", [(name, i) for name in MIXERS for i in range(len(MIXERS[name].examples()))])
 def test_exempt_laws_really_fail(name, index, x64):
     if MIXERS[name].examples()[index].exempt_from:

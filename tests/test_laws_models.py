@@ -24,6 +24,7 @@ def test_law(name, index, law, deep, x64):
     LAWS[law](s, deep)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, index", [(name, i) for name in MODELS for i in range(len(MODELS[name].examples()))])
 def test_exempt_laws_really_fail(name, index, x64):
     if MODELS[name].examples()[index].exempt_from:

@@ -16,6 +16,7 @@ from engrax.layers.modules import l2_normalise, projection
 from engrax.layers.segments import first_real_segment, last_segment_after, select_rows, starts_anew
 from engrax.layers.test_time.mixer import MemoryConfig
 from engrax.pallas_kernels import NeuralMemoryState, neural_memory
+from engrax.tests.modules import compiled, graph, outputs, parameters
 
 IDS = jnp.array([[0, 0, 0, 2, 2, -1, -1], [-1, -1, 3, 3, -1, 3, 4], [-1] * 7], jnp.int32)
 
@@ -25,26 +26,9 @@ def rng():
     return np.random.default_rng(0)
 
 
-def graph(config, dim=8):
-    return nnx.split(nnx.eval_shape(lambda: config.build(dim, rngs=nnx.Rngs(0))), nnx.Param)[0]
-
-
-def parameters(config, dim=8, seeds=(0,)):
-    """The config's parameters, one tree for each seed."""
-    init = jax.jit(lambda key: nnx.state(config.build(dim, rngs=nnx.Rngs(key)), nnx.Param))
-    found = [init(jax.random.key(seed)) for seed in seeds]
-    return found if len(found) > 1 else found[0]
-
-
 def built(config, dim=8):
     """The config's module with float64 parameters."""
     return nnx.merge(graph(config, dim), jax.tree.map(lambda p: p.astype(jnp.float64), parameters(config, dim)))
-
-
-def outputs(module, *args):
-    """The module's outputs, compiled."""
-    graphdef, params = nnx.split(module)
-    return jax.jit(lambda params, *args: nnx.merge(graphdef, params)(*args)[0])(params, *args)
 
 
 # --- segments --------------------------------------------------------------------------------------------------------
@@ -161,6 +145,7 @@ def test_a_full_cache_raises_or_gives_nan(rng):
 # --- Titans ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_persistent_tokens_are_written_before_every_segment(x64, rng):
     """Reads of a mixer with persistent tokens = reads of one without, after the same tokens in whole chunks."""
     config = TitansConfig(heads=2, head_dim=4, hidden=6, chunk_size=4, persistent_tokens=8, conv_width=1)
@@ -198,28 +183,33 @@ def test_report_names_finite_numbers_and_memory_lowers_surprise(rng):
     assert 0 < report["lr_mean"] <= 1 / 4 and 0 < report["momentum_mean"] < 1 and 0 < report["forget_mean"] < 0.1
 
 
-@pytest.mark.parametrize("target", ["value", "residual", "next"])
+@pytest.mark.parametrize(
+    "target", ["next", *(pytest.param(target, marks=pytest.mark.slow) for target in ("value", "residual"))]
+)
 def test_errors_by_token_are_those_of_the_memory_at_that_moment(target, x64, rng):
     """When the row is cut before a token, then the state there, read at the token's key, errs by what is reported."""
     config = MemoryConfig(heads=2, head_dim=4, hidden=6, chunk_size=4, target=target, conv_width=1)
     module, x = built(config), jnp.asarray(rng.standard_normal((2, 11, 8)))
     ids = jnp.asarray([[0] * 11, [0] * 5 + [-1] * 2 + [1] * 4], jnp.int32)
-    errors = module.errors_by_token(x, None, ids)
+    errors = compiled(lambda module, x, ids: module.errors_by_token(x, None, ids))(module, x, ids)
     wanted = np.ones((2, 11), bool)
     wanted[0, 0] = wanted[1, [0, 5, 6, 7]] = False
     for found in errors.values():
         assert np.array_equal(np.isfinite(found), wanted)
-    _, k, v = module._prepare(x, None, None)[0]
-    still = lambda g: jnp.zeros_like(g[:, :1])  # noqa: E731
-    for t, when in ((4, "before"), (5, "after"), (9, "before"), (10, "after")):  # tokens 4 and 9 in both
-        key, token = (t - 1 if when == "after" else t), (t - 1 if when == "after" else t)
-        key = key - 1 if target == "next" else key
-        _, state = module(x[:, :t])
-        gates = jax.tree.map(still, module._gates(x))
-        read, _ = module._memory(k[:, key : key + 1], k[:, :1], v[:, :1], gates, state.memory, None, None)
+
+    @compiled
+    def error(module, x):  # of what the memory after the tokens x holds of the one whose error is wanted
+        _, k, v = module._prepare(x, None, None)[0]
+        still = jax.tree.map(lambda g: jnp.zeros_like(g[:, :1]), module._gates(x))
+        _, state = module(x[:, :end])
+        read, _ = module._memory(k[:, key : key + 1], k[:, :1], v[:, :1], still, state.memory, None, None)
         aim = v[:, token] - k[:, token] if target == "residual" else v[:, token]
-        error = 0.5 * np.mean(np.sum(np.asarray(read[:, 0] - aim) ** 2, axis=-1), axis=-1)
-        np.testing.assert_allclose(errors[f"error_{when}_write"][0, token], error[0], rtol=1e-5)
+        return 0.5 * jnp.mean(jnp.sum((read[:, 0] - aim) ** 2, axis=-1), axis=-1)
+
+    for end, when in ((4, "before"), (5, "after"), (9, "before"), (10, "after")):  # tokens 4 and 9 in both
+        token = end - 1 if when == "after" else end
+        key = token - 1 if target == "next" else token
+        np.testing.assert_allclose(errors[f"error_{when}_write"][0, token], error(module, x)[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -39,13 +39,19 @@ COVERING = [
     dict(gate="none", length=63, chunk=16, groups=2),
     dict(gate="none", length=1, chunk=64, segments="packed", batch=3),
     dict(gate="scalar", length=75, chunk=16, groups=2, segments="packed", batch=3),
-    dict(gate="scalar", length=75, chunk=8, segments="states", batch=3),
     dict(gate="scalar", length=75, chunk=64, keys="correlated", gates="mixed", state=False),
-    dict(gate="channel", length=75, chunk=16, groups=2),
-    dict(gate="channel", length=63, chunk=64, keys="identical", gates="mixed"),
     dict(gate="channel", length=75, chunk=24, segments="states", batch=3),
 ]
-by_case = pytest.mark.parametrize("case", COVERING, ids=lambda case: "-".join(map(str, case.values())))
+SLOW = [
+    dict(gate="scalar", length=75, chunk=8, segments="states", batch=3),
+    dict(gate="channel", length=75, chunk=16, groups=2),
+    dict(gate="channel", length=63, chunk=64, keys="identical", gates="mixed"),
+]
+by_case = pytest.mark.parametrize(
+    "case",
+    [*COVERING, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)],
+    ids=lambda case: "-".join(map(str, case.values())),
+)
 
 
 @by_case
@@ -53,7 +59,10 @@ def test_xla_equals_reference(case):
     problems.check_against_reference(OP, "xla", case)
 
 
-@pytest.mark.parametrize("gate, segments", [("none", "packed"), ("scalar", "states"), ("channel", "one")])
+@pytest.mark.parametrize(
+    "gate, segments",
+    [("none", "packed"), ("channel", "one"), pytest.param("scalar", "states", marks=pytest.mark.slow)],
+)
 def test_groups_of_chunks_change_nothing(gate, segments, small_groups):
     problems.check_against_reference(OP, "xla", dict(gate=gate, segments=segments, length=83, groups=2))
     problems.check_causal(OP, "xla", dict(gate=gate, gates="mixed", groups=2), (15, 16, 40))
@@ -68,7 +77,7 @@ def test_xla_equals_reference_grid(length, chunk, gate, gates, segments):
     problems.check_against_reference(OP, "xla", case)
 
 
-@pytest.mark.parametrize("gate", ["none", "scalar", "channel"])
+@pytest.mark.parametrize("gate", ["none", "channel", pytest.param("scalar", marks=pytest.mark.slow)])
 def test_float32(gate):
     problems.check_float32(OP, "xla", dict(gate=gate, length=200, chunk=64, keys="correlated", key=32, value=32))
 
@@ -82,7 +91,7 @@ def test_float32_grid(gate, gates, chunk):
     problems.check_float32(OP, "xla", case)
 
 
-@pytest.mark.parametrize("gate", ["none", "scalar", "channel"])
+@pytest.mark.parametrize("gate", ["none", "scalar", pytest.param("channel", marks=pytest.mark.slow)])
 def test_bfloat16(gate):
     """Inputs in bfloat16, sums in float32: the errors of rounding the operands of every product once."""
     arrays, static = make_problem(gate=gate, length=200, chunk=64, key=32, value=32)
@@ -214,6 +223,7 @@ def test_time_per_token_does_not_grow_with_the_length():
     assert seconds[16384] / 16384 < 1.3 * seconds[2048] / 2048
 
 
+@pytest.mark.slow
 def test_no_collective_under_a_mesh(run_python):
     assert "no collectives" in run_python(textwrap.dedent(problems.MESH_PROGRAM), args=(OP,), devices=8)
 

@@ -33,13 +33,19 @@ COVERING = [
     (dict(depth=1, chunk=1, rows="phased", segments=True, length=9), dict()),
     (dict(depth=1, chunk=16, rows="aligned"), dict(gradient_at="decayed", activation="relu")),
     (dict(depth=2, chunk=4, rows="phased", segments=True), dict(gradient_at="decayed", activation="silu")),
-    (dict(depth=2, chunk=64, rows="phased", length=70), dict()),
+]
+SLOW = [
     (dict(depth=3, chunk=16, rows="phased", segments=True, length=37), dict(activation="tanh")),
+    (dict(depth=2, chunk=64, rows="phased", length=70), dict()),
     (dict(depth=4, chunk=4, rows="aligned", segments=True), dict()),
 ]
 
 
-@pytest.mark.parametrize("case, options", COVERING, ids=lambda x: "-".join(map(str, x.values())) if x else "default")
+@pytest.mark.parametrize(
+    "case, options",
+    [*COVERING, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    ids=lambda x: "-".join(map(str, x.values())) if x else "default",
+)
 def test_xla_equals_reference(case, options):
     check_against_reference(case, **options)
 
@@ -100,7 +106,7 @@ def run_in_pieces(arrays, static, cuts, **options):
     return jnp.concatenate(outs, axis=1), state
 
 
-@pytest.mark.parametrize("cut", [1, 3, 4, 5, 10])
+@pytest.mark.parametrize("cut", [1, 4, 10, *(pytest.param(cut, marks=pytest.mark.slow) for cut in (3, 5))])
 def test_a_cut_anywhere_changes_nothing(cut):
     arrays, static = make_problem(length=11, rows="phased")
     assert_close(run_in_pieces(arrays, static, (cut,)), call(arrays, static))

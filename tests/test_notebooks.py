@@ -30,12 +30,8 @@ EXPECTED = {  # notebook: (what it prints, how many plots it draws, what it leav
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 
 
-FAST = "01_quickstart"  # the others are for `make test-all`
-
-
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem != FAST else []) for p in NOTEBOOKS]
-)
+@pytest.mark.slow  # a minute and a half each, nearly all of it compilation that test_smoke.py pays too
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     import nbformat
     from nbclient import NotebookClient

@@ -132,6 +132,7 @@ def test_caches_of_the_backbone_hold_a_segment_and_no_more():
     assert size < 2500, f"{size} bytes"
 
 
+@pytest.mark.slow
 def test_backbones_of_other_layouts_serve():
     """Learned positions, a narrow embedding, a head of its own, as imported checkpoints have them."""
     layout = LayoutConfig(norm="layer", mlp="plain", positions=12, unused_positions=2, embed_dim=4, tied=False)
@@ -234,7 +235,7 @@ def gradient_by_segment(config, cuts=()):
         (1, [False, False, False, True]),
         pytest.param(2, [False, False, True, True], marks=pytest.mark.slow),
         pytest.param(3, [False, False, False, True], marks=pytest.mark.slow),  # segments 0 to 2 together, then 3
-        (4, [True, True, True, True]),
+        pytest.param(4, [True, True, True, True], marks=pytest.mark.slow),
     ],
 )
 def test_gradients_end_where_backpropagation_is_truncated(unroll, reaches):

@@ -1,6 +1,7 @@
 """The general test-time memory: against its rule written out token by token, and against its simpler relatives."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from engrax.layers.test_time.losses import inner_loss
 from engrax.layers.test_time.retention import effective, newton_schulz, retain
 from engrax.layers.test_time.structures import initial_matrices
 from engrax.pallas_kernels import NeuralMemoryState, gated_delta_rule, linear_attention, neural_memory
+from engrax.tests.modules import build, compiled, outputs
 
 B, T, H, K = 2, 13, 2, 4
 BASE = MemoryConfig(heads=H, head_dim=K, hidden=6, chunk_size=4)
@@ -107,6 +109,7 @@ CASES = {
 }
 
 
+@functools.partial(jax.jit, static_argnames=("config", "cuts"))
 def run(config, tokens, gates, matrices, extra, cuts=()):
     rule = config.rule()
     reset = engine.start_state(rule, matrices, 1)
@@ -119,7 +122,15 @@ def run(config, tokens, gates, matrices, extra, cuts=()):
 
 
 SLOW = ("titans", "deep", "decayed", "decayed channels", "muon without momentum", "factorised", "window", "q norm")
-SLOW += ("window longer than the chunk", "channels", "row norm", "reset")  # the presets' settings hold them too
+SLOW += (
+    "window longer than the chunk",
+    "channels",
+    "row norm",
+    "reset",
+    "muon",
+    "softmax",
+    "norm and bias",
+)  # the presets' settings hold them too
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
@@ -131,13 +142,13 @@ def test_equals_the_rule_token_by_token(name, x64):
     by_row = jax.jit(jax.vmap(by_head, in_axes=(0, 0, 0, 0, None, None)))
     wanted = by_row(*tokens, gates, matrices, extra)
     for cuts in ((), (3, 4, 9)):
-        found, _ = jax.jit(lambda *args, cuts=cuts: run(config, *args, cuts=cuts))(tokens, gates, matrices, extra)
+        found, _ = run(config, tokens, gates, matrices, extra, cuts)
         np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-10)
 
 
 def modules(*configs):
     """Mixers with the same parameters, random ones."""
-    built = [config.build(8, rngs=nnx.Rngs(0)) for config in configs]
+    built = [build(config) for config in configs]
     params = [nnx.state(m, nnx.Param) for m in built]
     values = jax.tree.leaves(params[0])
     rng = np.random.default_rng(1)
@@ -150,14 +161,16 @@ def modules(*configs):
 
 def mixed(module, ids=None):
     x = jnp.asarray(np.random.default_rng(2).standard_normal((2, 21, 8)))
-    return module(x, None, ids)[0]
+    return outputs(module, x, None, ids)
 
 
 IDS = jnp.asarray([[0] * 6 + [-1] + [1] * 7 + [4] * 7, [2] * 13 + [3] * 8])
 SMALL = dict(heads=2, head_dim=4, hidden=6, chunk_size=4, persistent_tokens=2)
 
 
-@pytest.mark.parametrize("depth, momentum", [(2, True), (1, False), pytest.param(4, True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "depth, momentum", [(2, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, False), (4, True)])]
+)
 def test_titans_is_a_setting_of_it(depth, momentum, x64):
     general = MemoryConfig(**SMALL, depth=depth, optimizer="momentum" if momentum else "sgd")
     a, b = modules(TitansConfig(**SMALL, depth=depth, momentum=momentum), general)
@@ -165,18 +178,20 @@ def test_titans_is_a_setting_of_it(depth, momentum, x64):
         np.testing.assert_allclose(mixed(b, ids), mixed(a, ids), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_atlas_of_one_token_without_features_and_muon_is_titans(x64):
     atlas = AtlasConfig(**SMALL, window=1, feature_degree=1, optimizer="momentum", max_lr=None)
     a, b = modules(TitansConfig(**SMALL), atlas)
     np.testing.assert_allclose(mixed(b, IDS), mixed(a, IDS), rtol=1e-9, atol=1e-10)
 
 
-def by_op(config, tokens, gates, matrices, **options):
+@functools.partial(jax.jit, static_argnames="config")
+def by_op(config, tokens, gates, matrices):
     """The same rule through the operation neural_memory."""
     state = NeuralMemoryState.start(tuple(matrices.values()), B)
     momentum = gates.momentum[..., 0] if config.orders else jnp.zeros_like(gates.lr)
     given = dict(lr=gates.lr, momentum=momentum, forget=gates.forget[..., 0], state=state)
-    return neural_memory(*tokens, **given, chunk_size=config.chunk_size, **options)[0]
+    return neural_memory(*tokens, **given, chunk_size=config.chunk_size)[0]
 
 
 def test_yaad_without_a_threshold_and_moneta_of_squares_are_titans(x64):
@@ -306,52 +321,61 @@ def test_settings_without_meaning_are_refused_with_the_reason(changes, words):
         dataclasses.replace(BASE, **changes)
 
 
-@pytest.mark.parametrize("loss", ["l2", "huber"])
+@pytest.mark.parametrize("loss", [pytest.param("l2", marks=pytest.mark.slow), "huber"])
 def test_padding_may_hold_anything(loss, x64):
     module = modules(MemoryConfig(**SMALL, loss=loss))[0]
     x = jnp.asarray(np.random.default_rng(2).standard_normal((1, 9, 8)))
     ids = jnp.asarray([[0, 0, 0, -1, 0, 0, 1, 1, -1]])
-    y, _ = module(jnp.where((ids < 0)[..., None], jnp.nan, x), None, ids)
-    np.testing.assert_array_equal(y, module(x, None, ids)[0])
+    y = outputs(module, jnp.where((ids < 0)[..., None], jnp.nan, x), None, ids)
+    np.testing.assert_array_equal(y, outputs(module, x, None, ids))
 
 
 def test_persistent_tokens_outlive_periodic_resets(x64):
     config = MemoryConfig(**SMALL | dict(persistent_tokens=6, reset_every=1))
     module, x = modules(config)[0], jnp.ones((1, 5, 8))
-    before, _ = module(x)
+    before = outputs(module, x)
     module.persistent[...] = module.persistent[...].at[0].add(1.0)
-    assert np.all(np.any(module(x)[0] != before, axis=-1))
+    assert np.all(np.any(outputs(module, x) != before, axis=-1))
 
 
-@pytest.mark.parametrize("name", ["atlas", "lact", "moneta", "ttt_mlp"])
+def by_speed(*names):
+    """Presets, of which `make test` takes the two that differ most."""
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("ttt_linear", "lact"))) for n in names]
+
+
+@pytest.mark.parametrize("name", by_speed("atlas", "lact", "moneta", "ttt_mlp"))
 def test_what_is_normalised_does_not_begin_at_zero(name):
     """The derivative of a normalised 0 is 1e6 and more, and would drown every other gradient of the first steps."""
-    module = MIXERS[name](heads=2, head_dim=8, hidden=16, chunk_size=4).build(16, rngs=nnx.Rngs(0))
-    assert all(np.all(w[...][:, :-1].any(axis=(1, 2))) for w in module.initial.values())
-    report = module.report(jax.random.normal(jax.random.key(0), (1, 8, 16)))
+    module = build(MIXERS[name](heads=2, head_dim=8, hidden=16, chunk_size=4), 16)
+    assert all(np.all(np.any(w[...][:, :-1], axis=(1, 2))) for w in module.initial.values())
+    report = compiled(lambda module, x: module.report(x))(module, jax.random.normal(jax.random.key(0), (1, 8, 16)))
     assert report["memory_norm"] > 1
 
 
-PRESETS = ("ttt_linear", "ttt_mlp", "lact", "yaad", "moneta", "memora", "omeganet", "atlas")
-
-
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", by_speed("ttt_linear", "ttt_mlp", "lact", "yaad", "moneta", "memora", "omeganet", "atlas")
+)
 def test_presets_learn_within_a_row(name):
     """A token that repeats is recalled better after its writes than before them, at the initial parameters."""
     config = dataclasses.replace(MIXERS[name](heads=2, head_dim=8, hidden=16, chunk_size=4), forget_init=0.001)
-    module = config.build(16, rngs=nnx.Rngs(0))
-    x = jnp.tile(jax.random.normal(jax.random.key(0), (1, 4, 16)), (1, 16, 1))
-    report = module.report(x)
+    module, x = build(config, 16), jnp.tile(jax.random.normal(jax.random.key(0), (1, 4, 16)), (1, 16, 1))
+    report = compiled(lambda module, x: module.report(x))(module, x)
     by_token = [np.asarray(report.pop(f"error_{when}_write")) for when in ("before", "after")]
     assert all(np.isfinite(errors[:, 1:]).all() for errors in by_token)
     assert all(np.all(np.isfinite(value)) for value in report.values())
-    _, later, _ = module._mix(x, None, None)
-    _, _, (_, k, v, gates) = module._mix(x[:, -4:], None, None)
-    still = jax.tree.map(jnp.zeros_like, gates)._replace(delta=gates.delta, weight=gates.weight)
-    errors = []
-    for state in (module.init_state(1), later):
-        memory = engine.close(config.rule(), state.memory)
-        memory = memory._replace(momenta=jax.tree.map(jnp.zeros_like, memory.momenta))
-        read, _ = module._memory(k, k, v, still, memory, None, None)
-        errors.append(float(-jnp.sum(read * v) if config.loss == "dot" else jnp.sum((read - v) ** 2)))
-    assert errors[1] < errors[0]
+
+    @compiled
+    def errors(module, x):  # of the last tokens read from the memory before the row, and from that after it
+        _, later, _ = module._mix(x, None, None)
+        _, _, (_, k, v, gates) = module._mix(x[:, -4:], None, None)
+        still = jax.tree.map(jnp.zeros_like, gates)._replace(delta=gates.delta, weight=gates.weight)
+        found = []
+        for state in (module.init_state(1), later):
+            memory = engine.close(config.rule(), state.memory)
+            memory = memory._replace(momenta=jax.tree.map(jnp.zeros_like, memory.momenta))
+            read, _ = module._memory(k, k, v, still, memory, None, None)
+            found.append(-jnp.sum(read * v) if config.loss == "dot" else jnp.sum((read - v) ** 2))
+        return found
+
+    before, after = errors(module, x)
+    assert after < before

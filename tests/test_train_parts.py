@@ -294,6 +294,7 @@ def test_losses_that_nobody_would_collect_are_refused():
         check(dataclasses.replace(plain, model=wrap(silent), carry_memory=carries))
 
 
+@pytest.mark.slow
 def test_freed_memory_stays_mapped(run_python):
     """When a CPU program with 128 MB of temporaries is called again, then their pages are not faulted in anew."""
     code = """

@@ -70,7 +70,7 @@ def uninterrupted(root, tmp_path_factory):
     return losses(run_dir)
 
 
-@pytest.mark.parametrize("trial", range(3))
+@pytest.mark.parametrize("trial", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_killed_at_random_moments_ends_with_the_same_losses(root, tmp_path, uninterrupted, trial):
     chance, run_dir = random.Random(trial), tmp_path / "run"
     for _ in range(2):
@@ -135,8 +135,8 @@ def test_saved_on_8_devices_resumes_on_1(root, tmp_path, uninterrupted):
     assert evaluate(run_dir, step=7, batches=1, progress=False).accuracy is not None  # on this process's one device
     finish(start(root, run_dir, steps=STEPS))
     found = losses(run_dir)
-    steps = range(1, 16)  # 7 on eight devices, 8 on one; later, training has amplified the difference in rounding
-    assert [found[s] for s in steps] == pytest.approx([uninterrupted[s] for s in steps], rel=1e-5)
+    for steps, rel in ((range(1, 6), 1e-5), (range(6, 16), 1e-4)):  # training amplifies the difference in rounding
+        assert [found[s] for s in steps] == pytest.approx([uninterrupted[s] for s in steps], rel=rel)
     import engrax
 
     _, step = engrax.load(run_dir)

@@ -91,6 +91,7 @@ def state_of(run_dir, settings, step):
     return jax.device_get(state)
 
 
+@pytest.mark.slow
 def test_the_memory_goes_from_batch_to_batch_and_with_the_checkpoint(text, tmp_path):
     settings = experiment(text)
     trainer = Trainer(settings)
