@@ -2,9 +2,10 @@
 
     engrax compare mqar_mixers
 
-Two layers of width 64, the same short convolution for all, states of 1960 to 2115 numbers a layer, tails of the
-convolution apart; mixtures hold as much in all their memories together. Attention has a window whose cache is as large,
-and the whole row besides: the ceiling. Not run to the end by us yet, so no figure stands here.
+Two layers of width 64 without MLPs, the same short convolution for all, states of 1960 to 2115 numbers a layer, tails
+of the convolution apart; mixtures hold as much in all their memories together. Attention has a window whose cache is as
+large, and the whole row besides: the ceiling. A run takes a minute of one core: 64 tokens of vocabulary are enough to
+tell the mixers apart, with 256 a gated delta rule had not begun to recall after 600 steps of 32 rows.
 """
 
 from engrax.data import MQAR
@@ -47,13 +48,13 @@ def mixers() -> dict:
 def experiment(mixer) -> Experiment:
     """The experiment with this mixer in both layers."""
     return Experiment(
-        model=LanguageModelConfig(vocab_size=256, dim=64, mixers=(mixer,), repeat=2),
-        data=MQAR(seq_len=128, num_pairs=16, vocab_size=256),
-        steps=1500,
-        batch_size=32,
+        model=LanguageModelConfig(vocab_size=64, dim=64, mixers=(mixer,), repeat=2, mlp_hidden=0),
+        data=MQAR(seq_len=128, num_pairs=16, vocab_size=64),
+        steps=800,
+        batch_size=16,
         optimizer=OptimizerConfig(warmup_steps=100, weight_decay=0.01),
         checkpoint=CheckpointConfig(every=0, keep_last=1, keep_best=0),
-        eval=EvalConfig(every=100, batches=8),
+        eval=EvalConfig(every=50, batches=4),
         log=LogConfig(every=100),
     )
 

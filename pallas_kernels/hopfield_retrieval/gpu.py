@@ -32,26 +32,19 @@ from engrax.pallas_kernels.gpu_parts import (
     tiles,
     transposed,
 )
+from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, differentiable, unserved
 from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
-from engrax.pallas_kernels.hopfield_retrieval.xla import hopfield_retrieval_xla
 from engrax.pallas_kernels.mesh import over_mesh
 
-MOST_STEPS = 8  # as of the TPU kernel
 PARTS = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 3}  # bfloat16 matrices that add up to one of the dtype
 STAGES = 2  # blocks of values in SMEM at a time
-HIDDEN = -1e30  # added to the score of what is hidden
 
 
 def unsupported(shapes: Shapes) -> str | None:
     """Returns why this kernel cannot serve a call, None if it can."""
-    if shapes.steps is None or not 2 <= shapes.steps <= MOST_STEPS:
-        return f"the GPU kernel makes a fixed number of updates, 2 to {MOST_STEPS} (one is attention)"
-    if (shapes.separation, shapes.similarity) != ("softmax", "dot"):
-        return f"the GPU kernel has softmax of dot products, not {shapes.separation} of {shapes.similarity}"
-    if shapes.mask_per_state:
-        return "the GPU kernel takes masks [B, M], not [B, N, M]"
-    if jnp.dtype(shapes.dtype) not in PARTS:
-        return f"the GPU kernel takes float32 or bfloat16, not {jnp.dtype(shapes.dtype)}"
+    reason = unserved("GPU", shapes)
+    if reason is not None:
+        return reason
     if shapes.key not in SIZES or shapes.value not in SIZES:
         return f"the GPU kernel takes D and V of {SIZES[0]} or {SIZES[1]}, not {shapes.key} and {shapes.value}"
     if PARTS[jnp.dtype(shapes.dtype)] > 1 and shapes.key > SIZES[0]:  # the compiler runs out of registers
@@ -70,28 +63,11 @@ def _smem_bytes(shapes: Shapes) -> int:
     return 2 * CHUNK * parts * columns + 4 * CHUNK * blocks
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def retrieve(form: Form, interpret: bool, state, stored, values, beta, visible):
-    """Returns what every state retrieves, as `hopfield_retrieval_xla`.
-
-    Hidden patterns and their values are zeros: where nothing is visible, all weigh the same and their mean is 0.
-    """
-    shown = jnp.ones((len(state), 1, stored.shape[2]), bool) if visible is None else visible
-    hidden = jnp.where(shown[:, 0], 0, HIDDEN).astype(jnp.float32)
+@differentiable
+def retrieve(form: Form, interpret: bool, state, stored, values, beta, hidden):
+    """Returns what every state retrieves."""
     run = over_mesh(partial(_forward, form.steps, interpret), ("BHND", "BHMD", "BHMV", "Hx", "BM"), "BHNV")
     return run(state, stored, values, jnp.broadcast_to(beta[:, None], (len(beta), CHUNK)), hidden)
-
-
-def _retrieve_fwd(form, interpret, *arrays):
-    return retrieve(form, interpret, *arrays), arrays
-
-
-def _retrieve_bwd(form, interpret, arrays, bar):
-    *floats, visible = arrays
-    return *jax.vjp(lambda *floats: hopfield_retrieval_xla(form, *floats, visible), *floats)[1](bar), None
-
-
-retrieve.defvjp(_retrieve_fwd, _retrieve_bwd)
 
 
 def _forward(steps, interpret, state, stored, values, beta, hidden):

@@ -12,26 +12,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from engrax.pallas_kernels.dots import accumulator, precision
+from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, differentiable, unserved
 from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
-from engrax.pallas_kernels.hopfield_retrieval.xla import hopfield_retrieval_xla
 from engrax.pallas_kernels.mesh import over_mesh
 from engrax.pallas_kernels.tpu_common import LANES, VMEM_BYTES, call, tiled_bytes
 
 ROWS, MOST_ROWS = 16, 256  # a block of states: a multiple of a tile's rows in bfloat16, and what it holds at most
-MOST_STEPS = 8  # they are written out: loops of few patterns end in an error of the compiler for v6e
-HIDDEN = -1e30  # added to the score of what is hidden
 
 
 def unsupported(shapes: Shapes) -> str | None:
     """Returns why this kernel cannot serve a call, None if it can."""
-    if shapes.steps is None or not 2 <= shapes.steps <= MOST_STEPS:
-        return f"the TPU kernel makes a fixed number of updates, 2 to {MOST_STEPS} (one is attention)"
-    if (shapes.separation, shapes.similarity) != ("softmax", "dot"):
-        return f"the TPU kernel has softmax of dot products, not {shapes.separation} of {shapes.similarity}"
-    if shapes.mask_per_state:
-        return "the TPU kernel takes masks [B, M], not [B, N, M]"
-    if shapes.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the TPU kernel takes float32 or bfloat16, not {jnp.dtype(shapes.dtype)}"
+    reason = unserved("TPU", shapes)
+    if reason is not None:
+        return reason
     size, rows = jnp.dtype(shapes.dtype).itemsize, _rows(shapes.states)
     patterns = shapes.patterns + -shapes.patterns % LANES
     need = 2 * (tiled_bytes(patterns, shapes.key, size) + tiled_bytes(patterns, shapes.value, size))
@@ -45,28 +38,11 @@ def _rows(states: int) -> int:
     return min(MOST_ROWS, states + -states % ROWS)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def retrieve(form: Form, interpret: bool, state, stored, values, beta, visible):
-    """Returns what every state retrieves, as `hopfield_retrieval_xla`.
-
-    Hidden patterns and their values are zeros: where nothing is visible, all weigh the same and their mean is 0.
-    """
-    shown = jnp.ones((len(state), 1, stored.shape[2]), bool) if visible is None else visible
-    hidden = jnp.where(shown, 0, HIDDEN).astype(jnp.float32)
+@differentiable
+def retrieve(form: Form, interpret: bool, state, stored, values, beta, hidden):
+    """Returns what every state retrieves."""
     run = over_mesh(partial(_forward, form, interpret), ("BHND", "BHMD", "BHMV", "Hxx", "BxM"), "BHNV")
-    return run(state, stored, values, beta[:, None, None], hidden)
-
-
-def _retrieve_fwd(form, interpret, *arrays):
-    return retrieve(form, interpret, *arrays), arrays
-
-
-def _retrieve_bwd(form, interpret, arrays, bar):
-    *floats, visible = arrays
-    return *jax.vjp(lambda *floats: hopfield_retrieval_xla(form, *floats, visible), *floats)[1](bar), None
-
-
-retrieve.defvjp(_retrieve_fwd, _retrieve_bwd)
+    return run(state, stored, values, beta[:, None, None], hidden[:, None])
 
 
 def _forward(form, interpret, state, stored, values, beta, hidden):

@@ -1,0 +1,51 @@
+"""What the kernels of all devices share: what they serve, and the derivative, which is the XLA form's."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
+from engrax.pallas_kernels.hopfield_retrieval.xla import hopfield_retrieval_xla
+
+MOST_STEPS = 8  # on TPU they are written out: loops of few patterns end in an error of the compiler for v6e
+HIDDEN = -1e30  # added to the score of what is hidden
+
+
+def unserved(device: str, shapes: Shapes) -> str | None:
+    """Returns why no kernel can serve a call, None if one can; `device` is named in the sentence."""
+    if shapes.steps is None or not 2 <= shapes.steps <= MOST_STEPS:
+        return f"the {device} kernel makes a fixed number of updates, 2 to {MOST_STEPS} (one is attention)"
+    if (shapes.separation, shapes.similarity) != ("softmax", "dot"):
+        return f"the {device} kernel has softmax of dot products, not {shapes.separation} of {shapes.similarity}"
+    if shapes.mask_per_state:
+        return f"the {device} kernel takes masks [B, M], not [B, N, M]"
+    if shapes.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the {device} kernel takes float32 or bfloat16, not {jnp.dtype(shapes.dtype)}"
+    return None
+
+
+def differentiable(forward: Callable) -> Callable:
+    """Returns retrieve(form, interpret, state, stored, values, beta, visible), as `hopfield_retrieval_xla`.
+
+    `forward(form, interpret, state, stored, values, beta, hidden)` runs the kernel, with hidden [B, M] float32 to be
+    added to the scores. Hidden patterns and their values are zeros: where nothing is visible, all weigh the same and
+    their mean is 0.
+    """
+
+    @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+    def retrieve(form: Form, interpret: bool, state, stored, values, beta, visible):
+        shown = jnp.ones((len(state), 1, stored.shape[2]), bool) if visible is None else visible
+        hidden = jnp.where(shown[:, 0], 0, HIDDEN).astype(jnp.float32)
+        return forward(form, interpret, state, stored, values, beta, hidden)
+
+    def save(form, interpret, *arrays):
+        return retrieve(form, interpret, *arrays), arrays
+
+    def pull_back(form, interpret, arrays, bar):
+        *floats, visible = arrays
+        return *jax.vjp(lambda *floats: hopfield_retrieval_xla(form, *floats, visible), *floats)[1](bar), None
+
+    retrieve.defvjp(save, pull_back)
+    return retrieve
