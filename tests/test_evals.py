@@ -18,7 +18,7 @@ from engrax.data import MQAR, TextFolder
 from engrax.errors import UserError
 from engrax.evals import by_type, evaluate, evaluation, scoring, statistics, streaming
 from engrax.layers import AttentionConfig, TitansConfig
-from engrax.models import LanguageModelConfig
+from engrax.models import LanguageModelConfig, RMTConfig
 from engrax.train import CheckpointConfig, EvalConfig, Experiment, LogConfig, ParallelConfig, cost, metrics, runs
 from engrax.train.loop import train
 from engrax.train.trainer import Trainer
@@ -36,7 +36,7 @@ def experiment(data, mixers=(ATTENTION, TITANS), **changes):
         "log": LogConfig(every=1),
         "checkpoint": CheckpointConfig(every=2, keep_last=2),
     }
-    return Experiment(model=model, data=data, **settings, **often)
+    return Experiment(data=data, **{"model": model} | settings, **often)
 
 
 def letters(length, seed):
@@ -401,6 +401,18 @@ def test_costs_are_those_of_the_arrays(text_run):
     assert found["training_flops"] == 3 * e.model.flops_per_token(64) * 4 * 4 * 64
     table = cost.format_costs(found)
     assert f"{found['parameters']['total']:,}" in table and len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_costs_of_a_wrapped_backbone_name_its_mixers(text_folder):
+    attention = AttentionConfig(heads=2, head_dim=8)
+    backbone = LanguageModelConfig(vocab_size=256, dim=16, mixers=(attention, TitansConfig(heads=2, head_dim=8)))
+    wrapped = RMTConfig(backbone=backbone, segment_length=16, memory_tokens=3)
+    found = cost.costs(experiment(TextFolder(path=str(text_folder), seq_len=64), model=wrapped))
+    parts, state = found["parameters"]["by_part"], found["state_bytes_per_sequence"]
+    assert {"backbone.blocks.0 (attention) mixer", "backbone.blocks.1 (titans) mlp", "backbone.embedding"} <= set(parts)
+    assert sum(parts.values()) == found["parameters"]["total"]
+    assert set(state["by_mixer"]) == {"memory", "attention", "titans"} and state["by_mixer"]["memory"] == 3 * 16 * 4
+    assert 0 < state["total"] - sum(state["by_mixer"].values()) < 100  # where in the segment the row is
 
 
 def test_optimizer_bytes_per_device_follow_the_zero_stage(text_folder):

@@ -45,7 +45,7 @@ def costs(experiment: Experiment, devices: int = 1) -> dict[str, Any]:
     return {
         "seq_len": seq_len,
         "compute_dtype": np.dtype(resolve_dtype(experiment.compute_dtype)).name,
-        "parameters": {"total": _count(params), "by_part": _parts(experiment, params)},
+        "parameters": {"total": _count(params), "by_part": _parts(experiment.model, nnx.to_pure_dict(params))},
         "flops_per_token": None if forward is None else {"forward": forward, "training": 3 * forward},
         "training_tokens": tokens,
         "training_flops": None if forward is None else 3 * forward * tokens,
@@ -58,19 +58,21 @@ def _count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def _parts(experiment: Experiment, params: nnx.State) -> dict[str, int]:
-    """Parameters by top-level part; a pattern's blocks are told apart by their mixer."""
-    mixers = getattr(experiment.model, "mixers", ())
+def _parts(config: Any, params: dict[str, Any], prefix: str = "") -> dict[str, int]:
+    """Parameters by top-level part; a pattern's blocks, a wrapped backbone's too, are told apart by their mixer."""
+    mixers = getattr(config, "mixers", ())
     parts: dict[str, int] = {}
-    for name, part in nnx.to_pure_dict(params).items():
-        if name == "blocks" and len(part) == len(mixers):
+    for name, part in params.items():
+        if name == "backbone" and hasattr(config, name):
+            parts |= _parts(config.backbone, part, f"{prefix}{name}.")
+        elif name == "blocks" and len(part) == len(mixers):
             for place, block in sorted(part.items()):
-                where = f"{name}.{place} ({mixers[int(place)].registered_name})"
+                where = f"{prefix}{name}.{place} ({mixers[int(place)].registered_name})"
                 for inner, leaves in sorted(block.items()):
                     kind = "norms" if inner.endswith("norm") else inner
                     parts[f"{where} {kind}"] = parts.get(f"{where} {kind}", 0) + _count(leaves)
         else:
-            parts[str(name)] = _count(part)
+            parts[f"{prefix}{name}"] = _count(part)
     return parts
 
 
@@ -81,12 +83,19 @@ def _state_bytes(experiment: Experiment, model: nnx.Module) -> dict[str, Any] | 
     graphdef, params = nnx.split(model, nnx.Param)
     dtype = resolve_dtype(experiment.compute_dtype)
     memory = jax.eval_shape(lambda p: nnx.merge(graphdef, cast(p, dtype)).init_memory(1), params)
-    mixers = getattr(experiment.model, "mixers", ())
-    by_mixer: dict[str, int] = {}
+    return {"total": _bytes(memory), "by_mixer": _by_mixer(experiment.model, memory)}
+
+
+def _by_mixer(config: Any, memory: Any) -> dict[str, int]:
+    """Bytes by mixer; around a wrapped backbone, whose mixers hold a segment, "memory" is what segments leave."""
+    if hasattr(config, "backbone") and hasattr(memory, "backbone"):
+        return {"memory": _bytes(memory.memory)} | _by_mixer(config.backbone, memory.backbone)
+    mixers = getattr(config, "mixers", ())
+    found: dict[str, int] = {}
     if isinstance(memory, tuple) and len(memory) == len(mixers):
         for mixer, state in zip(mixers, memory):
-            by_mixer[mixer.registered_name] = by_mixer.get(mixer.registered_name, 0) + _bytes(state)
-    return {"total": _bytes(memory), "by_mixer": by_mixer}
+            found[mixer.registered_name] = found.get(mixer.registered_name, 0) + _bytes(state)
+    return found
 
 
 def _bytes(tree: Any) -> int:

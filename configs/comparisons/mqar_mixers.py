@@ -65,7 +65,7 @@ def comparison() -> Comparison:
     delta = "arXiv 2406.06484: the delta rule recalls more than gates at equal state"
     return Comparison(
         experiments={name: experiment(mixer) for name, mixer in mixers().items()},
-        learning_rates=(1e-3, 3e-3, 1e-2),
+        learning_rates=(3e-3, 1e-2, 3e-2),
         claims=(
             Claim("attention, all", "linear_attention", zoology),
             Claim("based", "attention, window", "arXiv 2402.18668: recalls more at equal state than a window"),
