@@ -6,15 +6,19 @@ in one folder each, so that an interrupted comparison goes on where it stopped. 
 `engrax.evals.verdicts` decides.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 
 from engrax.errors import Diverged, UserError
 from engrax.evals import evaluation, scoring
@@ -116,25 +120,42 @@ def run(comparison: Comparison, folder: epath.PathLike, *, progress: bool = True
     trials = len(comparison.experiments) * (len(comparison.learning_rates) + comparison.seeds)
     tell = _progress(trials) if progress else lambda trial, score: None
     sign = 1 if kind(comparison) == "task" else -1
-    rows = []
-    for name, experiment in comparison.experiments.items():
-        scored = {}
-        for trial in _grid(name, comparison.learning_rates):
-            scored[trial] = _score(comparison, trial, folder, tell)
-        sound = [t for t, score in scored.items() if score.sums is not None]
-        if not sound:
-            raise UserError(f"{name!r} diverged at every learning rate of the grid; give lower ones.")
-        best = max(sound, key=lambda t: sign * scored[t].mean)
-        seeds = range(1, comparison.seeds + 1)
-        scores = tuple(_score(comparison, best._replace(seed=seed), folder, tell) for seed in seeds)
-        if all(score.sums is None for score in scores):
-            raise UserError(
-                f"{name!r} diverged with every judged seed at its best learning rate {best.learning_rate:g}; give "
-                "lower ones."
-            )
-        grid = {t.learning_rate: score.mean for t, score in scored.items()}
-        rows.append(Row(name, best.learning_rate, grid, scores, cost.costs(experiment)))
-    return rows
+    with _programs_compiled_once():
+        return [_row(comparison, name, folder, tell, sign) for name in comparison.experiments]
+
+
+def _row(comparison: Comparison, name: str, folder: epath.Path, tell: Callable, sign: int) -> Row:
+    """The grid's trials, then those of the judged seeds."""
+    scored = {trial: _score(comparison, trial, folder, tell) for trial in _grid(name, comparison.learning_rates)}
+    sound = [t for t, score in scored.items() if score.sums is not None]
+    if not sound:
+        raise UserError(f"{name!r} diverged at every learning rate of the grid; give lower ones.")
+    best = max(sound, key=lambda t: sign * scored[t].mean)
+    seeds = range(1, comparison.seeds + 1)
+    scores = tuple(_score(comparison, best._replace(seed=seed), folder, tell) for seed in seeds)
+    if all(score.sums is None for score in scores):
+        raise UserError(
+            f"{name!r} diverged with every judged seed at its best learning rate {best.learning_rate:g}; "
+            "give lower ones."
+        )
+    grid = {t.learning_rate: score.mean for t, score in scored.items()}
+    return Row(name, best.learning_rate, grid, scores, cost.costs(comparison.experiments[name]))
+
+
+@contextlib.contextmanager
+def _programs_compiled_once() -> Iterator[None]:
+    """Trials that differ in their seed share compiled programs, in a cache of their own where the user has none."""
+    if jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="engrax-compiled-") as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()  # JAX looks for the setting once
+        try:
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", None)
+            compilation_cache.reset_cache()
 
 
 def _grid(name: str, learning_rates: tuple[float, ...]) -> Iterator[Trial]:

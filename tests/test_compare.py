@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -190,3 +192,16 @@ def test_shipped_comparisons_are_fair(name):
     """Comparison checks itself when it is built; the summary is its docstring's first line."""
     shipped, found = configs.find_comparison(name)
     assert found == name and configs.summary(name) and len(shipped.experiments) > 1
+
+
+def test_trials_share_compiled_programs_and_leave_the_users_cache_alone(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        for users in (None, str(tmp_path)):
+            jax.config.update("jax_compilation_cache_dir", users)
+            with comparison._programs_compiled_once():
+                found = jax.config.jax_compilation_cache_dir
+                assert found == users if users else Path(found).is_dir()
+            assert jax.config.jax_compilation_cache_dir == users and (users is not None or not Path(found).exists())
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
