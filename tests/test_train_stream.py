@@ -133,6 +133,30 @@ def test_a_second_stage_begins_with_the_first_ones_parameters(text, tmp_path):
         np.testing.assert_array_equal(a, b)  # a learning rate of 0 moves nothing
 
 
+def test_a_second_stage_that_lost_its_beginning_begins_with_the_same_parameters(text, tmp_path, monkeypatch):
+    """When it was killed before its first checkpoint and the first stage went on, then it begins where it had begun."""
+    constant = OptimizerConfig(
+        learning_rate=1e-2, warmup_steps=1, schedule="constant"
+    )  # so that the first stage can go on
+    first = experiment(text, steps=1, optimizer=constant, checkpoint=CheckpointConfig(every=1, keep_last=3))
+    second = experiment(text, steps=1, optimizer=OptimizerConfig(learning_rate=0.0), start_from=str(tmp_path / "first"))
+    train(first, tmp_path / "first", progress=False)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(loop.Loop, "run", killed)
+        train(second, tmp_path / "second", progress=False)
+    train(dataclasses.replace(first, steps=2), tmp_path / "first", progress=False)
+    train(second, tmp_path / "second", progress=False)
+    begun, on, found = (
+        state_of(tmp_path / run, first, n)["params"] for run, n in (("first", 1), ("first", 2), ("second", 1))
+    )
+    same = [all(map(np.array_equal, *map(jax.tree.leaves, (p, found)))) for p in (begun, on)]
+    assert same == [True, False]
+
+
 @pytest.mark.parametrize("optimizer", [OptimizerConfig(accumulate=2)])
 def test_what_a_carried_memory_does_not_do_is_said(text, optimizer):
     with pytest.raises(UserError, match="carry_memory needs"):
@@ -152,7 +176,7 @@ def test_the_memory_begins_with_the_earlier_stages_values(text, tmp_path):
     earlier = Checkpoints(tmp_path / "first", CheckpointConfig())
     earlier.save(3, {"params": params}, {}, None)
     earlier.close()
-    state = trainer.init_state(loop._earlier_params(trainer))
+    state = trainer.init_state(loop._earlier_params(trainer, runs.folder(tmp_path / "second"))[1])
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(state["params"]), strict=True):
         np.testing.assert_array_equal(a, b)
     initial = state["params"]["initial"][...]

@@ -11,6 +11,7 @@ Its order is a contract:
 """
 
 import dataclasses
+import json
 import math
 import sys
 import time
@@ -26,6 +27,8 @@ from engrax.train.checkpoint import Checkpoints
 from engrax.train.distributed import StopSignal
 from engrax.train.host import keep_freed_memory
 from engrax.train.trainer import Trainer
+
+BEGINS_AT = "start_from.json"  # in a run's folder: the step of the earlier run whose parameters it began with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +58,12 @@ def train(
     trainer = Trainer(experiment)
     mesh = trainer.mesh  # refuses a mesh or batch that does not divide, before anything is written
     saved = _latest_step(run_dir)
-    params = None if saved else _earlier_params(trainer)  # refuses a wrong run, before anything is written
+    begins_at, params = (
+        (None, None) if saved else _earlier_params(trainer, run_dir)
+    )  # may refuse: nothing is written yet
     run = runs.prepare(run_dir, experiment, saved, source)
+    if begins_at is not None and jax.process_index() == 0:
+        runs.write_atomically(run.directory / BEGINS_AT, json.dumps({"step": begins_at}) + "\n")
     checkpoints = Checkpoints(run.directory, experiment.checkpoint)
     main = jax.process_index() == 0
     data = trainer.loader("train")
@@ -190,19 +197,22 @@ def _restore_or_init(trainer: Trainer, checkpoints: Checkpoints, data: Any, save
     return state, saved
 
 
-def _earlier_params(trainer: Trainer) -> Any:
-    """The newest parameters of the run that `start_from` names; None where the experiment names none."""
+def _earlier_params(trainer: Trainer, run_dir: epath.Path) -> tuple[int | None, Any]:
+    """(step, parameters) of the run that `start_from` names: the newest, or those that this run began with before it
+    was stopped without a checkpoint of its own. (None, None) where the experiment names no run."""
     given = trainer.experiment.start_from
     if given is None:
-        return None
+        return None, None
     if trainer.experiment.init_from is not None:
         raise UserError("init_from and start_from both say what the parameters start from; choose one.")
     directory = runs.folder(given)
     if not (directory / "checkpoints").exists():
         raise UserError(f"start_from={given} holds no checkpoints; give the folder of a run that was trained.")
+    begun = run_dir / BEGINS_AT
     earlier = Checkpoints(directory)
     try:
-        return earlier.restore_params(trainer.abstract_state()["params"], earlier.resolve(None))
+        step = earlier.resolve(json.loads(begun.read_text())["step"] if begun.exists() else None)
+        return step, earlier.restore_params(trainer.abstract_state()["params"], step)
     except UserError as error:
         raise UserError(f"start_from={given}: {error}") from None
     finally:
