@@ -58,9 +58,8 @@ def train(
     trainer = Trainer(experiment)
     mesh = trainer.mesh  # refuses a mesh or batch that does not divide, before anything is written
     saved = _latest_step(run_dir)
-    begins_at, params = (
-        (None, None) if saved else _earlier_params(trainer, run_dir)
-    )  # may refuse: nothing is written yet
+    # A wrong run is refused before anything is written.
+    begins_at, params = (None, None) if saved else _earlier_params(trainer, run_dir)
     run = runs.prepare(run_dir, experiment, saved, source)
     if begins_at is not None and jax.process_index() == 0:
         runs.write_atomically(run.directory / BEGINS_AT, json.dumps({"step": begins_at}) + "\n")
