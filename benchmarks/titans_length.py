@@ -8,8 +8,9 @@ The memory alone (LMM) and memory as context (MAC), `configs/titans_lmm.py` and 
 (`--carry-memory`; no gradient passes from row to row). Then every validation document of more than 16,384 bytes is read
 from its beginning, in pieces of 256. The rule, written beforehand: a memory holds out where the loss of the fourth
 quarter is at most 0.02 bits per byte above that of the second, paired by document, at the upper end of its 95 %
-interval; it does not where the lower end is above that; else it is inconclusive. Runs that are in the folder already go
-on, or are taken as they are.
+interval; it does not where the lower end is above that; else it is inconclusive. Documents differ in how hard their
+quarters are, so the same is also asked of what carrying is worth: the loss minus that of the same model whose memory
+begins anew with every piece. Runs that are in the folder already go on, or are taken as they are.
 """
 
 import argparse
@@ -77,11 +78,14 @@ def main() -> None:
     rows = {}
     for name in args.runs:
         rows[name] = row = measure(name, Path(args.folder))
-        row["verdict"] = verdict(row["drift"])
+        row["verdict"], row["restarted"]["verdict"] = verdict(row["drift"]), verdict(row["restarted"]["drift"])
         drift, state, time = row["drift"], row["state_bytes"], row["time"]["piece"]
-        interval = f"{drift['value']:+.3f} [{drift['low']:+.3f}, {drift['high']:+.3f}]"
+        interval, beside = (
+            f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for d in (drift, row["restarted"]["drift"])
+        )
         print(
-            f"{name}: {row['verdict']}; drift {interval} bits per byte in {row['documents']} documents; "
+            f"{name}: {row['verdict']}; drift {interval} bits per byte in {row['documents']} documents, of its distance "
+            f"to a memory begun anew {beside}: {row['restarted']['verdict']}; "
             f"state {state['first']:,} and {state['last']:,} bytes, time {time['ratio']:.2f}",
             flush=True,
         )

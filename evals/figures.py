@@ -144,16 +144,22 @@ def _streamed(data: dict[str, Any]) -> Figure | None:
     marks = [(f"trained on {found['trained_length']:,}", found["trained_length"])]
     labels = (found["curve"]["axis"], found["unit"])
     png = plots.curves(_title(data, "Long documents"), labels, found["curve"]["curves"], log_x=True, marks=marks)
-    drift, state, time = found["drift"], found["state_bytes"], found["time"]
-    interval = "" if drift["low"] is None else f" [{drift['low']:+.3f}, {drift['high']:+.3f}]"
+    state, time = found["state_bytes"], found["time"]
+    drift, beside = (_signed(d) for d in (found["drift"], found["restarted"]["drift"]))
     caption = (
         f"{found['documents']} validation documents read to {found['length']:,} tokens through the carried memory. "
-        f"Fourth quarter against the second, paired by document: {drift['value']:+.3f}{interval} {found['unit']}. "
+        f"Fourth quarter against the second, paired by document: {drift} {found['unit']}; the same of the distance to "
+        f"the memory begun anew, which does not depend on how hard a quarter is: {beside}. "
         f"The state has {state['first']:,} bytes after the first piece and {state['last']:,} after the last; a piece "
         f"takes {time['piece']['ratio']:.2f} times as long at the end, a single token {time['token']['ratio']:.2f} "
         "times (medians of alternating calls)."
     )
     return Figure("streamed", "Long documents", png, caption)
+
+
+def _signed(found: dict[str, Any]) -> str:
+    interval = "" if found["low"] is None else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
+    return f"{found['value']:+.3f}{interval}"
 
 
 def _mean_of(bins: list[dict[str, Any]], first: int, last: int) -> float | None:

@@ -91,6 +91,9 @@ def summary_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     if data["streamed"]:
         name = f"fourth - second quarter of {data['streamed']['length']:,} tokens, {data['streamed']['unit']}"
         rows.append((name, signed(data["streamed"]["drift"])))
+        rows.append(
+            ("  the same of its distance to a memory begun anew", signed(data["streamed"]["restarted"]["drift"]))
+        )
     if data["kind"] != "task":
         rows.append(("next-token accuracy", f"{data['validation']['accuracy']['value']:.4f}"))
     rows.append(("parameters", f"{data['costs']['parameters']['total']:,}"))

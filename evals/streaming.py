@@ -1,7 +1,9 @@
 """Reading documents far longer than the rows of the training, in pieces, through the memory that the model carries.
 
 What a memory promises is seen here: whether the loss still falls, or at least does not rise, past the length it was
-trained at; and whether state and time per token stay what they were.
+trained at; and whether state and time per token stay what they were. Documents are easier in some places than in
+others, so each is also read by the same model with a memory that begins anew with every piece: how much better than
+that the carried memory reads does not depend on the place's difficulty.
 """
 
 import statistics
@@ -73,21 +75,25 @@ def stream(
 
     Returns:
       unit: bits per byte.
-      curve: the loss by position, as in results.json.
+      curve: the loss by position, as in results.json, through the carried memory and through one begun anew.
       quarters: the loss in each quarter; drift: fourth - second quarter, paired by document, with its 95 % interval.
+      restarted: the same two, of the carried memory's loss minus that of the memory begun anew with every piece.
       state_bytes: of one document's memory, after the first piece and after the last.
       time: per token, {"piece", "token"}: calls of PIECE tokens and of one, at the end against at the beginning.
     """
     documents = long_documents(experiment, length)
     tokens, targets = documents[:, :-1], documents[:, 1:]
     reader = Stream(experiment, model)
-    memory, nats, early = reader.start(reader.params, len(tokens)), [], None
+    fresh = memory = reader.start(reader.params, len(tokens))
+    nats, anew, early = [], [], None
     for at in range(0, length, PIECE):
-        found, memory = reader(tokens[:, at : at + PIECE], targets[:, at : at + PIECE], memory)
+        piece = tokens[:, at : at + PIECE], targets[:, at : at + PIECE]
+        found, memory = reader(*piece, memory)
         early = memory if early is None else early
         nats.append(np.asarray(found))
+        anew.append(np.asarray(reader(*piece, fresh)[0]))
         tick(1)
-    bits = np.concatenate(nats, axis=1) / np.log(2)
+    bits, restarted = (np.concatenate(pieces, axis=1) / np.log(2) for pieces in (nats, anew))
     if not np.isfinite(bits).all():
         first = int(np.argwhere(~np.isfinite(bits))[:, 1].min())
         raise UserError(f"the model's outputs are not numbers from token {first} on: a cache of declared capacity?")
@@ -101,14 +107,15 @@ def stream(
         "curve": {
             "axis": "position in the document, tokens",
             "curves": [
-                {
-                    "name": "model",
-                    "kind": "model",
-                    "bins": stats.by_position(bits, size, positions, stats.log_bins(length)),
-                }
+                {"name": name, "kind": kind, "bins": stats.by_position(values, size, positions, stats.log_bins(length))}
+                for name, kind, values in (
+                    ("model", "model", bits),
+                    (f"memory begun anew every {PIECE} tokens", "baseline", restarted),
+                )
             ],
         },
         **quarters(bits, size),
+        "restarted": quarters(bits - restarted, size),
         "state_bytes": {"first": _bytes(early, len(tokens)), "last": _bytes(memory, len(tokens))},
         "time": {
             "piece": _times(reader, tokens[:, :PIECE], targets[:, :PIECE], early, memory),

@@ -135,12 +135,18 @@ def test_streaming_in_pieces_is_one_long_pass(text_results, text_run):
     model, _ = run.load()
     logits = jax.nn.log_softmax(model.logits(model(jnp.asarray(tokens[:, :-1]))[0]))
     bits = -np.take_along_axis(np.asarray(logits), tokens[:, 1:, None], axis=-1)[..., 0] / math.log(2)
-    (line,) = found["curve"]["curves"]
-    for b in line["bins"]:
-        assert b["value"] == pytest.approx(float(bits[:, b["from"] : b["to"]].mean()), rel=1e-4)
+    pieces = jnp.asarray(tokens[:, :-1]).reshape(-1, streaming.PIECE)  # each read as if nothing stood before it
+    logits = jax.nn.log_softmax(model.logits(model(pieces)[0])).reshape(logits.shape)
+    anew = -np.take_along_axis(np.asarray(logits), tokens[:, 1:, None], axis=-1)[..., 0] / math.log(2)
+    for line, values in zip(found["curve"]["curves"], (bits, anew), strict=True):
+        for b in line["bins"]:
+            assert b["value"] == pytest.approx(float(values[:, b["from"] : b["to"]].mean()), rel=1e-4)
     quarters = bits.reshape(len(bits), 4, -1).mean(axis=(0, 2))
     assert [q["value"] for q in found["quarters"]] == pytest.approx(quarters.tolist(), rel=1e-4)
     assert found["drift"]["value"] == pytest.approx(quarters[3] - quarters[1], rel=1e-2, abs=1e-4)
+    worth = (bits - anew).reshape(len(bits), 4, -1).mean(axis=2)
+    assert [q["value"] for q in found["restarted"]["quarters"]] == pytest.approx(worth.mean(axis=0).tolist(), abs=1e-4)
+    assert found["restarted"]["drift"]["value"] == pytest.approx((worth[:, 3] - worth[:, 1]).mean(), abs=1e-4)
     assert found["state_bytes"]["first"] == found["state_bytes"]["last"] > 0
     assert found["time"]["piece"]["first"] > 0 and found["time"]["token"]["ratio"] > 0
 
