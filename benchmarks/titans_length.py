@@ -84,8 +84,8 @@ def main() -> None:
             f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for d in (drift, row["restarted"]["drift"])
         )
         print(
-            f"{name}: {row['verdict']}; drift {interval} bits per byte in {row['documents']} documents, of its distance "
-            f"to a memory begun anew {beside}: {row['restarted']['verdict']}; "
+            f"{name}: {row['verdict']}; drift {interval} bits per byte in {row['documents']} documents, of its "
+            f"distance to a memory begun anew {beside}: {row['restarted']['verdict']}; "
             f"state {state['first']:,} and {state['last']:,} bytes, time {time['ratio']:.2f}",
             flush=True,
         )
