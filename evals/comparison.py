@@ -144,7 +144,7 @@ def _row(comparison: Comparison, name: str, folder: epath.Path, tell: Callable, 
 
 @contextlib.contextmanager
 def _programs_compiled_once() -> Iterator[None]:
-    """Trials that differ in their seed share compiled programs, in a cache of their own where the user has none."""
+    """Trials of one program share what is compiled for it, in a cache of their own where the user has none."""
     if jax.config.jax_compilation_cache_dir:
         yield
         return

@@ -149,7 +149,7 @@ def _streamed(data: dict[str, Any]) -> Figure | None:
     caption = (
         f"{found['documents']} validation documents read to {found['length']:,} tokens through the carried memory. "
         f"Fourth quarter against the second, paired by document: {drift} {found['unit']}; the same of the distance to "
-        f"the memory begun anew, which does not depend on how hard a quarter is: {beside}. "
+        f"the memory begun anew, from which a quarter's own difficulty cancels: {beside}. "
         f"The state has {state['first']:,} bytes after the first piece and {state['last']:,} after the last; a piece "
         f"takes {time['piece']['ratio']:.2f} times as long at the end, a single token {time['token']['ratio']:.2f} "
         "times (medians of alternating calls)."

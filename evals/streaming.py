@@ -2,8 +2,8 @@
 
 What a memory promises is seen here: whether the loss still falls, or at least does not rise, past the length it was
 trained at; and whether state and time per token stay what they were. Documents are easier in some places than in
-others, so each is also read by the same model with a memory that begins anew with every piece: how much better than
-that the carried memory reads does not depend on the place's difficulty.
+others, so each is also read by the same model with a memory that begins anew with every piece: from how much better
+than that the carried memory reads, the difficulty that both share cancels.
 """
 
 import statistics
@@ -94,8 +94,8 @@ def stream(
         anew.append(np.asarray(reader(*piece, fresh)[0]))
         tick(1)
     bits, restarted = (np.concatenate(pieces, axis=1) / np.log(2) for pieces in (nats, anew))
-    if not np.isfinite(bits).all():
-        first = int(np.argwhere(~np.isfinite(bits))[:, 1].min())
+    if not np.isfinite(bits + restarted).all():
+        first = int(np.argwhere(~np.isfinite(bits + restarted))[:, 1].min())
         raise UserError(f"the model's outputs are not numbers from token {first} on: a cache of declared capacity?")
     size = np.asarray(experiment.data.tokenizer.byte_lengths)[targets].astype(float)
     positions = np.broadcast_to(np.arange(length), bits.shape)

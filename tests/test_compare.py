@@ -194,7 +194,7 @@ def test_shipped_comparisons_are_fair(name):
     assert found == name and configs.summary(name) and len(shipped.experiments) > 1
 
 
-def test_trials_share_compiled_programs_and_leave_the_users_cache_alone(tmp_path):
+def test_compiled_programs_are_kept_for_the_comparison_unless_the_user_keeps_them(tmp_path):
     before = jax.config.jax_compilation_cache_dir
     try:
         for users in (None, str(tmp_path)):

@@ -65,8 +65,8 @@ def truth(op, arrays, static):
 CASES = [
     ("linear_attention", dict(groups=2, length=150, gates="mixed")),
     slow("linear_attention", key=128, gates="zero"),
-    ("linear_attention", dict(value=128, gate="none")),
-    slow("gated_delta_rule", gates="zero", keys="correlated"),
+    slow("linear_attention", value=128, gate="none"),
+    ("gated_delta_rule", dict(gates="zero", keys="correlated")),
     ("linear_attention", dict(gate="channel", gates="mixed")),
     ("gated_delta_rule", dict(gate="channel", gates="mixed", keys="correlated")),
     slow("linear_attention", key=128, value=128, groups=2, gates="reset"),

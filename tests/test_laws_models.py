@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from engrax.models import MODELS
-from engrax.tests.law_cases import cases, check_exemptions, exempt, is_thorough
+from engrax.tests.law_cases import cases, check_exemptions, check_exemptions_exist, exempt, is_thorough
 from engrax.tests.laws import LAWS
 from engrax.tests.subjects import Subject
 
@@ -22,6 +22,12 @@ def test_law(name, index, law, deep, x64):
     if exempt(s.config, law):
         pytest.skip(f"exempt: {s.config.exempt_from}")
     LAWS[law](s, deep)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exemptions_exist(name):
+    for config in MODELS[name].examples():
+        check_exemptions_exist(config)
 
 
 @pytest.mark.slow

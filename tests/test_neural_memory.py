@@ -31,13 +31,13 @@ def x64():
 
 COVERING = [
     (dict(depth=1, chunk=1, rows="phased", segments=True, length=9), dict()),
-    (dict(depth=1, chunk=16, rows="aligned"), dict(gradient_at="decayed", activation="relu")),
     (dict(depth=2, chunk=4, rows="phased", segments=True), dict(gradient_at="decayed", activation="silu")),
+    (dict(depth=4, chunk=4, rows="aligned", segments=True), dict()),
 ]
 SLOW = [
+    (dict(depth=1, chunk=16, rows="aligned"), dict(gradient_at="decayed", activation="relu")),
     (dict(depth=3, chunk=16, rows="phased", segments=True, length=37), dict(activation="tanh")),
     (dict(depth=2, chunk=64, rows="phased", length=70), dict()),
-    (dict(depth=4, chunk=4, rows="aligned", segments=True), dict()),
 ]
 
 

@@ -105,7 +105,7 @@ CASES = {
     "muon without momentum": dict(optimizer="muon", momentum_order=0, structure="linear", window=2),
     "row norm": dict(retention="row_norm", loss="dot", order="read_then_write"),
     "q norm": dict(retention="q_norm", loss="lp", optimizer="sgd"),
-    "softmax": dict(retention="softmax", structure="linear", bias=True, reset_every=2),
+    "softmax": dict(retention="softmax", structure="linear", bias=True, reset_every=2, window=3),
 }
 
 
@@ -127,8 +127,7 @@ SLOW += (
     "channels",
     "row norm",
     "reset",
-    "muon",
-    "softmax",
+    "two momenta",
     "norm and bias",
 )  # the presets' settings hold them too
 
@@ -339,7 +338,7 @@ def test_persistent_tokens_outlive_periodic_resets(x64):
 
 
 def by_speed(*names):
-    """Presets, of which `make test` takes the two that differ most."""
+    """Presets, of which `make test` takes the two that differ most, where they are among them."""
     return [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("ttt_linear", "lact"))) for n in names]
 
 

@@ -91,25 +91,33 @@ def state_of(run_dir, settings, step):
     return jax.device_get(state)
 
 
-@pytest.mark.slow
-def test_the_memory_goes_from_batch_to_batch_and_with_the_checkpoint(text, tmp_path):
+def test_the_memory_goes_from_batch_to_batch(text):
     settings = experiment(text)
     trainer = Trainer(settings)
     data, state = trainer.loader("train"), trainer.init_state()
-    graphdef, memory = trainer.graphdef, None
+    memory = None
+
+    @jax.jit
+    def logits_of(params, tokens, memory, ids):
+        model = nnx.merge(trainer.graphdef, params)
+        hidden, memory = model(tokens, memory, segment_ids=ids)
+        return model.logits(hidden), memory
+
     for _ in range(2):  # by hand: the loss of every batch, given the memory after the one before
         batch, params = next(data), jax.tree.map(jnp.array, state["params"])  # the step donates its state
-        model = nnx.merge(graphdef, params)
-        hidden, memory = model(jnp.asarray(batch["tokens"]), memory, segment_ids=jnp.asarray(batch["segment_ids"]))
+        logits, memory = logits_of(params, batch["tokens"], memory, batch["segment_ids"])
         losses = -np.take_along_axis(
-            np.asarray(jax.nn.log_softmax(model.logits(hidden))), np.maximum(batch["targets"], 0)[..., None], -1
+            np.asarray(jax.nn.log_softmax(logits)), np.maximum(batch["targets"], 0)[..., None], -1
         )[..., 0]
         wanted = losses[batch["targets"] >= 0].mean()
         state, values = trainer.train_step(state, trainer.put(batch))
         np.testing.assert_allclose(values["loss"], wanted, rtol=1e-5)
     assert int(state["memory"].memory.count.max()) > 3, "more segments than one batch holds"
 
-    settings = dataclasses.replace(settings, checkpoint=CheckpointConfig(every=2))
+
+@pytest.mark.slow
+def test_the_memory_goes_with_the_checkpoint(text, tmp_path):
+    settings = experiment(text, checkpoint=CheckpointConfig(every=2))
     train(settings, tmp_path / "run", progress=False)
     saved = state_of(tmp_path / "run", settings, 4)
     assert np.any(saved["memory"].memory.cache != 0)

@@ -30,7 +30,8 @@ def costs(experiment: Experiment, devices: int = 1) -> dict[str, Any]:
         None where the model declares none.
       training_flops: of all steps, or None.
       state_bytes_per_sequence: {"total", "by_mixer"}: what one sequence carries from token to token, caches included,
-        in the compute dtype that the default device would use.
+        in the compute dtype that the default device would use. Around a wrapped backbone, by_mixer also has "memory",
+        what segments leave; where in its segment the row is, counts in the total alone.
       memory_per_device: {"devices", "zero", "parameter_bytes", "optimizer_bytes", "optimizer_bytes_unsharded"} under
         the config's ZeRO stage; a config that fixes parallel.data fixes the number of devices.
     """

@@ -61,10 +61,10 @@ def train(
     # A wrong run is refused before anything is written.
     begins_at, params = (None, None) if saved else _earlier_params(trainer, run_dir)
     run = runs.prepare(run_dir, experiment, saved, source)
-    if begins_at is not None and jax.process_index() == 0:
-        runs.write_atomically(run.directory / BEGINS_AT, json.dumps({"step": begins_at}) + "\n")
     checkpoints = Checkpoints(run.directory, experiment.checkpoint)
     main = jax.process_index() == 0
+    if main and begins_at is not None:
+        runs.write_atomically(run.directory / BEGINS_AT, json.dumps({"step": begins_at}) + "\n")
     data = trainer.loader("train")
     state, start = _restore_or_init(trainer, checkpoints, data, saved, params)
     if main and start:
@@ -213,6 +213,7 @@ def _earlier_params(trainer: Trainer, run_dir: epath.Path) -> tuple[int | None, 
         step = earlier.resolve(json.loads(begun.read_text())["step"] if begun.exists() else None)
         return step, earlier.restore_params(trainer.abstract_state()["params"], step)
     except UserError as error:
-        raise UserError(f"start_from={given}: {error}") from None
+        hint = f" This run began with it ({begun}); begin anew in another --run-dir." if begun.exists() else ""
+        raise UserError(f"start_from={given}: {error}{hint}") from None
     finally:
         earlier.close()

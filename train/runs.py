@@ -1,7 +1,8 @@
 """The run folder: everything that evaluating, sampling and resuming a run need, in one place.
 
 config.json (the experiment, with a format version), environment.json (versions, device, commit, data digest),
-metrics.jsonl, checkpoints/, evals/, and the source of a user's own config or mixer beside them.
+metrics.jsonl, checkpoints/, evals/, the source of a user's own config or mixer beside them, and of a second stage
+start_from.json (which step of the first it began with).
 """
 
 import dataclasses
