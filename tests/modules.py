@@ -22,7 +22,7 @@ def build(config, dim=8):
 
 
 def compiled(function):
-    """`function(module, *arrays)` as one program."""
+    """`function(module, *arrays)` as one program, compiled anew in every call."""
 
     def call(module, *args):
         graphdef, params = nnx.split(module)

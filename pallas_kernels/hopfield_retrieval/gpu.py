@@ -63,11 +63,12 @@ def _smem_bytes(shapes: Shapes) -> int:
     return 2 * CHUNK * parts * columns + 4 * CHUNK * blocks
 
 
-@differentiable
-def retrieve(form: Form, interpret: bool, state, stored, values, beta, hidden):
-    """Returns what every state retrieves."""
+def _run(form: Form, interpret: bool, state, stored, values, beta, hidden):
     run = over_mesh(partial(_forward, form.steps, interpret), ("BHND", "BHMD", "BHMV", "Hx", "BM"), "BHNV")
     return run(state, stored, values, jnp.broadcast_to(beta[:, None], (len(beta), CHUNK)), hidden)
+
+
+retrieve = differentiable(_run)
 
 
 def _forward(steps, interpret, state, stored, values, beta, hidden):

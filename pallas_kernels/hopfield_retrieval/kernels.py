@@ -27,7 +27,7 @@ def unserved(device: str, shapes: Shapes) -> str | None:
 
 
 def differentiable(forward: Callable) -> Callable:
-    """Returns retrieve(form, interpret, state, stored, values, beta, visible), as `hopfield_retrieval_xla`.
+    """Returns retrieve(form, interpret, state, stored, values, beta, visible).
 
     `forward(form, interpret, state, stored, values, beta, hidden)` runs the kernel, with hidden [B, M] float32 to be
     added to the scores. Hidden patterns and their values are zeros: where nothing is visible, all weigh the same and
@@ -36,6 +36,7 @@ def differentiable(forward: Callable) -> Callable:
 
     @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
     def retrieve(form: Form, interpret: bool, state, stored, values, beta, visible):
+        """Returns what every state retrieves, as `hopfield_retrieval_xla`."""
         shown = jnp.ones((len(state), 1, stored.shape[2]), bool) if visible is None else visible
         hidden = jnp.where(shown[:, 0], 0, HIDDEN).astype(jnp.float32)
         return forward(form, interpret, state, stored, values, beta, hidden)

@@ -38,11 +38,12 @@ def _rows(states: int) -> int:
     return min(MOST_ROWS, states + -states % ROWS)
 
 
-@differentiable
-def retrieve(form: Form, interpret: bool, state, stored, values, beta, hidden):
-    """Returns what every state retrieves."""
+def _run(form: Form, interpret: bool, state, stored, values, beta, hidden):
     run = over_mesh(partial(_forward, form, interpret), ("BHND", "BHMD", "BHMV", "Hxx", "BxM"), "BHNV")
     return run(state, stored, values, beta[:, None, None], hidden[:, None])
+
+
+retrieve = differentiable(_run)
 
 
 def _forward(form, interpret, state, stored, values, beta, hidden):
