@@ -137,9 +137,12 @@ def _line(comparison: Comparison, row: Row, drawn: Bootstrap, first: Row, higher
     learnt = [score.learnt_at for score in row.scores if score.learnt_at is not None]
     state, flops = row.costs["state_bytes_per_sequence"], row.costs["flops_per_token"]
     diverged = sum(math.isnan(value) for value in row.grid.values()) + len(row.scores) - _sound(row)
+    score = drawn.score(row.name)
+    if higher_is_better:  # an accuracy, which the widened interval may leave
+        score = Interval(score.value, max(score.low, 0.0), min(score.high, 1.0))
     return Line(
         name=row.name,
-        score=drawn.score(row.name),
+        score=score,
         difference=difference,
         verdict=difference and (verdict(difference, higher_is_better) if known else "inconclusive"),
         learning_rate=row.learning_rate,

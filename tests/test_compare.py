@@ -103,9 +103,10 @@ def test_the_interval_of_seeds_alone_is_that_of_their_mean():
 
 
 def test_in_a_task_higher_is_better_and_steps_are_counted():
-    rows = [scored("base", [0.5] * 3), scored("good", [0.9, 0.9, 0.9], rate=1e-3, learnt=300)]
+    rows = [scored("base", [0.5] * 3), scored("good", [0.8, 0.9, 1.0], rate=1e-3, learnt=300)]
     rows[0] = dataclasses.replace(rows[0], grid={1e-3: float("nan"), 1e-2: 0.5, 3e-2: 0.4})
     (base, good), _ = verdicts.judge(Comparison({"base": tiny(), "good": tiny()}, RATES), rows)
+    assert good.score.high == 1, "no interval of an accuracy ends above 1"
     assert good.verdict == "better" and good.learnt_at == 300 and base.learnt_at is None
     assert (base.at_edge, good.at_edge, base.diverged, good.diverged) == (False, True, 1, 0)
 
