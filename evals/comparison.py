@@ -144,7 +144,8 @@ def _row(comparison: Comparison, name: str, folder: epath.Path, tell: Callable, 
 
 @contextlib.contextmanager
 def _programs_compiled_once() -> Iterator[None]:
-    """Trials of one program share what is compiled for it, in a cache of their own where the user has none."""
+    """Compiles the training step once for each learning rate, which it holds as a constant, and all else once for each
+    mixer: in a cache for this comparison where the user has none."""
     if jax.config.jax_compilation_cache_dir:
         yield
         return

@@ -82,7 +82,8 @@ def evaluate(
       run_dir: a run folder, trained on whatever hardware.
       step: None = the newest checkpoint, "best" = the one of lowest validation loss, or a number.
       batches: validation batches of `scoring.batch_rows` rows; None scores up to `scoring.DEFAULT_TOKENS` tokens.
-      stream: also read this many tokens of long validation documents in pieces, through the carried memory.
+      stream: also read this many tokens of long validation documents in pieces, through the carried memory and, for
+        comparison, through one that begins anew with every piece.
       progress: show a progress bar on stderr. Warnings go there in any case.
 
     Raises:

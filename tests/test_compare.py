@@ -195,6 +195,37 @@ def test_shipped_comparisons_are_fair(name):
     assert found == name and configs.summary(name) and len(shipped.experiments) > 1
 
 
+@pytest.mark.slow
+def test_judged_seeds_compile_their_initialisation_alone(run_python, tmp_path):
+    out = run_python(
+        """
+import sys
+import jax, jax.monitoring
+from engrax.tests.test_compare import RATES, tiny
+from engrax.evals import Comparison, comparison
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.numpy.zeros(3) + 1  # JAX has looked for a cache before the comparison begins
+misses = []
+jax.monitoring.register_event_listener(lambda event, **_: misses.append(event.endswith("/cache_misses")))
+score, counts = comparison._score, []
+def counted(*args):
+    before = sum(misses)
+    found = score(*args)
+    counts.append(sum(misses) - before)
+    return found
+comparison._score = counted
+comparison.run(Comparison({"a": tiny(1), "b": tiny(2)}, RATES), sys.argv[1] + "/runs", progress=False)
+print(*counts)
+""",
+        devices=1,
+        args=[tmp_path],
+        env={"JAX_COMPILATION_CACHE_DIR": None},
+    )
+    counts = [int(count) for count in out.split()]
+    grids, judged = counts[:3] + counts[6:9], counts[3:6] + counts[9:]
+    assert grids[0] > grids[1] == grids[2] >= 1 and max(judged) == 1, counts
+
+
 def test_compiled_programs_are_kept_for_the_comparison_unless_the_user_keeps_them(tmp_path):
     before = jax.config.jax_compilation_cache_dir
     try:

@@ -13,11 +13,13 @@ import pytest
 TRAIN = """
 import dataclasses, json, sys
 from engrax.tests.experiments import small
-from engrax.train import CheckpointConfig, EvalConfig
+from engrax.train import CheckpointConfig, EvalConfig, OptimizerConfig
 from engrax.train.loop import train
 fields = json.loads(sys.argv[2])
 every = fields.pop("checkpoint_every", 5)
-experiment = small(checkpoint=CheckpointConfig(every=every), eval=EvalConfig(every=10, batches=1), **fields)
+settings = dict(checkpoint=CheckpointConfig(every=every), eval=EvalConfig(every=10, batches=1))
+optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=2)  # higher rates amplify the rounding of other layouts
+experiment = small(**settings, optimizer=optimizer, **fields)
 result = train(experiment, sys.argv[1])
 print(result.step, result.finished)
 """
@@ -135,8 +137,8 @@ def test_saved_on_8_devices_resumes_on_1(root, tmp_path, uninterrupted):
     assert evaluate(run_dir, step=7, batches=1, progress=False).accuracy is not None  # on this process's one device
     finish(start(root, run_dir, steps=STEPS))
     found = losses(run_dir)
-    for steps, rel in ((range(1, 6), 1e-5), (range(6, 16), 1e-4)):  # training amplifies the difference in rounding
-        assert [found[s] for s in steps] == pytest.approx([uninterrupted[s] for s in steps], rel=rel)
+    steps = range(1, 16)  # 7 on eight devices, 8 on one; later, training has amplified the difference in rounding
+    assert [found[s] for s in steps] == pytest.approx([uninterrupted[s] for s in steps], rel=1e-5)
     import engrax
 
     _, step = engrax.load(run_dir)
