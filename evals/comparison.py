@@ -151,7 +151,6 @@ def _programs_compiled_once() -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory(prefix="engrax-compiled-") as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
-        compilation_cache.reset_cache()  # JAX looks for the setting once
         try:
             yield
         finally:

@@ -92,6 +92,7 @@ def evaluate(
     from engrax.evals import report
 
     run = runs.open_run(run_dir)
+    documents = None if stream is None else streaming.long_documents(run.experiment, stream)  # refuses before scoring
     model, number = run.load(step)
     here = runs.describe_environment(run.experiment)
     data = _header(run, number, here)
@@ -104,7 +105,7 @@ def evaluate(
     data |= measure(run.experiment, number, rows, scored)
     types = by_type.types_of(run.experiment, scoring.reported_rows(rows))
     data["token_types"], data["memory"] = by_type.counts(types), _by_layer(run.experiment, reported, types)
-    data["streamed"] = None if stream is None else _streamed(run.experiment, model, stream, progress)
+    data["streamed"] = None if documents is None else _streamed(run.experiment, model, documents, progress)
     history = metrics.read(run.directory)
     data["training"] = _training(history)
     data["costs"] = cost.costs(run.experiment) | {"evaluation_tokens_per_second": scored[()].tokens_per_second}
@@ -166,12 +167,12 @@ def _passes(scorer: scoring.Scorer, rows: scoring.Rows, memories: tuple[str, ...
     return scored, reported
 
 
-def _streamed(experiment: configs.Experiment, model: Any, length: int, progress: bool) -> dict[str, Any]:
+def _streamed(experiment: configs.Experiment, model: Any, documents: Any, progress: bool) -> dict[str, Any]:
     from tqdm import tqdm
 
-    with tqdm(total=-(-length // streaming.PIECE), unit="piece", disable=not progress, file=sys.stderr) as bar:
+    with tqdm(total=documents.shape[1] // streaming.PIECE, unit="piece", disable=not progress, file=sys.stderr) as bar:
         bar.set_description("stream")
-        return streaming.stream(experiment, model, length, tick=bar.update)
+        return streaming.stream(experiment, model, documents, tick=bar.update)
 
 
 def kind_of(experiment: configs.Experiment) -> str:

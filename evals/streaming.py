@@ -69,9 +69,13 @@ class Stream:
 
 
 def stream(
-    experiment: Experiment, model: nnx.Module, length: int, *, tick: Callable[[int], Any] = lambda n: None
+    experiment: Experiment,
+    model: nnx.Module,
+    documents: Int[np.ndarray, "N L"],
+    *,
+    tick: Callable[[int], Any] = lambda n: None,
 ) -> dict[str, Any]:
-    """Reads `length` tokens of each long validation document; a JSON-able dict.
+    """Reads `documents`, L - 1 tokens of each (`long_documents`), in pieces; a JSON-able dict.
 
     Returns:
       unit: bits per byte.
@@ -81,8 +85,8 @@ def stream(
       state_bytes: of one document's memory, after the first piece and after the last.
       time: per token, {"piece", "token"}: calls of PIECE tokens and of one, at the end against at the beginning.
     """
-    documents = long_documents(experiment, length)
     tokens, targets = documents[:, :-1], documents[:, 1:]
+    length = tokens.shape[1]
     reader = Stream(experiment, model)
     fresh = memory = reader.start(reader.params, len(tokens))
     nats, anew, early = [], [], None

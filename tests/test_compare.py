@@ -204,7 +204,6 @@ import jax, jax.monitoring
 from engrax.tests.test_compare import RATES, tiny
 from engrax.evals import Comparison, comparison
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.numpy.zeros(3) + 1  # JAX has looked for a cache before the comparison begins
 misses = []
 jax.monitoring.register_event_listener(lambda event, **_: misses.append(event.endswith("/cache_misses")))
 score, counts = comparison._score, []

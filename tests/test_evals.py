@@ -161,9 +161,11 @@ def test_the_drift_is_paired_by_document():
 
 
 @pytest.mark.parametrize("stream, told", [(1000, "multiple of 1024"), (1 << 20, "longest")])
-def test_what_cannot_be_streamed_is_refused(text_run, stream, told):
-    with pytest.raises(UserError, match=told):
-        streaming.long_documents(runs.open_run(text_run).experiment, stream)
+def test_what_cannot_be_streamed_is_refused(text_run, stream, told, monkeypatch):
+    """Before anything is scored."""
+    with monkeypatch.context() as m, pytest.raises(UserError, match=told):
+        m.setattr(scoring, "Scorer", None)
+        evaluate(text_run, stream=stream, progress=False)
 
 
 def test_csv_holds_the_same_numbers(text_results):
