@@ -30,14 +30,8 @@ SETTINGS = {
     f"chunk {chunk}": dict(dim=DIM, heads=HEADS, dim_head=HEAD_DIM, chunk_size=chunk, batch_size=chunk)
     for chunk in (16, 64)
 }
-# The malloc settings of both engines. Blocks of up to 64 MB stay mapped in the heap of the thread that asks for them;
-# larger ones need one heap for all threads (engrax/train/host.py), which costs small programs a sixth of their time.
-KEEP_FREED_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
-KEEP_LARGE_BLOCKS = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+# The malloc settings of both engines, those of engrax/train/host.py.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 TARGETS = {"chunk 16": 8.0, "chunk 64": 2.5}
 HOW_TO_ADD_PEER = (
     "titans-pytorch is not timed: make it an environment of its own (python -m venv PEER; "
@@ -124,6 +118,7 @@ def serve_engrax() -> None:
     import jax
     import jaxlib
 
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # as the training loop does, see train/host.py
     compiled = params = x = temp_mb = None
     for line in sys.stdin:
         request = json.loads(line)

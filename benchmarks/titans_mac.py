@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from neural_memory import HOW_TO_ADD_PEER, KEEP_LARGE_BLOCKS, Peer, quantiles, report_head  # noqa: E402
+from neural_memory import HOW_TO_ADD_PEER, Peer, quantiles, report_head  # noqa: E402
 
 TOKENS, DIM, DEPTH, SEGMENT, PERSISTENT, HEADS, HEAD_DIM = 513, 256, 2, 128, 4, 4, 64
 TARGET = 3.0
@@ -54,6 +54,7 @@ def serve_engrax() -> None:
     import optax
     from flax import nnx
 
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # as the training loop does, see train/host.py
     compiled = params = tokens = count = None
     for line in sys.stdin:
         request = json.loads(line)
@@ -82,7 +83,7 @@ def serve_engrax() -> None:
 
 def compare(args) -> dict:
     """Runs both, turn by turn; returns times, parameters and ratios."""
-    build = dict(environment=KEEP_LARGE_BLOCKS, seq=TOKENS, threads=args.threads, seed=args.seed)
+    build = dict(seq=TOKENS, threads=args.threads, seed=args.seed)
     engines = {"engrax": Peer([sys.executable, __file__, "--serve"], build={}, **build)}
     if args.peer_python:
         script = str(Path(__file__).with_name("titans_pytorch_peer.py"))

@@ -6,7 +6,6 @@ import sys
 import jax
 
 # Parameters of glibc's mallopt, and what they are set to.
-_ONE_ARENA = (-8, 1)  # M_ARENA_MAX: threads share one heap; with one of its own, a thread maps blocks above 64 MB anew
 _NO_MAPPING = (-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
 _NO_TRIMMING = (-1, -1)  # M_TRIM_THRESHOLD: the heap is never given back
 
@@ -16,14 +15,17 @@ def keep_freed_memory() -> bool:
 
     XLA allocates a CPU program's temporaries anew for every call. By default glibc gives blocks of that size back to
     the system at once, and every call pays a page fault per 4 KiB (measured: a fifth of the time of a step of the
-    quickstart, 190,000 faults). Blocks of any size are kept only where this is called before JAX starts its threads,
-    else those of up to 64 MB. The environment variables MALLOC_ARENA_MAX, MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_
-    do the same for a process that does not train.
+    quickstart, 190,000 faults). Only the heap of the process's first thread can hold blocks above 64 MB, so programs
+    are run by the thread that calls them, not handed to another; that setting counts where JAX has not started yet.
+    (A single heap for all threads keeps large blocks as well, but the compiler's threads wait for each other at it:
+    20 s instead of 16 s to the quickstart's first step on two cores, and 5 GB instead of 2 GB.) A process that does not
+    train gets the same from the environment variables MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=-1 and JAX's
+    setting `jax_cpu_enable_async_dispatch`.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None  # musl: none
     if mallopt is None:
         return False
-    shared = mallopt(*_ONE_ARENA)  # before the next line, which starts threads; hosts of a GPU or TPU allocate little
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # before the next line, which starts JAX
     if jax.default_backend() != "cpu":
         return False
-    return all([shared == 1, mallopt(*_NO_MAPPING) == 1, mallopt(*_NO_TRIMMING) == 1])
+    return all([mallopt(*_NO_MAPPING) == 1, mallopt(*_NO_TRIMMING) == 1])
