@@ -5,8 +5,8 @@
 
 BOOKS is any folder of long texts (.txt, a file is a document). Rows hold 8 segments of 128 bytes; documents begin on
 the segments' grid. `hmt_books_rmt` and `hmt_books_window` are the same backbone, tokens and steps with RMT's memory,
-and with a sliding window as long as a segment and no memory. Sized for two CPU cores; not trained to the end by us yet,
-so no figure stands here.
+and with a sliding window as long as a segment and no memory. Sized for a CPU; benchmarks/hmt_books.py compares the
+three, docs/hmt.md has what it found.
 """
 
 from engrax.data import TextFolder
@@ -20,7 +20,7 @@ SEGMENT, SEGMENTS = 128, 8
 def backbone(window: int | None = None) -> LanguageModelConfig:
     """The language model that all three have."""
     attention = AttentionConfig(heads=4, head_dim=32, window=window)
-    return LanguageModelConfig(vocab_size=256, dim=128, mixers=(attention,), repeat=4)
+    return LanguageModelConfig(vocab_size=256, dim=128, mixers=(attention,), repeat=2)
 
 
 def experiment(model: ModelConfig) -> Experiment:
@@ -28,12 +28,12 @@ def experiment(model: ModelConfig) -> Experiment:
     return Experiment(
         model=model,
         data=TextFolder(path="books", suffixes=(".txt",), seq_len=SEGMENT * SEGMENTS),
-        steps=2000,
-        batch_size=8,
+        steps=400,
+        batch_size=4,
         align=SEGMENT,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
-        checkpoint=CheckpointConfig(every=500),
-        eval=EvalConfig(every=250, batches=8),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
+        checkpoint=CheckpointConfig(every=200),
+        eval=EvalConfig(every=100, batches=8),
     )
 
 

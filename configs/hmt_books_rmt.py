@@ -2,7 +2,7 @@
 
     engrax train hmt_books_rmt --data.path BOOKS --run-dir runs/rmt
 
-Backbone, data, tokens and steps are those of `hmt_books`; not trained to the end by us yet, so no figure stands here.
+Backbone, data, tokens and steps are those of `hmt_books`.
 """
 
 from engrax.configs.hmt_books import SEGMENT, backbone, experiment

@@ -32,23 +32,26 @@ def experiment(mixer) -> Experiment:
     return Experiment(
         model=LanguageModelConfig(vocab_size=256, dim=128, mixers=(mixer,), repeat=2),
         data=StdlibText(seq_len=256),
-        steps=300,
+        steps=200,
         batch_size=8,
         optimizer=OptimizerConfig(warmup_steps=50),
         checkpoint=CheckpointConfig(every=0, keep_last=1, keep_best=0),
-        eval=EvalConfig(every=100, batches=4),
+        eval=EvalConfig(every=100, batches=16),
         log=LogConfig(every=50),
     )
 
 
-def comparison(make=experiment) -> Comparison:
+def comparison(
+    make=experiment,
+    memory: TitansConfig = TitansConfig(heads=4, head_dim=32, hidden=64, chunk_size=32, persistent_tokens=4),
+    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3),
+) -> Comparison:
     """The comparison: the memory alone first, which the others are held to; `make` says what they are trained on."""
-    memory = TitansConfig(heads=4, head_dim=32, hidden=64, chunk_size=32, persistent_tokens=4)
-    attention = AttentionConfig(window=32, conv_width=4, persistent_tokens=4)
+    attention = AttentionConfig(window=memory.chunk_size, conv_width=4, persistent_tokens=4)
     change = lambda **fields: dataclasses.replace(memory, **fields)  # noqa: E731
     mixers = {
         "LMM": memory,
-        "MAC": MACConfig(memory=memory, chunk_size=32),
+        "MAC": MACConfig(memory=memory, chunk_size=memory.chunk_size),
         "MAG": MAGConfig(memory=memory, attention=attention),
         "MAL": MALConfig(memory=memory, attention=attention),
         "linear memory": change(depth=1),
@@ -71,6 +74,6 @@ def comparison(make=experiment) -> Comparison:
     ]
     return Comparison(
         experiments={name: make(mixer) for name, mixer in mixers.items()},
-        learning_rates=(2e-3, 4e-3, 8e-3),
+        learning_rates=learning_rates,
         claims=tuple(claims),
     )
