@@ -3,23 +3,28 @@
 Its settings cover the attention of published checkpoints too: biases, normalised queries and keys, scaled rotary
 frequencies, no rotation at all.
 
-The attention itself is `jax.nn.dot_product_attention`; float64 takes a plain einsum: the library errs 1e-7 there.
+The attention itself is `jax.nn.dot_product_attention`; float64 takes a plain einsum: the library errs 1e-7 there. Long
+rows under a window are cut into blocks, which see themselves and the block before.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from engrax.errors import UserError
 from engrax.layers.conv import ShortConv
 from engrax.layers.mixer import MIXERS, MixerConfig
 from engrax.layers.modules import projection, rms_norm
 from engrax.layers.segments import last_segment_after, starts_anew
+
+
+SMALLEST_BLOCK = 32  # tokens of a sliding window's block, at least: smaller matrix products are no faster
 
 
 class AttentionState(NamedTuple):
@@ -170,6 +175,31 @@ def masked_attention(
     return jnp.einsum("BHTS,BSHK->BTHK", weights, v)
 
 
+def in_blocks(
+    tokens: Sequence[Shaped[Array, "B T ..."]], slots: Sequence[Shaped[Array, "B S ..."]], size: int
+) -> tuple[list[Shaped[Array, "N L ..."]], list[Shaped[Array, "N M ..."]]]:
+    """Cuts rows into blocks of L = `size` tokens, each with the M = 2L slots of its own block and of the one before.
+
+    A window of at most `size` tokens reaches no further, so that its work grows with T, not with T^2. Slots end with the
+    call's tokens, S - T <= size. What is filled up is -1 (segments and positions) or 0. N = B * ceil(T / L).
+    """
+    T, S = tokens[0].shape[1], slots[0].shape[1]
+    count = -(-T // size)
+    after = count * size - T
+
+    def fill(x, before):
+        widths = ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2)
+        x = jnp.pad(x, widths, constant_values=-1 if jnp.issubdtype(x.dtype, jnp.integer) else 0)
+        return x.reshape(len(x), -1, size, *x.shape[2:])
+
+    def rows(x):
+        return x.reshape(-1, *x.shape[2:])
+
+    slots = [fill(x, size - (S - T)) for x in slots]
+    pairs = [jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2) for x in slots]
+    return [rows(fill(x, 0)) for x in tokens], [rows(x) for x in pairs]
+
+
 class Attention(nnx.Module):
     """The module of AttentionConfig: x [B, T, D] -> y [B, T, D], AttentionState."""
 
@@ -239,15 +269,20 @@ class Attention(nnx.Module):
         plain_q = q
         if c.rope_base is not None:
             q, k = (rotate(y, position_BT, c.rope_base, c.rope_scaling) for y in (q, k))
-        keys, values, segments, slot_position, state = self._extend(state, k, v, segment_ids, position_BT, fresh)
-        age = position_BT[:, :, None] - slot_position[:, None, :]
-        visible = (age >= 0) & (segments[:, None, :] == segment_ids[:, :, None])
+        *slots, state = self._extend(state, k, v, segment_ids, position_BT, fresh)
+        tokens = [q, plain_q, segment_ids, position_BT]
+        if c.window is not None and T >= 2 * max(c.window, SMALLEST_BLOCK):
+            tokens, slots = in_blocks(tokens, slots, max(c.window, SMALLEST_BLOCK))
+        (q, plain_q, ids, position), (keys, values, segments, slot_position) = tokens, slots
+        age = position[:, :, None] - slot_position[:, None, :]
+        visible = (age >= 0) & (segments[:, None, :] == ids[:, :, None])
         if c.window is not None:
             visible &= age < c.window
         visible |= age == 0  # padding sees itself: no empty softmax
         if c.persistent_tokens:
             q, keys, values, visible = self._with_persistent(plain_q, q, keys, values, visible)
         y = masked_attention(q, keys, values, visible, c.head_dim**-0.5)
+        y = y.reshape(B, -1, *y.shape[2:])[:, :T]
         y = jnp.where((segment_ids >= 0)[..., None, None], y, 0)
         if c.window is None:
             y = jnp.where((state.position <= c.capacity)[:, None, None, None], y, jnp.nan)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from engrax.errors import UserError
-from engrax.layers import MIXERS, AttentionConfig, TitansConfig
+from engrax.layers import MIXERS, AttentionConfig, TitansConfig, attention
 from engrax.layers.attention import rotate
 from engrax.layers.conv import ShortConv
 from engrax.layers.modules import l2_normalise, projection
@@ -109,6 +109,30 @@ def test_attention_is_its_definition(window, dtype, tolerance, x64, rng):
     graphdef, params = nnx.split(module, nnx.Param)
     module = nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(dtype), params))
     np.testing.assert_allclose(module(x.astype(dtype), None, IDS)[0], wanted, atol=tolerance)
+
+
+@pytest.mark.parametrize("length, window", [(75, 8), (64, 32), (140, 40)])
+def test_blocks_of_a_window_change_nothing(length, window, x64, rng, monkeypatch):
+    """When a long row under a window is cut into blocks, then values, gradients and state are those of the uncut row."""
+    config = AttentionConfig(heads=4, kv_heads=2, head_dim=4, window=window, conv_width=2, persistent_tokens=2)
+    module = built(config)
+    head, x = (jnp.asarray(rng.normal(size=(2, n, 8))) for n in (window + 3, length))
+    starts = np.sort(rng.choice(length, (2, 2), replace=False))
+    segments = jnp.asarray((np.arange(length) >= starts[:, :1]) * 1 + (np.arange(length) >= starts[:, 1:]) * 1)
+    segments = segments.at[0, -5:].set(-1)
+
+    def run(module, x, head):
+        def loss(x, head):
+            state = module(head)[1]
+            ys, after = zip(module(x, state, segments), module(x, None, segments), module(x))
+            return sum(jnp.sum(jnp.sin(y)) for y in ys), (ys, after)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(x, head)
+
+    blocks = compiled(run)(module, x, head)
+    monkeypatch.setattr(attention, "SMALLEST_BLOCK", 1000)
+    whole = compiled(run)(module, x, head)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), blocks, whole)
 
 
 def test_window_of_one_token_carries_an_empty_cache(x64, rng):
