@@ -85,9 +85,10 @@ def read(run: Path, length: int) -> np.ndarray:
 def recall(run: Path, segments: int = 40) -> np.ndarray:
     """The weight of each past segment [segments, segments] where two held-out documents take turns; the pairs' mean."""
     import jax
+    from flax import nnx
+
     from engrax.evals.streaming import long_documents
     from engrax.train import runs
-    from flax import nnx
 
     opened = runs.open_run(run)
     size = opened.experiment.model.segment_length
@@ -172,7 +173,8 @@ def main() -> None:
         for line in report[part]["lines"]:
             print(f"{part}: {line['name']} {line['score']} (learning rate {line['learning_rate']:g})")
         for claim in report[part]["claims"]:
-            print(f"{part}: {claim['claim']['better']} - {claim['claim']['worse']} {claim['difference']}: {claim['verdict']}")
+            pair = f"{claim['claim']['better']} - {claim['claim']['worse']}"
+            print(f"{part}: {pair} {claim['difference']}: {claim['verdict']}")
     print("even, odd ages:", [(round(np.mean(a[1::2]), 5), round(np.mean(a[0::2]), 5)) for a in ages])
     if args.output:
         Path(args.output).write_text(json.dumps(report, indent=1) + "\n")

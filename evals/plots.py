@@ -165,7 +165,7 @@ def training(title: str, panels: Sequence[dict[str, Any]], step: int) -> bytes:
                 axis.yaxis.set_major_formatter("{x:,.0f}")
             if len(panel["series"]) > 1:
                 axis.legend(fontsize=9)
-            _whole_numbers(axis)
+            _whole_numbers(axis.xaxis)
             _mark(axis, step, panel["series"])
     return drawn.png
 
@@ -183,7 +183,7 @@ def small_multiples(title: str, x_label: str, panels: dict[str, dict[str, tuple]
             axis.set_title(name, fontsize=9.5)
             axis.margins(y=0.15)
             axis.ticklabel_format(axis="y", useOffset=False)
-            _whole_numbers(axis)
+            _whole_numbers(axis.xaxis)
             if step is not None:
                 _mark(axis, step, [{"x": x} for x, _ in panel.values()])
         for axis in drawn.axes.flat[len(panels) :]:
@@ -253,7 +253,7 @@ def _log_axis(axis: Any, last: int) -> None:
 def _whole_numbers(axis: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    axis.set_major_locator(MaxNLocator(integer=True, nbins=5))
 
 
 def _mark(axis: Any, step: int, series: Sequence[dict[str, Any]]) -> None:
@@ -278,7 +278,8 @@ def heat_maps(title: str, x_label: str, y_label: str, panels: dict[str, np.ndarr
             axis.set(xlabel=x_label, ylabel=y_label)
             axis.set_title(name, fontsize=9.5)
             axis.grid(visible=False)
-            _whole_numbers(axis)
+            _whole_numbers(axis.xaxis)
+            _whole_numbers(axis.yaxis)
         for axis in drawn.axes.flat[len(panels) :]:
             axis.set_visible(False)
     return drawn.png

@@ -23,7 +23,6 @@ from engrax.layers.mixer import MIXERS, MixerConfig
 from engrax.layers.modules import projection, rms_norm
 from engrax.layers.segments import last_segment_after, starts_anew
 
-
 SMALLEST_BLOCK = 32  # tokens of a sliding window's block, at least: smaller matrix products are no faster
 
 
@@ -180,8 +179,8 @@ def in_blocks(
 ) -> tuple[list[Shaped[Array, "N L ..."]], list[Shaped[Array, "N M ..."]]]:
     """Cuts rows into blocks of L = `size` tokens, each with the M = 2L slots of its own block and of the one before.
 
-    A window of at most `size` tokens reaches no further, so that its work grows with T, not with T^2. Slots end with the
-    call's tokens, S - T <= size. What is filled up is -1 (segments and positions) or 0. N = B * ceil(T / L).
+    A window of at most `size` tokens reaches no further, so that its work grows with T, not T^2. The slots end with
+    the call's tokens, S - T <= size. What is filled up is -1 (segments and positions) or 0. N = B * ceil(T / L).
     """
     T, S = tokens[0].shape[1], slots[0].shape[1]
     count = -(-T // size)

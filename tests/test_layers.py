@@ -113,7 +113,7 @@ def test_attention_is_its_definition(window, dtype, tolerance, x64, rng):
 
 @pytest.mark.parametrize("length, window", [(75, 8), (64, 32), (140, 40)])
 def test_blocks_of_a_window_change_nothing(length, window, x64, rng, monkeypatch):
-    """When a long row under a window is cut into blocks, then values, gradients and state are those of the uncut row."""
+    """When a long row under a window is cut into blocks, then values, gradients and state are the uncut row's."""
     config = AttentionConfig(heads=4, kv_heads=2, head_dim=4, window=window, conv_width=2, persistent_tokens=2)
     module = built(config)
     head, x = (jnp.asarray(rng.normal(size=(2, n, 8))) for n in (window + 3, length))

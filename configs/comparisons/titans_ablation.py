@@ -25,6 +25,7 @@ PAPER = {  # language-modelling perplexity of table 5
     "no forgetting": 29.04,
     "no persistent tokens": 27.63,
 }
+MEMORY = TitansConfig(heads=4, head_dim=32, hidden=64, chunk_size=32, persistent_tokens=4)
 
 
 def experiment(mixer) -> Experiment:
@@ -43,7 +44,7 @@ def experiment(mixer) -> Experiment:
 
 def comparison(
     make=experiment,
-    memory: TitansConfig = TitansConfig(heads=4, head_dim=32, hidden=64, chunk_size=32, persistent_tokens=4),
+    memory: TitansConfig = MEMORY,
     learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3),
 ) -> Comparison:
     """The comparison: the memory alone first, which the others are held to; `make` says what they are trained on."""
