@@ -89,15 +89,19 @@ def _is_setting(config: type, registry) -> bool:
 
 
 def cases(registry):
-    """pytest parameters (name, index, law, deep), ordered by config, so that what one compiled can be dropped."""
-    found = []
+    """pytest parameters (kind, name, index, law, deep), ordered by config, so that what one compiled can be dropped."""
+    found, kind = [], registry.kind
     for name in registry:
         for index in range(len(registry[name].examples())):
             for part in LAWS:
                 slow = [pytest.mark.slow] if _is_slow(registry, name, index, part) else []
-                found.append(pytest.param(name, index, part, False, marks=slow, id=f"{name}{index}-{part}"))
+                found.append(
+                    pytest.param(kind, name, index, part, False, marks=slow, id=f"{kind}-{name}{index}-{part}")
+                )
             found += [
-                pytest.param(name, index, part, True, marks=[pytest.mark.slow], id=f"{name}{index}-{part}-deep")
+                pytest.param(
+                    kind, name, index, part, True, marks=[pytest.mark.slow], id=f"{kind}-{name}{index}-{part}-deep"
+                )
                 for part in LAWS
             ]
     return found
