@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np  # noqa: E402
+from hmt_interleaved import by_age  # noqa: E402
 from neural_memory import report_head  # noqa: E402
 
 DOCUMENT, LENGTH = 32_768, 16_384  # bytes of a document, and those of it that are read
@@ -112,12 +113,6 @@ def judge(comparison, rows, bits: dict[str, np.ndarray], beyond: int) -> list[di
         scores = tuple(Score(sums=x, counts=counts) for x in part.sum(axis=2))
         read_rows.append(dataclasses.replace(row, scores=scores))
     return verdicts.to_dict(*verdicts.judge(comparison, read_rows))
-
-
-def by_age(weights: np.ndarray) -> list[float]:
-    """Mean weight of the memory of age 1, 2, ... over the later half of the segments."""
-    late = range(len(weights) // 2, len(weights))
-    return [float(np.mean([weights[n, n - age] for n in late])) for age in range(1, len(weights) // 2)]
 
 
 def curves(bits: dict[str, np.ndarray]) -> dict[str, list]:

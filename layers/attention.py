@@ -175,18 +175,21 @@ def masked_attention(
 
 
 def in_blocks(
-    tokens: Sequence[Shaped[Array, "B T ..."]], slots: Sequence[Shaped[Array, "B S ..."]], size: int
+    window: int | None, tokens: Sequence[Shaped[Array, "B T ..."]], slots: Sequence[Shaped[Array, "B S ..."]]
 ) -> tuple[list[Shaped[Array, "N L ..."]], list[Shaped[Array, "N M ..."]]]:
-    """Cuts rows into blocks of L = `size` tokens, each with the M = 2L slots of its own block and of the one before.
+    """Cuts long rows into blocks of L tokens, each with the M = 2L slots of its own block and of the one before.
 
-    A window of at most `size` tokens reaches no further, so that its work grows with T, not T^2. The slots end with
-    the call's tokens, S - T <= size. What is filled up is -1 (segments and positions) or 0. N = B * ceil(T / L).
+    A window of at most L tokens reaches no further, so that its work grows with T, not T^2. The slots end with the
+    call's tokens, S - T < window. What is filled up is -1 (segments and positions) or 0. N = B * ceil(T / L). Rows of
+    less than two blocks, and without a window, stay whole.
     """
     T, S = tokens[0].shape[1], slots[0].shape[1]
-    count = -(-T // size)
-    after = count * size - T
+    size = max(window or 0, SMALLEST_BLOCK)
+    if window is None or T < 2 * size:
+        return list(tokens), list(slots)
+    after = -T % size
 
-    def fill(x, before):
+    def blocks(x, before):
         widths = ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2)
         x = jnp.pad(x, widths, constant_values=-1 if jnp.issubdtype(x.dtype, jnp.integer) else 0)
         return x.reshape(len(x), -1, size, *x.shape[2:])
@@ -194,9 +197,14 @@ def in_blocks(
     def rows(x):
         return x.reshape(-1, *x.shape[2:])
 
-    slots = [fill(x, size - (S - T)) for x in slots]
+    slots = [blocks(x, size - (S - T)) for x in slots]
     pairs = [jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2) for x in slots]
-    return [rows(fill(x, 0)) for x in tokens], [rows(x) for x in pairs]
+    return [rows(blocks(x, 0)) for x in tokens], [rows(x) for x in pairs]
+
+
+def out_of_blocks(y: Shaped[Array, "N L ..."], batch: int, length: int) -> Shaped[Array, "B T ..."]:
+    """The rows that `in_blocks` cut."""
+    return y.reshape(batch, -1, *y.shape[2:])[:, :length]
 
 
 class Attention(nnx.Module):
@@ -269,9 +277,7 @@ class Attention(nnx.Module):
         if c.rope_base is not None:
             q, k = (rotate(y, position_BT, c.rope_base, c.rope_scaling) for y in (q, k))
         *slots, state = self._extend(state, k, v, segment_ids, position_BT, fresh)
-        tokens = [q, plain_q, segment_ids, position_BT]
-        if c.window is not None and T >= 2 * max(c.window, SMALLEST_BLOCK):
-            tokens, slots = in_blocks(tokens, slots, max(c.window, SMALLEST_BLOCK))
+        tokens, slots = in_blocks(c.window, [q, plain_q, segment_ids, position_BT], slots)
         (q, plain_q, ids, position), (keys, values, segments, slot_position) = tokens, slots
         age = position[:, :, None] - slot_position[:, None, :]
         visible = (age >= 0) & (segments[:, None, :] == ids[:, :, None])
@@ -281,7 +287,7 @@ class Attention(nnx.Module):
         if c.persistent_tokens:
             q, keys, values, visible = self._with_persistent(plain_q, q, keys, values, visible)
         y = masked_attention(q, keys, values, visible, c.head_dim**-0.5)
-        y = y.reshape(B, -1, *y.shape[2:])[:, :T]
+        y = out_of_blocks(y, B, T)
         y = jnp.where((segment_ids >= 0)[..., None, None], y, 0)
         if c.window is None:
             y = jnp.where((state.position <= c.capacity)[:, None, None, None], y, jnp.nan)

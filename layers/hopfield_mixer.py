@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from engrax.errors import UserError
-from engrax.layers.attention import Attention, AttentionState
+from engrax.layers.attention import Attention, AttentionState, in_blocks, out_of_blocks
 from engrax.layers.hopfield import Hopfield, HopfieldSettings, Norm
 from engrax.layers.mixer import MIXERS
 
@@ -92,6 +92,7 @@ class CausalHopfield(Attention):
         """
         q, k, v, visible, ids, state = self._see(x_BTD, state, segment_ids)
         y = jnp.where((ids >= 0)[..., None, None], self.association.retrieve(q, k, v, visible), 0)
+        y, ids = (out_of_blocks(x, *x_BTD.shape[:2]) for x in (y, ids))
         if self.config.window is None:
             y = jnp.where((state.position <= self.config.capacity)[:, None, None, None], y, jnp.nan)
         y = self.association.read(y)
@@ -113,7 +114,7 @@ class CausalHopfield(Attention):
         return found
 
     def _see(self, x_BTD, state: AttentionState | None, segment_ids):
-        """States, patterns, values, what each state sees [B, T, S], segment ids, and the new state."""
+        """States, patterns, values, what each state sees, segment ids, and the new state; long rows in blocks."""
         B, T, _ = x_BTD.shape
         c, a = self.config, self.association
         if c.window is None and T > c.capacity:
@@ -126,12 +127,14 @@ class CausalHopfield(Attention):
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
         position_BT = state.position[:, None] + jnp.arange(T)
         q, k, v = a.spaces(x_BTD, None, None)
-        keys, values, segments, place, state = self._extend(state, k, v, segment_ids, position_BT, fresh)
-        age = position_BT[:, :, None] - place[:, None, :]
-        visible = (age >= 0) & (segments[:, None, :] == segment_ids[:, :, None]) & (segment_ids >= 0)[..., None]
+        *slots, state = self._extend(state, k, v, segment_ids, position_BT, fresh)
+        tokens, slots = in_blocks(c.window, [q, segment_ids, position_BT], slots)
+        (q, ids, position), (keys, values, segments, place) = tokens, slots
+        age = position[:, :, None] - place[:, None, :]
+        visible = (age >= 0) & (segments[:, None, :] == ids[:, :, None]) & (ids >= 0)[..., None]
         if c.window is not None:
             visible &= age < c.window
-        return q, keys.astype(q.dtype), values.astype(q.dtype), visible, segment_ids, state
+        return q, keys.astype(q.dtype), values.astype(q.dtype), visible, ids, state
 
     def _dtype(self):
         """Of the parameters; where there are none the widest that JAX is set to: tokens of any dtype fit in."""

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from engrax.errors import UserError
-from engrax.layers import MIXERS, AttentionConfig, TitansConfig, attention
+from engrax.layers import MIXERS, AttentionConfig, HopfieldConfig, TitansConfig, attention
 from engrax.layers.attention import rotate
 from engrax.layers.conv import ShortConv
 from engrax.layers.modules import l2_normalise, projection
@@ -111,12 +111,18 @@ def test_attention_is_its_definition(window, dtype, tolerance, x64, rng):
     np.testing.assert_allclose(module(x.astype(dtype), None, IDS)[0], wanted, atol=tolerance)
 
 
-@pytest.mark.parametrize("length, window", [(75, 8), (64, 32), (140, 40)])
-def test_blocks_of_a_window_change_nothing(length, window, x64, rng, monkeypatch):
+@pytest.mark.parametrize(
+    "length, config",
+    [
+        (75, AttentionConfig(heads=4, kv_heads=2, head_dim=4, window=8, conv_width=2, persistent_tokens=2)),
+        (140, AttentionConfig(heads=2, head_dim=4, window=40)),
+        (64, HopfieldConfig(heads=2, head_dim=4, window=32, beta=0.5)),
+    ],
+)
+def test_blocks_of_a_window_change_nothing(length, config, x64, rng, monkeypatch):
     """When a long row under a window is cut into blocks, then values, gradients and state are the uncut row's."""
-    config = AttentionConfig(heads=4, kv_heads=2, head_dim=4, window=window, conv_width=2, persistent_tokens=2)
     module = built(config)
-    head, x = (jnp.asarray(rng.normal(size=(2, n, 8))) for n in (window + 3, length))
+    head, x = (jnp.asarray(rng.normal(size=(2, n, 8))) for n in (config.window + 3, length))
     starts = np.sort(rng.choice(length, (2, 2), replace=False))
     segments = jnp.asarray((np.arange(length) >= starts[:, :1]) * 1 + (np.arange(length) >= starts[:, 1:]) * 1)
     segments = segments.at[0, -5:].set(-1)
