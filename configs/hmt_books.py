@@ -28,12 +28,12 @@ def experiment(model: ModelConfig) -> Experiment:
     return Experiment(
         model=model,
         data=TextFolder(path="books", suffixes=(".txt",), seq_len=SEGMENT * SEGMENTS),
-        steps=300,
+        steps=250,
         batch_size=4,
         align=SEGMENT,
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
-        checkpoint=CheckpointConfig(every=150),
-        eval=EvalConfig(every=100, batches=8),
+        checkpoint=CheckpointConfig(every=125),
+        eval=EvalConfig(every=125, batches=8),
     )
 
 
