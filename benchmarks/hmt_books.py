@@ -4,15 +4,17 @@
         --plot docs/hmt_books.png --recall docs/hmt_books_recall.png
 
 BOOKS is a folder of long texts (.txt). They are cut at ends of lines into documents of about 32 KiB, a Project
-Gutenberg header and licence left out; a tenth of the bytes is held out, passages of the books that are trained on. The
-models are `configs/hmt_books.py`, `hmt_books_rmt.py` and `hmt_books_window.py`: the same backbone, rows and steps,
-three learning rates each, the best with three seeds. Every judged run then reads the first 16,384 bytes of every
-held-out document.
+Gutenberg header and licence and the tail left out; a tenth of the bytes is held out, passages of the books that are
+trained on. The models are `configs/hmt_books.py`, `hmt_books_rmt.py` and `hmt_books_window.py`: the same backbone, rows
+and steps, three learning rates each, the best with three seeds. Every judged run then reads the first 16,384 bytes of
+up to 16 held-out documents.
 
 The rules, written beforehand. A claim is reproduced where the 95 % interval of the difference in bits per byte leaves
 out 0 on the right side (`engrax.evals.verdicts`: bootstrap over seeds and documents), asked of all the bytes read and
-of those past the first row's length. Memory is recalled periodically where two documents that take turns by segments
-give, in all judged seeds, memories of even ages (of the same document) more weight than those of odd ones.
+of those past the first row's length. Where two documents take turns by segments, the question to the memory is asked
+with the end of the segment before, which is the other document's: a recall by content gives the memories of that
+document, of odd ages, more weight than their neighbours, of even ones. It is periodic where the mean excess over the
+two neighbours, ages 3, 5, ..., has an interval (Student's t over the seeds) above 0.
 """
 
 import argparse
@@ -39,18 +41,23 @@ CLAIMS = {  # (better, worse) -> what is published
 
 def cut(books: Path, folder: Path) -> int:
     """Writes the books' documents into `folder`; returns how many."""
-    written = 0
+    names: set[str] = set()
     for book in sorted(books.glob("*.txt")):
         text = book.read_bytes().replace(b"\r\n", b"\n")
         start, end = text.find(b"*** START OF"), text.find(b"*** END OF")
         text = text[text.find(b"\n", start) + 1 if start >= 0 else 0 : end if end >= 0 else len(text)]
         while len(text) > DOCUMENT:
             at = text.rfind(b"\n", 0, DOCUMENT) + 1 or DOCUMENT
-            (folder / f"{book.stem}_{written:04d}.txt").write_bytes(text[:at])
-            text, written = text[at:], written + 1
-    if not written:
+            name = f"{book.stem}_{len(names):04d}.txt"
+            (folder / name).write_bytes(text[:at])
+            names.add(name)
+            text = text[at:]
+    others = {file.name for file in folder.iterdir()} - names
+    if others:
+        raise SystemExit(f"{folder} holds documents of other books ({min(others)}, ...); choose another --folder.")
+    if not names:
         raise SystemExit(f"--books {books}: no .txt file of more than {DOCUMENT} bytes.")
-    return written
+    return len(names)
 
 
 def make_comparison(documents: Path):
@@ -80,7 +87,10 @@ def read(run: Path, length: int) -> np.ndarray:
     for at in range(0, length, PIECE):
         found, memory = reader(documents[:, at : at + PIECE], documents[:, at + 1 : at + PIECE + 1], memory)
         nats.append(np.asarray(found))
-    return np.concatenate(nats, axis=1) / np.log(2)
+    bits = np.concatenate(nats, axis=1) / np.log(2)
+    if not np.isfinite(bits).all():
+        raise SystemExit(f"{run}: a loss is not a number.")
+    return bits
 
 
 def recall(run: Path, segments: int = 40) -> np.ndarray:
@@ -94,6 +104,8 @@ def recall(run: Path, segments: int = 40) -> np.ndarray:
     opened = runs.open_run(run)
     size = opened.experiment.model.segment_length
     texts = long_documents(opened.experiment, LENGTH)
+    if len(texts) < 2:
+        raise SystemExit("the probe needs two held-out documents; give longer books.")
     texts = texts[: len(texts) // 2 * 2, : segments // 2 * size].reshape(-1, 2, segments // 2, size)
     turns = texts.swapaxes(1, 2).reshape(len(texts), segments * size)
     graphdef, params = nnx.split(opened.load()[0], nnx.Param)
@@ -115,6 +127,11 @@ def judge(comparison, rows, bits: dict[str, np.ndarray], beyond: int) -> list[di
     return verdicts.to_dict(*verdicts.judge(comparison, read_rows))
 
 
+def excess_at_odd_ages(weights: list[float]) -> float:
+    """How much more weight ages 3, 5, ... have than the mean of the ages before and after; weights: of age 1, 2, ..."""
+    return float(np.mean([weights[i] - (weights[i - 1] + weights[i + 1]) / 2 for i in range(2, len(weights) - 1, 2)]))
+
+
 def curves(bits: dict[str, np.ndarray]) -> dict[str, list]:
     """The loss by position, the mean of the seeds; a row is a document."""
     from engrax.evals import statistics as stats
@@ -127,6 +144,68 @@ def curves(bits: dict[str, np.ndarray]) -> dict[str, list]:
     return found
 
 
+def measure(args) -> tuple[dict, list[np.ndarray]]:
+    """Trains and reads; returns what goes into the JSON file, and the weights of the recall, one table a seed."""
+    from engrax.evals import comparison as comparisons
+    from engrax.evals import statistics as stats
+
+    documents = args.folder / "documents"
+    documents.mkdir(parents=True, exist_ok=True)
+    count = cut(args.books, documents)
+    comparison = make_comparison(documents)
+    rows = comparisons.run(comparison, args.folder)
+    for row in rows:
+        if any(score.sums is None for score in row.scores):
+            raise SystemExit(f"{row.name} diverged with a judged seed; give lower learning rates.")
+    runs = {
+        row.name: [args.folder / row.name / f"lr_{row.learning_rate:g}_seed_{seed}" for seed in (1, 2, 3)]
+        for row in rows
+    }
+    bits = {name: np.stack([read(run, LENGTH) for run in found]) for name, found in runs.items()}
+    recalls = [recall(run) for run in runs["HMT"]]
+    ages = [by_age(weights) for weights in recalls]
+    excess = stats.mean_of_few(np.array([excess_at_odd_ages(a) for a in ages])).to_dict()
+    row_length = comparison.experiments["HMT"].data.seq_len
+    report = {
+        "books": [book.name for book in sorted(args.books.glob("*.txt"))],
+        "documents": {"all": count, "held_out_and_read": bits["HMT"].shape[1]},
+        "row_length": row_length,
+        "read": judge(comparison, rows, bits, 0),
+        "past_the_first_row": judge(comparison, rows, bits, row_length),
+        "grid": {row.name: row.grid for row in rows},
+        "seconds": {row.name: [score.seconds for score in row.scores] for row in rows},
+        "curves": curves(bits),
+        "recall_by_age": ages,
+        "excess_at_odd_ages": excess,
+        "periodic": excess["low"] > 0,
+    }
+    return report, recalls
+
+
+def show(report: dict) -> None:
+    """Prints the scores and the verdicts."""
+    for part in ("read", "past_the_first_row"):
+        for line in report[part]["lines"]:
+            print(f"{part}: {line['name']} {line['score']} (learning rate {line['learning_rate']:g})")
+        for claim in report[part]["claims"]:
+            pair = f"{claim['claim']['better']} - {claim['claim']['worse']}"
+            print(f"{part}: {pair} {claim['difference']}: {claim['verdict']}")
+    print("excess of the weight at odd ages", report["excess_at_odd_ages"])
+
+
+def plot_losses(report: dict) -> bytes:
+    """Loss by position, HMT's with its band."""
+    from engrax.evals import plots
+
+    lines = [
+        {"name": name, "kind": "muted" if i else "model", "bins": [b for b in bins if b["to"] > 64]}
+        for i, (name, bins) in enumerate(reversed(report["curves"].items()))
+    ]
+    axes = ("position in the document, bytes", "bits per byte")
+    marks = [("a segment", 128), ("a row", report["row_length"])]
+    return plots.curves("Books, read past a row", axes, lines, log_x=True, marks=marks)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", required=True, type=Path, help="a folder of long texts (.txt)")
@@ -134,53 +213,18 @@ def main() -> None:
     parser.add_argument("--output", help="write the figures as JSON to this file")
     parser.add_argument("--plot", help="write the loss by position as PNG to this file")
     parser.add_argument("--recall", help="write the weight of the recall as PNG to this file")
-    args = parser.parse_args(namespace=argparse.Namespace(peer_python=None, seed=0, runs=3))
+    args = parser.parse_args(namespace=argparse.Namespace(peer_python=None, seed=[0, 1, 2, 3], runs=3))
 
-    from engrax.evals import comparison as comparisons
     from engrax.evals import plots
 
-    documents = args.folder / "documents"
-    documents.mkdir(parents=True, exist_ok=True)
-    comparison = make_comparison(documents)
-    count = cut(args.books, documents)
-    rows = comparisons.run(comparison, args.folder)
-    runs = {
-        row.name: [args.folder / row.name / f"lr_{row.learning_rate:g}_seed_{seed}" for seed in (1, 2, 3)]
-        for row in rows
-    }
-    bits = {name: np.stack([read(run, LENGTH) for run in found]) for name, found in runs.items()}
-    row_length = comparison.experiments["HMT"].data.seq_len
-    recalls = [recall(run) for run in runs["HMT"]]
-    ages = [by_age(weights) for weights in recalls]
-    report = report_head("hmt_books.py", args) | {
-        "books": [book.name for book in sorted(args.books.glob("*.txt"))],
-        "documents": {"all": count, "held_out_and_read": bits["HMT"].shape[1]},
-        "read": judge(comparison, rows, bits, 0),
-        "past_the_first_row": judge(comparison, rows, bits, row_length),
-        "grid": {row.name: row.grid for row in rows},
-        "seconds": {row.name: [score.seconds for score in row.scores] for row in rows},
-        "curves": curves(bits),
-        "recall_by_age": ages,
-    }
-    report["command"] = report["command"].replace(str(args.books), "BOOKS")
-    report["periodic"] = all(np.mean(a[1::2]) > np.mean(a[0::2]) for a in ages)
-    for part in ("read", "past_the_first_row"):
-        for line in report[part]["lines"]:
-            print(f"{part}: {line['name']} {line['score']} (learning rate {line['learning_rate']:g})")
-        for claim in report[part]["claims"]:
-            pair = f"{claim['claim']['better']} - {claim['claim']['worse']}"
-            print(f"{part}: {pair} {claim['difference']}: {claim['verdict']}")
-    print("even, odd ages:", [(round(np.mean(a[1::2]), 5), round(np.mean(a[0::2]), 5)) for a in ages])
+    report, recalls = measure(args)
+    report = report_head("hmt_books.py", args) | report
+    report["command"] = " ".join("BOOKS" if w == str(args.books) else w for w in report["command"].split())
+    show(report)
     if args.output:
         Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
     if args.plot:
-        lines = [
-            {"name": name, "kind": "muted" if i else "model", "bins": [b for b in bins if b["to"] > 64]}
-            for i, (name, bins) in enumerate(report["curves"].items())
-        ]
-        axes = ("position in the document, bytes", "bits per byte")
-        marks = [("a segment", 128), ("a row", row_length)]
-        Path(args.plot).write_bytes(plots.curves("Books, read past a row", axes, lines, log_x=True, marks=marks))
+        Path(args.plot).write_bytes(plot_losses(report))
     if args.recall:
         panels = {f"seed {n}": weights for n, weights in enumerate(recalls, 1)}
         labels = ("recalled segment", "segment that begins")

@@ -28,7 +28,7 @@ from neural_memory import report_head  # noqa: E402
 
 LENGTH, SEGMENTS, MANY, VOCAB, ALPHABET = 8, 8, 20, 32, 4
 ROWS, STEPS, SEEDS = 16, 120, 5
-BEGIN = [n * LENGTH + i for n in range(3, SEGMENTS) for i in range(3)]  # targets after the document's first segment
+BEGIN = [n * LENGTH + i for n in range(2, SEGMENTS) for i in range(3)]  # of segments whose document was read before
 
 
 def make_config():
@@ -87,6 +87,9 @@ def main() -> None:
     parser.add_argument("--output", help="write the figures as JSON to this file")
     parser.add_argument("--plot", help="write the weight of the recall as PNG to this file")
     args = parser.parse_args(namespace=argparse.Namespace(peer_python=None, runs=1))
+
+    if args.seeds < 2:
+        parser.error("--seeds: an interval needs two or more.")
 
     from engrax.evals import plots
     from engrax.evals import statistics as stats

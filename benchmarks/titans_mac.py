@@ -8,11 +8,13 @@ bytes, one row, next-token loss. engrax runs the paper's memory as context, caus
 retrieved, a memory with step size, momentum and forgetting per token whose gradients are taken at the starts of chunks
 of 64 tokens. titans-pytorch's MemoryAsContextTransformer adds its memory's output to the stream before the attention,
 and takes all gradients at the initial weights. The two take turns, as in benchmarks/neural_memory.py, whose protocol
-this is.
+this is. After each step engrax's process multiplies two large matrices: at that speed its model's arithmetic (three
+times the forward pass of the cost table) alone takes the time printed as the floor.
 """
 
 import argparse
 import json
+import math
 import os
 import resource
 import sys
@@ -24,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from neural_memory import HOW_TO_ADD_PEER, Peer, quantiles, report_head  # noqa: E402
 
 TOKENS, DIM, DEPTH, SEGMENT, PERSISTENT, HEADS, HEAD_DIM = 513, 256, 2, 128, 4, 4, 64
-TARGET = 3.0
+TARGET, LARGE = 3.0, (1024, 1024, 1024)
 PEER = dict(
     num_tokens=256,
     dim=DIM,
@@ -56,6 +58,9 @@ def serve_engrax() -> None:
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # as the training loop does, see train/host.py
     compiled = params = tokens = count = None
+    a, b = jnp.ones(LARGE[:2]), jnp.ones(LARGE[1:])
+    multiply = jax.jit(jnp.matmul).lower(a, b).compile()
+    gflop = 3e-9 * (TOKENS - 1) * make_model().flops_per_token(TOKENS - 1)
     for line in sys.stdin:
         request = json.loads(line)
         if "build" in request:
@@ -77,7 +82,10 @@ def serve_engrax() -> None:
             jax.block_until_ready(compiled(params, tokens))
             ms = (time.perf_counter() - start) * 1e3
             rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            answer = {"ms": ms, "rss_mb": rss, "parameters": count}
+            start = time.perf_counter()
+            multiply(a, b).block_until_ready()
+            speed = 2e-9 * math.prod(LARGE) / (time.perf_counter() - start)
+            answer = {"ms": ms, "rss_mb": rss, "parameters": count, "gflop": gflop, "gflop_per_s": speed}
         print(json.dumps(answer), flush=True)
 
 
@@ -90,12 +98,17 @@ def compare(args) -> dict:
         engines["titans-pytorch"] = Peer([args.peer_python, script], build=PEER, **build)
     times: dict[str, list[float]] = {engine: [] for engine in engines}
     result: dict = {"versions": {}}
+    answers: list[dict] = []
     for turn in range(args.warmup + args.runs):
         for engine, process in engines.items():
             answer = process.ask(run=True)
             result[engine] = {"rss_mb": answer["rss_mb"], "parameters": answer["parameters"]}
             if turn >= args.warmup:
                 times[engine].append(answer["ms"])
+            if engine == "engrax":
+                answers.append(answer)
+    speeds, gflop = [answer["gflop_per_s"] for answer in answers], answers[0]["gflop"]
+    result["floor"] = {"gflop": gflop, "gflop_per_s": quantiles(speeds), "ms": 1e3 * gflop / max(speeds)}
     for engine, process in engines.items():
         result[engine]["ms"] = quantiles(times[engine])
         result["versions"] |= process.versions
@@ -129,6 +142,8 @@ def main() -> None:
             ms, size = r["ms"], r["parameters"] / 1e6
             spread = f"min {ms['min']:.1f}, max {ms['max']:.1f}"
             print(f"{engine:15} {ms['median']:8.1f} ms ({spread}); {size:.1f} M parameters")
+    floor = report["result"]["floor"]
+    print(f"floor           {floor['ms']:8.1f} ms ({floor['gflop']:.1f} GFLOP at the fastest product's speed)")
     if "ratio" in report["result"]:
         r = report["result"]["ratio"]
         print(f"ratio           {r['median']:8.2f} x  (min {r['min']:.2f}, max {r['max']:.2f}); target {TARGET} x")

@@ -126,9 +126,9 @@ def judge(comparison: Comparison, rows: list[Row]) -> tuple[list[Line], list[Jud
 
 def verdict(difference: Interval, higher_is_better: bool) -> Verdict:
     """The rule of this module."""
-    if difference.low <= 0 <= difference.high:
-        return "inconclusive"
-    return "better" if (difference.low > 0) == higher_is_better else "worse"
+    if difference.low > 0 or difference.high < 0:
+        return "better" if (difference.low > 0) == higher_is_better else "worse"
+    return "inconclusive"  # what is no number too
 
 
 def _line(comparison: Comparison, row: Row, drawn: Bootstrap, first: Row, higher_is_better: bool) -> Line:

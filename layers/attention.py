@@ -180,14 +180,14 @@ def in_blocks(
     """Cuts long rows into blocks of L tokens, each with the M = 2L slots of its own block and of the one before.
 
     A window of at most L tokens reaches no further, so that its work grows with T, not T^2. The slots end with the
-    call's tokens, S - T < window. What is filled up is -1 (segments and positions) or 0. N = B * ceil(T / L). Rows of
-    less than two blocks, and without a window, stay whole.
+    call's tokens, S - T < window. What is filled up is -1 (segments and positions) or 0. N = B * ceil(T / L). Rows stay
+    whole without a window, and where blocks would not see less.
     """
     T, S = tokens[0].shape[1], slots[0].shape[1]
     size = max(window or 0, SMALLEST_BLOCK)
-    if window is None or T < 2 * size:
-        return list(tokens), list(slots)
     after = -T % size
+    if window is None or (T + after) * 2 * size >= T * S:
+        return list(tokens), list(slots)
 
     def blocks(x, before):
         widths = ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2)

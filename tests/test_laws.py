@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from engrax.layers import MIXERS
+from engrax.layers import MIXERS, attention
 from engrax.models import MODELS
 from engrax.tests.law_cases import cases, check_exemptions, check_exemptions_exist, exempt, is_thorough
 from engrax.tests.laws import LAWS
@@ -12,6 +12,12 @@ from engrax.tests.subjects import Subject
 
 REGISTRIES = {registry.kind: registry for registry in (MIXERS, MODELS)}
 NAMES = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """The rows of the laws are short, and windows are to cut them into blocks."""
+    monkeypatch.setattr(attention, "SMALLEST_BLOCK", 1)
 
 
 def examples(kind: str, name: str) -> tuple:

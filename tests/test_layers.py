@@ -114,9 +114,9 @@ def test_attention_is_its_definition(window, dtype, tolerance, x64, rng):
 @pytest.mark.parametrize(
     "length, config",
     [
-        (75, AttentionConfig(heads=4, kv_heads=2, head_dim=4, window=8, conv_width=2, persistent_tokens=2)),
+        (100, AttentionConfig(heads=4, kv_heads=2, head_dim=4, window=8, conv_width=2, persistent_tokens=2)),
         (140, AttentionConfig(heads=2, head_dim=4, window=40)),
-        (64, HopfieldConfig(heads=2, head_dim=4, window=32, beta=0.5)),
+        (100, HopfieldConfig(heads=2, head_dim=4, window=32, beta=0.5)),
     ],
 )
 def test_blocks_of_a_window_change_nothing(length, config, x64, rng, monkeypatch):

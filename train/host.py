@@ -16,11 +16,12 @@ def keep_freed_memory() -> bool:
     XLA allocates a CPU program's temporaries anew for every call. By default glibc gives blocks of that size back to
     the system at once, and every call pays a page fault per 4 KiB (measured: a fifth of the time of a step of the
     quickstart, 190,000 faults). Only the heap of the process's first thread can hold blocks above 64 MB, so programs
-    are run by the thread that calls them, not handed to another; that setting counts where JAX has not started yet.
+    are run by the thread that calls them, not handed to another: on the CPU a step has ended when its call returns.
+    Where JAX has started already it keeps its threads, and of large blocks those up to 64 MB are kept.
     (A single heap for all threads keeps large blocks as well, but the compiler's threads wait for each other at it:
     20 s instead of 16 s to the quickstart's first step on two cores, and 5 GB instead of 2 GB.) A process that does not
-    train gets the same from the environment variables MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=-1 and JAX's
-    setting `jax_cpu_enable_async_dispatch`.
+    train gets the same from the environment variables MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=-1 and from
+    `jax.config.update("jax_cpu_enable_async_dispatch", False)`.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None  # musl: none
     if mallopt is None:

@@ -3,7 +3,7 @@
     engrax compare titans_ablation_mqar
 
 Nine variants of two layers of width 64 without MLPs, at three learning rates, the best with three seeds; a run takes
-half a minute of one core. Attention's window is a chunk of the memory, 16 tokens: a pair told earlier is the memory's.
+half a minute of one core. Attention's window is a chunk of the memory, 16 tokens.
 A linear memory holds these 16 pairs already, so deeper ones than LMM's are not asked; docs/titans.md has the table.
 """
 
