@@ -6,7 +6,9 @@
 One layer, projections included: batch 1, 512 tokens, width 256, 4 heads of 64, memory 64 -> 256 -> 64, mean squared
 output as the loss. engrax has per-token step size, momentum and forgetting and a short convolution; titans-pytorch has
 per-token step size, and momentum and forgetting per chunk. The peer's process stays alive and the two take turns, run
-by run, so that whatever else the machine does falls on both; ratios are of neighbouring runs. Both processes let
+by run, so that whatever else the machine does falls on both; ratios are of neighbouring runs. After each run engrax's
+process multiplies two large matrices: at that speed the layer's arithmetic (three times the forward pass of the cost
+table) alone takes the time printed as the floor. Both processes let
 glibc keep freed memory mapped, as engrax's training loop does on CPU (train/host.py). Peak
 memory is the process's resident maximum, interpreter and libraries included (each engine in a process of its own), and
 XLA's own count of temporary bytes.
@@ -113,12 +115,42 @@ class Peer:
         self.process.wait()
 
 
+def product_timer():
+    """Returns a function that multiplies two large matrices and says at how many GFLOP/s."""
+    import jax
+    import jax.numpy as jnp
+
+    a = b = jnp.ones((1024, 1024))
+    multiply = jax.jit(jnp.matmul).lower(a, b).compile()
+
+    def speed() -> float:
+        start = time.perf_counter()
+        multiply(a, b).block_until_ready()
+        return 2e-9 * 1024**3 / (time.perf_counter() - start)
+
+    return speed
+
+
+def floor(gflop: float, speeds: list[float]) -> dict:
+    """The milliseconds that so much arithmetic takes at the fastest product's speed."""
+    return {"gflop": gflop, "gflop_per_s": quantiles(speeds), "ms": 1e3 * gflop / max(speeds)}
+
+
+def layer_gflop(chunk_size: int) -> float:
+    """Forward and backward of the layer: three times the cost table's forward pass."""
+    from engrax.layers import TitansConfig
+
+    config = TitansConfig(heads=HEADS, head_dim=HEAD_DIM, hidden=HIDDEN, chunk_size=chunk_size, conv_width=CONV)
+    return 3e-9 * SEQ * config.flops_per_token(DIM, SEQ)
+
+
 def serve_engrax() -> None:
     """Answers the peer protocol (see titans_pytorch_peer.py) for engrax."""
     import jax
     import jaxlib
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # as the training loop does, see train/host.py
+    speed = product_timer()
     compiled = params = x = temp_mb = None
     for line in sys.stdin:
         request = json.loads(line)
@@ -136,7 +168,8 @@ def serve_engrax() -> None:
             start = time.perf_counter()
             jax.block_until_ready(compiled(params, x))
             ms = (time.perf_counter() - start) * 1e3
-            answer = {"ms": ms, "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "temp_mb": temp_mb}
+            rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            answer = {"ms": ms, "rss_mb": rss, "temp_mb": temp_mb, "gflop_per_s": speed()}
         print(json.dumps(answer), flush=True)
 
 
@@ -157,12 +190,14 @@ def compare(name: str, args) -> dict:
         )
     engines = {"engrax": ours} | ({"titans-pytorch": theirs} if theirs else {})
     times: dict[str, list[float]] = {engine: [] for engine in engines}
+    speeds = []
     for turn in range(args.warmup + args.runs):
         for engine, process in engines.items():
             answer = process.ask(run=True)
             if turn >= args.warmup:
                 times[engine].append(answer["ms"])
-    result = {"setting": kwargs, "versions": {}}
+                speeds += [answer["gflop_per_s"]] if engine == "engrax" else []
+    result = {"setting": kwargs, "versions": {}, "floor": floor(layer_gflop(kwargs["chunk_size"]), speeds)}
     for engine, process in engines.items():
         last = process.ask(run=True)
         memory = {key: last[key] for key in ("rss_mb", "temp_mb") if key in last}
@@ -203,6 +238,8 @@ def show(name: str, result: dict) -> None:
             ms = r["ms"]
             spread = f"min {ms['min']:.1f}, max {ms['max']:.1f}"
             print(f"{name:9} {engine:15} {ms['median']:8.1f} ms ({spread}); peak RSS {r['rss_mb']:.0f} MB{temp}")
+    r = result["floor"]
+    print(f"{name:9} {'floor':15} {r['ms']:8.1f} ms ({r['gflop']:.1f} GFLOP at the fastest product's speed)")
     if "ratio" in result:
         r = result["ratio"]
         spread = f"min {r['min']:.2f}, max {r['max']:.2f}"

@@ -14,7 +14,6 @@ times the forward pass of the cost table) alone takes the time printed as the fl
 
 import argparse
 import json
-import math
 import os
 import resource
 import sys
@@ -23,10 +22,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from neural_memory import HOW_TO_ADD_PEER, Peer, quantiles, report_head  # noqa: E402
+from neural_memory import HOW_TO_ADD_PEER, Peer, floor, product_timer, quantiles, report_head  # noqa: E402
 
 TOKENS, DIM, DEPTH, SEGMENT, PERSISTENT, HEADS, HEAD_DIM = 513, 256, 2, 128, 4, 4, 64
-TARGET, LARGE = 3.0, (1024, 1024, 1024)
+TARGET = 3.0
 PEER = dict(
     num_tokens=256,
     dim=DIM,
@@ -58,8 +57,7 @@ def serve_engrax() -> None:
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # as the training loop does, see train/host.py
     compiled = params = tokens = count = None
-    a, b = jnp.ones(LARGE[:2]), jnp.ones(LARGE[1:])
-    multiply = jax.jit(jnp.matmul).lower(a, b).compile()
+    speed = product_timer()
     gflop = 3e-9 * (TOKENS - 1) * make_model().flops_per_token(TOKENS - 1)
     for line in sys.stdin:
         request = json.loads(line)
@@ -82,10 +80,7 @@ def serve_engrax() -> None:
             jax.block_until_ready(compiled(params, tokens))
             ms = (time.perf_counter() - start) * 1e3
             rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            start = time.perf_counter()
-            multiply(a, b).block_until_ready()
-            speed = 2e-9 * math.prod(LARGE) / (time.perf_counter() - start)
-            answer = {"ms": ms, "rss_mb": rss, "parameters": count, "gflop": gflop, "gflop_per_s": speed}
+            answer = {"ms": ms, "rss_mb": rss, "parameters": count, "gflop": gflop, "gflop_per_s": speed()}
         print(json.dumps(answer), flush=True)
 
 
@@ -107,8 +102,7 @@ def compare(args) -> dict:
                 times[engine].append(answer["ms"])
             if engine == "engrax":
                 answers.append(answer)
-    speeds, gflop = [answer["gflop_per_s"] for answer in answers], answers[0]["gflop"]
-    result["floor"] = {"gflop": gflop, "gflop_per_s": quantiles(speeds), "ms": 1e3 * gflop / max(speeds)}
+    result["floor"] = floor(answers[0]["gflop"], [answer["gflop_per_s"] for answer in answers])
     for engine, process in engines.items():
         result[engine]["ms"] = quantiles(times[engine])
         result["versions"] |= process.versions
@@ -142,8 +136,8 @@ def main() -> None:
             ms, size = r["ms"], r["parameters"] / 1e6
             spread = f"min {ms['min']:.1f}, max {ms['max']:.1f}"
             print(f"{engine:15} {ms['median']:8.1f} ms ({spread}); {size:.1f} M parameters")
-    floor = report["result"]["floor"]
-    print(f"floor           {floor['ms']:8.1f} ms ({floor['gflop']:.1f} GFLOP at the fastest product's speed)")
+    r = report["result"]["floor"]
+    print(f"floor           {r['ms']:8.1f} ms ({r['gflop']:.1f} GFLOP at the fastest product's speed)")
     if "ratio" in report["result"]:
         r = report["result"]["ratio"]
         print(f"ratio           {r['median']:8.2f} x  (min {r['min']:.2f}, max {r['max']:.2f}); target {TARGET} x")
