@@ -100,7 +100,7 @@ plugins.load(sys.argv[1])
 from engrax.tests.law_cases import cases
 from engrax.tests.laws import LAWS
 from engrax.tests.subjects import Subject
-assert "running_mean0-causality.jacobian" in [case.id for case in cases(MIXERS)]
+assert "mixer-running_mean0-causality.jacobian" in [case.id for case in cases(MIXERS)]
 with jax.enable_x64(True):
     subject = Subject(MIXERS["running_mean"].examples()[0])
     for name, law in LAWS.items():
