@@ -41,23 +41,23 @@ CLAIMS = {  # (better, worse) -> what is published
 
 def cut(books: Path, folder: Path) -> int:
     """Writes the books' documents into `folder`; returns how many."""
-    names: set[str] = set()
+    found: dict[str, bytes] = {}
     for book in sorted(books.glob("*.txt")):
         text = book.read_bytes().replace(b"\r\n", b"\n")
         start, end = text.find(b"*** START OF"), text.find(b"*** END OF")
         text = text[text.find(b"\n", start) + 1 if start >= 0 else 0 : end if end >= 0 else len(text)]
         while len(text) > DOCUMENT:
             at = text.rfind(b"\n", 0, DOCUMENT) + 1 or DOCUMENT
-            name = f"{book.stem}_{len(names):04d}.txt"
-            (folder / name).write_bytes(text[:at])
-            names.add(name)
-            text = text[at:]
-    others = {file.name for file in folder.iterdir()} - names
+            found[f"{book.stem}_{len(found):04d}.txt"], text = text[:at], text[at:]
+    if not found:
+        raise SystemExit(f"--books {books}: no .txt file of more than {DOCUMENT} bytes.")
+    folder.mkdir(parents=True, exist_ok=True)
+    others = {file.name for file in folder.iterdir()} - set(found)
     if others:
         raise SystemExit(f"{folder} holds documents of other books ({min(others)}, ...); choose another --folder.")
-    if not names:
-        raise SystemExit(f"--books {books}: no .txt file of more than {DOCUMENT} bytes.")
-    return len(names)
+    for name, text in found.items():
+        (folder / name).write_bytes(text)
+    return len(found)
 
 
 def make_comparison(documents: Path):
@@ -113,7 +113,7 @@ def recall(run: Path, segments: int = 40) -> np.ndarray:
     return np.asarray(found)[0]
 
 
-def judge(comparison, rows, bits: dict[str, np.ndarray], beyond: int) -> list[dict]:
+def judge(comparison, rows, bits: dict[str, np.ndarray], beyond: int) -> dict[str, list]:
     """The verdicts on the claims for the bytes from `beyond` on; bits: name -> [seeds, N, length]."""
     from engrax.evals import verdicts
     from engrax.evals.comparison import Score
@@ -150,7 +150,6 @@ def measure(args) -> tuple[dict, list[np.ndarray]]:
     from engrax.evals import statistics as stats
 
     documents = args.folder / "documents"
-    documents.mkdir(parents=True, exist_ok=True)
     count = cut(args.books, documents)
     comparison = make_comparison(documents)
     rows = comparisons.run(comparison, args.folder)

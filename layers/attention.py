@@ -23,7 +23,7 @@ from engrax.layers.mixer import MIXERS, MixerConfig
 from engrax.layers.modules import projection, rms_norm
 from engrax.layers.segments import last_segment_after, starts_anew
 
-SMALLEST_BLOCK = 32  # tokens of a sliding window's block, at least: smaller matrix products are no faster
+SMALLEST_BLOCK = 32  # tokens of a sliding window's block, at least
 
 
 class AttentionState(NamedTuple):

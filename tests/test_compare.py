@@ -195,6 +195,12 @@ def test_shipped_comparisons_are_fair(name):
     assert found == name and configs.summary(name) and len(shipped.experiments) > 1
 
 
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_what_is_no_number_is_inconclusive(higher_is_better):
+    nan = float("nan")
+    assert verdicts.verdict(verdicts.Interval(nan, nan, nan), higher_is_better) == "inconclusive"
+
+
 @pytest.mark.slow
 def test_judged_seeds_compile_their_initialisation_alone(run_python, tmp_path):
     out = run_python(

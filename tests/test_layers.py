@@ -141,6 +141,18 @@ def test_blocks_of_a_window_change_nothing(length, config, x64, rng, monkeypatch
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), blocks, whole)
 
 
+@pytest.mark.parametrize("config", [AttentionConfig, HopfieldConfig])
+def test_the_work_of_a_window_grows_with_the_row(config):
+    """Its arithmetic and its temporary memory, not with the row's square: 4 times the tokens, 4 times the work."""
+    cost = []
+    for length in (512, 2048):
+        params, x = parameters(config(heads=1, head_dim=8, window=32)), jnp.zeros((1, length, 8))
+        call = lambda params, x: nnx.merge(graph(config(heads=1, head_dim=8, window=32)), params)(x)[0]  # noqa: E731
+        program = jax.jit(call).lower(params, x).compile()
+        cost.append((program.cost_analysis()["flops"], program.memory_analysis().temp_size_in_bytes))
+    assert np.all(np.divide(cost[1], cost[0]) < 4.5), cost
+
+
 def test_window_of_one_token_carries_an_empty_cache(x64, rng):
     module, x = built(AttentionConfig(heads=2, head_dim=4, window=1)), jnp.asarray(rng.standard_normal((2, 5, 8)))
     wanted, state = module(x)
