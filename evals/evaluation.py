@@ -170,7 +170,7 @@ def _passes(scorer: scoring.Scorer, rows: scoring.Rows, memories: tuple[str, ...
 def _streamed(experiment: configs.Experiment, model: Any, documents: Any, progress: bool) -> dict[str, Any]:
     from tqdm import tqdm
 
-    with tqdm(total=documents.shape[1] // streaming.PIECE, unit="piece", disable=not progress, file=sys.stderr) as bar:
+    with tqdm(total=streaming.calls(documents), unit="piece", disable=not progress, file=sys.stderr) as bar:
         bar.set_description("stream")
         return streaming.stream(experiment, model, documents, tick=bar.update)
 

@@ -23,7 +23,8 @@ from engrax.train import step as steps
 from engrax.train.config import Experiment
 
 PIECE = 256  # tokens of one call
-DOCUMENTS = 16  # documents read side by side, at most
+DOCUMENTS = 64  # documents read, at most
+SIDE_BY_SIDE = 16  # of them in one call, at most
 TURNS = 15  # timed calls at the beginning and at the end, by turns
 
 
@@ -84,20 +85,17 @@ def stream(
       restarted: the same two, of the carried memory's loss minus that of the memory begun anew with every piece.
       state_bytes: of one document's memory, after the first piece and after the last.
       time: per token, {"piece", "token"}: calls of PIECE tokens and of one, at the end against at the beginning.
+
+    `tick(1)` is called after every piece, calls(documents) times.
     """
     tokens, targets = documents[:, :-1], documents[:, 1:]
     length = tokens.shape[1]
     reader = Stream(experiment, model)
-    fresh = memory = reader.start(reader.params, len(tokens))
-    nats, anew, early = [], [], None
-    for at in range(0, length, PIECE):
-        piece = tokens[:, at : at + PIECE], targets[:, at : at + PIECE]
-        found, memory = reader(*piece, memory)
-        early = memory if early is None else early
-        nats.append(np.asarray(found))
-        anew.append(np.asarray(reader(*piece, fresh)[0]))
-        tick(1)
-    bits, restarted = (np.concatenate(pieces, axis=1) / np.log(2) for pieces in (nats, anew))
+    groups = range(0, len(tokens), SIDE_BY_SIDE)
+    read = [_read(reader, *(x[at : at + SIDE_BY_SIDE] for x in (tokens, targets)), tick) for at in groups]
+    bits, restarted = (np.concatenate([found[i] for found in read]) / np.log(2) for i in (0, 1))
+    early, late = read[0][2:]
+    few = len(tokens[:SIDE_BY_SIDE])
     if not np.isfinite(bits + restarted).all():
         first = int(np.argwhere(~np.isfinite(bits + restarted))[:, 1].min())
         raise UserError(f"the model's outputs are not numbers from token {first} on: a cache of declared capacity?")
@@ -120,12 +118,32 @@ def stream(
         },
         **quarters(bits, size),
         "restarted": quarters(bits - restarted, size),
-        "state_bytes": {"first": _bytes(early, len(tokens)), "last": _bytes(memory, len(tokens))},
+        "state_bytes": {"first": _bytes(early, few), "last": _bytes(late, few)},
         "time": {
-            "piece": _times(reader, tokens[:, :PIECE], targets[:, :PIECE], early, memory),
-            "token": _times(reader, tokens[:, :1], targets[:, :1], early, memory),
+            "piece": _times(reader, tokens[:few, :PIECE], targets[:few, :PIECE], early, late),
+            "token": _times(reader, tokens[:few, :1], targets[:few, :1], early, late),
         },
     }
+
+
+def calls(documents: Int[np.ndarray, "N L"]) -> int:
+    """Pieces that `stream` reads."""
+    return -(-len(documents) // SIDE_BY_SIDE) * ((documents.shape[1] - 1) // PIECE)
+
+
+def _read(reader: Stream, tokens_NL, targets_NL, tick: Callable[[int], Any]) -> tuple:
+    """(nats through the carried memory, nats through one begun anew with every piece, the memory after the first piece,
+    the memory after the last)."""
+    fresh = memory = reader.start(reader.params, len(tokens_NL))
+    nats, anew, early = [], [], None
+    for at in range(0, tokens_NL.shape[1], PIECE):
+        piece = tokens_NL[:, at : at + PIECE], targets_NL[:, at : at + PIECE]
+        found, memory = reader(*piece, memory)
+        early = memory if early is None else early
+        nats.append(np.asarray(found))
+        anew.append(np.asarray(reader(*piece, fresh)[0]))
+        tick(1)
+    return np.concatenate(nats, axis=1), np.concatenate(anew, axis=1), early, memory
 
 
 def quarters(bits: Float[np.ndarray, "N L"], size: Float[np.ndarray, "N L"]) -> dict[str, Any]:
