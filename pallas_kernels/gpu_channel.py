@@ -272,6 +272,7 @@ def token_gradients(
     out_bar,
     states,
     states_bar=None,
+    matches=None,
     *,
     scale: float,
     factor=None,
@@ -282,7 +283,8 @@ def token_gradients(
     """Differentiates out_i = scale factor_i rows_i S_i by rows, keys and gates; S_i is the state after token i.
 
     rows, keys `[B, T, H, K]`; values, out_bar `[B, T, HV, V]`; states `[B, HV, N, K, V]` bfloat16: before each chunk,
-    states_bar: the cotangents of those after it; None: what keys write into the state is left out.
+    states_bar: the cotangents of those after it, matches: of `gpu_channel_walks.Advanced`; None: what keys write into
+    the state is left out.
     factor `[B, HV, N, C]` float32 or None; the gradient of rows comes without it. strict: S_i without token i's write.
     """
     batch, length, heads, features = gates.high.shape
@@ -295,9 +297,8 @@ def token_gradients(
     scratch["gates"] = matrix(CHUNK, FEATURES, jnp.float32)
     inputs |= {"out_bar": out_bar, "values": values, "states": states}
     if states_bar is not None:
-        inputs |= {"states_bar": states_bar, "whole": gates.whole}
+        inputs["states_bar"] = states_bar
         out_types["ends"] = jax.ShapeDtypeStruct(gates.whole.shape, jnp.float32)
-        scratch["whole"] = plgpu.SMEM((FEATURES,), jnp.float32)
     if factor is not None:
         inputs["factor"] = factor
         scratch["factor"] = plgpu.SMEM((CHUNK,), jnp.float32)
@@ -308,7 +309,7 @@ def token_gradients(
     grid = (batch, heads, chunks * (features // FEATURES))
     found = run_kernel(name, body, out_types, scratch, grid, interpret, inputs)
     if "ends" in found:
-        found["gates"] = add_at_ends(found["gates"], found.pop("ends"))
+        found["gates"] = add_at_ends(found["gates"], found.pop("ends") + matches)
     return Gradients(**found)
 
 
@@ -322,8 +323,6 @@ def _differentiate(group: int, tiles: int, scale: float, strict: bool, inputs, o
     for name in ("states", "states_bar"):
         if name in inputs:
             places[name] = inputs[name].at[batch, head, chunk, features, :]
-    if "whole" in inputs:
-        places["whole"] = inputs["whole"].at[batch, head, chunk, features]
     if "factor" in inputs:
         places["factor"] = inputs["factor"].at[batch, head, chunk]
     _fetch(inputs, places, scratch)
@@ -401,7 +400,7 @@ def _from_state(scratch, scale: float, of_rows):
 
 
 def _to_state(scratch, of_keys):
-    """Adds what the keys write into the state after the chunk, and returns what it owes to the gates at its end."""
+    """Adds what the keys write into the state after the chunk, and returns what that owes to the gates at its end."""
     _add_over(scratch, _to_end)
     factor = _decay(scratch)
     scratch["x"][...] = (load_matrix(scratch["k"]) * factor).astype(jnp.bfloat16)
@@ -411,6 +410,5 @@ def _to_state(scratch, of_keys):
     ends = 0.0
     for tile in _tiles(scratch["states"]):
         (added,) = products((transposed(scratch["x"]), scratch["values"].at[:, tile]))
-        kept = load_matrix(scratch["states"].at[:, tile]) * along_rows(scratch["whole"])
-        ends = ends + sum_columns(load_matrix(scratch["states_bar"].at[:, tile]) * (kept + added))
+        ends = ends + sum_columns(load_matrix(scratch["states_bar"].at[:, tile]) * added)
     return of_keys + written * factor, ends

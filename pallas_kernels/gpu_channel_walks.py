@@ -32,6 +32,8 @@ from engrax.pallas_kernels.gpu_parts import (
     matrix,
     products,
     split,
+    state_block,
+    sum_columns,
     token_block,
     transposed,
 )
@@ -45,6 +47,7 @@ class Advanced(NamedTuple):
     final: jax.Array  # [B, HV, K, V] float32
     written: Any  # [B, T, HV, V] bfloat16, for the delta rule
     states: Any  # [B, HV, N, K, V] bfloat16, the state that each chunk meets
+    matches: Any  # [B, HV, N, K] float32, by channel: what the chunk keeps of that state . match_with
 
 
 class Retreated(NamedTuple):
@@ -57,26 +60,41 @@ class Retreated(NamedTuple):
 
 
 def forward_states(
-    name: str, tokens: Prepared, v, whole, start, *, read: bool, scale: float = 1.0, beta=None, interpret: bool = False
+    name: str,
+    tokens: Prepared,
+    v,
+    whole,
+    start,
+    match_with=None,
+    *,
+    scale: float = 1.0,
+    beta=None,
+    interpret: bool = False,
 ) -> Advanced:
-    """Walks forwards: for the outputs (read), or for the states and what is written.
+    """Walks forwards: for the outputs, or for the states, what is written and the matches.
 
     whole `[B, HV, N, K]`, start `[B, HV, K, V]`, beta `[B, HV, N, C]` (the delta rule's; None: linear attention).
+    match_with: the cotangents of the states after each chunk, of `Retreated`; None: the outputs are wanted. Every gate
+    of a chunk owes to the matches, whose sides grow with the length: they are taken here, where the state is exact.
     """
     walk, shape = _walk(scale, v, start), jax.ShapeDtypeStruct
     out_types = {"final": shape(start.shape, jnp.float32)}
     inputs = {"k": tokens.k, "v": v, "whole": whole, "start": start}
-    if read:
+    if match_with is None:
         inputs |= {"q": tokens.q, "scores": tokens.scores}
         out_types["out"] = shape(v.shape, jnp.bfloat16)
     else:
+        inputs["match_with"] = match_with
         out_types["states"] = shape((*whole.shape, v.shape[3]), jnp.bfloat16)
+        out_types["matches"] = shape((v.shape[3] // COLUMNS, *whole.shape), jnp.float32)
     if beta is not None:
         inputs |= {"readers": tokens.readers, "inverse": tokens.inverse, "beta": beta}
-        if not read:
+        if match_with is not None:
             out_types["written"] = shape(v.shape, jnp.bfloat16)
     scratch = _scratch(walk, beta is not None)
     found = run_kernel(name, partial(_advance, walk), out_types, scratch, walk.grid, interpret, inputs)
+    if "matches" in found:
+        found["matches"] = found["matches"].sum(0) * whole
     return Advanced(**dict.fromkeys(Advanced._fields) | found)
 
 
@@ -123,6 +141,8 @@ def _run(walk: Walk, inputs, outputs, scratch, step):
         if name in inputs:
             spec = plgpu.BlockSpec((None, inputs[name].shape[3]), lambda step: (walk.at(step), 0))
             arrivals[name] = inputs[name].at[batch, head], spec
+    if "match_with" in inputs:
+        arrivals["match_with"] = state_block(inputs["match_with"], walk, batch, head, column)
 
     def at(chunk, blocks, state):
         def send(buffer, name):
@@ -135,6 +155,11 @@ def _run(walk: Walk, inputs, outputs, scratch, step):
 
         if "states" in outputs:
             send(scratch["state"], "states")
+        if "matches" in outputs:
+            target = outputs["matches"].at[column, batch, head, chunk]
+            for row in range(0, walk.inner, 64):
+                both = kept(scratch, state, row) * load_matrix(blocks["match_with"].at[pl.ds(row, 64), :])
+                target[pl.ds(row, 64)] = sum_columns(both)
         return step(blocks, state, send)
 
     walk_chunks(walk, min(2, walk.chunks), arrivals, inputs["start"], outputs["final"], scratch, at)

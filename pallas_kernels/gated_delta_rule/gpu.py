@@ -118,7 +118,7 @@ def _forward_by_channel(plan: Plan, inputs: Inputs) -> tuple[Outputs, Residuals]
     gates, factors = channel_gates(decay), dict(beta=_by_chunk(beta), interpret=plan.interpret)
     tokens = prepare(f"{NAME}_forward_tokens", q, k, gates, readers=True, **factors)
     arrays = (tokens, v, gates.whole, state)
-    found = walk_forwards(f"{NAME}_forward", *arrays, read=True, scale=plan.scale, **factors)
+    found = walk_forwards(f"{NAME}_forward", *arrays, scale=plan.scale, **factors)
     return (found.out, found.final), tokens.inverse
 
 
@@ -128,11 +128,13 @@ def _backward_by_channel(plan: Plan, inputs: Inputs, x: Residuals, cotangents: O
     gates, interpret = channel_gates(decay), plan.interpret
     factors = dict(beta=_by_chunk(beta), interpret=interpret)
     tokens = prepare(f"{NAME}_backward_tokens", q, k, gates, readers=True, interpret=interpret)._replace(inverse=x)
-    again = walk_forwards(f"{NAME}_backward_states", tokens, v, gates.whole, state, read=False, **factors)
     arrays = (tokens, out_bar, gates.whole, final_bar)
     back = walk_backwards(f"{NAME}_backward_dv", *arrays, scale=plan.scale, **factors)
+    arrays = (tokens, v, gates.whole, state, back.states)
+    again = walk_forwards(f"{NAME}_backward_states", *arrays, **factors)
     arrays, options = (k, again.written, gates), dict(scale=plan.scale, interpret=interpret)
-    of_q = token_gradients(f"{NAME}_backward_dqk", q, *arrays, out_bar, again.states, back.states, **options)
+    ends = (again.states, back.states, again.matches)
+    of_q = token_gradients(f"{NAME}_backward_dqk", q, *arrays, out_bar, *ends, **options)
     options |= dict(scale=-1.0, factor=factors["beta"], strict=True)
     of_reader = token_gradients(f"{NAME}_backward_dk", k, *arrays, back.rows, again.states, **options)
     # From dR as it was rounded for the reads, too: v and what k reads nearly cancel where the memory is right.

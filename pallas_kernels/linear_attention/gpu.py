@@ -103,7 +103,7 @@ def _forward_by_channel(plan: Plan, inputs: Inputs) -> Outputs:
     q, k, v, decay, state, _ = inputs
     gates = channel_gates(decay)
     tokens = prepare(f"{NAME}_forward_tokens", q, k, gates, interpret=plan.interpret)
-    options = dict(read=True, scale=plan.scale, interpret=plan.interpret)
+    options = dict(scale=plan.scale, interpret=plan.interpret)
     found = forward_states(f"{NAME}_forward", tokens, v, gates.whole, state, **options)
     return found.out, found.final
 
@@ -113,12 +113,13 @@ def _backward_by_channel(plan: Plan, inputs: Inputs, cotangents: Outputs) -> Inp
     out_bar, final_bar = cotangents
     gates, interpret = channel_gates(decay), plan.interpret
     tokens = prepare(f"{NAME}_backward_tokens", q, k, gates, interpret=interpret)
-    again = forward_states(f"{NAME}_backward_states", tokens, v, gates.whole, state, read=False, interpret=interpret)
     arrays = (tokens, out_bar, gates.whole, final_bar)
     back = backward_states(f"{NAME}_backward_dv", *arrays, scale=plan.scale, interpret=interpret)
+    arrays = (tokens, v, gates.whole, state, back.states)
+    again = forward_states(f"{NAME}_backward_states", *arrays, interpret=interpret)
     of_tokens = token_gradients(
         f"{NAME}_backward_dqk",
-        *(q, k, v, gates, out_bar, again.states, back.states),
+        *(q, k, v, gates, out_bar, again.states, back.states, again.matches),
         scale=plan.scale,
         out_dtype=jnp.bfloat16 if q.shape[2] == v.shape[2] else jnp.float32,
         interpret=interpret,
