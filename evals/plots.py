@@ -14,6 +14,7 @@ import numpy as np
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#8e5ba6", "#6b7280"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, "#b8860b", "#56b4e9", "#cc79a7", "#404040")
+MUTED = (ORANGE, PURPLE, GREEN, *SERIES[4:])  # lines beside the model's, in turn
 COLOURS = {"model": BLUE, "muted": ORANGE, "baseline": GREY, "reference": GREY}
 VERDICTS = {None: BLUE, "better": GREEN, "worse": ORANGE, "inconclusive": GREY}
 STYLE = {
@@ -119,7 +120,7 @@ def curves(
         for i, line in enumerate(lines):
             bins = line["bins"]
             middle = [_middle(b, log_x) for b in bins]
-            colour = COLOURS[line["kind"]] if line["kind"] != "muted" else (ORANGE, PURPLE, GREEN)[(i - 1) % 3]
+            colour = COLOURS[line["kind"]] if line["kind"] != "muted" else MUTED[(i - 1) % len(MUTED)]
             style = ":" if line["kind"] == "baseline" else "-"
             axis.plot(
                 middle, [b["value"] for b in bins], style, color=colour, label=line["name"], marker="o", markersize=2.6
@@ -137,7 +138,8 @@ def curves(
             axis.annotate(name, (place, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8.5, color=GREY,
                           xytext=(4, -2), textcoords="offset points")  # fmt: skip
         if log_x:
-            _log_axis(axis, max(b["to"] for line in lines for b in line["bins"]))
+            ends = [b[end] for line in lines for b in line["bins"] for end in ("from", "to")]
+            _log_axis(axis, min(ends), max(ends))
         if y_range:
             axis.set_ylim(*y_range)
         axis.set_xlabel(axis_labels[0])
@@ -241,11 +243,11 @@ def _middle(b: dict[str, Any], log_x: bool) -> float:
     return math.sqrt(first * last) if log_x else (first + last) / 2
 
 
-def _log_axis(axis: Any, last: int) -> None:
+def _log_axis(axis: Any, first: int, last: int) -> None:
     from matplotlib.ticker import NullLocator
 
     axis.set_xscale("log", base=2)
-    ticks = [2**i for i in range(int(math.log2(max(last, 2))) + 1)]
+    ticks = [2**i for i in range(int(math.log2(max(first, 1))), int(math.log2(max(last, 2))) + 1)]
     axis.set_xticks(ticks, [f"{t:,}" for t in ticks])
     axis.xaxis.set_minor_locator(NullLocator())
 
