@@ -7,16 +7,16 @@ One layer, projections included: batch 1, 512 tokens, width 256, 4 heads of 64, 
 output as the loss. engrax has per-token step size, momentum and forgetting and a short convolution; titans-pytorch has
 per-token step size, and momentum and forgetting per chunk. The peer's process stays alive and the two take turns, run
 by run, so that whatever else the machine does falls on both; ratios are of neighbouring runs. After each run engrax's
-process multiplies two large matrices: at that speed the layer's arithmetic (three times the forward pass of the cost
-table) alone takes the time printed as the floor. Both processes let
-glibc keep freed memory mapped, as engrax's training loop does on CPU (train/host.py). Peak
-memory is the process's resident maximum, interpreter and libraries included (each engine in a process of its own), and
-XLA's own count of temporary bytes.
+process multiplies two large matrices: at that speed its matrix products alone take the time printed as the floor. Both
+processes let glibc keep freed memory mapped, as engrax's training loop does on CPU (train/host.py). Peak memory is the
+process's resident maximum, interpreter and libraries included (each engine in a process of its own), and XLA's own
+count of temporary bytes.
 """
 
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import resource
@@ -131,17 +131,30 @@ def product_timer():
     return speed
 
 
-def floor(gflop: float, speeds: list[float]) -> dict:
-    """The milliseconds that so much arithmetic takes at the fastest product's speed."""
+def floor(answers: list[dict]) -> dict:
+    """The milliseconds that engrax's matrix products take at the speed of the fastest large one."""
+    gflop, speeds = answers[0]["gflop"], [answer["gflop_per_s"] for answer in answers]
     return {"gflop": gflop, "gflop_per_s": quantiles(speeds), "ms": 1e3 * gflop / max(speeds)}
 
 
-def layer_gflop(chunk_size: int) -> float:
-    """Forward and backward of the layer: three times the cost table's forward pass."""
-    from engrax.layers import TitansConfig
+def products_gflop(function, *args) -> float:
+    """The matrix products of a call, in GFLOP: those of its jaxpr, of a scan as often as it steps."""
+    import jax
 
-    config = TitansConfig(heads=HEADS, head_dim=HEAD_DIM, hidden=HIDDEN, chunk_size=chunk_size, conv_width=CONV)
-    return 3e-9 * SEQ * config.flops_per_token(DIM, SEQ)
+    def count(jaxpr) -> float:
+        total = 0.0
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                (contracted, _), _ = eqn.params["dimension_numbers"]
+                shape = eqn.invars[0].aval.shape
+                total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+            inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+            counts = [count(getattr(x, "jaxpr", x)) for x in inner if hasattr(x, "eqns")]
+            if counts:  # the branches of a condition (here: the platform's) are the same products
+                total += (max if eqn.primitive.name == "cond" else sum)(counts) * eqn.params.get("length", 1)
+        return total
+
+    return 1e-9 * count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def serve_engrax() -> None:
@@ -151,7 +164,7 @@ def serve_engrax() -> None:
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # as the training loop does, see train/host.py
     speed = product_timer()
-    compiled = params = x = temp_mb = None
+    compiled = params = x = temp_mb = gflop = None
     for line in sys.stdin:
         request = json.loads(line)
         if "build" in request:
@@ -159,7 +172,7 @@ def serve_engrax() -> None:
             params = init_params(jax.random.key(request["seed"]))
             x = jax.random.normal(jax.random.key(request["seed"] + 1), (1, request["seq"], DIM))
             loss = jax.value_and_grad(partial(mean_square, chunk_size=chunk, save_every=save_every))
-            compiled = jax.jit(loss).lower(params, x).compile()
+            compiled, gflop = jax.jit(loss).lower(params, x).compile(), products_gflop(loss, params, x)
             value, grads = compiled(params, x)
             assert all(bool(jax.numpy.isfinite(g).all()) for g in (value, *jax.tree.leaves(grads))), "not finite"
             temp_mb = compiled.memory_analysis().temp_size_in_bytes / 2**20
@@ -169,7 +182,7 @@ def serve_engrax() -> None:
             jax.block_until_ready(compiled(params, x))
             ms = (time.perf_counter() - start) * 1e3
             rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            answer = {"ms": ms, "rss_mb": rss, "temp_mb": temp_mb, "gflop_per_s": speed()}
+            answer = {"ms": ms, "rss_mb": rss, "temp_mb": temp_mb, "gflop": gflop, "gflop_per_s": speed()}
         print(json.dumps(answer), flush=True)
 
 
@@ -190,14 +203,14 @@ def compare(name: str, args) -> dict:
         )
     engines = {"engrax": ours} | ({"titans-pytorch": theirs} if theirs else {})
     times: dict[str, list[float]] = {engine: [] for engine in engines}
-    speeds = []
+    answers = []
     for turn in range(args.warmup + args.runs):
         for engine, process in engines.items():
             answer = process.ask(run=True)
             if turn >= args.warmup:
                 times[engine].append(answer["ms"])
-                speeds += [answer["gflop_per_s"]] if engine == "engrax" else []
-    result = {"setting": kwargs, "versions": {}, "floor": floor(layer_gflop(kwargs["chunk_size"]), speeds)}
+                answers += [answer] if engine == "engrax" else []
+    result = {"setting": kwargs, "versions": {}, "floor": floor(answers)}
     for engine, process in engines.items():
         last = process.ask(run=True)
         memory = {key: last[key] for key in ("rss_mb", "temp_mb") if key in last}
