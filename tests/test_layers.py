@@ -378,3 +378,30 @@ def test_a_projection_is_differentiated_in_the_order_of_its_kernel(rng, x64):
     np.testing.assert_allclose(grads["bias"][...], bar.sum(axis=(0, 1)), rtol=1e-12)
     np.testing.assert_allclose(x_bar, bar @ kernel.T, rtol=1e-12)
     assert "transpose" not in str(jax.make_jaxpr(jax.grad(total))(params, x))
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4])
+def test_a_key_that_fills_its_chunks_is_learned_at_the_largest_step(depth):
+    """When one key comes 256 times to memories with large weights, then deep ones learn it too, and diverge without the
+    smaller bound that they have by default."""
+    config = TitansConfig(heads=8, depth=depth)
+    keys, widths = iter(jax.random.split(jax.random.key(0), 8)), config.layer_widths
+    weights = tuple(
+        2.0 * jax.random.normal(next(keys), (config.heads, a, b)) * a**-0.5 for a, b in zip(widths[:-1], widths[1:])
+    )
+
+    def repeated():
+        x = jax.random.normal(next(keys), (1, 1, config.heads, config.head_dim))
+        return jnp.broadcast_to(x / jnp.linalg.norm(x, axis=-1, keepdims=True), (1, 256, *x.shape[2:]))
+
+    k, v, state = repeated(), repeated(), NeuralMemoryState.start(weights, 1)
+    nothing = jnp.zeros(k.shape[:3])
+
+    @jax.jit
+    def last_error(bound):
+        gates = dict(lr=nothing + bound, momentum=nothing, forget=nothing)
+        out, _ = neural_memory(k, k, v, state=state, chunk_size=config.chunk_size, **gates)
+        return jnp.sum((out - v)[0, -1] ** 2, axis=-1).max()
+
+    assert last_error(config.lr_bound) < 0.1
+    assert depth == 2 or not jnp.isfinite(last_error(TitansConfig().lr_bound))

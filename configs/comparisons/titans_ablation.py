@@ -60,7 +60,7 @@ def comparison(
         "no momentum": change(momentum=False),
         "no forgetting": change(forgetting=False),
         "no persistent tokens": change(persistent_tokens=0),
-        "depth 3": change(depth=3),
+        "depth 3": change(depth=3, max_lr=0.5 / 32),  # that of the others, which is twice its default
     }
     full = PAPER["LMM"]
     claims = [

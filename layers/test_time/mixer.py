@@ -23,7 +23,7 @@ from engrax.layers.test_time.coefficients import Gates
 from engrax.layers.test_time.features import feature_count, polynomial_features
 from engrax.layers.test_time.losses import LOSSES
 from engrax.layers.test_time.retention import RETENTIONS
-from engrax.layers.test_time.shell import MemoryShell, logit
+from engrax.layers.test_time.shell import MemoryShell, default_lr_bound, logit
 from engrax.layers.test_time.structures import KINDS, Structure, initial_matrices
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS
 from engrax.pallas_kernels.segments import segment_starts
@@ -145,11 +145,12 @@ class MemoryConfig(MixerConfig):
     def lr_bound(self) -> float:
         """Upper bound of theta / (1 - eta), or of theta with muon, whose step has a size of its own.
 
-        The default keeps a key that fills its chunk from being overshot.
-
-        A normed output has the length of head_dim^1/2, not about 1, and its gradients are as much larger.
+        The default is that of `default_lr_bound`, shared by the tokens of a window. A normed output has the length of
+        head_dim^1/2, not about 1, and its gradients are as much larger.
         """
-        return self.max_lr or 0.5 / self.chunk_size / self.window / (self.head_dim if self.normed else 1)
+        layers = self.depth if self.structure.endswith("mlp") else 1
+        sharers = self.window * (self.head_dim if self.normed else 1)
+        return self.max_lr or default_lr_bound(self.chunk_size, layers) / sharers
 
     @property
     def gate_widths(self) -> dict[str, int]:

@@ -23,6 +23,12 @@ def logit(p: float) -> float:
     return math.log(p / (1 - p))
 
 
+def default_lr_bound(chunk_size: int, depth: int) -> float:
+    """Returns the upper bound of a token's step size at which a key that fills its chunk is not overshot, for a memory
+    MLP of `depth` layers: half of what the chunk's tokens may do together, halved for every hidden-to-hidden layer."""
+    return 0.5 / chunk_size / 2 ** max(depth - 2, 0)
+
+
 class ShellState(NamedTuple):
     """Everything the mixer needs to continue at any position; its size does not depend on T."""
 
