@@ -67,7 +67,10 @@ def default_cases(op: str, backend: str) -> list[Case]:
         tokens, lengths, heads, width = 2048, (512, 2048), 4, 64
     else:
         tokens, lengths, heads, width = 65536, (2048, 8192, 32768, 65536), 16, 128
-    more = {"neural_memory": [dict(hidden=width, depth=1), dict(hidden=2 * width, depth=2)]}.get(op)
+    deep = [dict(hidden=2 * width, depth=2)]
+    if backend != "cpu":
+        deep.append(dict(key=64, value=64, hidden=128, depth=2))  # the largest that the GPU kernel serves
+    more = {"neural_memory": [dict(hidden=width, depth=1), *deep]}.get(op)
     if more is None:
         gates = ("none",) if op == "gated_delta_rule" and backend != "cpu" else ()
         more = [dict(gate=gate) for gate in ("scalar", "channel", *gates)]

@@ -4,7 +4,7 @@
     python tests/compile_gpu.py --output benchmarks/results/compile_gpu.json     in an environment with jax[cuda13]
 
 XLA compiles ahead of time for a described device (`TARGET`); ptxas, told to report, says what each kernel takes. The
-programs are compiled in a process of their own, whose output is read. Runs in a minute or two.
+programs are compiled in a process of their own, whose output is read. Runs in about eight minutes on two cores.
 """
 
 import argparse
@@ -70,8 +70,9 @@ def gated_delta_rule(key, value, query_heads, heads, gate):
     return run, (q, q, v, beta, decay, decay, state, v, state)
 
 
-def neural_memory(key, value):
-    """The same for the neural memory of one layer: blocks of bfloat16 tokens and the coefficients of the dual form."""
+def neural_memory(activation, *sizes):
+    """The same for the neural memory with layers of these sizes: blocks of bfloat16 tokens and the coefficients of the
+    dual form."""
     import jax
     import jax.numpy as jnp
 
@@ -81,22 +82,23 @@ def neural_memory(key, value):
 
     blocks, batch, heads, slots = lead = (4, 2, 2, 64)
 
-    def run(q, k, v, a, b, write, last_momentum, last_write, weights, momentum, out_bar):
+    def run(q, k, v, a, b, write, last_momentum, last_write, out_bar, *matrices):
         def scan(*arrays):
             table, tokens, state = Coefficients(None, *arrays[:5]), arrays[5:8], arrays[8:]
-            carry = ((state[0],), (state[1],), (state[0],))
-            return gpu.scan_blocks(Plan("gelu", 1, True), Blocks(table, None, *tokens, None, None), carry, None)
+            weights, momentum = state[: len(sizes) - 1], state[len(sizes) - 1 :]
+            plan, blocks = Plan(activation, 1, True), Blocks(table, None, *tokens, None, None)
+            return gpu.scan_blocks(plan, blocks, (weights, momentum, weights), None)
 
-        outputs, pull = jax.vjp(scan, a, b, write, last_momentum, last_write, q, k, v, weights, momentum)
+        outputs, pull = jax.vjp(scan, a, b, write, last_momentum, last_write, q, k, v, *matrices)
         return outputs, pull((out_bar, outputs[1]))
 
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    q, v = (array(*lead, features, dtype=jnp.bfloat16) for features in (key, value))
-    columns, matrix = array(*lead, 1), array(batch, heads, key, value)
+    q, v = (array(*lead, features, dtype=jnp.bfloat16) for features in (sizes[0], sizes[-1]))
+    columns, matrices = array(*lead, 1), [array(batch, heads, *size) for size in itertools.pairwise(sizes)]
     coefficients = (columns, columns, array(*lead, slots), array(*lead[:3], 1), array(*lead))
-    return run, (q, q, v, *coefficients, matrix, matrix, v)
+    return run, (q, q, v, *coefficients, v, *matrices, *matrices)
 
 
 def hopfield_retrieval(key, value, dtype):
@@ -153,9 +155,12 @@ def cases() -> dict:
             name = f"{make.__name__} K={key} V={value} {gate} gate, 2 query and {heads} value heads"
             found[name] = (make, (key, value, 2, heads, gate))
     for key, value in itertools.product((64, 128), (64, 128)):
-        found[f"neural_memory K={key} V={value} depth 1"] = (neural_memory, (key, value))
+        found[f"neural_memory K={key} V={value} depth 1"] = (neural_memory, ("gelu", key, value))
         for dtype in ("bfloat16", "float32") if key == 64 else ("bfloat16",):
             found[f"hopfield_retrieval D={key} V={value} {dtype}"] = (hopfield_retrieval, (key, value, dtype))
+    for activation, hidden in itertools.product(("gelu", "silu", "relu", "tanh"), (64, 128)):
+        name = f"neural_memory K=64 V=64 depth 2, {hidden} hidden features, {activation}"
+        found[name] = (neural_memory, (activation, 64, hidden, 64))
     return found
 
 

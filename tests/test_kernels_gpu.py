@@ -189,12 +189,17 @@ def test_what_the_kernel_cannot_serve_is_said(op):
 # operand of a product rounded to bfloat16.
 
 
-def memory_problem(keys="random", **case):
-    """Returns (arrays as a call with bfloat16 tokens gets them, static): keys and queries of unit norm, a stable lr."""
+def memory_problem(keys="random", gates="exact", **case):
+    """Returns (arrays as a call with bfloat16 tokens gets them, static): keys and queries of unit norm, a stable lr.
+
+    gates: "exact" (0 and 1 among them: every chunk forgets everything) or "lasting" (what is written stays for chunks).
+    """
     defaults = dict(depth=1, batch=1, heads=1, key=64, value=64, chunk=64, length=128)
     with jax.enable_x64(True):
         arrays, static = neural_memory_problems.make_problem(**{**defaults, **case})
         arrays = jax.tree.map(lambda x: np.asarray(x, np.float32), arrays)
+    if gates == "lasting":
+        arrays |= dict(forget=arrays["forget"] * 0.01, momentum=0.7 * arrays["momentum"], lr=arrays["lr"] * 0.2)
     if keys == "identical":
         arrays["k"] = np.broadcast_to(arrays["k"][:, :1], arrays["k"].shape)
     for name in "qk":
@@ -271,6 +276,23 @@ def with_bfloat16_products(function):
         pytest.param(dict(length=1000), dict(), marks=pytest.mark.slow),
         pytest.param(dict(length=66, batch=2, rows="phased"), dict(), marks=pytest.mark.slow),
         pytest.param(dict(length=330, batch=2, rows="phased"), dict(save_every=3), marks=pytest.mark.slow),
+        (dict(depth=2, hidden=128, length=150, gates="lasting"), dict()),
+        pytest.param(dict(depth=2, hidden=64, length=256, gates="lasting"), dict(), marks=pytest.mark.slow),
+        pytest.param(dict(depth=2, hidden=64, length=128), dict(gradient_at="decayed"), marks=pytest.mark.slow),
+        pytest.param(dict(depth=2, hidden=128, length=192, keys="identical"), dict(), marks=pytest.mark.slow),
+        pytest.param(
+            dict(depth=2, hidden=128, length=330, batch=2, heads=2, rows="phased", gates="lasting"),
+            dict(gradient_at="decayed", save_every=3),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(dict(depth=2, hidden=64, length=66, batch=2, rows="phased"), dict(), marks=pytest.mark.slow),
+        pytest.param(dict(depth=2, hidden=64, length=1000, gates="lasting"), dict(), marks=pytest.mark.slow),
+        *(
+            pytest.param(
+                dict(depth=2, hidden=64, length=192, gates="lasting"), dict(activation=name), marks=pytest.mark.slow
+            )
+            for name in ("silu", "relu", "tanh")
+        ),
     ],
 )
 def test_the_memory_kernel_is_as_accurate_as_the_xla_form_in_bfloat16_and_free_of_races(case, options):
@@ -294,9 +316,10 @@ def test_the_memory_kernel_is_as_accurate_as_the_xla_form_in_bfloat16_and_free_o
         assert error <= max(SLACK * other, FLOOR), f"{name}: the kernel errs by {error}, the XLA form by {other}"
 
 
+@pytest.mark.parametrize("depth, hidden", [(1, 6), (2, 64), pytest.param(2, 128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("devices, implementation", [pytest.param(1, "pallas_gpu", marks=pytest.mark.slow), (8, None)])
-def test_an_h200_gets_the_memory_kernels_and_no_loop(devices, implementation):
-    arrays, static = memory_problem(batch=8, heads=2)
+def test_an_h200_gets_the_memory_kernels_and_no_loop(devices, implementation, depth, hidden):
+    arrays, static = memory_problem(batch=8, heads=2, depth=depth, hidden=hidden)
     specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
     def loss(arrays):
@@ -306,7 +329,7 @@ def test_an_h200_gets_the_memory_kernels_and_no_loop(devices, implementation):
     with abstract_h200(*(((2, 2, 2), ("data", "fsdp", "tensor")) if devices == 8 else ())):
         text = jax.jit(jax.grad(loss)).trace(specs).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @(mosaic_gpu\w*)\((.*)", text)
-    parts = ("forward", "backward_states", "backward_carry", "backward_tokens")
+    parts = ("forward", "backward_states", "backward_carry", "backward_tokens" if depth == 1 else "backward_reads")
     assert len(calls) == len(parts) and len(calls) == text.count("custom_call @mosaic")
     found = re.findall(r'"?(neural_memory_(?:[a-z]+_)*[a-z]+?)_mosaic_gpu', text)
     assert set(found) == {f"neural_memory_{part}" for part in parts}
@@ -320,8 +343,11 @@ def test_what_the_memory_kernel_cannot_serve_is_said():
     single, half = np.dtype(np.float32), np.dtype(jnp.bfloat16)
     fine = MemoryShapes(single, ((64, 128),), 64, 1, half, 2, 4, 2, True, False)
     assert unsupported(fine) is None and unsupported(fine._replace(aligned=False, blocks=3)) is None
+    assert all(unsupported(fine._replace(layers=((64, size), (size, 64)))) is None for size in (64, 128))
     for change, word in (
-        (dict(layers=((64, 64), (64, 64))), "not 2"),
+        (dict(layers=((64, 64),) * 3), "1 or 2 layers, not 3"),
+        (dict(layers=((64, 256), (256, 64))), "not 64, 256 and 64"),
+        (dict(layers=((64, 64), (64, 128))), "not 64, 64 and 128"),
         (dict(tokens=single), "bfloat16"),
         (dict(dtype=np.dtype(np.float64)), "float64"),
         (dict(layers=((32, 128),)), "not 32 and 128"),

@@ -1,7 +1,8 @@
-"""The scan over blocks as GPU kernels (compute capability 9.0), for a memory of one layer.
+"""The scan over blocks as GPU kernels (compute capability 9.0), for a memory of one layer or two.
 
 Products take bfloat16 operands and add in float32, so the kernels serve calls whose q, k and v are bfloat16; weights,
-momentum, gates and their gradients are float32. Four kernels, in `gpu_kernels` and `gpu_chunks`:
+momentum, gates and their gradients are float32. Four kernels for one layer, in `gpu_kernels` and `gpu_chunks` (those
+for two layers: `gpu_deep`):
 
     forward            weights and momentum stay on the chip from the first chunk to the last
     backward_states    the same again, without queries: the errors, and the matrices that every chunk begins with
@@ -10,7 +11,8 @@ momentum, gates and their gradients are float32. Four kernels, in `gpu_kernels` 
 
 Where rows are at unknown phases, the first block may continue a chunk and the last one may be empty: these two take the
 XLA form. Beside inputs, nothing is saved for the backward pass (`save_every` changes nothing). While it runs, the
-matrices and their cotangents of every chunk lie in memory as bfloat16: 8 K V bytes for each chunk and head.
+matrices and their cotangents of every chunk lie in memory as bfloat16: 8 K V bytes for each chunk and head of a memory
+of one layer.
 """
 
 from functools import partial
@@ -21,7 +23,9 @@ import jax.numpy as jnp
 
 from engrax.pallas_kernels.gpu_parts import CHUNK, MOST_PROGRAMS, SIZES
 from engrax.pallas_kernels.mesh import over_mesh
+from engrax.pallas_kernels.neural_memory import gpu_deep
 from engrax.pallas_kernels.neural_memory.gpu_chunks import chunk_gradients
+from engrax.pallas_kernels.neural_memory.gpu_deep_kernels import TILE
 from engrax.pallas_kernels.neural_memory.gpu_kernels import Tokens, backward, forward, states
 from engrax.pallas_kernels.neural_memory.types import Shapes
 from engrax.pallas_kernels.neural_memory.vjp import Blocks, Carry, Plan, Reset
@@ -30,11 +34,14 @@ from engrax.pallas_kernels.neural_memory.vjp import scan_blocks as xla_scan_bloc
 
 def unsupported(shapes: Shapes) -> str | None:
     """Returns why these kernels cannot serve a call, None if they can."""
-    if len(shapes.layers) > 1:
-        return f"the GPU kernel takes memories of 1 layer, not {len(shapes.layers)}"
+    if len(shapes.layers) > 2:
+        return f"the GPU kernel takes memories of 1 or 2 layers, not {len(shapes.layers)}"
     if shapes.tokens != jnp.bfloat16 or shapes.dtype != jnp.float32:
         return f"the GPU kernel takes bfloat16 q, k and v and a float32 state, not {shapes.tokens} and {shapes.dtype}"
-    key, value = shapes.layers[0]
+    key, *hidden, value = shapes.layers[0][0], *(out for _, out in shapes.layers)
+    if hidden and ((key, value) != (TILE, TILE) or hidden[0] not in SIZES):
+        wanted = f"K, hidden features and V of {TILE}, {SIZES[0]} or {SIZES[1]}, and {TILE}"
+        return f"the GPU kernel takes 2 layers with {wanted}, not {key}, {hidden[0]} and {value}"
     if key not in SIZES or value not in SIZES:
         return f"the GPU kernel takes K and V of {SIZES[0]} or {SIZES[1]}, not {key} and {value}"
     if shapes.slots != CHUNK:
@@ -49,7 +56,7 @@ def unsupported(shapes: Shapes) -> str | None:
 
 
 class _State(NamedTuple):
-    """Of the one layer, `[B, H, K, V]`."""
+    """Of one layer, `[B, H, K, V]`."""
 
     weights: jax.Array
     momentum: jax.Array
@@ -61,7 +68,7 @@ def scan_blocks(plan: Plan, blocks: Blocks, carry: Carry, reset: Reset, *, inter
     if reset is not None:
         raise NotImplementedError("the GPU kernel takes no segments (see `unsupported`).")
     if blocks.fresh is None:
-        return _scan_fresh(blocks, carry, interpret)
+        return _scan_fresh(plan.activation, blocks, carry, interpret)
     outs = []
 
     def run(function, first: int, last: int, carry: Carry) -> Carry:
@@ -70,21 +77,28 @@ def scan_blocks(plan: Plan, blocks: Blocks, carry: Carry, reset: Reset, *, inter
             outs.append(out)
         return carry
 
+    def by_kernel(part, carry):
+        return _scan_fresh(plan.activation, part, carry, interpret)
+
     def by_xla(part, carry):
         return xla_scan_blocks(plan._replace(group=1), part, carry, None)
 
     count = blocks.k.shape[0]
     carry = run(by_xla, 0, 1, carry)
-    carry = run(partial(_scan_fresh, interpret=interpret), 1, count - 1, carry)
+    carry = run(by_kernel, 1, count - 1, carry)
     carry = run(by_xla, max(1, count - 1), count, carry)
     return jnp.concatenate(outs), carry
 
 
-def _scan_fresh(blocks: Blocks, carry: Carry, interpret: bool):
+def _scan_fresh(activation: str, blocks: Blocks, carry: Carry, interpret: bool):
     """Runs blocks that all begin their chunks, so that every block's anchor is its first weights."""
-    (weights,), (momentum,), _ = carry
-    out, state = _scan(interpret, _pack(blocks), weights, momentum)
-    return _to_blocks(out).astype(blocks.v.dtype), tuple((matrix,) for matrix in state)
+    weights, momentum, _ = carry
+    if len(weights) > 1:
+        out, carry = gpu_deep.scan(gpu_deep.Form(activation, interpret), _pack(blocks), weights, momentum)
+    else:
+        out, state = _scan(interpret, _pack(blocks), *weights, *momentum)
+        carry = tuple((matrix,) for matrix in state)
+    return _to_blocks(out).astype(blocks.v.dtype), carry
 
 
 def _to_blocks(x):

@@ -181,7 +181,7 @@ def _sweep(plan: Sizes, stages: int, step, full, columns, inputs, outputs, scrat
     arrivals |= {n: token_block(inputs[n], plan, batch, head, COLUMNS, column) for n in columns}
     for name in ("write", "table"):
         if name in inputs:
-            arrivals[name] = _chunk_block(inputs[name], plan, batch, head)
+            arrivals[name] = chunk_block(inputs[name], plan, batch, head)
     refs, specs = zip(*arrivals.values())
     pipeline = plgpu.emit_pipeline(
         body,
@@ -193,10 +193,13 @@ def _sweep(plan: Sizes, stages: int, step, full, columns, inputs, outputs, scrat
     _finish(plan, place, pipeline(*refs))
 
 
-def _chunk_block(array, plan: Sizes, batch, head):
-    """Returns a reference to one head's part of `[N, B, H, R, C]` and how it arrives in SMEM, chunk by chunk."""
+def chunk_block(array, sweep, batch, head):
+    """Returns a reference to one head's part of `[N, B, H, R, C]` and how it arrives in SMEM, chunk by chunk.
+
+    sweep: has `at(step)`, the chunk that is visited at a step.
+    """
     transforms = tiles(array.dtype) if array.shape[3] == CHUNK else ()
-    spec = plgpu.BlockSpec((None, *array.shape[3:]), lambda step: (plan.at(step), 0, 0), transforms=transforms)
+    spec = plgpu.BlockSpec((None, *array.shape[3:]), lambda step: (sweep.at(step), 0, 0), transforms=transforms)
     return array.at[:, batch, head], spec
 
 

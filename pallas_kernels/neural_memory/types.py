@@ -84,10 +84,25 @@ def _gelu_second(x: Array) -> Array:
     return product * (2 * w1 + x * (w2 + odd * w1 * w1))
 
 
+# Written out because GPU kernels cannot lower the sums that automatic differentiation makes here.
+
+
+def _silu_first(x: Array) -> Array:
+    s = jax.nn.sigmoid(x)
+    return s + x * s * (1 - s)
+
+
+def _silu_second(x: Array) -> Array:
+    s = jax.nn.sigmoid(x)
+    return s * (1 - s) * (2 + x * (1 - 2 * s))
+
+
 def with_derivatives(activation: str) -> tuple[Callable[[Array], Array], ...]:
     """Returns an activation and its first two derivatives, all elementwise, as the dual form computes them."""
     if activation == "gelu":
         return _gelu_value, _gelu_first, _gelu_second
+    if activation == "silu":
+        return ACTIVATIONS[activation], _silu_first, _silu_second
     f = ACTIVATIONS[activation]
     return f, _derivative(f), _derivative(_derivative(f))
 

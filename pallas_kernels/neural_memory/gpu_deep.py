@@ -1,0 +1,102 @@
+"""The GPU kernels of a neural memory of two layers as one differentiable function of tokens and matrices.
+
+    forward            weights and momentum stay on the chip from the first chunk to the last
+    backward_states    the same again, without queries: the matrices that every chunk begins with
+    backward_reads     all chunks at once: the derivative of what the queries read
+    backward_carry     the cotangents of the matrices from the last chunk to the first, with those of the keys
+
+The first two are in `gpu_deep_kernels`, the others in `gpu_deep_reads` and `gpu_deep_carry`. While the backward pass
+runs, 224 KiB for each chunk and head lie in memory with 64 hidden features, 400 KiB with 128: the matrices at its start
+and what its reads gave.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from engrax.pallas_kernels.gpu_parts import CHUNK
+from engrax.pallas_kernels.mesh import over_mesh
+from engrax.pallas_kernels.neural_memory.gpu_deep_carry import carry_gradients
+from engrax.pallas_kernels.neural_memory.gpu_deep_kernels import TILE, forward, states
+from engrax.pallas_kernels.neural_memory.gpu_deep_reads import read_gradients
+from engrax.pallas_kernels.neural_memory.gpu_kernels import Tokens
+from engrax.pallas_kernels.neural_memory.types import Layers
+
+
+class State(NamedTuple):
+    """Of both layers, as tiles `[B, H, 2 tiles, 64, 64]`."""
+
+    weights: jax.Array
+    momentum: jax.Array
+    anchor: jax.Array
+
+
+class Form(NamedTuple):
+    """What is static."""
+
+    activation: str
+    interpret: bool
+
+
+def scan(form: Form, tokens: Tokens, weights: Layers, momentum: Layers):
+    """Runs all chunks. Returns out `[B, T, H, V]` bfloat16; weights, momentum, anchor by layer, `[B, H, I, O]`."""
+    out, state = _scan(form, tokens, _to_tiles(weights), _to_tiles(momentum))
+    return out, tuple(map(_from_tiles, state))
+
+
+def _to_tiles(layers: Layers):
+    first, second = layers
+    batch, heads, key, hidden = first.shape
+    first = jnp.moveaxis(first.reshape(batch, heads, key, hidden // TILE, TILE), 3, 2)
+    return jnp.concatenate([first, second.reshape(batch, heads, hidden // TILE, TILE, -1)], axis=2)
+
+
+def _from_tiles(matrix) -> Layers:
+    batch, heads, count, rows, columns = matrix.shape
+    first, second = jnp.split(matrix, 2, axis=2)
+    hidden = count // 2 * TILE
+    first = jnp.moveaxis(first, 2, 3).reshape(batch, heads, rows, hidden)
+    return first, second.reshape(batch, heads, hidden, columns)
+
+
+_TOKENS = Tokens("BTHK", "BTHK", "BTHV", "NBHCC", "NBHRC")  # axes, for `over_mesh`
+_OUT, _MATRIX = "BTHV", "BHXIO"
+_STATE = State(_MATRIX, _MATRIX, _MATRIX)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(form: Form, tokens: Tokens, weights, momentum):
+    run = over_mesh(partial(_forward, form), (_TOKENS, _MATRIX, _MATRIX), (_OUT, _STATE))
+    return run(tokens, weights, momentum)
+
+
+def _scan_fwd(form: Form, tokens: Tokens, weights, momentum):
+    return _scan(form, tokens, weights, momentum), (tokens, weights, momentum)
+
+
+def _scan_bwd(form: Form, residuals, cotangents):
+    dims = (_TOKENS, _MATRIX, _MATRIX, _OUT, _STATE)
+    run = over_mesh(partial(_backward, form), dims, (_TOKENS, _MATRIX, _MATRIX))
+    return run(*residuals, *cotangents)
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+def _forward(form: Form, tokens: Tokens, weights, momentum):
+    found = forward(tokens, weights, momentum, form.activation, interpret=form.interpret)
+    return found["out"], State(found["weights"], found["momentum"], found["anchor"])
+
+
+def _backward(form: Form, tokens: Tokens, weights, momentum, out_bar, bars: State):
+    """Returns the cotangents of the tokens, the weights and the momentum."""
+    again = states(tokens, weights, momentum, form.activation, interpret=form.interpret)
+    reads = read_gradients(tokens, again, out_bar, form.activation, interpret=form.interpret)
+    back = carry_gradients(tokens, again, reads, out_bar, bars, interpret=form.interpret)
+    rows, matches = jnp.split(back["rows_bar"], 2, axis=-2)
+    last = jnp.pad(matches.sum(-1), [(0, 0)] * 3 + [(0, CHUNK - matches.shape[-2])])
+    table_bar = jnp.concatenate([reads["rows_bar"], rows, last[..., None, :]], axis=-2)
+    tokens_bar = Tokens(reads["q_bar"], back["k_bar"], -back["error_bar"], reads["write_bar"], table_bar)
+    return tokens_bar, back["weights"], back["momentum"]
