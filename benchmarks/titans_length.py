@@ -54,7 +54,13 @@ def measure(name: str, folder: Path) -> dict:
     config, fields, first = RUNS[name]
     run = train(name, folder)
     found = engrax.evaluate(run, stream=LENGTH)
-    about = {"config": config, "fields": HELD_OUT | fields, "first": first, "step": found.step, "bits_per_byte": found.bits_per_byte}
+    about = {
+        "config": config,
+        "fields": HELD_OUT | fields,
+        "first": first,
+        "step": found.step,
+        "bits_per_byte": found.bits_per_byte,
+    }
     return about | found.data["streamed"]
 
 

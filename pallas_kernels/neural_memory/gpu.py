@@ -11,8 +11,8 @@ for two layers: `gpu_deep`):
 
 Where rows are at unknown phases, the first block may continue a chunk and the last one may be empty: these two take the
 XLA form. Beside inputs, nothing is saved for the backward pass (`save_every` changes nothing). While it runs, the
-matrices and their cotangents of every chunk lie in memory as bfloat16: 8 K V bytes for each chunk and head of a memory
-of one layer.
+matrices of every chunk, with what rounding took from them, and their cotangents lie in memory as bfloat16: 12 K V bytes
+for each chunk and head of a memory of one layer.
 """
 
 from functools import partial
@@ -154,7 +154,7 @@ def _forward(interpret: bool, tokens: Tokens, weights, momentum):
 def _backward(interpret: bool, tokens: Tokens, weights, momentum, out_bar, bars: _State):
     """Returns the cotangents of the tokens, the weights and the momentum."""
     again = states(tokens, weights, momentum, interpret=interpret)
-    back = backward(tokens, out_bar, bars, interpret=interpret)
+    back = backward(tokens, again, out_bar, bars, interpret=interpret)
     found = chunk_gradients(tokens, out_bar, again, back, interpret=interpret)
     tokens_bar = Tokens(found["q_bar"], found["k_bar"], back["v_bar"], found["write_bar"], found["table_bar"])
     return tokens_bar, back["weights"], back["momentum"]

@@ -7,8 +7,8 @@ which the sweeps of `gpu_kernels` leave, no chunk needs another:
     dq = A (d out) M^T + B (d out) S^T + (C o D) k
     dk = anchor (d delta) M^T - C_last delta dM^T - E_last delta dS^T + (C o D)^T q
 
-The cotangents of the other coefficients are inner products of rows of q or k with the terms of dq and dk, and of the
-matrices with their cotangents.
+The cotangents of the other coefficients are inner products of rows of q or k with the terms of dq and dk; those of the
+last slot also of the matrices with their cotangents, which the sweep backwards has taken.
 """
 
 from functools import partial
@@ -56,7 +56,6 @@ def chunk_gradients(tokens: Tokens, out_bar, again: dict, back: dict, *, interpr
         "k_bar": plan.tokens(plan.key),
         "write_bar": shape((*lead, CHUNK, CHUNK), jnp.float32),
         "rows_bar": shape((*lead, LAST, CHUNK), jnp.float32),
-        "matches": shape((*lead, 3, 64), jnp.float32),
     }
     inputs = {"q": tokens.q, "k": tokens.k, "write": tokens.write, "table": tokens.table}
     inputs |= {"out_bar": out_bar, "delta": again["delta"], "rest": again["rest"], "v_bar": back["v_bar"]}
@@ -75,7 +74,7 @@ def chunk_gradients(tokens: Tokens, out_bar, again: dict, back: dict, *, interpr
     grid = (plan.batch, plan.heads, count * tiles_of_key)
     body = partial(_differentiate, plan)
     found = run_kernel("neural_memory_backward_tokens", body, out_types, scratch, grid, interpret, inputs)
-    last = jnp.pad(found["matches"].sum((0, -1)), [(0, 0)] * 3 + [(0, CHUNK - 3)])
+    last = jnp.pad(back["matches"], [(0, 0)] * 3 + [(0, CHUNK - 3)])
     table_bar = jnp.concatenate([found["rows_bar"].sum(0), last[..., None, :]], axis=-2)
     tokens_bar = {"q_bar": found["q_bar"], "k_bar": found["k_bar"]}
     return tokens_bar | {"write_bar": found["write_bar"].sum(0), "table_bar": table_bar}
@@ -95,7 +94,6 @@ def _differentiate(plan: Sizes, inputs, outputs, scratch):
         plgpu.copy_gmem_to_smem(place, scratch[name], scratch["arrived"])
     plgpu.barrier_wait(scratch["arrived"])
     program = (tile, chunk, batch, head)
-    _matches(plan, scratch, outputs["matches"].at[program])
     _scores_bar(scratch)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(scratch["write"], outputs["write_bar"].at[program])
@@ -110,17 +108,6 @@ def _differentiate(plan: Sizes, inputs, outputs, scratch):
     for name in found:
         plgpu.copy_smem_to_gmem(scratch[name], outputs[f"{name}_bar"].at[*here, features])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _matches(plan: Sizes, scratch, target):
-    """Writes the inner products of the matrices with their cotangents, by row: those of A, B and P of the last slot."""
-    pairs = (("weights_bar", "weights"), ("weights_bar", "momentum"), ("momentum_bar", "momentum"))
-    for number, pair in enumerate(pairs):
-        total = 0.0
-        for column in range(0, plan.value, 64):
-            a, b = (load_matrix(scratch[name].at[:, pl.ds(column, 64)]) for name in pair)
-            total = total + sum_columns(a * b)
-        target[number] = total
 
 
 def _scores_bar(scratch):

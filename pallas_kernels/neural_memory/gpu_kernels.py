@@ -32,6 +32,7 @@ from engrax.pallas_kernels.gpu_parts import (
     load_matrix,
     matrix,
     products,
+    sum_columns,
     tiles,
     token_block,
     transposed,
@@ -41,6 +42,7 @@ from engrax.pallas_kernels.gpu_walk import run_kernel
 # Rows of a chunk's table: A, B, what scales the anchor, C and E of the last slot; then A, B and P of the last slot.
 READ_WEIGHTS, READ_MOMENTUM, ANCHOR, WRITE, LAST_WRITE, LAST = range(6)
 TABLE_ROWS = 6
+MATRICES = ("weights", "momentum")
 
 
 class Tokens(NamedTuple):
@@ -99,28 +101,37 @@ def forward(tokens: Tokens, weights, momentum, *, stages: int = 2, interpret: bo
 
 def states(tokens: Tokens, weights, momentum, *, stages: int = 2, interpret: bool = False) -> dict:
     """Runs forwards again. Returns, all bfloat16, "delta" and what rounding took from it, "rest", `[B, T, H, V]`, and
-    the "weights_at" and "momentum_at" that every chunk begins with, `[B, H, N, K, V]`."""
+    the "weights_at" and "momentum_at" that every chunk begins with, `[B, H, N, K, V]`, with "weights_rest" and
+    "momentum_rest"."""
     plan = sizes_of(tokens)
     out_types = dict.fromkeys(("delta", "rest"), plan.tokens(plan.value))
-    out_types |= dict.fromkeys(("weights_at", "momentum_at"), plan.states())
+    out_types |= dict.fromkeys((f"{name}_{part}" for name in MATRICES for part in ("at", "rest")), plan.states())
     inputs = {"k": tokens.k, "v": tokens.v, "table": tokens.table, "weights": weights, "momentum": momentum}
     body = partial(_sweep, plan, stages, _states_chunk, ("k",), ("v",))
-    return run_kernel("neural_memory_backward_states", body, out_types, _scratch(plan), plan.grid, interpret, inputs)
+    scratch = _scratch(plan) | {"rest": {name: matrix(plan.key, COLUMNS) for name in MATRICES}}
+    return run_kernel("neural_memory_backward_states", body, out_types, scratch, plan.grid, interpret, inputs)
 
 
-def backward(tokens: Tokens, out_bar, bars, *, stages: int = 2, interpret: bool = False) -> dict:
-    """Runs the cotangents of the matrices backwards. bars: those of `forward`'s weights, momentum and anchor.
+def backward(tokens: Tokens, again: dict, out_bar, bars, *, stages: int = 2, interpret: bool = False) -> dict:
+    """Runs the cotangents of the matrices backwards. bars: those of `forward`'s weights, momentum and anchor; again:
+    what `states` returns.
 
     Returns "v_bar" `[B, T, H, V]` bfloat16, the cotangents at the end of every chunk, "weights_at" and "momentum_at"
-    `[B, H, N, K, V]` bfloat16, and those of the first "weights" and "momentum", `[B, H, K, V]` float32.
+    `[B, H, N, K, V]` bfloat16, those of the first "weights" and "momentum", `[B, H, K, V]` float32, and "matches"
+    `[N, B, H, 3]`: the inner products of the matrices with their cotangents, those of A, B and P of the last slot.
     """
     plan = sizes_of(tokens, reverse=True)
     out_types = {"v_bar": plan.tokens(plan.value)} | dict.fromkeys(("weights_at", "momentum_at"), plan.states())
     out_types |= dict.fromkeys(("weights", "momentum"), plan.matrices())
+    matches = (plan.value // COLUMNS, plan.chunks, plan.batch, plan.heads, 3, plan.key)
+    out_types["matches"] = jax.ShapeDtypeStruct(matches, jnp.float32)
     inputs = tokens._asdict() | dict(zip(("weights", "momentum", "anchor"), bars)) | {"out_bar": out_bar}
+    inputs |= {name: again[name] for name in again if name.startswith(MATRICES)}
     del inputs["v"]
     body = partial(_sweep, plan, stages, _backward_chunk, ("q", "k"), ("out_bar",))
-    return run_kernel("neural_memory_backward_carry", body, out_types, _scratch(plan), plan.grid, interpret, inputs)
+    scratch = _scratch(plan)
+    found = run_kernel("neural_memory_backward_carry", body, out_types, scratch, plan.grid, interpret, inputs)
+    return found | {"matches": found["matches"].sum((0, -1))}
 
 
 def _scratch(plan: Sizes) -> dict:
@@ -152,14 +163,27 @@ class _Place(NamedTuple):
     def load(self, name: str, row: int):
         return plgpu.load(self.matrix(self.inputs[name], row), layout=MATRIX, optimized=False)
 
+    def load_at(self, name: str, chunk, row: int):
+        """Returns a matrix by chunk and what rounding took from it, added."""
+
+        def load(part: str):
+            place = self.inputs[f"{name}_{part}"].at[self.batch, self.head, chunk, pl.ds(row, 64), self.columns]
+            return plgpu.load(place, layout=MATRIX, optimized=False).astype(jnp.float32)
+
+        return load("at") + load("rest")
+
     def tokens(self, array, chunk):
         return array.at[self.batch, pl.ds(chunk * CHUNK, CHUNK), self.head, self.columns]
 
-    def send_matrices(self, chunk):
-        """Lets the rounded matrices leave for their place by chunk."""
-        for name in ("weights", "momentum"):
-            target = self.outputs[f"{name}_at"].at[self.batch, self.head, chunk, :, self.columns]
-            plgpu.copy_smem_to_gmem(self.scratch[name]["state"], target)
+    def send_matrices(self, chunk, part: str, buffers: dict):
+        """Lets matrices leave for their place by chunk."""
+        for name, buffer in buffers.items():
+            target = self.outputs[f"{name}_{part}"].at[self.batch, self.head, chunk, :, self.columns]
+            plgpu.copy_smem_to_gmem(buffer, target)
+
+    @property
+    def rounded(self) -> dict:
+        return {name: self.scratch[name]["state"] for name in MATRICES}
 
 
 def _sweep(plan: Sizes, stages: int, step, full, columns, inputs, outputs, scratch):
@@ -243,7 +267,14 @@ def _forward_chunk(plan: Sizes, place: _Place, chunk, blocks, momentum):
 
 
 def _states_chunk(plan: Sizes, place: _Place, chunk, blocks, momentum):
-    place.send_matrices(chunk)
+    for row in range(0, plan.key, 64):
+        rows = pl.ds(row, 64), slice(None)
+        for name, values in (("weights", ()), ("momentum", momentum)):
+            rest = kept(place.scratch[name], values, row) - load_matrix(place.rounded[name].at[rows])
+            place.scratch["rest"][name][rows] = rest.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    place.send_matrices(chunk, "at", place.rounded)
+    place.send_matrices(chunk, "rest", place.scratch["rest"])
     delta = _delta(blocks, place.scratch)
     rounded = delta.astype(jnp.bfloat16)
     blocks["v"][...] = rounded
@@ -293,7 +324,8 @@ def _backward_chunk(plan: Sizes, place: _Place, chunk, blocks, momentum):
     """Here `weights` and `momentum` are the cotangents of the matrices."""
     scratch, table, out_bar = place.scratch, blocks["table"], blocks["out_bar"]
     square = scratch["square"]
-    place.send_matrices(chunk)
+    place.send_matrices(chunk, "at", place.rounded)
+    _matches(plan, place, chunk, momentum)
     _scores(blocks, square)
     v_bar = _read(blocks["k"], table, scratch, WRITE, LAST_WRITE)
     (local,) = products((transposed(square), out_bar))
@@ -324,3 +356,16 @@ def _backward_chunk(plan: Sizes, place: _Place, chunk, blocks, momentum):
             keep(scratch["weights"], (), row, kept(scratch["weights"], (), row) + place.load("anchor", row))
 
     return after
+
+
+def _matches(plan: Sizes, place: _Place, chunk, momentum):
+    """Writes the inner products of the matrices with their cotangents, by row.
+
+    These are sums that cancel: unlike others they need more of the matrices than bfloat16 holds.
+    """
+    target = place.outputs["matches"].at[place.column, chunk, place.batch, place.head]
+    for row in range(0, plan.key, 64):
+        w, s = (place.load_at(name, chunk, row) for name in MATRICES)
+        w_bar, s_bar = kept(place.scratch["weights"], (), row), kept(place.scratch["momentum"], momentum, row)
+        for number, product in enumerate((w_bar * w, w_bar * s, s_bar * s)):
+            target[number, pl.ds(row, 64)] = sum_columns(product)
