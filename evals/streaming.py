@@ -92,9 +92,13 @@ def stream(
     length = tokens.shape[1]
     reader = Stream(experiment, model)
     groups = range(0, len(tokens), SIDE_BY_SIDE)
-    read = [_read(reader, *(x[at : at + SIDE_BY_SIDE] for x in (tokens, targets)), tick) for at in groups]
-    bits, restarted = (np.concatenate([found[i] for found in read]) / np.log(2) for i in (0, 1))
-    early, late = read[0][2:]
+    losses, memories = [], []
+    for at in groups:
+        *found, early, late = _read(reader, tokens[at : at + SIDE_BY_SIDE], targets[at : at + SIDE_BY_SIDE], tick)
+        losses.append(found)
+        memories = memories or [early, late]  # the first group's are timed, the others' need not be kept
+    bits, restarted = (np.concatenate(found) / np.log(2) for found in zip(*losses))
+    early, late = memories
     few = len(tokens[:SIDE_BY_SIDE])
     if not np.isfinite(bits + restarted).all():
         first = int(np.argwhere(~np.isfinite(bits + restarted))[:, 1].min())
