@@ -194,6 +194,7 @@ def show(report: dict) -> None:
 
 def plot_losses(report: dict) -> bytes:
     """Loss by position, HMT's with its band."""
+    from engrax.configs.hmt_books import SEGMENT
     from engrax.evals import plots
 
     lines = [
@@ -201,7 +202,7 @@ def plot_losses(report: dict) -> bytes:
         for i, (name, bins) in enumerate(reversed(report["curves"].items()))
     ]
     axes = ("position in the document, bytes", "bits per byte")
-    marks = [("a segment", 128), ("a row", report["row_length"])]
+    marks = [("a segment", SEGMENT), ("a row", report["row_length"])]
     return plots.curves("Books, read past a row", axes, lines, log_x=True, marks=marks)
 
 
