@@ -15,18 +15,15 @@ matrices of every chunk, with what rounding took from them, and their cotangents
 for each chunk and head of a memory of one layer.
 """
 
-from functools import partial
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.gpu_parts import CHUNK, MOST_PROGRAMS, SIZES
-from engrax.pallas_kernels.mesh import over_mesh
 from engrax.pallas_kernels.neural_memory import gpu_deep
 from engrax.pallas_kernels.neural_memory.gpu_chunks import chunk_gradients
 from engrax.pallas_kernels.neural_memory.gpu_deep_kernels import TILE
 from engrax.pallas_kernels.neural_memory.gpu_kernels import Tokens, backward, forward, states
+from engrax.pallas_kernels.neural_memory.gpu_scan import State, differentiable
 from engrax.pallas_kernels.neural_memory.types import Shapes
 from engrax.pallas_kernels.neural_memory.vjp import Blocks, Carry, Plan, Reset
 from engrax.pallas_kernels.neural_memory.vjp import scan_blocks as xla_scan_blocks
@@ -53,14 +50,6 @@ def unsupported(shapes: Shapes) -> str | None:
     if max(shapes.batch, shapes.heads) > MOST_PROGRAMS:
         return f"the GPU kernel takes at most {MOST_PROGRAMS} rows and heads"
     return None
-
-
-class _State(NamedTuple):
-    """Of one layer, `[B, H, K, V]`."""
-
-    weights: jax.Array
-    momentum: jax.Array
-    anchor: jax.Array
 
 
 def scan_blocks(plan: Plan, blocks: Blocks, carry: Carry, reset: Reset, *, interpret: bool = False):
@@ -122,39 +111,18 @@ def _pack(blocks: Blocks) -> Tokens:
     return Tokens(tokens(blocks.q), tokens(blocks.k), tokens(blocks.v), c.write, table)
 
 
-_TOKENS = Tokens("BTHK", "BTHK", "BTHV", "NBHCC", "NBHRC")  # axes, for `over_mesh`
-_OUT, _MATRIX = "BTHV", "BHKV"
-_STATE = _State(_MATRIX, _MATRIX, _MATRIX)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(interpret: bool, tokens: Tokens, weights, momentum):
-    run = over_mesh(partial(_forward, interpret), (_TOKENS, _MATRIX, _MATRIX), (_OUT, _STATE))
-    return run(tokens, weights, momentum)
-
-
-def _scan_fwd(interpret: bool, tokens: Tokens, weights, momentum):
-    return _scan(interpret, tokens, weights, momentum), (tokens, weights, momentum)
-
-
-def _scan_bwd(interpret: bool, residuals, cotangents):
-    dims = (_TOKENS, _MATRIX, _MATRIX, _OUT, _STATE)
-    run = over_mesh(partial(_backward, interpret), dims, (_TOKENS, _MATRIX, _MATRIX))
-    return run(*residuals, *cotangents)
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
-
-
 def _forward(interpret: bool, tokens: Tokens, weights, momentum):
     found = forward(tokens, weights, momentum, interpret=interpret)
-    return found["out"], _State(found["weights"], found["momentum"], found["anchor"])
+    return found["out"], State(found["weights"], found["momentum"], found["anchor"])
 
 
-def _backward(interpret: bool, tokens: Tokens, weights, momentum, out_bar, bars: _State):
+def _backward(interpret: bool, tokens: Tokens, weights, momentum, out_bar, bars: State):
     """Returns the cotangents of the tokens, the weights and the momentum."""
     again = states(tokens, weights, momentum, interpret=interpret)
     back = backward(tokens, again, out_bar, bars, interpret=interpret)
     found = chunk_gradients(tokens, out_bar, again, back, interpret=interpret)
     tokens_bar = Tokens(found["q_bar"], found["k_bar"], back["v_bar"], found["write_bar"], found["table_bar"])
     return tokens_bar, back["weights"], back["momentum"]
+
+
+_scan = differentiable(_forward, _backward, "BHKV")

@@ -10,27 +10,17 @@ runs, 224 KiB for each chunk and head lie in memory with 64 hidden features, 400
 and what its reads gave.
 """
 
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.gpu_parts import CHUNK
-from engrax.pallas_kernels.mesh import over_mesh
 from engrax.pallas_kernels.neural_memory.gpu_deep_carry import carry_gradients
 from engrax.pallas_kernels.neural_memory.gpu_deep_kernels import TILE, forward, states
 from engrax.pallas_kernels.neural_memory.gpu_deep_reads import read_gradients
 from engrax.pallas_kernels.neural_memory.gpu_kernels import Tokens
+from engrax.pallas_kernels.neural_memory.gpu_scan import State, differentiable
 from engrax.pallas_kernels.neural_memory.types import Layers
-
-
-class State(NamedTuple):
-    """Of both layers, as tiles `[B, H, 2 tiles, 64, 64]`."""
-
-    weights: jax.Array
-    momentum: jax.Array
-    anchor: jax.Array
 
 
 class Form(NamedTuple):
@@ -61,30 +51,6 @@ def _from_tiles(matrix) -> Layers:
     return first, second.reshape(batch, heads, hidden, columns)
 
 
-_TOKENS = Tokens("BTHK", "BTHK", "BTHV", "NBHCC", "NBHRC")  # axes, for `over_mesh`
-_OUT, _MATRIX = "BTHV", "BHXIO"
-_STATE = State(_MATRIX, _MATRIX, _MATRIX)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(form: Form, tokens: Tokens, weights, momentum):
-    run = over_mesh(partial(_forward, form), (_TOKENS, _MATRIX, _MATRIX), (_OUT, _STATE))
-    return run(tokens, weights, momentum)
-
-
-def _scan_fwd(form: Form, tokens: Tokens, weights, momentum):
-    return _scan(form, tokens, weights, momentum), (tokens, weights, momentum)
-
-
-def _scan_bwd(form: Form, residuals, cotangents):
-    dims = (_TOKENS, _MATRIX, _MATRIX, _OUT, _STATE)
-    run = over_mesh(partial(_backward, form), dims, (_TOKENS, _MATRIX, _MATRIX))
-    return run(*residuals, *cotangents)
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
-
-
 def _forward(form: Form, tokens: Tokens, weights, momentum):
     found = forward(tokens, weights, momentum, form.activation, interpret=form.interpret)
     return found["out"], State(found["weights"], found["momentum"], found["anchor"])
@@ -100,3 +66,6 @@ def _backward(form: Form, tokens: Tokens, weights, momentum, out_bar, bars: Stat
     table_bar = jnp.concatenate([reads["rows_bar"], rows, last[..., None, :]], axis=-2)
     tokens_bar = Tokens(reads["q_bar"], back["k_bar"], -back["error_bar"], reads["write_bar"], table_bar)
     return tokens_bar, back["weights"], back["momentum"]
+
+
+_scan = differentiable(_forward, _backward, "BHXIO")
