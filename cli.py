@@ -231,7 +231,7 @@ def _bench(args: list[str]) -> int:
     known = parser.parse_args(args)
     import jax
 
-    from engrax.pallas_kernels import bench
+    from engrax.pallas_kernels.bench import bench
 
     ops = known.ops or bench.OPERATIONS
     try:

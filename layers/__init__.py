@@ -1,29 +1,30 @@
 """Flax NNX layers: one mixer per file, found by name in MIXERS."""
 
-from engrax.layers.attention import AttentionConfig
-from engrax.layers.based import BasedConfig
-from engrax.layers.deltanet import DeltaNetConfig
-from engrax.layers.energy_transformer import EnergyTransformer, EnergyTransformerConfig
-from engrax.layers.gated_convolution import GatedConvolutionConfig
-from engrax.layers.gated_deltanet import GatedDeltaNetConfig
-from engrax.layers.gla import GLAConfig
-from engrax.layers.gsa import GSAConfig
-from engrax.layers.hgrn2 import HGRN2Config
-from engrax.layers.hopfield import Hopfield, HopfieldSettings
-from engrax.layers.hopfield_layer import HopfieldLayer, HopfieldLayerConfig
-from engrax.layers.hopfield_mixer import HopfieldConfig
-from engrax.layers.hopfield_pooling import HopfieldPooling, HopfieldPoolingConfig
-from engrax.layers.infini_attention import InfiniAttentionConfig
-from engrax.layers.kda import KDAConfig
-from engrax.layers.lightning import LightningConfig
-from engrax.layers.linear_attention import LinearAttentionConfig
-from engrax.layers.mamba2 import Mamba2Config
-from engrax.layers.memorizing import MemorizingConfig
+from engrax.layers.attention.attention import AttentionConfig
+from engrax.layers.attention.memorizing import MemorizingConfig
+from engrax.layers.attention.transformer_xl import TransformerXLConfig
+from engrax.layers.delta.deltanet import DeltaNetConfig
+from engrax.layers.delta.gated_deltanet import GatedDeltaNetConfig
+from engrax.layers.delta.kda import KDAConfig
+from engrax.layers.hopfield.association import Hopfield, HopfieldSettings
+from engrax.layers.hopfield.energy_transformer import EnergyTransformer, EnergyTransformerConfig
+from engrax.layers.hopfield.layer import HopfieldLayer, HopfieldLayerConfig
+from engrax.layers.hopfield.mixer import HopfieldConfig
+from engrax.layers.hopfield.pooling import HopfieldPooling, HopfieldPoolingConfig
+from engrax.layers.linear.based import BasedConfig
+from engrax.layers.linear.gated_convolution import GatedConvolutionConfig
+from engrax.layers.linear.gla import GLAConfig
+from engrax.layers.linear.gsa import GSAConfig
+from engrax.layers.linear.hgrn2 import HGRN2Config
+from engrax.layers.linear.infini_attention import InfiniAttentionConfig
+from engrax.layers.linear.lightning import LightningConfig
+from engrax.layers.linear.linear_attention import LinearAttentionConfig
+from engrax.layers.linear.mamba2 import Mamba2Config
+from engrax.layers.linear.prefix_linear_attention import PrefixLinearAttentionConfig
+from engrax.layers.linear.rebased import ReBasedConfig
+from engrax.layers.linear.retnet import RetNetConfig
 from engrax.layers.mixer import MIXERS, MixerConfig
-from engrax.layers.mom import MoMConfig
-from engrax.layers.prefix_linear_attention import PrefixLinearAttentionConfig
-from engrax.layers.rebased import ReBasedConfig
-from engrax.layers.retnet import RetNetConfig
+from engrax.layers.routed.mom import MoMConfig
 from engrax.layers.test_time import (
     AtlasConfig,
     LaCTConfig,
@@ -35,10 +36,9 @@ from engrax.layers.test_time import (
     TTTMLPConfig,
     YaadConfig,
 )
-from engrax.layers.titans import TitansConfig
-from engrax.layers.titans_mac import MACConfig
-from engrax.layers.titans_mag import MAGConfig, MALConfig
-from engrax.layers.transformer_xl import TransformerXLConfig
+from engrax.layers.test_time.titans import TitansConfig
+from engrax.layers.test_time.titans_mac import MACConfig
+from engrax.layers.test_time.titans_mag import MAGConfig, MALConfig
 
 __all__ = [
     "MIXERS",

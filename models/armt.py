@@ -1,7 +1,7 @@
 """Associative recurrent memory transformer (ARMT; arXiv 2407.04841) around a pattern language model.
 
-Each block has an associative memory (layers/associative.py) that holds what earlier segments wrote. All vectors of a
-segment read from it before the block; behind the L tokens stand m learned memory tokens, and what the block gives
+Each block has an associative memory (layers/routed/associative.py) that holds what earlier segments wrote. All vectors
+of a segment read from it before the block; behind the L tokens stand m learned memory tokens, and what the block gives
 there is written as the segment ends:
 
     h <- block(h + read(h)),   at the memory tokens: write(h)
@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from engrax.errors import UserError
 from engrax.layers import AttentionConfig
-from engrax.layers.associative import ORDER, Association, AssociativeMemory
-from engrax.layers.segments import select_rows
+from engrax.layers.common.segments import select_rows
+from engrax.layers.routed.associative import ORDER, Association, AssociativeMemory
 from engrax.models.language_model import LanguageModel, LanguageModelConfig
 from engrax.models.model import MODELS
 from engrax.models.segment_config import SegmentRecurrentConfig

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from engrax.errors import UserError
 from engrax.layers import AttentionConfig, TitansConfig
-from engrax.layers.modules import projection
+from engrax.layers.common.modules import projection
 from engrax.models.language_model import LanguageModelConfig
 from engrax.models.model import MODELS
 from engrax.models.segment_config import SegmentRecurrentConfig

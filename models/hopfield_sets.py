@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from engrax.errors import UserError
 from engrax.layers import HopfieldPooling, HopfieldSettings
-from engrax.layers.modules import projection
+from engrax.layers.common.modules import projection
 
 POOLINGS = ("hopfield", "mean", "max", "gated_attention")
 

@@ -13,10 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from engrax.errors import UserError
-from engrax.layers import AttentionConfig, MixerConfig, TitansConfig, lora
-from engrax.layers.attention import RopeScaling
-from engrax.layers.lora import LoraConfig
-from engrax.layers.modules import projection
+from engrax.layers import AttentionConfig, MixerConfig, TitansConfig
+from engrax.layers.attention.attention import RopeScaling
+from engrax.layers.common import lora
+from engrax.layers.common.lora import LoraConfig
+from engrax.layers.common.modules import projection
 from engrax.models.layout import LayoutConfig, LearnedPositions, without_place
 from engrax.models.model import MODELS, ModelConfig
 from engrax.registry import did_you_mean

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from engrax.errors import UserError
-from engrax.layers.modules import MLPS, NORMS
+from engrax.layers.common.modules import MLPS, NORMS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from engrax.layers.segments import last_segment_after
+from engrax.layers.common.segments import last_segment_after
 from engrax.models.language_model import REMAT
 from engrax.models.model import ModelConfig
 

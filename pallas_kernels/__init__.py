@@ -4,7 +4,7 @@
 positive log-decay gates reported.
 """
 
-from engrax.pallas_kernels.checks import debug_checks
+from engrax.pallas_kernels.common.validation import debug_checks
 from engrax.pallas_kernels.dispatch import Availability, available
 from engrax.pallas_kernels.gated_delta_rule.api import gated_delta_rule
 from engrax.pallas_kernels.hopfield_retrieval.api import hopfield_energy, hopfield_retrieval

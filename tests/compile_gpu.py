@@ -39,7 +39,7 @@ BEGIN, END = "== case ", "== done "
 
 def linear_attention(key, value, query_heads, heads, gate):
     """Returns the core's forward and backward pass as a function of arrays, and their shapes."""
-    from engrax.pallas_kernels.decay import Decay
+    from engrax.pallas_kernels.common.decay import Decay
     from engrax.pallas_kernels.linear_attention import gpu
     from engrax.pallas_kernels.linear_attention.vjp import Inputs
 
@@ -55,7 +55,7 @@ def linear_attention(key, value, query_heads, heads, gate):
 
 def gated_delta_rule(key, value, query_heads, heads, gate):
     """The same for the gated delta rule."""
-    from engrax.pallas_kernels.decay import Decay
+    from engrax.pallas_kernels.common.decay import Decay
     from engrax.pallas_kernels.gated_delta_rule import gpu
     from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs
 

@@ -30,7 +30,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from engrax.pallas_kernels.decay import Decay  # noqa: E402
+from engrax.pallas_kernels.common.decay import Decay  # noqa: E402
+from engrax.pallas_kernels.common.segments import aligned_layout  # noqa: E402
 from engrax.pallas_kernels.dispatch import Plan, Shapes, load  # noqa: E402
 from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs as DeltaInputs  # noqa: E402
 from engrax.pallas_kernels.hopfield_retrieval import tpu as hopfield_retrieval  # noqa: E402
@@ -39,7 +40,6 @@ from engrax.pallas_kernels.linear_attention.vjp import Inputs as AttentionInputs
 from engrax.pallas_kernels.neural_memory import tpu as neural_memory  # noqa: E402
 from engrax.pallas_kernels.neural_memory import vjp as neural_memory_vjp  # noqa: E402
 from engrax.pallas_kernels.neural_memory.gates import Coefficients  # noqa: E402
-from engrax.pallas_kernels.segments import aligned_layout  # noqa: E402
 
 TARGETS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 BATCH, CHUNKS, HEADS = 8, 32, 4  # enough that the arrays do not lie in VMEM as wholes

@@ -12,7 +12,7 @@ import pytest
 
 import engrax.pallas_kernels as kernels
 from engrax import cli
-from engrax.pallas_kernels import bench, peers
+from engrax.pallas_kernels.bench import bench, peers
 
 LOG_DECAY = dict(batch=1, seq=24, heads=2, key=8, value=8, chunk_size=16)
 TINY = {

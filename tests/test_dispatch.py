@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from engrax.pallas_kernels import available, checks, debug_checks, dispatch, linear_attention
-from engrax.pallas_kernels.decay import Decay, channel_scores, chunk_decay, cumulative_decay, difference
-from engrax.pallas_kernels.dots import COLUMNS, ROWS, Rounded, dot, on_cpu
-from engrax.pallas_kernels.segments import aligned_layout, from_slots, segment_starts, to_slots
+from engrax.pallas_kernels import available, debug_checks, dispatch, linear_attention
+from engrax.pallas_kernels.common import validation
+from engrax.pallas_kernels.common.decay import Decay, channel_scores, chunk_decay, cumulative_decay, difference
+from engrax.pallas_kernels.common.matmul import COLUMNS, ROWS, Rounded, dot, on_cpu
+from engrax.pallas_kernels.common.segments import aligned_layout, from_slots, segment_starts, to_slots
 
 needs_kernels = pytest.mark.skipif(
     jax.__version_info__[:3] < dispatch.KERNELS_NEED_JAX, reason="there are no kernels on this jax"
@@ -142,12 +143,12 @@ def test_debug_mode_reports_positive_gates(caplog):
 
 def test_checks_name_what_is_wrong():
     with pytest.raises(ValueError, match="x must be an array of shape .B., got list"):
-        checks.check_array("x", [1.0], "[B]", (1,))
+        validation.check_array("x", [1.0], "[B]", (1,))
     with pytest.raises(ValueError, match="unknown colour 'gren'; did you mean 'green'"):
-        checks.check_option("colour", "gren", ("red", "green"))
+        validation.check_option("colour", "gren", ("red", "green"))
     for bad in (0, True, 1.0, "3"):
         with pytest.raises(ValueError, match="wanted an integer of at least 1"):
-            checks.check_positive_int("n", bad)
+            validation.check_positive_int("n", bad)
 
 
 GATES = np.random.default_rng(0).choice([0.0, -1e-4, -0.3, -50.0, -np.inf], p=[0.1, 0.5, 0.3, 0.07, 0.03], size=(64, 5))
@@ -275,7 +276,7 @@ def test_segments_begin_at_chunk_boundaries():
 MESH_PROGRAM = """
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import AxisType, PartitionSpec as P
-    from engrax.pallas_kernels.mesh import over_mesh
+    from engrax.pallas_kernels.common.partition import over_mesh
     seen = []
     def kernel(tokens, state):
         seen.append((tokens[0].shape, tokens[1], state.shape, jax.sharding.get_abstract_mesh().manual_axes))

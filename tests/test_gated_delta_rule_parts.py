@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engrax.pallas_kernels.decay import Decay, cumulative_decay
+from engrax.pallas_kernels.common.decay import Decay, cumulative_decay
 from engrax.pallas_kernels.gated_delta_rule.chunk import Form, Tokens, chunk
 from engrax.pallas_kernels.gated_delta_rule.inverse import ladder_inverse, unit_lower_inverse
 from engrax.pallas_kernels.gated_delta_rule.reference import gated_delta_rule_reference

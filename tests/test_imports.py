@@ -141,8 +141,8 @@ def test_imports_run_one_way():
 @pytest.mark.parametrize(
     "file, source",
     [
-        ("layers/titans.py", "from engrax.models import LanguageModel"),
-        ("layers/titans.py", "import engrax"),
+        ("layers/test_time/titans.py", "from engrax.models import LanguageModel"),
+        ("layers/test_time/titans.py", "import engrax"),
         ("pallas_kernels/neural_memory/xla.py", "def f():\n    import flax.nnx"),
         ("pallas_kernels/neural_memory/xla.py", "from ...layers import mixer"),
         ("data/text.py", "from engrax.train.config import Experiment"),
@@ -158,7 +158,7 @@ def test_a_trespass_is_found(file, source):
 @pytest.mark.parametrize(
     "file, source",
     [
-        ("layers/titans.py", "from engrax.pallas_kernels import neural_memory\nfrom . import mixer"),
+        ("layers/test_time/titans.py", "from engrax.pallas_kernels import neural_memory\nfrom . import mixer"),
         ("evals/run.py", "from engrax.train import runs\nfrom engrax.data import DATASETS"),
         ("cli.py", "from engrax.configs import quickstart\nimport engrax"),
         ("tests/test_x.py", "import engrax\nfrom engrax.train import loop"),

@@ -4,7 +4,8 @@ import functools
 
 import pytest
 
-from engrax.layers import MIXERS, attention
+from engrax.layers import MIXERS
+from engrax.layers.attention import attention
 from engrax.models import MODELS
 from engrax.tests.law_cases import cases, check_exemptions, check_exemptions_exist, exempt, is_thorough
 from engrax.tests.laws import LAWS

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from engrax.layers import MixerConfig
-from engrax.layers.modules import projection
+from engrax.layers.common.modules import projection
 from engrax.models import LanguageModelConfig
 from engrax.tests.law_cases import check_exemptions
 from engrax.tests.laws import LAWS

@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 
 from engrax.errors import UserError
-from engrax.layers import MIXERS, AttentionConfig, HopfieldConfig, TitansConfig, attention
-from engrax.layers.attention import rotate
-from engrax.layers.conv import ShortConv
-from engrax.layers.modules import l2_normalise, projection
-from engrax.layers.segments import first_real_segment, last_segment_after, select_rows, starts_anew
+from engrax.layers import MIXERS, AttentionConfig, HopfieldConfig, TitansConfig
+from engrax.layers.attention import attention
+from engrax.layers.attention.attention import rotate
+from engrax.layers.common.conv import ShortConv
+from engrax.layers.common.modules import l2_normalise, projection
+from engrax.layers.common.segments import first_real_segment, last_segment_after, select_rows, starts_anew
 from engrax.layers.test_time.mixer import MemoryConfig
 from engrax.pallas_kernels import NeuralMemoryState, neural_memory
 from engrax.tests.modules import compiled, graph, outputs, parameters

@@ -10,7 +10,7 @@ from flax import nnx
 
 from engrax.errors import UserError
 from engrax.layers import MIXERS
-from engrax.layers.based import taylor_features
+from engrax.layers.linear.based import taylor_features
 from engrax.models import LanguageModelConfig
 from engrax.tests.linear_family import DIM, LENGTH, NORMALISED, PLAIN, ROWS, SMALL, TIED, built, inputs, jitted
 

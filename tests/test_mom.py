@@ -11,7 +11,7 @@ from flax import nnx
 
 from engrax.errors import UserError
 from engrax.layers import MIXERS, GatedDeltaNetConfig, MoMConfig
-from engrax.layers.routing import Choice, balance_loss, choose, z_loss
+from engrax.layers.routed.routing import Choice, balance_loss, choose, z_loss
 from engrax.models import LanguageModelConfig
 from engrax.tests.modules import build
 from engrax.train import step as steps

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from engrax.errors import UserError
-from engrax.layers import AttentionConfig, MoMConfig, lora
-from engrax.layers.lora import LoraConfig
+from engrax.layers import AttentionConfig, MoMConfig
+from engrax.layers.common import lora
+from engrax.layers.common.lora import LoraConfig
 from engrax.models import ARMTConfig, HMTConfig, LanguageModelConfig, ModelConfig, imported
 from engrax.models.layout import LayoutConfig
 from engrax.tests import pretrained_numpy as oracle

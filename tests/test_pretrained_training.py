@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from engrax import cli
 from engrax.errors import UserError
-from engrax.layers.lora import LoraConfig
+from engrax.layers.common.lora import LoraConfig
 from engrax.models import imported
 from engrax.tests import pretrained_numpy as oracle
 from engrax.tests.experiments import tiny

@@ -12,7 +12,7 @@ from flax import nnx
 from engrax.data import StdlibText
 from engrax.errors import UserError
 from engrax.layers import AttentionConfig
-from engrax.layers.associative import Association, AssociativeMemory
+from engrax.layers.routed.associative import Association, AssociativeMemory
 from engrax.models import ARMTConfig, HMTConfig, LanguageModelConfig, RMTConfig
 from engrax.models.generate import sample
 from engrax.models.layout import LayoutConfig

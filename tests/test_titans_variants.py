@@ -10,7 +10,7 @@ from flax import nnx
 
 from engrax.errors import UserError
 from engrax.layers import AttentionConfig, MACConfig, MAGConfig, MALConfig, TitansConfig
-from engrax.layers.attention import masked_attention, rotate
+from engrax.layers.attention.attention import masked_attention, rotate
 from engrax.models import MODELS
 from engrax.tests.experiments import tiny
 from engrax.tests.laws import LAWS

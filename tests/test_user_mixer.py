@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import engrax
-from engrax.layers.modules import projection
+from engrax.layers.common.modules import projection
 
 
 @engrax.register("running_mean")

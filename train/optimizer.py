@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from engrax.layers.lora import is_frozen
+from engrax.layers.common.lora import is_frozen
 from engrax.train.config import OptimizerConfig
 
 DECAYED_AXES = {"embed", "mlp", "heads", "vocab"}  # a matrix between two of these is decayed; nothing else is

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from engrax.layers.segments import select_rows
+from engrax.layers.common.segments import select_rows
 from engrax.layers.test_time.coefficients import Coefficients, Gates, coefficients
 from engrax.layers.test_time.losses import inner_loss
 from engrax.layers.test_time.retention import effective, newton_schulz, retain
 from engrax.layers.test_time.structures import Extra, Structure
+from engrax.pallas_kernels.common.segments import mask_tokens, segment_starts
 from engrax.pallas_kernels.neural_memory.grid import aligned_grid, from_blocks, phased_grid, to_blocks
-from engrax.pallas_kernels.segments import mask_tokens, segment_starts
 
 Matrices = dict[str, Float[Array, "..."]]  # one matrix [..., I, O] by name
 

@@ -25,8 +25,8 @@ from engrax.layers.test_time.losses import LOSSES
 from engrax.layers.test_time.retention import RETENTIONS
 from engrax.layers.test_time.shell import MemoryShell, default_lr_bound, logit
 from engrax.layers.test_time.structures import KINDS, Structure, initial_matrices
+from engrax.pallas_kernels.common.segments import segment_starts
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS
-from engrax.pallas_kernels.segments import segment_starts
 from engrax.registry import did_you_mean
 
 CHOICES = {

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from engrax.layers.conv import ShortConv
-from engrax.layers.modules import l2_normalise, projection, rms_norm
-from engrax.layers.segments import last_segment_after, select_rows, starts_anew
+from engrax.layers.common.conv import ShortConv
+from engrax.layers.common.modules import l2_normalise, projection, rms_norm
+from engrax.layers.common.segments import last_segment_after, select_rows, starts_anew
 
 
 def logit(p: float) -> float:

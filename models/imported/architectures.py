@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engrax.errors import UserError
-from engrax.layers.attention import AttentionConfig, RopeScaling
+from engrax.layers.attention.attention import AttentionConfig, RopeScaling
 from engrax.models.imported.files import read_json
 from engrax.models.language_model import LanguageModelConfig
 from engrax.models.layout import LayoutConfig

@@ -13,8 +13,9 @@ from etils import epath
 from flax import nnx
 
 from engrax.errors import UserError
-from engrax.layers import AttentionConfig, lora
-from engrax.layers.lora import LoraConfig
+from engrax.layers import AttentionConfig
+from engrax.layers.common import lora
+from engrax.layers.common.lora import LoraConfig
 from engrax.models.imported.architectures import Architecture, Fields, architecture, read_config
 from engrax.models.imported.files import DTYPES, HEADERS, INDEX, TensorFiles, write_file
 from engrax.models.language_model import LanguageModel, LanguageModelConfig

@@ -6,7 +6,10 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 
-from engrax.pallas_kernels.checks import (
+from engrax.pallas_kernels.common.canonicalize import call_shapes, lay_out, take_back, token_dtype
+from engrax.pallas_kernels.common.decay import chunk_decay
+from engrax.pallas_kernels.common.matmul import accumulator
+from engrax.pallas_kernels.common.validation import (
     check_array,
     check_decay,
     check_positive_int,
@@ -14,12 +17,9 @@ from engrax.pallas_kernels.checks import (
     check_segments,
     check_tokens,
 )
-from engrax.pallas_kernels.decay import chunk_decay
 from engrax.pallas_kernels.dispatch import KERNELS, Plan, choose, interpreting, unsupported_kernels
-from engrax.pallas_kernels.dots import accumulator
 from engrax.pallas_kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from engrax.pallas_kernels.gated_delta_rule.vjp import OP, Inputs, apply_rule
-from engrax.pallas_kernels.prepare import call_shapes, lay_out, take_back, token_dtype
 
 
 @no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from engrax.pallas_kernels.decay import Decay, channel_scores, difference
-from engrax.pallas_kernels.dots import COLUMNS, ROWS, Operands, Rounded, dot
+from engrax.pallas_kernels.common.decay import Decay, channel_scores, difference
+from engrax.pallas_kernels.common.matmul import COLUMNS, ROWS, Operands, Rounded, dot
 from engrax.pallas_kernels.gated_delta_rule.inverse import unit_lower_inverse
 from engrax.pallas_kernels.linear_attention.chunk import ChunkDecay, ScalarDecay, causal, decay_matrix
 

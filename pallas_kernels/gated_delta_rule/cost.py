@@ -6,7 +6,7 @@ in bfloat16, and that of the keys with themselves for float32). Bytes are those 
 chip: every input read once, every output written once.
 """
 
-from engrax.pallas_kernels.costs import Cost, gate_width
+from engrax.pallas_kernels.common.cost import Cost, gate_width
 from engrax.pallas_kernels.gated_delta_rule.inverse import BASE
 
 GATE_BYTES = STATE_BYTES = INVERSE_BYTES = 4  # float32

@@ -25,16 +25,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from engrax.pallas_kernels.decay import Decay
+from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.partition import over_mesh
 from engrax.pallas_kernels.dispatch import Plan, Shapes
 from engrax.pallas_kernels.gated_delta_rule.gpu_kernels import backward_states, forward_states, inverses
 from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs, Outputs, Residuals
-from engrax.pallas_kernels.gpu_channel import by_channel, channel_gates, prepare, token_gradients
-from engrax.pallas_kernels.gpu_channel_walks import backward_states as walk_backwards
-from engrax.pallas_kernels.gpu_channel_walks import forward_states as walk_forwards
-from engrax.pallas_kernels.gpu_parts import CHUNK, pack_gates, unsupported_sizes
-from engrax.pallas_kernels.gpu_sweep import Read, Write, decay_cotangent, sum_groups, sweep
-from engrax.pallas_kernels.mesh import over_mesh
+from engrax.pallas_kernels.mosaic_gpu.channel import by_channel, channel_gates, prepare, token_gradients
+from engrax.pallas_kernels.mosaic_gpu.channel_scan import backward_states as walk_backwards
+from engrax.pallas_kernels.mosaic_gpu.channel_scan import forward_states as walk_forwards
+from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, pack_gates, unsupported_sizes
+from engrax.pallas_kernels.mosaic_gpu.scan import Read, Write, decay_cotangent, sum_groups, sweep
 
 NAME = "gated_delta_rule"
 _INPUTS = Inputs("BTHK", "BTHK", "BTHV", "BTH", "BTH", "BHKV", None)  # axes, for `over_mesh`

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from engrax.pallas_kernels.gpu_parts import (
+from engrax.pallas_kernels.mosaic_gpu.parts import (
     CHUNK,
     COLUMNS,
     FACTOR,
@@ -37,7 +37,7 @@ from engrax.pallas_kernels.gpu_parts import (
     transposed,
     visible,
 )
-from engrax.pallas_kernels.gpu_walk import Walk, run_kernel, walk_chunks
+from engrax.pallas_kernels.mosaic_gpu.pipeline import Walk, run_kernel, walk_chunks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The inverse

@@ -8,14 +8,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from engrax.pallas_kernels.decay import Decay
+from engrax.pallas_kernels.common.decay import Decay
 from engrax.pallas_kernels.dispatch import Plan, Shapes
 from engrax.pallas_kernels.gated_delta_rule.chunk import Form, Tokens, advance, chunk, local, output
 from engrax.pallas_kernels.gated_delta_rule.inverse import ladder_inverse
 from engrax.pallas_kernels.gated_delta_rule.vjp import OP, Inputs, Outputs, Residuals
 from engrax.pallas_kernels.linear_attention.chunk import ScalarDecay
-from engrax.pallas_kernels.tpu_channel import channel_scores
-from engrax.pallas_kernels.tpu_chunks import (
+from engrax.pallas_kernels.mosaic_tpu.channel import channel_scores
+from engrax.pallas_kernels.mosaic_tpu.chunks import (
     Walk,
     load_decay,
     pack_decay,

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from engrax.pallas_kernels.decay import Decay
+from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.segments import Layout
 from engrax.pallas_kernels.dispatch import Plan, by_platform, load
-from engrax.pallas_kernels.segments import Layout
 
 OP = "gated_delta_rule"
 

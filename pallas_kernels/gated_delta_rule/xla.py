@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from engrax.pallas_kernels.decay import Decay
+from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.matmul import on_cpu
 from engrax.pallas_kernels.dispatch import Plan
-from engrax.pallas_kernels.dots import on_cpu
 from engrax.pallas_kernels.gated_delta_rule.chunk import Form, Tokens, adjoint, advance, chunk, local, output, retreat
 from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs, Outputs, Residuals
 from engrax.pallas_kernels.linear_attention.chunk import ScalarDecay

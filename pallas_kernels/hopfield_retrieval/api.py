@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engrax.pallas_kernels.checks import check_array, check_option, check_positive_int, check_rank
+from engrax.pallas_kernels.common.matmul import accumulator
+from engrax.pallas_kernels.common.validation import check_array, check_option, check_positive_int, check_rank
 from engrax.pallas_kernels.dispatch import KERNELS, by_platform, choose, interpreting, load, unsupported_kernels
-from engrax.pallas_kernels.dots import accumulator
 from engrax.pallas_kernels.hopfield_retrieval.energy import WITH_ENERGY, pull
 from engrax.pallas_kernels.hopfield_retrieval.reference import hopfield_retrieval_reference
 from engrax.pallas_kernels.hopfield_retrieval.separation import SEPARATIONS

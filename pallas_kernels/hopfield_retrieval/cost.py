@@ -1,6 +1,6 @@
 """FLOPs and bytes of Hopfield retrieval; `seq` states, `patterns` stored, D = `key` and V = `value` features a head."""
 
-from engrax.pallas_kernels.costs import Cost
+from engrax.pallas_kernels.common.cost import Cost
 
 
 def flops(*, batch: int, seq: int, patterns: int, heads: int, key: int, value: int, steps: int = 1) -> Cost:

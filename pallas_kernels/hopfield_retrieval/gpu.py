@@ -16,7 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from engrax.pallas_kernels.gpu_parts import (
+from engrax.pallas_kernels.common.partition import over_mesh
+from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, differentiable, unserved
+from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
+from engrax.pallas_kernels.mosaic_gpu.parts import (
     BY_ROW,
     CHUNK,
     MATRIX,
@@ -32,9 +35,6 @@ from engrax.pallas_kernels.gpu_parts import (
     tiles,
     transposed,
 )
-from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, differentiable, unserved
-from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
-from engrax.pallas_kernels.mesh import over_mesh
 
 PARTS = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 3}  # bfloat16 matrices that add up to one of the dtype
 STAGES = 2  # blocks of values in SMEM at a time

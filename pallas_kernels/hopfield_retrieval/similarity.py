@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from engrax.pallas_kernels.dots import Operands, accumulator, precision, rounded
+from engrax.pallas_kernels.common.matmul import Operands, accumulator, precision, rounded
 
 SIMILARITIES = ("dot", "cosine", "l2", "l1")
 SHORTEST = 1e-6  # a vector's length in the cosine is at least that: the similarity of a zero vector is 0

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from engrax.pallas_kernels.dots import accumulator, precision
+from engrax.pallas_kernels.common.matmul import accumulator, precision
+from engrax.pallas_kernels.common.partition import over_mesh
 from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, differentiable, unserved
 from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
-from engrax.pallas_kernels.mesh import over_mesh
-from engrax.pallas_kernels.tpu_common import LANES, VMEM_BYTES, call, tiled_bytes
+from engrax.pallas_kernels.mosaic_tpu.parts import LANES, VMEM_BYTES, call, tiled_bytes
 
 ROWS, MOST_ROWS = 16, 256  # a block of states: a multiple of a tile's rows in bfloat16, and what it holds at most
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engrax.pallas_kernels.dots import Operands
+from engrax.pallas_kernels.common.matmul import Operands
 
 
 class Form(NamedTuple):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from engrax.pallas_kernels.dots import accumulator, on_cpu
+from engrax.pallas_kernels.common.matmul import accumulator, on_cpu
 from engrax.pallas_kernels.hopfield_retrieval.separation import exponentials, separate
 from engrax.pallas_kernels.hopfield_retrieval.similarity import product, similarities
 from engrax.pallas_kernels.hopfield_retrieval.types import Form

@@ -6,14 +6,20 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 
-from engrax.pallas_kernels.checks import check_decay, check_positive_int, check_scale, check_segments, check_tokens
-from engrax.pallas_kernels.decay import chunk_decay
+from engrax.pallas_kernels.common.canonicalize import call_shapes, lay_out, take_back, token_dtype
+from engrax.pallas_kernels.common.decay import chunk_decay
+from engrax.pallas_kernels.common.matmul import accumulator
+from engrax.pallas_kernels.common.segments import mask_tokens
+from engrax.pallas_kernels.common.validation import (
+    check_decay,
+    check_positive_int,
+    check_scale,
+    check_segments,
+    check_tokens,
+)
 from engrax.pallas_kernels.dispatch import KERNELS, Plan, choose, interpreting, unsupported_kernels
-from engrax.pallas_kernels.dots import accumulator
 from engrax.pallas_kernels.linear_attention.reference import linear_attention_reference
 from engrax.pallas_kernels.linear_attention.vjp import OP, Inputs, attend
-from engrax.pallas_kernels.prepare import call_shapes, lay_out, take_back, token_dtype
-from engrax.pallas_kernels.segments import mask_tokens
 
 
 @no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked

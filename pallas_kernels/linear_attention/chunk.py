@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from engrax.pallas_kernels.decay import Decay, channel_scores, difference
-from engrax.pallas_kernels.dots import COLUMNS, ROWS, Operands, dot
+from engrax.pallas_kernels.common.decay import Decay, channel_scores, difference
+from engrax.pallas_kernels.common.matmul import COLUMNS, ROWS, Operands, dot
 
 
 class ScalarDecay(NamedTuple):

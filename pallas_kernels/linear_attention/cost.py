@@ -5,7 +5,7 @@ counted as they are executed, C x C products dense. Bytes are those of one fused
 input read once, every output written once.
 """
 
-from engrax.pallas_kernels.costs import Cost, gate_width
+from engrax.pallas_kernels.common.cost import Cost, gate_width
 
 GATE_BYTES = STATE_BYTES = 4  # float32
 

@@ -17,14 +17,14 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from engrax.pallas_kernels.decay import Decay
+from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.partition import over_mesh
 from engrax.pallas_kernels.dispatch import Plan, Shapes
-from engrax.pallas_kernels.gpu_channel import by_channel, channel_gates, prepare, token_gradients
-from engrax.pallas_kernels.gpu_channel_walks import backward_states, forward_states
-from engrax.pallas_kernels.gpu_parts import pack_gates, unsupported_sizes
-from engrax.pallas_kernels.gpu_sweep import Read, Write, decay_cotangent, sum_groups, sweep
 from engrax.pallas_kernels.linear_attention.vjp import Inputs, Outputs
-from engrax.pallas_kernels.mesh import over_mesh
+from engrax.pallas_kernels.mosaic_gpu.channel import by_channel, channel_gates, prepare, token_gradients
+from engrax.pallas_kernels.mosaic_gpu.channel_scan import backward_states, forward_states
+from engrax.pallas_kernels.mosaic_gpu.parts import pack_gates, unsupported_sizes
+from engrax.pallas_kernels.mosaic_gpu.scan import Read, Write, decay_cotangent, sum_groups, sweep
 
 NAME = "linear_attention"
 

@@ -5,13 +5,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from engrax.pallas_kernels.decay import Decay
+from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.matmul import COLUMNS, ROWS, dot
 from engrax.pallas_kernels.dispatch import Plan, Shapes
-from engrax.pallas_kernels.dots import COLUMNS, ROWS, dot
 from engrax.pallas_kernels.linear_attention.chunk import ScalarDecay, chunk, write
 from engrax.pallas_kernels.linear_attention.vjp import OP, Inputs, Outputs
-from engrax.pallas_kernels.tpu_channel import channel_scores
-from engrax.pallas_kernels.tpu_chunks import (
+from engrax.pallas_kernels.mosaic_tpu.channel import channel_scores
+from engrax.pallas_kernels.mosaic_tpu.chunks import (
     Walk,
     load_decay,
     pack_decay,

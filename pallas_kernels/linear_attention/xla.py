@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from engrax.pallas_kernels.decay import Decay
+from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.matmul import Operands, accumulator, on_cpu
 from engrax.pallas_kernels.dispatch import Plan
-from engrax.pallas_kernels.dots import Operands, accumulator, on_cpu
 from engrax.pallas_kernels.linear_attention.chunk import ScalarDecay, read, write
 from engrax.pallas_kernels.linear_attention.vjp import Inputs, Outputs
 

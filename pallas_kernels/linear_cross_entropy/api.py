@@ -6,13 +6,13 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 
-from engrax.pallas_kernels.checks import check_array, check_positive_int, check_rank
+from engrax.pallas_kernels.common.matmul import accumulator
+from engrax.pallas_kernels.common.segments import mask_tokens
+from engrax.pallas_kernels.common.validation import check_array, check_positive_int, check_rank
 from engrax.pallas_kernels.dispatch import choose
-from engrax.pallas_kernels.dots import accumulator
 from engrax.pallas_kernels.linear_cross_entropy import MISSING
 from engrax.pallas_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from engrax.pallas_kernels.linear_cross_entropy.xla import linear_cross_entropy_xla
-from engrax.pallas_kernels.segments import mask_tokens
 
 
 @no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked

@@ -1,6 +1,6 @@
 """FLOPs and bytes of the cross entropy of a linear head; D features, V the size of the vocabulary."""
 
-from engrax.pallas_kernels.costs import Cost
+from engrax.pallas_kernels.common.cost import Cost
 
 
 def flops(*, batch: int, seq: int, features: int, vocabulary: int) -> Cost:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from engrax.pallas_kernels.dots import Operands, accumulator, on_cpu, precision, rounded
+from engrax.pallas_kernels.common.matmul import Operands, accumulator, on_cpu, precision, rounded
 
 
 class Form(NamedTuple):

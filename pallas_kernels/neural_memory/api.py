@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engrax.pallas_kernels.checks import check_array, check_option, check_positive_int, check_rank
+from engrax.pallas_kernels.common.validation import check_array, check_option, check_positive_int, check_rank
 from engrax.pallas_kernels.dispatch import KERNELS, choose, interpreting, unsupported_kernels
 from engrax.pallas_kernels.neural_memory.reference import neural_memory_reference
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, GRADIENT_AT, NeuralMemoryState, Shapes

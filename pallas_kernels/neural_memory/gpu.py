@@ -18,7 +18,7 @@ for each chunk and head of a memory of one layer.
 import jax
 import jax.numpy as jnp
 
-from engrax.pallas_kernels.gpu_parts import CHUNK, MOST_PROGRAMS, SIZES
+from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, MOST_PROGRAMS, SIZES
 from engrax.pallas_kernels.neural_memory import gpu_deep
 from engrax.pallas_kernels.neural_memory.gpu_chunks import chunk_gradients
 from engrax.pallas_kernels.neural_memory.gpu_deep_kernels import TILE

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from engrax.pallas_kernels.gpu_parts import CHUNK
+from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK
 from engrax.pallas_kernels.neural_memory.gpu_deep_carry import carry_gradients
 from engrax.pallas_kernels.neural_memory.gpu_deep_kernels import TILE, forward, states
 from engrax.pallas_kernels.neural_memory.gpu_deep_reads import read_gradients

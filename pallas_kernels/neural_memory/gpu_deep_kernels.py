@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from engrax.pallas_kernels.gpu_parts import (
+from engrax.pallas_kernels.mosaic_gpu.parts import (
     CHUNK,
     MATRIX,
     along_rows,
@@ -32,7 +32,7 @@ from engrax.pallas_kernels.gpu_parts import (
     token_block,
     transposed,
 )
-from engrax.pallas_kernels.gpu_walk import run_kernel
+from engrax.pallas_kernels.mosaic_gpu.pipeline import run_kernel
 from engrax.pallas_kernels.neural_memory.gpu_kernels import (
     ANCHOR,
     LAST,

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from engrax.pallas_kernels.gpu_parts import CHUNK, load_matrix, matrix, products, sum_columns, transposed
-from engrax.pallas_kernels.gpu_walk import run_kernel
+from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, load_matrix, matrix, products, sum_columns, transposed
+from engrax.pallas_kernels.mosaic_gpu.pipeline import run_kernel
 from engrax.pallas_kernels.neural_memory.gpu_deep_kernels import (
     TILE,
     Chunk,

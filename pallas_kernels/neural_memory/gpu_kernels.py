@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from engrax.pallas_kernels.gpu_parts import (
+from engrax.pallas_kernels.mosaic_gpu.parts import (
     CHUNK,
     COLUMNS,
     MATRIX,
@@ -37,7 +37,7 @@ from engrax.pallas_kernels.gpu_parts import (
     token_block,
     transposed,
 )
-from engrax.pallas_kernels.gpu_walk import run_kernel
+from engrax.pallas_kernels.mosaic_gpu.pipeline import run_kernel
 
 # Rows of a chunk's table: A, B, what scales the anchor, C and E of the last slot; then A, B and P of the last slot.
 READ_WEIGHTS, READ_MOMENTUM, ANCHOR, WRITE, LAST_WRITE, LAST = range(6)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from engrax.pallas_kernels.mesh import over_mesh
+from engrax.pallas_kernels.common.partition import over_mesh
 from engrax.pallas_kernels.neural_memory.gpu_kernels import Tokens
 
 _TOKENS, _OUT = Tokens("BTHK", "BTHK", "BTHV", "NBHCC", "NBHRC"), "BTHV"  # axes, for `over_mesh`

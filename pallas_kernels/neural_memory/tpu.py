@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from engrax.pallas_kernels.mesh import over_mesh
+from engrax.pallas_kernels.common.partition import over_mesh
+from engrax.pallas_kernels.mosaic_tpu.parts import LANES, SUBLANES, VMEM_BYTES, call, scratch_like, tiled_bytes
 from engrax.pallas_kernels.neural_memory.tpu_kernels import (
     Form,
     Tokens,
@@ -23,7 +24,6 @@ from engrax.pallas_kernels.neural_memory.tpu_kernels import (
 )
 from engrax.pallas_kernels.neural_memory.types import Shapes
 from engrax.pallas_kernels.neural_memory.vjp import Blocks, Carry, Plan, Reset
-from engrax.pallas_kernels.tpu_common import LANES, SUBLANES, VMEM_BYTES, call, scratch_like, tiled_bytes
 
 
 def unsupported(shapes: Shapes) -> str | None:

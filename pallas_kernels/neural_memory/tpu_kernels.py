@@ -12,9 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from engrax.pallas_kernels.mosaic_tpu.parts import Refs, load, store, store_zeros
 from engrax.pallas_kernels.neural_memory.chunk import Bases, chunk_backward, chunk_forward
 from engrax.pallas_kernels.neural_memory.gates import Coefficients
-from engrax.pallas_kernels.tpu_common import Refs, load, store, store_zeros
 
 # Rows of a block's table of gates: by base (carried state, reset state) what multiplies the anchor, A and B; then E of
 # the last slot; then, in the first lanes, P of the last slot by base and whether the block is fresh, and begins.

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from engrax.pallas_kernels.common.segments import segment_starts
 from engrax.pallas_kernels.dispatch import load
 from engrax.pallas_kernels.neural_memory.gates import coefficients
 from engrax.pallas_kernels.neural_memory.grid import aligned_grid, from_blocks, phased_grid, to_blocks
 from engrax.pallas_kernels.neural_memory.types import Layers, NeuralMemoryState
 from engrax.pallas_kernels.neural_memory.vjp import Blocks, Carry, Reset, run_blocks, scan_blocks
-from engrax.pallas_kernels.segments import segment_starts
 
 
 def neural_memory_xla(

@@ -1,0 +1,1 @@
+"""Softmax attention and its caches: full, sliding window, Transformer-XL, Memorizing Transformer."""

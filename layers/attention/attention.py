@@ -1,0 +1,353 @@
+"""Softmax attention: full or sliding window, grouped heads, rotary positions, and a cache of declared capacity.
+
+Its settings cover the attention of published checkpoints too: biases, normalised queries and keys, scaled rotary
+frequencies, no rotation at all.
+
+The attention itself is `jax.nn.dot_product_attention`; float64 takes a plain einsum: the library errs 1e-7 there. Long
+rows under a window are cut into blocks, which see themselves and the block before.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from engrax.errors import UserError
+from engrax.layers.common.conv import ShortConv
+from engrax.layers.common.modules import projection, rms_norm
+from engrax.layers.common.segments import last_segment_after, starts_anew
+from engrax.layers.mixer import MIXERS, MixerConfig
+
+SMALLEST_BLOCK = 32  # tokens of a sliding window's block, at least
+
+
+class AttentionState(NamedTuple):
+    """The keys and values that later tokens may still attend to; C = window - 1 or the capacity.
+
+    With a window the cache is a queue (oldest first); without one, token i of the row stands in slot i.
+    """
+
+    keys: Float[Array, "B C G K"]  # rotated
+    values: Float[Array, "B C G K"]
+    segments: Int[Array, "B C"]  # segment id of each slot, -1 = empty or padding
+    tail: Float[Array, "B W N"]  # the last conv_width - 1 projected tokens (q, k and v side by side)
+    position: Int[Array, " B"]  # tokens of the row seen so far
+    last_segment: Int[Array, " B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are slowed for rows longer than those of pretraining."""
+
+    kind: Literal["none", "linear", "llama3"] = "none"  # linear: all alike (arXiv 2306.15595); llama3: the slow ones
+    factor: float = 1.0  # a slowed frequency is divided by it
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original_context / this are slowed in full
+    high_freq_factor: float = 4.0  # llama3: wavelengths below original_context / this are left alone
+    original_context: int = 8192  # llama3: tokens of a row in pretraining
+
+    def __post_init__(self):
+        if self.factor <= 0 or self.original_context < 1:
+            raise UserError(
+                f"rope_scaling.factor={self.factor} must be positive and "
+                f"original_context={self.original_context} at least 1 token."
+            )
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise UserError(
+                f"rope_scaling.low_freq_factor={self.low_freq_factor} must lie between 0 and "
+                f"high_freq_factor={self.high_freq_factor}."
+            )
+
+    def apply(self, frequency: Float[Array, " N"]) -> Float[Array, " N"]:
+        """The scaled frequencies, radians per token."""
+        if self.kind == "none":
+            return frequency
+        kept = 0.0
+        if self.kind == "llama3":
+            turns = self.original_context * frequency / (2 * math.pi)  # in a row of pretraining
+            kept = jnp.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        return frequency * (kept + (1 - kept) / self.factor)
+
+
+@MIXERS.register("attention")
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig(MixerConfig):
+    """Causal softmax attention with rotary positions (arXiv 2104.09864) and grouped heads (arXiv 2305.13245)."""
+
+    heads: int = 4  # query heads
+    kv_heads: int | None = None  # key/value heads, a divisor of heads; None = heads
+    head_dim: int = 32  # width of one head, even
+    window: int | None = None  # tokens a query sees, itself included; None = all
+    capacity: int = 4096  # tokens a row may hold without a window; more raise
+    rope_base: float | None = 10_000.0  # longest rotary wavelength / 2 pi, in tokens; None = no rotary positions
+    conv_width: int = 1  # taps of a short convolution on q, k and v, as the memories have; 1 = none
+    persistent_tokens: int = 0  # learned tokens that every token attends to, wherever the window is
+    rope_scaling: RopeScaling = RopeScaling()
+    bias: Literal["none", "qkv", "all"] = "none"  # projections with a bias
+    qk_norm_eps: float | None = None  # eps of an RMSNorm over each head's query and key; None = no norm
+
+    def __post_init__(self):
+        if self.heads % (self.kv_heads or self.heads):
+            raise UserError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}; choose a divisor.")
+        if self.head_dim % 2 and self.rope_base is not None:
+            raise UserError(
+                f"head_dim={self.head_dim} is odd; rotary positions need pairs of channels, choose an even width."
+            )
+        if self.window is not None and self.window < 1:
+            raise UserError(f"window={self.window} must be at least 1 token (None sees everything).")
+        if self.conv_width < 1:
+            raise UserError(f"conv_width={self.conv_width} must be at least 1 (1 = no convolution).")
+        if self.persistent_tokens < 0:
+            raise UserError(f"persistent_tokens={self.persistent_tokens} must not be negative.")
+
+    def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> "Attention":
+        return Attention(self, dim, rngs=rngs, num_layers=num_layers)
+
+    @classmethod
+    def examples(cls) -> tuple["AttentionConfig", ...]:
+        return (
+            cls(heads=4, kv_heads=2, head_dim=4, window=8, conv_width=4, persistent_tokens=2),
+            cls(heads=2, head_dim=4, window=2),
+            cls(heads=2, head_dim=4, capacity=64),
+            cls(
+                heads=4,
+                kv_heads=2,
+                head_dim=6,
+                window=8,
+                persistent_tokens=2,
+                rope_scaling=RopeScaling("llama3", factor=8.0, original_context=16),
+                bias="all",
+                qk_norm_eps=1e-6,
+            ),
+            cls(),
+        )
+
+    def flops_per_token(self, dim: int, seq_len: int) -> float:
+        groups = self.kv_heads or self.heads
+        project = 2 * dim * self.head_dim * (2 * self.heads + 2 * groups)
+        if self.conv_width > 1:
+            project += 2 * self.conv_width * self.head_dim * (self.heads + 2 * groups)
+        seen = (seq_len + 1) / 2 if self.window is None else min(self.window, (seq_len + 1) / 2)
+        return project + 4 * self.heads * self.head_dim * (seen + self.persistent_tokens)
+
+
+def rotate(
+    x_BTHK: Float[Array, "B T H K"],
+    position_BT: Int[Array, "B T"],
+    base: float,
+    scaling: RopeScaling = RopeScaling(),
+) -> Float[Array, "B T H K"]:
+    """Rotary embedding: channel pairs (i, i + K/2) turned by position * base^(-2i/K) radians, before the scaling."""
+    half = x_BTHK.shape[-1] // 2
+    dtype = jnp.promote_types(x_BTHK.dtype, jnp.float32)
+    frequency = scaling.apply(base ** (-jnp.arange(half, dtype=dtype) / half))
+    angle = position_BT[..., None, None].astype(dtype) * frequency
+    a, b = x_BTHK[..., :half].astype(dtype), x_BTHK[..., half:].astype(dtype)
+    turned = jnp.concatenate(
+        [a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], axis=-1
+    )
+    return turned.astype(x_BTHK.dtype)
+
+
+def masked_attention(
+    q_BTHK: Float[Array, "B T H K"],
+    k_BSGK: Float[Array, "B S G K"],
+    v_BSGK: Float[Array, "B S G V"],
+    mask_BTS: Bool[Array, "B T S"],
+    scale: float | None = None,
+) -> Float[Array, "B T H V"]:
+    """softmax(scale q k^T) v over the visible slots, scale K^-1/2 by default; every query must see at least one."""
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    if q_BTHK.dtype != jnp.float64:
+        width = v_BSGK.shape[-1]  # the library wants values as wide as keys
+        v_BSGK = jnp.pad(v_BSGK, ((0, 0),) * 3 + ((0, q_BTHK.shape[-1] - width),))
+        y = jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=mask_BTS[:, None], scale=scale)
+        return y[..., :width]
+    repeat = q_BTHK.shape[2] // k_BSGK.shape[2]
+    k, v = (jnp.repeat(x, repeat, axis=2) for x in (k_BSGK, v_BSGK))
+    logits = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k) * scale
+    weights = jax.nn.softmax(jnp.where(mask_BTS[:, None], logits, -jnp.inf), axis=-1)
+    return jnp.einsum("BHTS,BSHK->BTHK", weights, v)
+
+
+def in_blocks(
+    window: int | None, tokens: Sequence[Shaped[Array, "B T ..."]], slots: Sequence[Shaped[Array, "B S ..."]]
+) -> tuple[list[Shaped[Array, "N L ..."]], list[Shaped[Array, "N M ..."]]]:
+    """Cuts long rows into blocks of L tokens, each with the M = 2L slots of its own block and of the one before.
+
+    A window of at most L tokens reaches no further, so that its work grows with T, not T^2. The slots end with the
+    call's tokens, S - T < window. What is filled up is -1 (segments and positions) or 0. N = B * ceil(T / L). Rows stay
+    whole without a window, and where blocks would not see less.
+    """
+    T, S = tokens[0].shape[1], slots[0].shape[1]
+    size = max(window or 0, SMALLEST_BLOCK)
+    after = -T % size
+    if window is None or (T + after) * 2 * size >= T * S:
+        return list(tokens), list(slots)
+
+    def blocks(x, before):
+        widths = ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2)
+        x = jnp.pad(x, widths, constant_values=-1 if jnp.issubdtype(x.dtype, jnp.integer) else 0)
+        return x.reshape(len(x), -1, size, *x.shape[2:])
+
+    def rows(x):
+        return x.reshape(-1, *x.shape[2:])
+
+    slots = [blocks(x, size - (S - T)) for x in slots]
+    pairs = [jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2) for x in slots]
+    return [rows(blocks(x, 0)) for x in tokens], [rows(x) for x in pairs]
+
+
+def out_of_blocks(y: Shaped[Array, "N L ..."], batch: int, length: int) -> Shaped[Array, "B T ..."]:
+    """The rows that `in_blocks` cut."""
+    return y.reshape(batch, -1, *y.shape[2:])[:, :length]
+
+
+class Attention(nnx.Module):
+    """The module of AttentionConfig: x [B, T, D] -> y [B, T, D], AttentionState."""
+
+    def __init__(self, config: AttentionConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
+        self.config = config
+        groups = config.kv_heads or config.heads
+        bias = config.bias != "none"
+        self.q = projection(dim, config.heads * config.head_dim, ("embed", "heads"), rngs=rngs, bias=bias)
+        self.k = projection(dim, groups * config.head_dim, ("embed", "heads"), rngs=rngs, bias=bias)
+        self.v = projection(dim, groups * config.head_dim, ("embed", "heads"), rngs=rngs, bias=bias)
+        if config.qk_norm_eps is not None:
+            self.q_norm = rms_norm(config.head_dim, rngs=rngs, eps=config.qk_norm_eps)
+            self.k_norm = rms_norm(config.head_dim, rngs=rngs, eps=config.qk_norm_eps)
+        if config.conv_width > 1:
+            self.conv = ShortConv((config.heads + 2 * groups) * config.head_dim, config.conv_width, rngs=rngs)
+        self.out = projection(
+            config.heads * config.head_dim,
+            dim,
+            ("heads", "embed"),
+            rngs=rngs,
+            scale=(2 * num_layers) ** -0.5,
+            bias=config.bias == "all",
+        )
+        if config.persistent_tokens:
+            self.persistent = nnx.Param(
+                jax.random.normal(rngs.params(), (config.persistent_tokens, dim)), axes=("persistent", "embed")
+            )
+
+    def init_state(self, batch_size: int) -> AttentionState:
+        """An empty cache, in the dtype of the parameters."""
+        c = self.config
+        slots = c.capacity if c.window is None else c.window - 1
+        groups = c.kv_heads or c.heads
+        shape = (batch_size, slots, groups, c.head_dim)
+        dtype = self.k.kernel.dtype
+        return AttentionState(
+            keys=jnp.zeros(shape, dtype),
+            values=jnp.zeros(shape, dtype),
+            segments=jnp.full((batch_size, slots), -1, jnp.int32),
+            tail=jnp.zeros((batch_size, c.conv_width - 1, (c.heads + 2 * groups) * c.head_dim), dtype),
+            position=jnp.zeros((batch_size,), jnp.int32),
+            last_segment=jnp.full((batch_size,), -1, jnp.int32),
+        )
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        state: AttentionState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], AttentionState]:
+        """Attends within each segment; without `segment_ids` all tokens continue the row's last segment.
+
+        Raises ValueError where T exceeds the capacity; a cache that overflows inside jit gives NaN for that row.
+        """
+        B, T, _ = x_BTD.shape
+        c = self.config
+        if c.window is None and T > c.capacity:
+            raise UserError(
+                f"{T} tokens exceed the attention cache's capacity={c.capacity}; raise `capacity` or set a `window`."
+            )
+        fresh = state is None
+        state = self.init_state(B) if fresh else state
+        if segment_ids is None:
+            segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
+        position_BT = state.position[:, None] + jnp.arange(T)
+        q, k, v, state = self._project(x_BTD, state, segment_ids)
+        plain_q = q
+        if c.rope_base is not None:
+            q, k = (rotate(y, position_BT, c.rope_base, c.rope_scaling) for y in (q, k))
+        *slots, state = self._extend(state, k, v, segment_ids, position_BT, fresh)
+        tokens, slots = in_blocks(c.window, [q, plain_q, segment_ids, position_BT], slots)
+        (q, plain_q, ids, position), (keys, values, segments, slot_position) = tokens, slots
+        age = position[:, :, None] - slot_position[:, None, :]
+        visible = (age >= 0) & (segments[:, None, :] == ids[:, :, None])
+        if c.window is not None:
+            visible &= age < c.window
+        visible |= age == 0  # padding sees itself: no empty softmax
+        if c.persistent_tokens:
+            q, keys, values, visible = self._with_persistent(plain_q, q, keys, values, visible)
+        y = masked_attention(q, keys, values, visible, c.head_dim**-0.5)
+        y = out_of_blocks(y, B, T)
+        y = jnp.where((segment_ids >= 0)[..., None, None], y, 0)
+        if c.window is None:
+            y = jnp.where((state.position <= c.capacity)[:, None, None, None], y, jnp.nan)
+        return self.out(y.reshape(B, T, -1)), state
+
+    def _project(self, x_BTD, state: AttentionState, segment_ids):
+        """q [B, T, H, K], k and v [B, T, G, K], convolved where the config says so, and the state with the new tail."""
+        c = self.config
+        q_k_v = [self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)]
+        if c.conv_width > 1:
+            anew = starts_anew(state.last_segment, segment_ids)
+            tail = jnp.where(anew[:, None, None], 0, state.tail)
+            mixed, tail = self.conv(jnp.concatenate(q_k_v, axis=-1), tail, segment_ids)
+            widths = [q_k_v[0].shape[-1], q_k_v[0].shape[-1] + q_k_v[1].shape[-1]]
+            q_k_v, state = jnp.split(mixed, widths, axis=-1), state._replace(tail=tail)
+        q, k, v = (y.reshape(*x_BTD.shape[:2], -1, c.head_dim) for y in q_k_v)
+        if c.qk_norm_eps is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v, state
+
+    def _with_persistent(self, plain_q, q, keys, values, visible):
+        """Puts the persistent tokens before the others. They have no position: they meet the query as it was before
+        its rotation, for which queries and keys get a second half, zero in every other key."""
+        x_1PD = self.persistent[...][None]
+        shape = (len(q), x_1PD.shape[1], *keys.shape[2:])
+        k, v = (p(x_1PD).reshape(1, *shape[1:]) for p in (self.k, self.v))
+        k = k if self.config.qk_norm_eps is None else self.k_norm(k)
+        k, v = (jnp.broadcast_to(y, shape) for y in (k, v))
+        k = jnp.concatenate([jnp.zeros_like(k), k], axis=-1)
+        keys = jnp.concatenate([keys, jnp.zeros_like(keys)], axis=-1)
+        seen = jnp.ones((*visible.shape[:2], shape[1]), bool)
+        joined = [
+            jnp.concatenate(pair, axis=1) for pair in ((k.astype(keys.dtype), keys), (v.astype(values.dtype), values))
+        ]
+        return jnp.concatenate([q, plain_q], axis=-1), *joined, jnp.concatenate([seen, visible], axis=2)
+
+    def _extend(self, state: AttentionState, k, v, segment_ids, position_BT, fresh: bool):
+        """Returns the keys, values, segments and positions to attend to [B, S, ...], and the state after the call."""
+        T, slots = k.shape[1], state.keys.shape[1]
+        new = state._replace(
+            position=state.position + T, last_segment=last_segment_after(state.last_segment, segment_ids)
+        )
+        if self.config.window is None:
+            write = jax.vmap(lambda cache, x, start: jax.lax.dynamic_update_slice_in_dim(cache, x, start, axis=0))
+            k, v = k.astype(state.keys.dtype), v.astype(state.values.dtype)
+            cache = [
+                write(old, x, state.position)
+                for old, x in ((state.keys, k), (state.values, v), (state.segments, segment_ids))
+            ]
+            new = new._replace(keys=cache[0], values=cache[1], segments=cache[2])
+            if fresh:  # nothing is cached yet: attend to the call's own tokens, not to the whole capacity
+                return k, v, segment_ids, position_BT, new
+            return *cache, jnp.broadcast_to(jnp.arange(slots), (k.shape[0], slots)), new
+        queue = [
+            jnp.concatenate([old.astype(x.dtype), x], axis=1)
+            for old, x in ((state.keys, k), (state.values, v), (state.segments, segment_ids))
+        ]
+        tail = [x[:, T:].astype(old.dtype) for x, old in zip(queue, (state.keys, state.values, state.segments))]
+        new = new._replace(keys=tail[0], values=tail[1], segments=tail[2])
+        if fresh:
+            return k, v, segment_ids, position_BT, new
+        before = state.position[:, None] - slots + jnp.arange(slots)
+        return *queue, jnp.concatenate([before, position_BT], axis=1), new

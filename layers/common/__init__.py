@@ -1,0 +1,1 @@
+"""What mixers share: projections, norms, gates, convolutions, segments, adapters, the matrix-memory base."""

@@ -1,0 +1,60 @@
+"""Short depthwise causal convolution with an explicit tail, so that it continues at any position."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from engrax.layers.common.segments import first_real_segment
+
+
+class ShortConv(nnx.Module):
+    """y_t = sum_{j<W} w_j * x_{t-j}, per channel (Titans section 4.4; width 4 in the field's models).
+
+    It never mixes segments: a tap that lies in another segment, in padding, or before the row's start reads 0.
+    """
+
+    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
+        # All taps start alike, so that binding a token to the one before it needs no tap to grow first.
+        kernel = jax.random.normal(rngs.params(), (width, channels)) * width**-0.5
+        self.kernel = nnx.Param(kernel, axes=("conv", "channels"))
+        self.width = width
+
+    def init_tail(self, batch_size: int, dtype) -> Float[Array, "B tail C"]:
+        """The W - 1 inputs before the row: zeros. The newest is last."""
+        return jnp.zeros((batch_size, self.width - 1, self.kernel.shape[-1]), dtype)
+
+    def __call__(
+        self,
+        x_BTC: Float[Array, "B T C"],
+        tail_BWC: Float[Array, "B tail C"],
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B tail C"]]:
+        """Returns the convolved tokens and the new tail.
+
+        The tail given must belong to the segment of the row's first token (zeros where it starts anew); the one
+        returned holds the last W - 1 inputs, zero where they are not of the row's last segment.
+        """
+        W, T = self.width, x_BTC.shape[1]
+        kernel_WC = self.kernel[...]
+        if segment_ids is not None:
+            x_BTC = jnp.where((segment_ids >= 0)[..., None], x_BTC, 0)
+        padded = jnp.concatenate([tail_BWC.astype(x_BTC.dtype), x_BTC], axis=1)
+        y_BTC = kernel_WC[0] * x_BTC
+        ids = None
+        if segment_ids is not None:
+            first = jnp.broadcast_to(first_real_segment(segment_ids)[:, None], (segment_ids.shape[0], W - 1))
+            ids = jnp.concatenate([first, segment_ids], axis=1)
+        for j in range(1, W):
+            past = jax.lax.slice_in_dim(padded, W - 1 - j, W - 1 - j + T, axis=1)
+            if ids is not None:
+                past = jnp.where(
+                    (jax.lax.slice_in_dim(ids, W - 1 - j, W - 1 - j + T, axis=1) == segment_ids)[..., None], past, 0
+                )
+            y_BTC = y_BTC + kernel_WC[j] * past
+        tail = jax.lax.slice_in_dim(padded, T, T + W - 1, axis=1)
+        if ids is not None:
+            tail_ids = jax.lax.slice_in_dim(ids, T, T + W - 1, axis=1)
+            last = jnp.max(ids, axis=1, keepdims=True)
+            tail = jnp.where((tail_ids == last)[..., None], tail, 0)
+        return y_BTC, tail.astype(tail_BWC.dtype)

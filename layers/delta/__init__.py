@@ -1,0 +1,1 @@
+"""Matrix memories written by the delta rule: DeltaNet, Gated DeltaNet, KDA."""

@@ -1,0 +1,1 @@
+"""Modern Hopfield layers: association, fixed stored patterns, pooling, the causal mixer, the energy transformer."""

@@ -1,0 +1,1 @@
+"""Matrix memories written by addition: linear attention and its relatives."""

@@ -1,0 +1,1 @@
+"""Mixtures of memories and the associative memory of ARMT."""

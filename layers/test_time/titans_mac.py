@@ -1,0 +1,309 @@
+"""Memory as context (MAC; Titans, arXiv 2501.00663, section 4.1), causal.
+
+The row is cut into segments of C tokens. With M the memory before segment t, p learned persistent tokens and * a read
+without a write (eq. 21 to 25):
+
+    h = M*(x W_Q),   y = attention([p; h; x]),   M <- write(M, y),   o = y (x) M*(y)
+
+Printed so, a token attends to what later tokens of its segment retrieved, and is gated by a memory that has seen the
+whole segment. In a language model both leak. Mode "causal": token i attends to h_j for j <= i alone, and its gate is
+the token-level memory right after its own write. Mode "paper": as printed.
+
+(x) is norm(y) 2 sigmoid(M(y)): a memory that holds nothing lets the attention through.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from engrax.errors import UserError
+from engrax.layers.attention.attention import masked_attention, rotate
+from engrax.layers.common.conv import ShortConv
+from engrax.layers.common.modules import l2_normalise, projection, rms_norm
+from engrax.layers.common.segment_blocks import Places, conv_at_places, place_tokens
+from engrax.layers.common.segments import last_segment_after, select_rows, starts_anew
+from engrax.layers.mixer import MIXERS, MixerConfig
+from engrax.layers.test_time.titans import TitansConfig
+from engrax.pallas_kernels import NeuralMemoryState
+from engrax.pallas_kernels.common.segments import segment_starts
+from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, Layers
+from engrax.pallas_kernels.neural_memory.xla import run_grid
+
+
+class Segment(NamedTuple):
+    """What is kept of the running segment, by place: keys and values of its tokens and of what they retrieved."""
+
+    keys: Float[Array, "B C H K"]
+    values: Float[Array, "B C H K"]
+    recalled_keys: Float[Array, "B C H K"]
+    recalled_values: Float[Array, "B C H K"]
+    ids: Int[Array, "B C"]  # segment id of each token, -1 = none yet, or padding
+
+
+class MACState(NamedTuple):
+    """Everything the mixer needs to continue at any position; its size does not depend on T."""
+
+    memory: NeuralMemoryState
+    frozen: Layers  # the weights as the segment of C tokens (or the document in it) began
+    segment: Segment
+    tail: Float[Array, "B W N"]  # of the convolution of q, k, v and the retrieval's query
+    memory_tail: Float[Array, "B W M"]  # of the memory's own convolution
+    place: Int[Array, " B"]  # tokens of the running segment so far
+    last_segment: Int[Array, " B"]
+
+
+@MIXERS.register("titans_mac")
+@dataclasses.dataclass(frozen=True)
+class MACConfig(MixerConfig):
+    """Settings of memory as context."""
+
+    memory: TitansConfig = TitansConfig()
+    chunk_size: int = 64  # tokens of a segment, a multiple of the memory's chunk
+    heads: int = 4  # of the attention
+    head_dim: int = 32  # width of one of them, even
+    persistent_tokens: int = 4  # learned tokens that every token attends to
+    conv_width: int = 4  # taps of the short convolution on the attention's q, k and v; 1 = none
+    rope_base: float = 10_000.0  # longest rotary wavelength / 2 pi, in tokens
+    mode: str = "causal"  # causal | paper (leaks future tokens of the segment)
+
+    def __post_init__(self):
+        if self.chunk_size % self.memory.chunk_size:
+            raise UserError(
+                f"chunk_size={self.chunk_size} of the segment is no multiple of memory.chunk_size="
+                f"{self.memory.chunk_size}; choose one."
+            )
+        if self.head_dim % 2 or self.head_dim < 2:
+            raise UserError(f"head_dim={self.head_dim}: rotary positions need pairs of channels; choose an even width.")
+        if self.mode not in ("causal", "paper"):
+            raise UserError(f"unknown mode {self.mode!r} (known: causal, paper).")
+        if self.memory.implementation not in (None, "xla"):
+            raise UserError(
+                f"memory.implementation={self.memory.implementation!r}: MAC runs its memory segment by segment, in the "
+                "XLA form; choose None or 'xla'."
+            )
+        if self.persistent_tokens < 0 or min(self.heads, self.conv_width, self.chunk_size) < 1:
+            raise UserError("persistent_tokens must not be negative; heads, conv_width and chunk_size at least 1.")
+
+    @property
+    def exempt_from(self) -> dict[str, str]:
+        if self.mode == "causal":
+            return {}
+        return {"causality": "the paper mode sees its whole segment"}
+
+    def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> "MAC":
+        return MAC(self, dim, rngs=rngs, num_layers=num_layers)
+
+    @classmethod
+    def examples(cls) -> tuple["MACConfig", ...]:
+        memory = TitansConfig(heads=2, head_dim=4, hidden=6, chunk_size=4, persistent_tokens=3)
+        return (cls(memory=memory, chunk_size=8, heads=2, head_dim=4, persistent_tokens=2),)
+
+    def flops_per_token(self, dim: int, seq_len: int) -> float:
+        inner, retrieved = self.heads * self.head_dim, self.memory.heads * self.memory.head_dim
+        project = 2 * dim * (6 * inner + 2 * retrieved + dim) + 2 * self.conv_width * (3 * inner + retrieved)
+        seen = self.persistent_tokens + 2 * (self.chunk_size + 1) / 2
+        widths = self.memory.layer_widths
+        read = 2.0 * self.memory.heads * sum(a * b for a, b in zip(widths[:-1], widths[1:]))
+        return project + 4 * inner * seen + 2 * read + self.memory.flops_per_token(dim, seq_len)
+
+
+class MAC(nnx.Module):
+    """The module of MACConfig: x [B, T, D] -> y [B, T, D], MACState."""
+
+    def __init__(self, config: MACConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
+        self.config = config
+        inner, retrieved = config.heads * config.head_dim, config.memory.heads * config.memory.head_dim
+        self.qkv = projection(dim, 3 * inner, ("embed", "heads"), rngs=rngs)
+        self.query = projection(dim, retrieved, ("embed", "heads"), rngs=rngs)
+        self.conv = ShortConv(3 * inner + retrieved, config.conv_width, rngs=rngs)
+        self.recalled_norm = rms_norm(config.memory.head_dim, rngs=rngs)
+        self.recalled = projection(retrieved, dim, ("heads", "embed"), rngs=rngs)
+        self.recalled_kv = projection(dim, 2 * inner, ("embed", "heads"), rngs=rngs)
+        if config.persistent_tokens:
+            self.persistent = nnx.Param(
+                jax.random.normal(rngs.params(), (config.persistent_tokens, dim)), axes=("persistent", "embed")
+            )
+        self.attended = projection(inner, dim, ("heads", "embed"), rngs=rngs)
+        self.memory = config.memory.build(dim, rngs=rngs, num_layers=num_layers)
+        self.norm = rms_norm(dim, rngs=rngs)
+        self.out = projection(dim, dim, ("embed", "embed"), rngs=rngs, scale=(2 * num_layers) ** -0.5)
+
+    def init_state(self, batch_size: int) -> MACState:
+        """The state every row starts from, at place 0."""
+        c, dtype = self.config, self.qkv.kernel.dtype
+        start = self.memory.init_state(batch_size)
+        empty = jnp.zeros((batch_size, c.chunk_size, c.heads, c.head_dim), dtype)
+        ids = jnp.full((batch_size, c.chunk_size), -1, jnp.int32)
+        return MACState(
+            memory=start.memory,
+            frozen=start.memory.weights,
+            segment=Segment(empty, empty, empty, empty, ids),
+            tail=self.conv.init_tail(batch_size, dtype),
+            memory_tail=start.tail,
+            place=np.zeros(batch_size, np.int32),
+            last_segment=start.last_segment,
+        )
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        state: MACState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], MACState]:
+        """Attends within the segment of C tokens and to what its memory recalls. Padding (-1) gives 0."""
+        B, T, _ = x_BTD.shape
+        packed = segment_ids is not None
+        start = self.init_state(B) if packed or state is None else None
+        if packed and state is not None:
+            state = self._anew(state, start, segment_ids)
+        state = start if state is None else state
+        if packed:
+            x_BTD = jnp.where((segment_ids >= 0)[..., None], x_BTD, 0)  # padding may hold anything, NaN included
+        else:
+            segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
+        places = place_tokens(state.place, T, self.config.chunk_size)
+        inner = self.config.heads * self.config.head_dim
+        mixed, tail = self.conv(jnp.concatenate([self.qkv(x_BTD), self.query(x_BTD)], axis=-1), state.tail, segment_ids)
+        q, k, v, query = jnp.split(mixed, [inner, 2 * inner, 3 * inner], axis=-1)
+        arrays = [self._heads(y) for y in (q, k, v)] + [self._queries(query), segment_ids]
+        arrays.append(segment_starts(segment_ids) if packed else None)
+        blocks = jax.tree.map(places.lay_out, tuple(arrays))
+        reset = start.memory if packed else None
+
+        def body(carry, block):
+            return self._block(carry, *block, reset)
+
+        memory = (state.memory.weights, state.memory.momentum, state.memory.anchor)
+        carry = (memory, state.frozen, state.segment, state.memory_tail, state.last_segment)
+        carry, out = jax.lax.scan(body, carry, (places.blocks, *blocks))
+        (memory, frozen, segment, memory_tail, last), chunk = carry, self.config.memory.chunk_size
+        place = (jnp.asarray(state.place) + T) % self.config.chunk_size
+        state = MACState(
+            memory=NeuralMemoryState(*memory, place % chunk),
+            frozen=frozen,
+            segment=segment,
+            tail=tail,
+            memory_tail=memory_tail,
+            place=place,
+            last_segment=last,
+        )
+        return self.out(places.take_back(out)), state
+
+    def report(self, x_BTD, state=None, segment_ids=None) -> dict[str, Array]:
+        """Diagnostics of one call: the memory's norms after it, and how far its chunk-start self has moved."""
+        _, after = self(x_BTD, state, segment_ids)
+        norm = lambda xs: jnp.sqrt(sum(jnp.mean(jnp.sum(x * x, axis=(-2, -1))) for x in xs))  # noqa: E731
+        moved = [a - b for a, b in zip(after.memory.weights, after.frozen)]
+        return {
+            "memory_norm": norm(after.memory.weights),
+            "momentum_norm": norm(after.memory.momentum),
+            "moved_in_segment": norm(moved),
+        }
+
+    def _anew(self, state: MACState, start: MACState, segment_ids) -> MACState:
+        """Rows whose first token begins another document: an empty memory at the same place of the grid."""
+        anew = starts_anew(state.last_segment, segment_ids)
+        memory = start.memory._replace(phase=state.memory.phase)
+        return state._replace(
+            memory=select_rows(anew, memory, state.memory),
+            frozen=select_rows(anew, start.frozen, state.frozen),
+            tail=select_rows(anew, start.tail, state.tail),
+            memory_tail=select_rows(anew, start.memory_tail, state.memory_tail),
+        )
+
+    def _heads(self, y):
+        return y.reshape(*y.shape[:2], self.config.heads, self.config.head_dim)
+
+    def _queries(self, y):
+        c = self.config.memory
+        return l2_normalise(jax.nn.silu(y.reshape(*y.shape[:2], c.heads, c.head_dim)))
+
+    def _block(self, carry, places: Places, q, k, v, query, ids, start, reset):
+        """One segment, or a token of it: returns the carry and the mixed tokens [B, S, D]."""
+        memory, frozen, segment, memory_tail, last = carry
+        begins = places.count * (places.first == 0) > 0
+        frozen = select_rows(begins, memory[0], frozen)
+        segment = segment._replace(ids=jnp.where(begins[:, None], -1, segment.ids))
+        ids = jnp.where(places.holds, ids, -1)
+        started = jnp.zeros(ids.shape, bool) if start is None else jnp.cumsum(start & places.holds, axis=1) > 0
+        h = self._recall(frozen, reset, query, started)
+        k_h, v_h = (self._heads(y) for y in jnp.split(self.recalled_kv(h), 2, axis=-1))
+        place = places.place
+        turn = lambda y: rotate(y, place, self.config.rope_base)  # noqa: E731
+        segment = places.merge(segment, Segment(turn(k), v, turn(k_h), v_h, ids))
+        y = self._attend(turn(q), segment, ids, place)
+        y = jnp.where((ids >= 0)[..., None], y, 0)
+        memory_tail = jnp.where(starts_anew(last, ids)[:, None, None], 0, memory_tail)
+        last = last_segment_after(last, ids)
+        m, memory, memory_tail = self._write_and_read(y, memory, memory_tail, places, ids, start, reset, last)
+        frozen = frozen if start is None else select_rows(started[:, -1], reset.weights, frozen)
+        return (memory, frozen, segment, memory_tail, last), self.norm(y) * (2 * jax.nn.sigmoid(m)).astype(y.dtype)
+
+    def _recall(self, frozen: Layers, reset, query, started: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
+        """What the memory of the segment's start (of the document's start, if that is later) gives for each query."""
+        dtype = query.dtype
+        found = _apply(frozen, query.astype(frozen[0].dtype), self.config.memory.activation)
+        if reset is not None:
+            anew = _apply(reset.weights, query.astype(frozen[0].dtype), self.config.memory.activation)
+            found = jnp.where(started[..., None, None], anew, found)
+        return self.recalled(self.recalled_norm(found.astype(dtype)).reshape(*query.shape[:2], -1))
+
+    def _attend(self, q, segment: Segment, ids, place) -> Float[Array, "B S D"]:
+        """Softmax attention over persistent tokens, what was retrieved, and the segment's tokens."""
+        (B, S), c = ids.shape, self.config
+        keys, values = [segment.recalled_keys, segment.keys], [segment.recalled_values, segment.values]
+        same = (segment.ids[:, None] == ids[:, :, None]) & (ids >= 0)[:, :, None]
+        places = jnp.arange(c.chunk_size)
+        causal = same & (places <= place[..., None])
+        itself = places == place[..., None]  # holes and padding see themselves: no empty softmax
+        visible = [causal if c.mode == "causal" else same, causal | itself]
+        if c.persistent_tokens:
+            _, k, v = jnp.split(self.qkv(self.persistent[...][None]), 3, axis=-1)
+            keys.insert(0, jnp.broadcast_to(self._heads(k), (B, c.persistent_tokens, *keys[0].shape[2:])))
+            values.insert(0, jnp.broadcast_to(self._heads(v), keys[0].shape))
+            visible.insert(0, jnp.ones((B, S, c.persistent_tokens), bool))
+        keys, values = (jnp.concatenate([y.astype(q.dtype) for y in ys], axis=1) for ys in (keys, values))
+        y = masked_attention(q, keys, values, jnp.concatenate(visible, axis=2))
+        return self.attended(y.reshape(B, S, -1))
+
+    def _write_and_read(self, y, memory, tail, places: Places, ids, start, reset, last):
+        """Writes y into the memory. Returns what gates the tokens [B, S, D], the memory and its convolution's tail."""
+        titans, c = self.memory, self.config.memory
+        mixed, tail = conv_at_places(titans.conv, titans.qkv(y), tail, places, ids)
+        B, S = ids.shape
+        qkv = [l2_normalise(u.reshape(B, S, c.heads, -1)) for u in jnp.split(jax.nn.silu(mixed), 3, axis=-1)]
+        q, k, v = (jnp.where((ids >= 0)[..., None, None], u, 0).astype(memory[0][0].dtype) for u in qkv)
+        slots = min(c.chunk_size, S)
+
+        def cut(u):  # [B, S, H, ...] to [S / b, B, H, b, ...]
+            u = u.reshape(B, S // slots, slots, *u.shape[2:])
+            return jnp.moveaxis(jnp.moveaxis(u, 3, 1) if u.ndim > 3 else u[:, None], 2, 0)
+
+        whole = places.holds[:, ::slots] & (places.place[:, ::slots] % c.chunk_size == 0)
+        read, memory = run_grid(
+            *map(cut, (q, k, v, *titans._gates(y).values())),
+            memory,
+            None if start is None else (reset.weights, reset.momentum),
+            real=cut(ids >= 0),
+            start=None if start is None else cut(start & places.holds),
+            fresh=whole.T,
+            activation=c.activation,
+            save_every=c.save_every,
+        )
+        read = jnp.moveaxis(jnp.moveaxis(read, 0, 1), 3, 2).reshape(B, S, c.heads, -1)
+        if self.config.mode == "paper":  # of the row's last document the memory after the whole segment
+            after = _apply(memory[0], q, c.activation)
+            read = jnp.where((ids == last[:, None])[..., None, None], after, read)
+        return titans._project_read(y, read.astype(y.dtype)), memory, tail
+
+
+def _apply(weights: Layers, x: Float[Array, "B S H K"], activation: str) -> Float[Array, "B S H V"]:
+    """M(x) with the weights [B, H, I, O] of every row."""
+    for i, w in enumerate(weights):
+        x = jnp.einsum("bshi,bhio->bsho", ACTIVATIONS[activation](x) if i else x, w)
+    return x

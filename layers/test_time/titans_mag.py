@@ -1,0 +1,132 @@
+"""Memory as gate (MAG) and memory as layer (MAL; Titans, arXiv 2501.00663, sections 4.2 and 4.3).
+
+MAG, eq. 26 to 28: a sliding window sees the near past, the memory the far one, and gates it,
+
+    y = attention([p; x]),   o = norm(y) (x) sigma(norm(M([p; x])))
+
+where the persistent tokens p stay visible to every query and are written into the memory before every segment;
+attention and memory have some of their own each. (x) sigma is 2 sigmoid: a memory that holds nothing lets the attention
+through.
+
+MAL, eq. 29 to 31: the attention reads what the memory gives, o = attention([p; norm(M([p; x]))]).
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from engrax.errors import UserError
+from engrax.layers.attention.attention import AttentionConfig
+from engrax.layers.common.modules import projection, rms_norm
+from engrax.layers.mixer import MIXERS, MixerConfig
+from engrax.layers.test_time.titans import TitansConfig
+
+
+class PairState(NamedTuple):
+    """The states of the memory and of the attention."""
+
+    memory: Any
+    attention: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _PairConfig(MixerConfig):
+    memory: MixerConfig = TitansConfig(persistent_tokens=4)
+    attention: AttentionConfig = AttentionConfig(window=64, persistent_tokens=4)
+
+    def __post_init__(self):
+        if self.attention.window is None:
+            raise UserError("attention.window=None sees everything, and nothing is left to the memory; set a window.")
+
+    @property
+    def exempt_from(self) -> dict[str, str]:
+        """What its parts are exempt from."""
+        return {**self.memory.exempt_from, **self.attention.exempt_from}
+
+    @classmethod
+    def examples(cls):
+        memory = TitansConfig(heads=2, head_dim=4, hidden=6, chunk_size=8, persistent_tokens=3)
+        attention = AttentionConfig(heads=2, head_dim=4, window=6, conv_width=4, persistent_tokens=2)
+        return (cls(memory=memory, attention=attention),)
+
+    def flops_per_token(self, dim: int, seq_len: int) -> float:
+        return self.memory.flops_per_token(dim, seq_len) + self.attention.flops_per_token(dim, seq_len)
+
+
+@MIXERS.register("titans_mag")
+@dataclasses.dataclass(frozen=True)
+class MAGConfig(_PairConfig):
+    """Settings of memory as gate: the memory's and the sliding window's."""
+
+    def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> "MAG":
+        return MAG(self, dim, rngs=rngs, layer=layer, num_layers=num_layers)
+
+    def flops_per_token(self, dim: int, seq_len: int) -> float:
+        return super().flops_per_token(dim, seq_len) + 2 * dim * dim
+
+
+@MIXERS.register("titans_mal")
+@dataclasses.dataclass(frozen=True)
+class MALConfig(_PairConfig):
+    """Settings of memory as layer: the memory's and the sliding window's."""
+
+    def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> "MAL":
+        return MAL(self, dim, rngs=rngs, layer=layer, num_layers=num_layers)
+
+
+class _Pair(nnx.Module):
+    def __init__(self, config: _PairConfig, dim: int, *, rngs: nnx.Rngs, layer: Any, num_layers: int):
+        self.memory = config.memory.build(dim, rngs=rngs, layer=layer, num_layers=num_layers)
+        self.attention = config.attention.build(dim, rngs=rngs, layer=layer, num_layers=num_layers)
+        self.memory_norm = rms_norm(dim, rngs=rngs)
+
+    def init_state(self, batch_size: int) -> PairState:
+        """The states every row starts from."""
+        return PairState(self.memory.init_state(batch_size), self.attention.init_state(batch_size))
+
+    def report(self, x_BTD, state=None, segment_ids=None) -> dict[str, Array]:
+        """Diagnostics of the memory, where it has any."""
+        if not hasattr(self.memory, "report"):
+            return {}
+        return self.memory.report(x_BTD, None if state is None else state.memory, segment_ids)
+
+
+class MAG(_Pair):
+    """The module of MAGConfig: x [B, T, D] -> y [B, T, D], PairState."""
+
+    def __init__(self, config: MAGConfig, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1):
+        super().__init__(config, dim, rngs=rngs, layer=layer, num_layers=num_layers)
+        self.norm = rms_norm(dim, rngs=rngs)
+        self.out = projection(dim, dim, ("embed", "embed"), rngs=rngs, scale=(2 * num_layers) ** -0.5)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        state: PairState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], PairState]:
+        """Attends and remembers side by side. Padding (-1) gives 0."""
+        state = PairState(None, None) if state is None else state
+        m, memory = self.memory(x_BTD, state.memory, segment_ids)
+        y, attention = self.attention(x_BTD, state.attention, segment_ids)
+        y = self.norm(y) * (2 * jax.nn.sigmoid(self.memory_norm(m))).astype(y.dtype)
+        return self.out(y), PairState(memory, attention)
+
+
+class MAL(_Pair):
+    """The module of MALConfig: x [B, T, D] -> y [B, T, D], PairState."""
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        state: PairState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], PairState]:
+        """Remembers, then attends to what was remembered. Padding (-1) gives 0."""
+        state = PairState(None, None) if state is None else state
+        m, memory = self.memory(x_BTD, state.memory, segment_ids)
+        y, attention = self.attention(self.memory_norm(m).astype(x_BTD.dtype), state.attention, segment_ids)
+        return y, PairState(memory, attention)

@@ -1,0 +1,1 @@
+"""Timing of the operations, alone and against their baselines: `engrax bench`."""

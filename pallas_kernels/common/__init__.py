@@ -1,0 +1,1 @@
+"""What operations share: validation, canonical shapes, segments, decays, matrix products, costs, partitioning."""

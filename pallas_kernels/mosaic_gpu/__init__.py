@@ -1,0 +1,1 @@
+"""Parts of Mosaic GPU kernels (sm_90) that several operations use."""

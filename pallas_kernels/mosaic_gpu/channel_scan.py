@@ -1,0 +1,248 @@
+"""The states under one gate per channel on GPUs of compute capability 9.0: two walks along the chunks.
+
+With S the state before a chunk, and what `gpu_channel.prepare` leaves: q and k as decayed, P the scores, and for the
+delta rule X, beta and the keys as readers r,
+
+    forwards     written = v,  or X beta (v - r S)
+                 out = scale (q S + P written),    S <- whole S + k^T written
+    backwards    d written = scale P^T d out + k dS,    dR = X^T d written
+                 dv = d written,  or beta dR
+                 dS <- whole dS + scale q^T d out,  less r^T beta dR
+
+A program owns `COLUMNS` of the V columns of one head's state: no sum crosses programs.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from engrax.pallas_kernels.mosaic_gpu.channel import Prepared
+from engrax.pallas_kernels.mosaic_gpu.parts import (
+    CHUNK,
+    COLUMNS,
+    along_rows,
+    keep,
+    kept,
+    load_matrix,
+    matrix,
+    products,
+    split,
+    state_block,
+    sum_columns,
+    token_block,
+    transposed,
+)
+from engrax.pallas_kernels.mosaic_gpu.pipeline import Walk, run_kernel, walk_chunks
+
+
+class Advanced(NamedTuple):
+    """What `forward_states` returns; the parts that were not asked for are None."""
+
+    out: Any  # [B, T, HV, V] bfloat16
+    final: jax.Array  # [B, HV, K, V] float32
+    written: Any  # [B, T, HV, V] bfloat16, for the delta rule
+    states: Any  # [B, HV, N, K, V] bfloat16, the state that each chunk meets
+    matches: Any  # [B, HV, N, K] float32, by channel: what the chunk keeps of that state . match_with
+
+
+class Retreated(NamedTuple):
+    """What `backward_states` returns."""
+
+    v: jax.Array  # [B, T, HV, V] bfloat16
+    start: jax.Array  # [B, HV, K, V] float32
+    states: jax.Array  # [B, HV, N, K, V] bfloat16, the cotangent of the state after each chunk
+    rows: Any  # [B, T, HV, V] bfloat16, dR of the delta rule, else None
+
+
+def forward_states(
+    name: str,
+    tokens: Prepared,
+    v,
+    whole,
+    start,
+    match_with=None,
+    *,
+    scale: float = 1.0,
+    beta=None,
+    interpret: bool = False,
+) -> Advanced:
+    """Walks forwards: for the outputs, or for the states, what is written and the matches.
+
+    whole `[B, HV, N, K]`, start `[B, HV, K, V]`, beta `[B, HV, N, C]` (the delta rule's; None: linear attention).
+    match_with: the cotangents of the states after each chunk, of `Retreated`; None: the outputs are wanted. Every gate
+    of a chunk owes to the matches, whose sides grow with the length: they are taken here, where the state is exact.
+    """
+    walk, shape = _walk(scale, v, start), jax.ShapeDtypeStruct
+    out_types = {"final": shape(start.shape, jnp.float32)}
+    inputs = {"k": tokens.k, "v": v, "whole": whole, "start": start}
+    if match_with is None:
+        inputs |= {"q": tokens.q, "scores": tokens.scores}
+        out_types["out"] = shape(v.shape, jnp.bfloat16)
+    else:
+        inputs["match_with"] = match_with
+        out_types["states"] = shape((*whole.shape, v.shape[3]), jnp.bfloat16)
+        out_types["matches"] = shape((v.shape[3] // COLUMNS, *whole.shape), jnp.float32)
+    if beta is not None:
+        inputs |= {"readers": tokens.readers, "inverse": tokens.inverse, "beta": beta}
+        if match_with is not None:
+            out_types["written"] = shape(v.shape, jnp.bfloat16)
+    scratch = _scratch(walk, beta is not None)
+    found = run_kernel(name, partial(_advance, walk), out_types, scratch, walk.grid, interpret, inputs)
+    if "matches" in found:
+        found["matches"] = found["matches"].sum(0) * whole
+    return Advanced(**dict.fromkeys(Advanced._fields) | found)
+
+
+def backward_states(
+    name: str, tokens: Prepared, out_bar, whole, final_bar, *, scale: float, beta=None, interpret: bool = False
+) -> Retreated:
+    """Walks backwards with the cotangent of the state, final_bar `[B, HV, K, V]` at first."""
+    walk, shape = _walk(scale, out_bar, final_bar)._replace(reverse=True), jax.ShapeDtypeStruct
+    out_types = {"v": shape(out_bar.shape, jnp.bfloat16), "final": shape(final_bar.shape, jnp.float32)}
+    out_types["states"] = shape((*whole.shape, out_bar.shape[3]), jnp.bfloat16)
+    inputs = {"q": tokens.q, "k": tokens.k, "scores": tokens.scores, "v": out_bar, "whole": whole, "start": final_bar}
+    if beta is not None:
+        inputs |= {"readers": tokens.readers, "inverse": tokens.inverse, "beta": beta}
+        out_types["rows"] = out_types["v"]
+    scratch = _scratch(walk, beta is not None)
+    found = run_kernel(name, partial(_retreat, walk), out_types, scratch, walk.grid, interpret, inputs)
+    return Retreated(found["v"], found["final"], found["states"], found.get("rows"))
+
+
+def _walk(scale: float, v, start) -> Walk:
+    batch, length, heads, outer = v.shape
+    return Walk(scale, batch, heads, length // CHUNK, start.shape[2], outer)
+
+
+def _scratch(walk: Walk, solves: bool) -> dict:
+    return {
+        "state": matrix(walk.inner, COLUMNS),
+        "exact_state": [],
+        "inverse": [matrix(CHUNK, CHUNK) for _ in range(2 if solves else 0)],
+        "rows": matrix(CHUNK, COLUMNS),
+        "written": matrix(CHUNK, COLUMNS),
+    }
+
+
+def _run(walk: Walk, inputs, outputs, scratch, step):
+    """Walks with `step(blocks by name, state, place) -> state`, place(array): the chunk's part of the output."""
+    batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
+    columns = pl.ds(column * COLUMNS, COLUMNS)
+    arrivals = {"v": token_block(inputs["v"], walk, batch, head, COLUMNS, column)}
+    for name in ("q", "k", "scores", "readers", "inverse"):
+        if name in inputs:
+            arrivals[name] = token_block(inputs[name], walk, batch, head, inputs[name].shape[3])
+    for name in ("whole", "beta"):
+        if name in inputs:
+            spec = plgpu.BlockSpec((None, inputs[name].shape[3]), lambda step: (walk.at(step), 0))
+            arrivals[name] = inputs[name].at[batch, head], spec
+    if "match_with" in inputs:
+        arrivals["match_with"] = state_block(inputs["match_with"], walk, batch, head, column)
+
+    def at(chunk, blocks, state):
+        def send(buffer, name):
+            target = outputs[name]
+            if name == "states":
+                target = target.at[batch, head, chunk, :, columns]
+            else:
+                target = target.at[batch, pl.ds(chunk * CHUNK, CHUNK), head, columns]
+            plgpu.copy_smem_to_gmem(buffer, target)
+
+        if "states" in outputs:
+            send(scratch["state"], "states")
+        if "matches" in outputs:
+            target = outputs["matches"].at[column, batch, head, chunk]
+            for row in range(0, walk.inner, 64):
+                both = kept(scratch, state, row) * load_matrix(blocks["match_with"].at[pl.ds(row, 64), :])
+                target[pl.ds(row, 64)] = sum_columns(both)
+        return step(blocks, state, send)
+
+    walk_chunks(walk, min(2, walk.chunks), arrivals, inputs["start"], outputs["final"], scratch, at)
+
+
+def _advance(walk: Walk, inputs, outputs, scratch):
+    def step(blocks, state, send):
+        written = blocks["v"]
+        if "inverse" in blocks:
+            written = _solve(blocks, scratch)
+            if "written" in outputs:
+                send(written, "written")
+        if "out" in outputs:
+            (out,) = products([(blocks["scores"], written), (blocks["q"], scratch["state"])])
+            scratch["rows"][...] = (out * walk.scale).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            send(scratch["rows"], "out")
+        _make_room()
+        after = ()
+        for row in range(0, walk.inner, 64):
+            (added,) = products((transposed(blocks["k"].at[:, pl.ds(row, 64)]), written))
+            after = keep(scratch, after, row, _decayed(scratch, blocks, state, row) + added)
+        return after
+
+    _run(walk, inputs, outputs, scratch, step)
+
+
+def _make_room():
+    """Waits until what is leaving has left, and all threads are here."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.commit_smem()
+
+
+def _decayed(scratch, blocks, state, row: int):
+    """Returns 64 rows of the state as the chunk decays them."""
+    return kept(scratch, state, row) * along_rows(blocks["whole"].at[pl.ds(row, 64)], COLUMNS)
+
+
+def _solve(blocks, scratch):
+    """Returns the buffer with X beta (v - r S)."""
+    (read,) = products((blocks["readers"], scratch["state"]))
+    missing = load_matrix(blocks["v"]) - read
+    scratch["rows"][...] = (missing * along_rows(blocks["beta"])).astype(jnp.bfloat16)
+    split(scratch["inverse"], load_matrix(blocks["inverse"]))
+    plgpu.commit_smem()
+    (written,) = products([(part, scratch["rows"]) for part in scratch["inverse"]])
+    scratch["written"][...] = written.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    return scratch["written"]
+
+
+def _retreat(walk: Walk, inputs, outputs, scratch):
+    def step(blocks, state, send):
+        out_bar = blocks["v"]
+        read, carried = products((transposed(blocks["scores"]), out_bar), (blocks["k"], scratch["state"]))
+        v_bar = read * walk.scale + carried
+        if "inverse" in blocks:
+            v_bar = _solve_bar(blocks, scratch, v_bar, send)
+        scratch["written"][...] = v_bar.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        send(scratch["written"], "v")
+        _make_room()
+        after = ()
+        for row in range(0, walk.inner, 64):
+            block = _decayed(scratch, blocks, state, row)
+            pairs = [(transposed(blocks["q"].at[:, pl.ds(row, 64)]), out_bar)]
+            if "inverse" in blocks:
+                pairs.append((transposed(blocks["readers"].at[:, pl.ds(row, 64)]), scratch["written"]))
+            read, *missed = products(*pairs)
+            after = keep(scratch, after, row, block + (read * walk.scale - sum(missed)))
+        return after
+
+    _run(walk, inputs, outputs, scratch, step)
+
+
+def _solve_bar(blocks, scratch, written_bar, send):
+    """Returns beta dR; lets dR leave."""
+    scratch["rows"][...] = written_bar.astype(jnp.bfloat16)
+    split(scratch["inverse"], load_matrix(blocks["inverse"]))
+    plgpu.commit_smem()
+    (rows_bar,) = products([(transposed(part), scratch["rows"]) for part in scratch["inverse"]])
+    plgpu.commit_smem()  # all warps have read `rows`, an operand of that product, before it is written anew
+    scratch["rows"][...] = rows_bar.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    send(scratch["rows"], "rows")
+    return rows_bar * along_rows(blocks["beta"])

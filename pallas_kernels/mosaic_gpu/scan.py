@@ -1,0 +1,335 @@
+"""One Mosaic GPU kernel (sm_90) for everything that carries a matrix along a sequence and reads it: a sweep.
+
+A sweep goes over the chunks of a sequence, forwards or backwards, with a state S `[D, E]` that stays on the chip:
+
+    out_t = coefficient * (r_t S_t),    S_t = decay S_{t-1} + coefficient * keys_t values_t^T
+
+computed a chunk at a time as coefficient * (masked(r keys^T) values + decay r S). Linear attention is one sweep (r = q,
+keys = k, values = v); so are its three gradients, with the operands exchanged, and two of the delta rule's. One program
+(one warpgroup) serves `COLUMNS` of the E columns of one head, so that no sum crosses programs.
+
+Blocks of the inputs arrive by TMA straight from `[B, T, H, features]`, the next chunk's while this one is computed. S
+is a float32 value, rounded to bfloat16 for the matrix unit.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.mosaic_gpu.parts import (
+    CHUNK,
+    COLUMNS,
+    FACTOR,
+    MATRIX,
+    SINCE_START,
+    TO_END,
+    WHOLE,
+    along_columns,
+    along_rows,
+    decay_between,
+    gate_blocks,
+    keep,
+    kept,
+    load_matrix,
+    matrix,
+    products,
+    state_block,
+    sum_columns,
+    token_block,
+    transposed,
+    visible,
+)
+
+
+class Read(NamedTuple):
+    """Rows that read the state after their own token's write (strict: before it).
+
+    by_factor: each token's output is multiplied by its factor in the gates too. dot_with: rows whose dot products with
+    the outputs, before that factor, are added up in `Swept`.
+    """
+
+    rows: Any  # [B, T, H, D] bfloat16; H heads or a divisor of them, here and below
+    coefficient: float = 1.0
+    strict: bool = False
+    by_factor: bool = False
+    dot_with: Any = None  # [B, T, H, E] bfloat16
+
+
+class Write(NamedTuple):
+    """Keys and values that go into the state (strict: not seen by their own token's read).
+
+    by_factor: each token's write is multiplied by its factor in the gates too.
+    """
+
+    keys: Any  # [B, T, H, D] bfloat16
+    values: Any  # [B, T, H, E] bfloat16
+    coefficient: float = 1.0
+    strict: bool = False
+    by_factor: bool = False
+
+
+class Swept(NamedTuple):
+    """What a sweep returns. Lists are by read, those of dots by read that asked for them; None: not asked for."""
+
+    outs: list  # [B, T, H, E]
+    final: jax.Array  # [B, H, D, E] float32, the state at the end
+    local_dots: list  # [B, T, H] float32, of the part of the outputs from other tokens of the chunk
+    carried_dots: list  # [B, T, H] float32, of the part from other chunks
+    states: jax.Array | None  # [B, H, N, D, E] bfloat16, the state that each chunk of the sequence meets
+    matches: jax.Array | None  # [B, H, N] float32, the dot product of that state with match_with
+
+
+class _Plan(NamedTuple):
+    """What is static about a sweep. Reads and the write hold positions in `tokens` in the place of arrays."""
+
+    reads: tuple
+    write: Write
+    batch: int
+    heads: int
+    chunks: int
+    inner: int  # D
+    outer: int  # E
+    reverse: bool
+    out_dtype: Any
+
+    def at(self, step):
+        """The chunk that is visited at a step."""
+        return self.chunks - 1 - step if self.reverse else step
+
+    @property
+    def dots(self) -> int:
+        return sum(read.dot_with is not None for read in self.reads)
+
+    @property
+    def out_reuses_scores(self) -> bool:
+        """Whether outputs leave through the buffer of the scores, free by then: SMEM limits how many programs run."""
+        return self.out_dtype == jnp.bfloat16 and len(self.reads) == 1
+
+
+def sweep(
+    name: str,
+    reads: list[Read],
+    write: Write,
+    gates: jax.Array | None,
+    start: jax.Array,
+    *,
+    reverse: bool = False,
+    out_dtype=jnp.bfloat16,
+    save_states: bool = False,
+    match_with: jax.Array | None = None,
+    stages: int = 2,
+    interpret: bool = False,
+) -> Swept:
+    """Runs one sweep as the kernel `name`.
+
+    gates: `pack_gates(decay, reverse)` or None. start `[B, H, D, E]` float32: the state before the sweep's first chunk.
+    match_with `[B, H, N, D, E]` bfloat16 or None. stages: chunks whose inputs are in SMEM at a time.
+    """
+    (batch, length), (heads, inner, outer) = reads[0].rows.shape[:2], start.shape[1:]
+    tokens = []  # every array once for each width that it is read in
+
+    def position(array, width):
+        if array is None:
+            return None
+        found = [i for i, (other, w) in enumerate(tokens) if other is array and w == width]
+        if not found:
+            tokens.append((array, width))
+        return found[0] if found else len(tokens) - 1
+
+    reads = tuple(r._replace(rows=position(r.rows, inner), dot_with=position(r.dot_with, COLUMNS)) for r in reads)
+    write = write._replace(keys=position(write.keys, inner), values=position(write.values, COLUMNS))
+    plan = _Plan(reads, write, batch, heads, length // CHUNK, inner, outer, reverse, jnp.dtype(out_dtype))
+    arrays, widths = zip(*tokens)
+    inputs = {"tokens": list(arrays), "start": start, "gates": gates, "match_with": match_with}
+    inputs = {key: value for key, value in inputs.items() if value is not None}
+    kernel = plgpu.kernel(
+        partial(_program, plan, widths, min(stages, plan.chunks)),
+        out_type=(_outputs(plan, save_states, match_with is not None),),
+        scratch_types=[_scratch(plan)],
+        grid=(batch, heads, outer // COLUMNS),
+        grid_names=("batch", "head", "column"),
+        kernel_name=name,
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )
+    (out,) = kernel(inputs)
+    local, carried = ([x.sum(0).transpose(0, 2, 1) for x in out[key]] for key in ("local_dots", "carried_dots"))
+    matches = out["matches"].sum((0, -1)) if "matches" in out else None
+    return Swept(out["outs"], out["final"], local, carried, out.get("states"), matches)
+
+
+def decay_cotangent(
+    decay: Decay, by_token: jax.Array, carried: jax.Array, matches: jax.Array, gates: jax.Array
+) -> Decay:
+    """Adds what the state at a chunk's end owes to the gates up to there to `by_token` `[B, T, HV]`.
+
+    With dS at a chunk's end: matches are <dS, S at its start>, carried sums up to <dS, keys values^T> in a chunk.
+    Taking <dS, S at its end> instead would cost digits: it is the sum of the two, and part of it cancels in `by_token`.
+    """
+    batch, length, heads = by_token.shape
+    chunks = (batch, length // CHUNK, CHUNK, heads)
+    kept = (gates[:, :, :, WHOLE, 0] * matches).transpose(0, 2, 1)
+    lo_bar = by_token.reshape(chunks).at[:, :, -1].add(carried.reshape(chunks).sum(2) + kept)
+    return Decay(jnp.zeros_like(decay.hi), lo_bar.reshape(by_token.shape).astype(decay.lo.dtype))
+
+
+def sum_groups(gradient: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns the gradient by value head `[B, T, HV, K]` summed over those that share a query head."""
+    batch, length, heads, features = like.shape
+    groups = gradient.reshape(batch, length, heads, -1, features)
+    return groups[:, :, :, 0].astype(like.dtype) if groups.shape[3] == 1 else groups.sum(3).astype(like.dtype)
+
+
+def _outputs(plan: _Plan, save_states: bool, match: bool) -> dict:
+    """Returns the types of the outputs, those of dots and matches by block of columns."""
+    batch, heads, chunks, inner, outer = plan[2:7]
+    shape, blocks = jax.ShapeDtypeStruct, outer // COLUMNS
+    dots = [shape((blocks, batch, heads, chunks * CHUNK), jnp.float32)] * plan.dots
+    types = {
+        "outs": [shape((batch, chunks * CHUNK, heads, outer), plan.out_dtype)] * len(plan.reads),
+        "final": shape((batch, heads, inner, outer), jnp.float32),
+        "local_dots": dots,
+        "carried_dots": dots,
+    }
+    if save_states:
+        types["states"] = shape((batch, heads, chunks, inner, outer), jnp.bfloat16)
+    if match:
+        types["matches"] = shape((blocks, batch, heads, chunks, inner), jnp.float32)
+    return types
+
+
+def _crowded(plan: _Plan) -> bool:
+    return plan.dots > 1 or (plan.dots == 1 and plan.inner > 64)
+
+
+def _scratch(plan: _Plan) -> dict:
+    return {
+        "state": matrix(plan.inner, COLUMNS),
+        # The exact state, of 128 rows or beside two reads, does not fit into the registers with the dot products.
+        "exact_state": [matrix(plan.inner, COLUMNS, jnp.float32)] if _crowded(plan) else [],
+        "scores": matrix(CHUNK, CHUNK),
+        "out": [] if plan.out_reuses_scores else [matrix(CHUNK, COLUMNS, plan.out_dtype)],
+    }
+
+
+def _program(plan: _Plan, widths, stages: int, inputs, outputs, scratch):
+    """The sweep over all chunks for one block of columns of one head; arguments are trees of references."""
+    batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "column"))
+    columns = pl.ds(column * COLUMNS, COLUMNS)
+    arrivals = [
+        token_block(array, plan, batch, head, width, column if width != array.shape[3] else 0)
+        for array, width in zip(inputs["tokens"], widths)
+    ]
+    if "gates" in inputs:
+        arrivals += gate_blocks(inputs["gates"], plan, batch, head)
+    if "match_with" in inputs:
+        arrivals.append(state_block(inputs["match_with"], plan, batch, head, column))
+    state = ()
+    for row in range(0, plan.inner, 64):
+        block = plgpu.load(inputs["start"].at[batch, head, pl.ds(row, 64), columns], layout=MATRIX, optimized=False)
+        state = keep(scratch, state, row, block)
+    plgpu.commit_smem()
+
+    def step(indices, *blocks_and_state):
+        *blocks, state = blocks_and_state
+        tokens, others = blocks[: len(widths)], blocks[len(widths) :]
+        gates = others[:2] if "gates" in inputs else None
+        chunk = plan.at(indices[0])
+        if "states" in outputs:
+            plgpu.copy_smem_to_gmem(scratch["state"], outputs["states"].at[batch, head, chunk, :, columns])
+        if "matches" in outputs:
+            target = outputs["matches"].at[column, batch, head, chunk]
+            for row in range(0, plan.inner, 64):
+                both = kept(scratch, state, row) * load_matrix(others[-1].at[pl.ds(row, 64), :])
+                target[pl.ds(row, 64)] = sum_columns(both)
+        _read_chunk(plan, tokens, gates, scratch, outputs, (batch, head, chunk, column))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        state = _write_chunk(plan, tokens, gates, scratch, state)
+        plgpu.commit_smem()  # shows the state to the matrix unit; all threads have read the inputs, new ones may come
+        return state
+
+    refs, specs = zip(*arrivals)
+    pipeline = plgpu.emit_pipeline(
+        step, grid=(plan.chunks,), in_specs=specs, max_concurrent_steps=stages, init_carry=state
+    )
+    state = pipeline(*refs)
+    for row in range(0, plan.inner, 64):
+        outputs["final"][batch, head, pl.ds(row, 64), columns] = kept(scratch, state, row)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _read_chunk(plan: _Plan, tokens, gates, scratch, outputs, place):
+    """Computes the outputs of one chunk and lets them leave."""
+    batch, head, chunk, column = place
+    here = pl.ds(chunk * CHUNK, CHUNK)
+    buffer, asked = (scratch["out"] or [scratch["scores"]])[0], 0
+    for number, read in enumerate(plan.reads):
+        if number > 0 or not plan.out_reuses_scores:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        dots = _scores(plan, tokens, gates, scratch["scores"], read)
+        plgpu.commit_smem()
+        pairs = (scratch["scores"], tokens[plan.write.values]), (tokens[read.rows], scratch["state"])
+        local, carried = products(*pairs)
+        if gates:
+            carried = carried * along_rows(gates[0].at[SINCE_START], COLUMNS)
+        out = (carried + local * plan.write.coefficient) * read.coefficient
+        if read.by_factor:
+            out = out * along_rows(gates[0].at[FACTOR], COLUMNS)
+        buffer[...] = out.astype(plan.out_dtype)
+        if read.dot_with is not None:
+            others = sum_columns(carried * load_matrix(tokens[read.dot_with]))
+            for name, value in (("local_dots", dots), ("carried_dots", others)):
+                outputs[name][asked][column, batch, head, here] = value * read.coefficient
+            asked += 1
+        plgpu.commit_smem()
+        target = outputs["outs"][number].at[batch, here, head, pl.ds(column * COLUMNS, COLUMNS)]
+        plgpu.copy_smem_to_gmem(buffer, target)
+
+
+def _scores(plan: _Plan, tokens, gates, target, read: Read):
+    """Puts the decayed scores of one read into the target. Returns its local dots, if it asks for them.
+
+    They are taken from float32 scores: out_i . d_i = sum_j scores_ij (values_j . d_i), which needs no rounded output.
+    Scores are rounded before any coefficient, so that a sweep and the one of its gradient round alike.
+    """
+    write = plan.write
+    (scores,) = products((tokens[read.rows], transposed(tokens[write.keys])))
+    mask = visible(plan.reverse, read.strict or write.strict, gates)
+    if gates:
+        scores = scores * decay_between(gates, plan.reverse, mask)
+    else:
+        scores = jnp.where(mask, scores, 0.0)
+    if write.by_factor:
+        scores = scores * along_columns(gates[1].at[FACTOR])
+    target[...] = scores.astype(jnp.bfloat16)
+    if read.dot_with is None:
+        return None
+    # A product of its own, started late: registers are what is scarce.
+    (other,) = products((tokens[read.dot_with], transposed(tokens[write.values])))
+    apart = jnp.where(visible(plan.reverse, True, gates), scores * other, 0.0)
+    return sum_columns(apart) * write.coefficient
+
+
+def _write_chunk(plan: _Plan, tokens, gates, scratch, state):
+    """Returns the state after the chunk's writes; the values are decayed where they lie."""
+    write = plan.write
+    keys, values = tokens[write.keys], tokens[write.values]
+    if gates:
+        decay = along_rows(gates[0].at[TO_END], COLUMNS)
+        if write.by_factor:
+            decay = decay * along_rows(gates[0].at[FACTOR], COLUMNS)
+        values[...] = (load_matrix(values) * decay).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+    after = ()
+    for row in range(0, plan.inner, 64):
+        (written,) = products((transposed(keys.at[:, pl.ds(row, 64)]), values))
+        block = kept(scratch, state, row)
+        if gates:
+            block = block * gates[0][WHOLE, 0]
+        after = keep(scratch, after, row, block + written * write.coefficient)
+    return after

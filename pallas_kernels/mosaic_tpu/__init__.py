@@ -1,0 +1,1 @@
+"""Parts of Mosaic TPU kernels that several operations use."""
