@@ -12,7 +12,8 @@ convolution, what is not a projection in the gates (rates, biases), the norm, th
 memories.
 
 No token is dropped and no memory is padded: every row's copies are laid out by memory
-(`engrax.layers.routed.routing`), the projections of one memory run over blocks of its own copies, and the operation gives each memory a state of its own.
+(`engrax.layers.routed.routing`), the projections of one memory run over blocks of its own copies, and the operation
+gives each memory a state of its own.
 
 The router learns from the weights a_tm and from the losses that keep the memories in use (`auxiliary_loss`). With k = 1
 the weight is always 1, and only those losses reach it.
