@@ -29,10 +29,11 @@ def _train(config, run_dir, *, source=None, progress=True, **fields):
     Returns `engrax.train.loop.Result`. Raises UserError for a mistake that the user can mend.
     """
     from engrax import configs
-    from engrax.train import config as experiments
+    from engrax.train import experiment as experiments
     from engrax.train import loop
+    from engrax.train.experiment import Experiment
 
-    if not isinstance(config, experiments.Experiment):
+    if not isinstance(config, Experiment):
         found = configs.find(str(config))
         config, source = found.experiment, found.path
     experiment = experiments.replace(config, {name.replace("__", "."): value for name, value in fields.items()})

@@ -5,8 +5,8 @@
 
 Bags of 16 (or 64) patterns of 8 bits are positive where one pattern is among 8 signals; bag labels alone are shown
 (engrax.data.BitPatterns). With 2048 training bags several poolings make next to no mistake, which tells nothing of
-them: accuracy is measured against the number of training bags. All models are engrax.models.hopfield_sets.SetClassifier
-with the same embedding and as many parameters, to 0.5 %.
+them: accuracy is measured against the number of training bags. All models are
+engrax.models.set_classifier.SetClassifier with the same embedding and as many parameters, to 0.5 %.
 
 The rule, written before the run. For each pooling and number of bags: the learning rates 3e-4 to 3e-2 with seed 0, and
 as long as the best of them ends this grid, the next one too. The best on 1024 held-out bags (equal ones: the lower
@@ -34,8 +34,8 @@ from engrax.data import BitPatterns
 from engrax.evals import plots
 from engrax.evals.comparison import Row, Score
 from engrax.evals.verdicts import Bootstrap, verdict
-from engrax.layers import HopfieldSettings
-from engrax.models.hopfield_sets import SetClassifierConfig
+from engrax.layers import AssociationConfig
+from engrax.models.set_classifier import SetClassifierConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -46,7 +46,7 @@ GRID = LEARNING_RATES[2:7]  # and what lies beside its best, until the best has 
 BAGS, MEAN = (128, 256, 512, 1024, 2048), "mean"  # of training bags; over their numbers
 CHOOSING_SEED, JUDGED_SEEDS = 0, (1, 2, 3, 4, 5)
 CHOOSING, JUDGING, BATCH, WEIGHT_DECAY = 1024, 2048, 128, 0.01
-ONCE, THRICE = (HopfieldSettings(heads=4, head_dim=8, steps=steps) for steps in (1, 3))
+ONCE, THRICE = (AssociationConfig(heads=4, head_dim=8, steps=steps) for steps in (1, 3))
 MODELS = {
     "Hopfield, 1 update": SetClassifierConfig(pooling="hopfield", hopfield=ONCE),
     "Hopfield, 3 updates": SetClassifierConfig(pooling="hopfield", hopfield=THRICE),

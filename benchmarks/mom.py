@@ -61,7 +61,7 @@ def masked_dense(module, x):
         terms = base.gates({name: through(p, n) for name, p in base.gate_projections().items()})
         mask = lambda y, sent=sent: jnp.where(sent.reshape(sent.shape + (1,) * (y.ndim - 2)), y, 0)  # noqa: E731
         own = state._replace(memory=tuple(m[:, n] for m in state.memory))
-        read, _ = base.attend(q_n, mask(k), v, jax.tree.map(mask, terms), own, None)
+        read, _ = base.apply_operation(q_n, mask(k), v, jax.tree.map(mask, terms), own, None)
         total = total + weight.astype(read.dtype)[..., None, None] * read
     return base.project_read(x, total)
 
@@ -107,7 +107,7 @@ def compile_step(name: str, config, seed: int):
 
 
 def compare(args) -> dict:
-    """Runs all, turn by turn; returns times, parameters, temporary memory and ratios."""
+    """RoutedLayout all, turn by turn; returns times, parameters, temporary memory and ratios."""
     import jax
     import jaxlib
     from neural_memory import quantiles

@@ -1,7 +1,7 @@
 """Evaluation of checkpoints, and fair comparisons: metrics, baselines, plots, reports."""
 
 from engrax.evals.comparison import Claim, Comparison
-from engrax.evals.comparison_report import Compared, compare
+from engrax.evals.comparison_report import ComparisonResult, compare
 from engrax.evals.evaluation import Results, evaluate
 
-__all__ = ["Claim", "Compared", "Comparison", "Results", "compare", "evaluate"]
+__all__ = ["Claim", "ComparisonResult", "Comparison", "Results", "compare", "evaluate"]

@@ -22,8 +22,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from engrax.errors import Diverged, UserError
 from engrax.evals import evaluation, scoring
-from engrax.train import config as configs
 from engrax.train import cost, loop, metrics, runs
+from engrax.train.experiment import Experiment
 
 LEARNT = 0.95  # accuracy from which a task counts as learnt
 
@@ -44,7 +44,7 @@ class Comparison:
     Raises UserError where they differ in data, steps or batch, or a claim names none of them.
     """
 
-    experiments: dict[str, configs.Experiment]  # by their names in the table; the first is what the others are held to
+    experiments: dict[str, Experiment]  # by their names in the table; the first is what the others are held to
     learning_rates: tuple[float, ...]  # the grid, three or more
     seeds: int = 3  # at the best learning rate, beside that of the grid
     claims: tuple[Claim, ...] = ()

@@ -14,19 +14,21 @@ from engrax.train.cost import quantity, size
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Compared:
+class ComparisonResult:
     """A finished comparison."""
 
     directory: epath.Path
-    lines: list[verdicts.Line]
-    claims: list[verdicts.Judged]
+    lines: list[verdicts.TableRow]
+    claims: list[verdicts.ClaimVerdict]
     markdown: str
 
     def __repr__(self) -> str:
         return self.markdown
 
 
-def compare(comparison: Comparison, folder: epath.PathLike, *, command: str = "", progress: bool = True) -> Compared:
+def compare(
+    comparison: Comparison, folder: epath.PathLike, *, command: str = "", progress: bool = True
+) -> ComparisonResult:
     """Trains and scores what `folder` lacks, judges, and writes comparison.json, comparison.md and comparison.png.
 
     `command` is what the files say to run again. Raises UserError as `engrax.evals.comparison.run` does.
@@ -35,7 +37,7 @@ def compare(comparison: Comparison, folder: epath.PathLike, *, command: str = ""
     lines, claims = verdicts.judge(comparison, rows)
     directory = runs.folder(folder)
     head = _head(comparison, command)
-    found = Compared(directory, lines, claims, _markdown(comparison, head, lines, claims))
+    found = ComparisonResult(directory, lines, claims, _markdown(comparison, head, lines, claims))
     grids = {row.name: _grid(row) for row in rows}
     data = head | verdicts.to_dict(lines, claims) | {"grids": grids}
     runs.write_atomically(directory / "comparison.json", json.dumps(data, indent=1) + "\n")
@@ -81,7 +83,7 @@ def _title(comparison: Comparison) -> str:
     return f"{verdicts.UNITS[kind(comparison)].capitalize()} after {quantity(tokens, 'tokens')}, 95 % intervals"
 
 
-def _markdown(comparison: Comparison, head: dict[str, Any], lines: list[verdicts.Line], claims) -> str:
+def _markdown(comparison: Comparison, head: dict[str, Any], lines: list[verdicts.TableRow], claims) -> str:
     task = kind(comparison) == "task"
     baseline = lines[0].name
     columns = ["", "parameters", "state", "FLOP/token", "learning rate", head["unit"], f"against {baseline}", "verdict"]
@@ -97,7 +99,7 @@ def _markdown(comparison: Comparison, head: dict[str, Any], lines: list[verdicts
     return "\n".join(text) + "\n"
 
 
-def _cells(line: verdicts.Line, comparison: Comparison, task: bool) -> list[str]:
+def _cells(line: verdicts.TableRow, comparison: Comparison, task: bool) -> list[str]:
     seeds = f" ({line.diverged} diverged)" if line.diverged else ""
     cells = [
         line.name,
@@ -117,7 +119,7 @@ def _difference(found: verdicts.Interval) -> str:
     return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
-def _notes(head: dict[str, Any], lines: list[verdicts.Line]) -> str:
+def _notes(head: dict[str, Any], lines: list[verdicts.TableRow]) -> str:
     grid = ", ".join(f"{rate:g}" for rate in head["learning_rates"])
     notes = [
         f"{head['date']}, {head['device']}, jax {head['versions'].get('jax')}; {head['steps']} steps of "

@@ -14,10 +14,11 @@ from etils import epath
 
 from engrax.data.token_types import TokenTypes
 from engrax.errors import UserError
-from engrax.evals import by_type, ngrams, scoring, streaming
+from engrax.evals import ngrams, scoring, streaming, token_type_breakdown
 from engrax.evals import statistics as stats
-from engrax.train import config as configs
 from engrax.train import cost, metrics, runs
+from engrax.train import experiment as experiments
+from engrax.train.experiment import Experiment
 
 FORMAT_VERSION = 1  # of results.json
 PACKED = (
@@ -103,8 +104,8 @@ def evaluate(
     memories = memory_names(run.experiment) if scorer.can_mute else ()
     scored, reported = _passes(scorer, rows, memories, progress)
     data |= measure(run.experiment, number, rows, scored)
-    types = by_type.types_of(run.experiment, scoring.reported_rows(rows))
-    data["token_types"], data["memory"] = by_type.counts(types), _by_layer(run.experiment, reported, types)
+    types = token_type_breakdown.types_of(run.experiment, scoring.reported_rows(rows))
+    data["token_types"], data["memory"] = token_type_breakdown.counts(types), _by_layer(run.experiment, reported, types)
     data["streamed"] = None if documents is None else _streamed(run.experiment, model, documents, progress)
     history = metrics.read(run.directory)
     data["training"] = _training(history)
@@ -142,11 +143,11 @@ def _header(run: runs.Run, step: int, here: dict[str, Any]) -> dict[str, Any]:
         "trained_device": trained.get("device"),
         "versions": here["versions"],
         "warnings": warnings,
-        "config": configs.to_dict(e),
+        "config": experiments.to_dict(e),
     }
 
 
-def memory_names(experiment: configs.Experiment) -> tuple[str, ...]:
+def memory_names(experiment: Experiment) -> tuple[str, ...]:
     """The registered names of the pattern's mixers that are memories: all but "attention"."""
     names = [mixer.registered_name for mixer in getattr(experiment.model, "mixers", ())]
     return tuple(dict.fromkeys(name for name in names if name != "attention"))
@@ -167,7 +168,7 @@ def _passes(scorer: scoring.Scorer, rows: scoring.Rows, memories: tuple[str, ...
     return scored, reported
 
 
-def _streamed(experiment: configs.Experiment, model: Any, documents: Any, progress: bool) -> dict[str, Any]:
+def _streamed(experiment: Experiment, model: Any, documents: Any, progress: bool) -> dict[str, Any]:
     from tqdm import tqdm
 
     with tqdm(total=streaming.calls(documents), unit="piece", disable=not progress, file=sys.stderr) as bar:
@@ -175,7 +176,7 @@ def _streamed(experiment: configs.Experiment, model: Any, documents: Any, progre
         return streaming.stream(experiment, model, documents, tick=bar.update)
 
 
-def kind_of(experiment: configs.Experiment) -> str:
+def kind_of(experiment: Experiment) -> str:
     """One of KINDS, by what the data config offers."""
     if hasattr(experiment.data, "solve") and hasattr(experiment.data, "chance"):
         return "task"
@@ -183,7 +184,7 @@ def kind_of(experiment: configs.Experiment) -> str:
 
 
 def measure(
-    experiment: configs.Experiment, step: int, rows: scoring.Rows, scored: dict[tuple, scoring.Scores]
+    experiment: Experiment, step: int, rows: scoring.Rows, scored: dict[tuple, scoring.Scores]
 ) -> dict[str, Any]:
     """Everything that follows from the scores: validation, ablation, by position, baselines."""
     for mute, scores in scored.items():
@@ -226,7 +227,7 @@ def measure(
     return found
 
 
-def divisors(experiment: configs.Experiment, rows: scoring.Rows, kind: str) -> np.ndarray:
+def divisors(experiment: Experiment, rows: scoring.Rows, kind: str) -> np.ndarray:
     """What the mean divides by, per token: the target's bytes for text, else 1; 0 where nothing is scored."""
     if kind != "text":
         return rows.labelled.astype(float)
@@ -254,7 +255,7 @@ def _validation(
     }
 
 
-def _baselines(experiment: configs.Experiment, step: int, rows: scoring.Rows, weights: np.ndarray):
+def _baselines(experiment: Experiment, step: int, rows: scoring.Rows, weights: np.ndarray):
     """(n-gram results, the highest order's bits of every token): counted on what the model saw, on the same targets."""
     vocab = experiment.data.vocab_size
     seen, epochs = scoring.seen_rows(experiment, step)
@@ -274,7 +275,7 @@ def _baselines(experiment: configs.Experiment, step: int, rows: scoring.Rows, we
     return found, bits[-1]
 
 
-def _task(experiment: configs.Experiment, rows: scoring.Rows) -> dict[str, Any]:
+def _task(experiment: Experiment, rows: scoring.Rows) -> dict[str, Any]:
     solved = experiment.data.solve(rows.tokens) == rows.targets
     names = ("chance", "chance_in_context")
     found = {name: float(getattr(experiment.data, name)) for name in names if hasattr(experiment.data, name)}
@@ -301,12 +302,10 @@ def _by_position(rows: scoring.Rows, weights: np.ndarray, curves: dict[str, tupl
     }
 
 
-def _by_layer(
-    experiment: configs.Experiment, reported: dict[str, np.ndarray], types: TokenTypes
-) -> dict[str, dict[str, Any]]:
+def _by_layer(experiment: Experiment, reported: dict[str, np.ndarray], types: TokenTypes) -> dict[str, dict[str, Any]]:
     """{"titans.lr_mean": {"block 1": {"median", "mean", "p99"} over rows}}; a diagnostic of every token gives
     {"by_position": [T], "by_type": [1 + types]} instead, one of every token and memory {"by_type": [1 + types, M]}
-    (`by_type.means`). Blocks count from 0 through the whole network."""
+    (`token_type_breakdown.means`). Blocks count from 0 through the whole network."""
     by_token = types.index.shape
     found: dict[str, dict[str, Any]] = {}
     for name, values in reported.items():
@@ -315,7 +314,7 @@ def _by_layer(
             if layer.ndim == 1:
                 summary = {"median": np.median(layer), "mean": np.mean(layer), "p99": np.percentile(layer, 99)}
             elif layer.shape[:2] == by_token:
-                summary = {"by_type": by_type.means(layer, types.index, len(types.names))}
+                summary = {"by_type": token_type_breakdown.means(layer, types.index, len(types.names))}
                 if layer.ndim == 2:
                     tokens = np.maximum(np.isfinite(layer).sum(axis=0), 1)
                     summary["by_position"] = (np.nansum(layer, axis=0) / tokens).tolist()
@@ -325,7 +324,7 @@ def _by_layer(
     return found
 
 
-def block_of(experiment: configs.Experiment, name: str, repeat: int) -> int:
+def block_of(experiment: Experiment, name: str, repeat: int) -> int:
     """The block of a diagnostic in one repeat: "titans.lr_mean", or "titans3.lr_mean" where titans stands twice."""
     mixers = [mixer.registered_name for mixer in getattr(experiment.model, "mixers", ())]
     labels = [m if mixers.count(m) == 1 else f"{m}{i}" for i, m in enumerate(mixers)]

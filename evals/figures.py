@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from engrax.evals import by_type, plots
+from engrax.evals import plots, token_type_breakdown
 
 RUNS_AWAY = 10  # a diagnostic whose 99th percentile over rows is this many times its median is called out
 
@@ -231,7 +231,7 @@ def _tokens(data: dict[str, Any]) -> Figure | None:
 
 def _types(data: dict[str, Any]) -> Figure | None:
     """Diagnostics of every token by its type: which memory gets what."""
-    drawn = by_type.draw(_title(data, "Memory by type of token"), data)
+    drawn = token_type_breakdown.draw(_title(data, "Memory by type of token"), data)
     return drawn and Figure("memory_by_type", "Memory by type of token", *drawn)
 
 

@@ -18,8 +18,8 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from engrax.errors import UserError
-from engrax.train import step as steps
-from engrax.train.config import Experiment
+from engrax.train import train_step
+from engrax.train.experiment import Experiment
 from engrax.train.trainer import Trainer
 
 # Tokens of one forward pass: the training's batch may have been spread over many devices, or be tiny.
@@ -155,7 +155,7 @@ class Scorer:
     def __init__(self, experiment: Experiment, model: nnx.Module):
         self.graphdef, self.params = nnx.split(model, nnx.Param)
         self.rows = batch_rows(experiment)
-        self.dtype = steps.resolve_dtype(experiment.compute_dtype)
+        self.dtype = train_step.resolve_dtype(experiment.compute_dtype)
         call = inspect.signature(type(model).__call__)
         self.can_mute = "mute" in call.parameters
         self.can_report = hasattr(model, "report")
@@ -195,15 +195,15 @@ class Scorer:
             yield {name: array[start : start + self.rows] for name, array in rows.arrays().items()}
 
     def _forward(self, params, batch, mute=()):
-        model = nnx.merge(self.graphdef, steps.cast(params, self.dtype))
+        model = nnx.merge(self.graphdef, train_step.cast(params, self.dtype))
         muting = {"mute": mute} if mute else {}
         hidden, _ = model(batch["tokens"], segment_ids=batch["segment_ids"], **muting)
         logits, targets = model.logits(hidden), batch["targets"]
         right = (targets >= 0) & (jnp.argmax(logits, axis=-1) == targets)
-        return steps.token_losses(logits, targets), right
+        return train_step.token_losses(logits, targets), right
 
     def _diagnose(self, params, rows):
-        model = nnx.merge(self.graphdef, steps.cast(params, self.dtype))
+        model = nnx.merge(self.graphdef, train_step.cast(params, self.dtype))
         return jax.lax.map(lambda row: model.report(row["tokens"], segment_ids=row["segment_ids"]), rows)
 
 

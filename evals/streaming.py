@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 
 from engrax.errors import UserError
 from engrax.evals import statistics as stats
-from engrax.train import step as steps
-from engrax.train.config import Experiment
+from engrax.train import train_step
+from engrax.train.experiment import Experiment
 
 PIECE = 256  # tokens of one call
 DOCUMENTS = 64  # documents read, at most
@@ -54,13 +54,13 @@ class Stream:
 
     def __init__(self, experiment: Experiment, model: nnx.Module):
         graphdef, params = nnx.split(model, nnx.Param)
-        dtype = steps.resolve_dtype(experiment.compute_dtype)
-        self.params = jax.jit(lambda p: steps.cast(p, dtype))(params)
+        dtype = train_step.resolve_dtype(experiment.compute_dtype)
+        self.params = jax.jit(lambda p: train_step.cast(p, dtype))(params)
 
         def read(params, tokens_BT, targets_BT, memory):
             model = nnx.merge(graphdef, params)
             hidden, memory = model(tokens_BT, memory)
-            return steps.token_losses(model.logits(hidden), targets_BT), memory
+            return train_step.token_losses(model.logits(hidden), targets_BT), memory
 
         self._read = jax.jit(read)
         self.start = jax.jit(lambda p, rows: nnx.merge(graphdef, p).init_memory(rows), static_argnums=1)

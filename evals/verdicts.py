@@ -33,7 +33,7 @@ class Interval:
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class TableRow:
     """One experiment of the table."""
 
     name: str
@@ -51,7 +51,7 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class ClaimVerdict:
     """A published ordering and what the comparison says about it."""
 
     claim: Claim
@@ -108,7 +108,7 @@ def _interval(value: float, sample: Float[np.ndarray, " draws"]) -> Interval:
     return Interval(value, float(low), float(high))
 
 
-def judge(comparison: Comparison, rows: list[Row]) -> tuple[list[Line], list[Judged]]:
+def judge(comparison: Comparison, rows: list[Row]) -> tuple[list[TableRow], list[ClaimVerdict]]:
     """The lines of the table, in the comparison's order, and the verdicts on what is claimed."""
     drawn = Bootstrap(rows)
     higher_is_better = kind(comparison) == "task"
@@ -120,7 +120,7 @@ def judge(comparison: Comparison, rows: list[Row]) -> tuple[list[Line], list[Jud
         difference = drawn.difference(claim.better, claim.worse)
         known = {claim.better, claim.worse} <= whole
         found = verdict(difference, higher_is_better) if known else "inconclusive"
-        judged.append(Judged(claim, difference, words[found]))
+        judged.append(ClaimVerdict(claim, difference, words[found]))
     return lines, judged
 
 
@@ -131,7 +131,7 @@ def verdict(difference: Interval, higher_is_better: bool) -> Verdict:
     return "inconclusive"  # what is no number too
 
 
-def _line(comparison: Comparison, row: Row, drawn: Bootstrap, first: Row, higher_is_better: bool) -> Line:
+def _line(comparison: Comparison, row: Row, drawn: Bootstrap, first: Row, higher_is_better: bool) -> TableRow:
     difference = None if row is first else drawn.difference(row.name, first.name)
     known = all(_sound(r) == len(r.scores) for r in (row, first))
     learnt = [score.learnt_at for score in row.scores if score.learnt_at is not None]
@@ -140,7 +140,7 @@ def _line(comparison: Comparison, row: Row, drawn: Bootstrap, first: Row, higher
     score = drawn.score(row.name)
     if higher_is_better:  # an accuracy, which the widened interval may leave
         score = Interval(score.value, max(score.low, 0.0), min(score.high, 1.0))
-    return Line(
+    return TableRow(
         name=row.name,
         score=score,
         difference=difference,
@@ -156,7 +156,7 @@ def _line(comparison: Comparison, row: Row, drawn: Bootstrap, first: Row, higher
     )
 
 
-def to_dict(lines: list[Line], judged: list[Judged]) -> dict[str, Any]:
+def to_dict(lines: list[TableRow], judged: list[ClaimVerdict]) -> dict[str, Any]:
     """For comparison.json."""
     return {
         "lines": [dataclasses.asdict(line) for line in lines],

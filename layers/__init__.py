@@ -6,7 +6,7 @@ from engrax.layers.attention.transformer_xl import TransformerXLConfig
 from engrax.layers.delta.deltanet import DeltaNetConfig
 from engrax.layers.delta.gated_deltanet import GatedDeltaNetConfig
 from engrax.layers.delta.kda import KDAConfig
-from engrax.layers.hopfield.association import Hopfield, HopfieldSettings
+from engrax.layers.hopfield.association import AssociationConfig, Hopfield
 from engrax.layers.hopfield.energy_transformer import EnergyTransformer, EnergyTransformerConfig
 from engrax.layers.hopfield.layer import HopfieldLayer, HopfieldLayerConfig
 from engrax.layers.hopfield.mixer import HopfieldConfig
@@ -59,7 +59,7 @@ __all__ = [
     "HopfieldLayerConfig",
     "HopfieldPooling",
     "HopfieldPoolingConfig",
-    "HopfieldSettings",
+    "AssociationConfig",
     "InfiniAttentionConfig",
     "KDAConfig",
     "LaCTConfig",
@@ -85,3 +85,15 @@ __all__ = [
     "TransformerXLConfig",
     "YaadConfig",
 ]
+
+
+_RENAMED = {"HopfieldSettings": "AssociationConfig"}  # old name: new name; the old one warns for one release
+
+
+def __getattr__(name: str):
+    if name in _RENAMED:
+        import warnings
+
+        warnings.warn(f"engrax.layers.{name} is now {_RENAMED[name]}.", DeprecationWarning, stacklevel=2)
+        return globals()[_RENAMED[name]]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

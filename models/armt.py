@@ -134,14 +134,14 @@ class ARMT(SegmentRecurrent):
     def start_memory(self, batch_size: int) -> tuple[Association, ...]:
         return self.backbone.init_associations(batch_size)
 
-    def open(self, memory, recent, ahead):
+    def prefix(self, memory, recent, ahead):
         nothing = jnp.zeros((len(recent), 0, self.width), self.memory_tokens.dtype)
         return memory, nothing, jnp.ones((len(recent), 0), bool)
 
-    def close(self, memory) -> Float[Array, "B M D"]:
+    def suffix(self, memory) -> Float[Array, "B M D"]:
         return jnp.broadcast_to(self.memory_tokens[...], (memory[0].sum.shape[1], *self.memory_tokens.shape))
 
-    def write(self, memory, hidden_BSD, made: Any) -> tuple[Association, ...]:
+    def update_memory(self, memory, hidden_BSD, made: Any) -> tuple[Association, ...]:
         return made
 
     def read(self, x_BSD, ids, state, memory, owner, closing):

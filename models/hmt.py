@@ -29,7 +29,7 @@ from engrax.layers.common.modules import projection
 from engrax.models.language_model import LanguageModelConfig
 from engrax.models.model import MODELS
 from engrax.models.segment_config import SegmentRecurrentConfig
-from engrax.models.segment_recurrence import Pass, SegmentRecurrent
+from engrax.models.segment_recurrence import SegmentRecurrent, SegmentRunner
 from engrax.registry import did_you_mean
 
 MODES = ("previous_segment", "delayed_prefix", "paper")
@@ -138,7 +138,7 @@ class HMT(SegmentRecurrent):
             weights=jnp.zeros((batch_size, c.cache_size), first.dtype),
         )
 
-    def open(self, memory: Recall, recent, ahead):
+    def prefix(self, memory: Recall, recent, ahead):
         c = self.config
         sensory = recent[:, recent.shape[1] - c.sensory_tokens :]
         vectors, counts = [self._embed(sensory)], [sensory >= 0]
@@ -151,14 +151,14 @@ class HMT(SegmentRecurrent):
             counts.insert(0, jnp.ones((len(recent), 1), bool))
         return memory, jnp.concatenate(vectors, axis=1), jnp.concatenate(counts, axis=1)
 
-    def insert(self, memory: Recall, recent):
+    def infix(self, memory: Recall, recent):
         memory = self._recall(memory, recent[:, recent.shape[1] - self.config.summary_tokens :])
-        return memory, self.close(memory)
+        return memory, self.suffix(memory)
 
-    def close(self, memory: Recall):
+    def suffix(self, memory: Recall):
         return memory.recalled[:, None]
 
-    def write(self, memory: Recall, hidden_BSD, made) -> Recall:
+    def update_memory(self, memory: Recall, hidden_BSD, made) -> Recall:
         cache = jnp.concatenate([memory.cache[:, 1:], hidden_BSD.astype(memory.cache.dtype)], axis=1)
         return memory._replace(cache=cache, count=jnp.minimum(memory.count + 1, self.config.cache_size))
 
@@ -205,14 +205,14 @@ class HMT(SegmentRecurrent):
         n = T // c.segment_length
         if not n:
             return {}
-        run = Pass(self, B)
-        state = run.start._replace(backbone=None, place=jnp.zeros(B, jnp.int32))
+        run = SegmentRunner(self, B)
+        state = run.start._replace(backbone=None, offset=jnp.zeros(B, jnp.int32))
         xs = [x[:, : n * c.segment_length].reshape(B, n, -1).swapaxes(0, 1) for x in (tokens_BT, ids)]
         _, (weights, counts) = jax.lax.scan(lambda s, x: _watched(run, s, *x), state, tuple(xs))
         return _recall_report(weights.astype(jnp.float32), counts)
 
 
-def _watched(run: Pass, state, tokens, ids):
+def _watched(run: SegmentRunner, state, tokens, ids):
     """One segment: (state, (recall weights, memories there were))."""
     begun = run.enter(state, ids[:, 0], jnp.ones(len(tokens), bool))
     after, _ = run.segment(state, tokens, ids)

@@ -18,7 +18,7 @@ from engrax.layers.attention.attention import RopeScaling
 from engrax.layers.common import lora
 from engrax.layers.common.lora import LoraConfig
 from engrax.layers.common.modules import projection
-from engrax.models.layout import LayoutConfig, LearnedPositions, without_place
+from engrax.models.block_style import BlockStyleConfig, LearnedPositions, without_place
 from engrax.models.model import MODELS, ModelConfig
 from engrax.registry import did_you_mean
 
@@ -40,7 +40,7 @@ class LanguageModelConfig(ModelConfig):
     repeat: int = 2  # times the pattern is repeated
     mlp_hidden: int | None = None  # hidden width of the MLP; None = 8/3 dim rounded up to 16; 0 = no MLP
     remat: str = "none"  # none | dots | full
-    layout: LayoutConfig = LayoutConfig()  # norms, MLPs, learned positions, the head
+    layout: BlockStyleConfig = BlockStyleConfig()  # norms, MLPs, learned positions, the head
     lora: LoraConfig = LoraConfig()  # adapters on the blocks' projections
     frozen: bool = False  # training leaves all parameters alone but the adapters'
 
@@ -71,7 +71,7 @@ class LanguageModelConfig(ModelConfig):
             bias="all",
             qk_norm_eps=1e-6,
         )
-        layout = LayoutConfig(
+        layout = BlockStyleConfig(
             norm="layer", norm_eps=1e-5, mlp="plain", activation="gelu", mlp_bias=True, embed_dim=4, tied=False
         )
         return (

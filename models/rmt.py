@@ -59,11 +59,11 @@ class RMT(SegmentRecurrent):
     def start_memory(self, batch_size: int) -> Float[Array, "B M D"]:
         return jnp.broadcast_to(self.initial[...], (batch_size, *self.initial.shape))
 
-    def open(self, memory, recent, ahead):
+    def prefix(self, memory, recent, ahead):
         return memory, memory, jnp.ones(memory.shape[:2], bool)
 
-    def close(self, memory):
+    def suffix(self, memory):
         return memory
 
-    def write(self, memory, hidden_BSD, made):
+    def update_memory(self, memory, hidden_BSD, made):
         return hidden_BSD.astype(memory.dtype)

@@ -16,7 +16,7 @@ class SegmentRecurrentConfig(ModelConfig):
 
     backbone: ModelConfig = LanguageModelConfig(mixers=(AttentionConfig(),))
     segment_length: int = 256  # L, tokens
-    unroll: int | None = None  # segments through which gradients flow back; None = all of a call
+    bptt_segments: int | None = None  # segments through which gradients flow back; None = all of a call
     remat: str = "none"  # none | dots | full: what a segment's forward pass saves for the backward pass
 
     def __post_init__(self):
@@ -30,8 +30,8 @@ class SegmentRecurrentConfig(ModelConfig):
                 f"{self.backbone.registered_name} recurs over segments itself and cannot be a backbone; wrap the "
                 "language model inside it."
             )
-        if self.unroll is not None:
-            self.at_least(1, "unroll")
+        if self.bptt_segments is not None:
+            self.at_least(1, "bptt_segments")
 
     def at_least(self, bound: int, *names: str) -> None:
         """Raises UserError for the first of the fields below the bound."""
@@ -57,7 +57,9 @@ class SegmentRecurrentConfig(ModelConfig):
     @property
     def exempt_from(self) -> dict[str, str]:
         """What its backbone is exempt from, and what truncation takes away."""
-        truncated = {} if self.unroll is None else {"trainability.finite_differences": "truncated backpropagation"}
+        truncated = (
+            {} if self.bptt_segments is None else {"trainability.finite_differences": "truncated backpropagation"}
+        )
         return dict(self.backbone.exempt_from) | truncated
 
     @property

@@ -3,10 +3,10 @@
 A row is cut into segments of L tokens. The backbone reads every segment from an empty state of its own, with vectors
 put around the tokens that carry what earlier segments left:
 
-    [opening | tokens | closing]           or          [opening | first tokens | inserted | other tokens | closing]
+    [prefix | tokens | suffix]           or          [prefix | first tokens | infix | other tokens | suffix]
 
-What it gives at the closing slots becomes the new memory. A model fills in the hooks (`open`, `insert`, `close`,
-`write`); `Pass` runs them over any number of tokens from any position on.
+Its hidden states at the suffix become the new memory. A model fills in the hooks (`prefix`, `infix`, `suffix`,
+`update_memory`); `SegmentRunner` runs them over any number of tokens from any position on.
 
 The grid of segments is the row's. A document that begins inside a segment reads the rest of it without an opening:
 set the experiment's `align` to the segment length and none does. A segment that holds only padding leaves no memory.
@@ -31,10 +31,10 @@ class Running(NamedTuple):
     memory: Any  # what earlier segments left: the model's own, with a batch axis in every leaf
     backbone: Any  # its state inside the running segment
     recent: Int[Array, "B W"]  # the row's last W tokens, -1 where padding or another document stood
-    place: Int[Array, " B"]  # tokens of the running segment so far
-    held: Bool[Array, " B"]  # the running segment holds a token of the row's last document
+    offset: Int[Array, " B"]  # tokens of the running segment so far
+    has_tokens: Bool[Array, " B"]  # the running segment holds a token of the row's last document
     last_segment: Int[Array, " B"]
-    uncut: Int[Array, " B"]  # segments since gradients through the memory were cut, below `unroll`
+    segments_since_cut: Int[Array, " B"]  # segments since gradients through the memory were cut, below `bptt_segments`
 
 
 class SegmentRecurrent(nnx.Module):
@@ -56,20 +56,20 @@ class SegmentRecurrent(nnx.Module):
         """The memory of a document that begins."""
         raise NotImplementedError
 
-    def open(self, memory: Any, recent: Int[Array, "B W"], ahead: Int[Array, "B A"]) -> tuple[Any, Array, Array]:
+    def prefix(self, memory: Any, recent: Int[Array, "B W"], ahead: Int[Array, "B A"]) -> tuple[Any, Array, Array]:
         """(memory, vectors before the segment's first token, which of them count [B, S]); `ahead` are the tokens of
         the segment that are known by then, of no use to a causal model."""
         raise NotImplementedError
 
-    def insert(self, memory: Any, recent: Int[Array, "B W"]) -> tuple[Any, Array]:
+    def infix(self, memory: Any, recent: Int[Array, "B W"]) -> tuple[Any, Array]:
         """(memory, vectors after the first `insert_at` tokens)."""
         raise NotImplementedError
 
-    def close(self, memory: Any) -> Array:
+    def suffix(self, memory: Any) -> Array:
         """The vectors after the segment's last token."""
         raise NotImplementedError
 
-    def write(self, memory: Any, hidden_BSD: Float[Array, "B S D"], made: Any) -> Any:
+    def update_memory(self, memory: Any, hidden_BSD: Float[Array, "B S D"], made: Any) -> Any:
         """The memory after a segment, from the backbone's hidden states at the closing slots."""
         raise NotImplementedError
 
@@ -89,10 +89,10 @@ class SegmentRecurrent(nnx.Module):
             memory=self.start_memory(batch_size),
             backbone=self.backbone.init_memory(batch_size),
             recent=recent,
-            place=np.zeros(batch_size, np.int32),  # known when traced: the first call is cut into whole segments
-            held=none > 0,
+            offset=np.zeros(batch_size, np.int32),  # known when traced: the first call is cut into whole segments
+            has_tokens=none > 0,
             last_segment=none - 1,
-            uncut=none,
+            segments_since_cut=none,
         )
 
     def __call__(
@@ -103,7 +103,7 @@ class SegmentRecurrent(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Running]:
         """Returns the hidden states of the tokens and the state after the last one; None starts anew."""
-        run = Pass(self, len(tokens_BT))
+        run = SegmentRunner(self, len(tokens_BT))
         state = run.start if memory is None else memory
         if segment_ids is None:
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], tokens_BT.shape)
@@ -114,14 +114,14 @@ class SegmentRecurrent(nnx.Module):
         segments, all rows stand at the start of one, and only that path is traced."""
         if length % self.config.segment_length:
             return memory
-        return memory._replace(place=np.zeros(memory.place.shape, np.int32))
+        return memory._replace(offset=np.zeros(memory.offset.shape, np.int32))
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The backbone's logits."""
         return self.backbone.logits(hidden_BTD)
 
 
-class Pass:
+class SegmentRunner:
     """One call of a segment-recurrent model over rows that may stand at different places of their segments."""
 
     def __init__(self, model: SegmentRecurrent, batch_size: int):
@@ -134,20 +134,20 @@ class Pass:
         """All rows at place 0: segment by segment. At places that all sub-blocks of m tokens share: by m tokens. Else
         token by token."""
         T, L = tokens.shape[1], self.length
-        if isinstance(state.place, np.ndarray) and not state.place.any():
+        if isinstance(state.offset, np.ndarray) and not state.offset.any():
             return self.from_grid(state, tokens, ids)
         at = self.model.insert_at
         size = int(np.gcd.reduce([T, L] + ([at] if at and T % L else [])))
         if size == 1 or T == 1:
             return self.by_blocks(state, tokens, ids, 1)
         fast = self.from_grid if size == L else lambda *args: self.by_blocks(*args, size)
-        on_grid = jnp.all(state.place % size == 0)
+        on_grid = jnp.all(state.offset % size == 0)
         return jax.lax.cond(on_grid, fast, lambda *args: self.by_blocks(*args, 1), state, tokens, ids)
 
     def from_grid(self, state: Running, tokens, ids) -> tuple[Array, Running]:
         """Whole segments, then what is left of the row; all rows at place 0."""
         whole = tokens.shape[1] // self.length * self.length
-        state = state._replace(backbone=None, place=jnp.zeros(len(tokens), jnp.int32))
+        state = state._replace(backbone=None, offset=jnp.zeros(len(tokens), jnp.int32))
         hidden = []
         if whole:
             state, found = self.segments(state, tokens[:, :whole], ids[:, :whole])
@@ -160,9 +160,9 @@ class Pass:
         return jnp.concatenate(hidden, axis=1), state
 
     def segments(self, state: Running, tokens, ids) -> tuple[Running, Array]:
-        """Scans whole segments; of every `unroll` of them only the memory before them is kept for the backward pass."""
+        """Scans whole segments; the backward pass keeps only the memory before every `bptt_segments`."""
         B, T = tokens.shape
-        policy, unroll = REMAT[self.config.remat], self.config.unroll
+        policy, bptt_segments = REMAT[self.config.remat], self.config.bptt_segments
         xs = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(B, -1, self.length), 1, 0), (tokens, ids))
 
         def step(state, x):
@@ -174,12 +174,12 @@ class Pass:
             return jax.lax.scan(step, state, xs)
 
         n = T // self.length
-        if unroll is None or unroll >= n:
+        if bptt_segments is None or bptt_segments >= n:
             state, hidden = scan(state, xs)
         else:
             scan = jax.checkpoint(scan, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
-            groups, rest = n // unroll, n % unroll
-            head = jax.tree.map(lambda x: x[: n - rest].reshape(groups, unroll, *x.shape[1:]), xs)
+            groups, rest = n // bptt_segments, n % bptt_segments
+            head = jax.tree.map(lambda x: x[: n - rest].reshape(groups, bptt_segments, *x.shape[1:]), xs)
             state, hidden = jax.lax.scan(scan, state, head)
             hidden = hidden.reshape(-1, *hidden.shape[2:])
             if rest:
@@ -193,26 +193,26 @@ class Pass:
         complete = n == self.length
         state = self.enter(state, ids[:, 0], jnp.ones(len(tokens), bool))
         owner = state.last_segment
-        memory, opening, counts = model.open(state.memory, state.recent, self.ahead(tokens, ids, owner))
+        memory, opening, counts = model.prefix(state.memory, state.recent, self.ahead(tokens, ids, owner))
         state = state._replace(memory=memory)
         embedded = model.backbone.embed(tokens)
         pieces = [(opening, jnp.where(counts, owner[:, None], -1))]
         first = at if at is not None and n > at else 0
         if first:
             state = self.take(state, tokens[:, :first], ids[:, :first])
-            memory, inserted = model.insert(state.memory, state.recent)
+            memory, inserted = model.infix(state.memory, state.recent)
             state = state._replace(memory=memory)
             pieces += [(embedded[:, :first], ids[:, :first]), (inserted, self.of_last(state, inserted))]
         state = self.take(state, tokens[:, first:], ids[:, first:])
         pieces.append((embedded[:, first:], ids[:, first:]))
-        closing = model.close(state.memory) if complete else embedded[:, :0]
+        closing = model.suffix(state.memory) if complete else embedded[:, :0]
         pieces.append((closing, self.of_last(state, closing)))
         x, all_ids = (jnp.concatenate(parts, axis=1) for parts in zip(*pieces))
         hidden, backbone, made = model.read(x, all_ids, None, memory, owner, closing.shape[1])
         if complete:
             state = self.leave(state, hidden[:, x.shape[1] - closing.shape[1] :], made)
         else:
-            state = state._replace(backbone=backbone, place=state.place + n)
+            state = state._replace(backbone=backbone, offset=state.offset + n)
         spans, end = [], opening.shape[1]
         for size in (first, n - first):  # the inserted slots, if any, stand between
             spans.append(hidden[:, end : end + size])
@@ -238,20 +238,20 @@ class Pass:
     def block(self, state: Running, tokens, ids) -> tuple[Running, Array]:
         """Some tokens of a segment, in rows at different places of theirs."""
         model = self.model
-        state = self.enter(state, ids[:, 0], state.place == 0)
+        state = self.enter(state, ids[:, 0], state.offset == 0)
         ahead = self.ahead(tokens, ids, state.last_segment)
-        state = self.where(state.place == 0, lambda state: self.begin(state, ahead), state)
+        state = self.where(state.offset == 0, lambda state: self.begin(state, ahead), state)
         if model.insert_at is not None:
-            state = self.where(state.place == model.insert_at, self.inserted, state)
+            state = self.where(state.offset == model.insert_at, self.inserted, state)
         x = model.backbone.embed(tokens)
         hidden, backbone, _ = model.read(x, ids, state.backbone, state.memory, state.last_segment, 0)
-        state = state._replace(backbone=backbone, place=state.place + tokens.shape[1])
+        state = state._replace(backbone=backbone, offset=state.offset + tokens.shape[1])
         state = self.take(state, tokens, ids)
-        return self.where(state.place == self.length, self.finish, state), hidden
+        return self.where(state.offset == self.length, self.finish, state), hidden
 
     def begin(self, state: Running, ahead) -> Running:
         """The opening, read from the backbone's empty state."""
-        memory, opening, counts = self.model.open(state.memory, state.recent, ahead)
+        memory, opening, counts = self.model.prefix(state.memory, state.recent, ahead)
         backbone = self.start.backbone
         if opening.shape[1]:
             ids = jnp.where(counts, state.last_segment[:, None], -1)
@@ -259,13 +259,13 @@ class Pass:
         return state._replace(memory=memory, backbone=backbone)
 
     def inserted(self, state: Running) -> Running:
-        memory, x = self.model.insert(state.memory, state.recent)
+        memory, x = self.model.infix(state.memory, state.recent)
         ids = self.of_last(state, x)
         _, backbone, _ = self.model.read(x, ids, state.backbone, memory, state.last_segment, 0)
         return state._replace(memory=memory, backbone=backbone)
 
     def finish(self, state: Running) -> Running:
-        x = self.model.close(state.memory)
+        x = self.model.suffix(state.memory)
         ids = self.of_last(state, x)
         hidden, _, made = self.model.read(x, ids, state.backbone, state.memory, state.last_segment, x.shape[1])
         return self.leave(state, hidden, made)
@@ -275,14 +275,14 @@ class Pass:
         last = state.last_segment
         anew = at & (first_id >= 0) & (last >= 0) & (first_id != last)
         memory = state.memory
-        if self.config.unroll is not None:  # what a document starts from is a parameter: it keeps its gradient
-            cut = at & (state.uncut == 0) & (last >= 0)
+        if self.config.bptt_segments is not None:  # what a document starts from is a parameter: it keeps its gradient
+            cut = at & (state.segments_since_cut == 0) & (last >= 0)
             memory = self.select(cut, jax.lax.stop_gradient(memory), memory)
         memory = self.select(anew, self.start.memory, memory)
         return state._replace(
             memory=memory,
             recent=jnp.where(anew[:, None], -1, state.recent),
-            held=state.held & ~at,
+            has_tokens=state.has_tokens & ~at,
             last_segment=jnp.where(at, jnp.maximum(last, first_id), last),
         )
 
@@ -297,16 +297,22 @@ class Pass:
         return state._replace(
             memory=self.select(changed, self.start.memory, state.memory),
             recent=recent[:, tokens.shape[1] :],
-            held=(state.held & ~changed) | jnp.any(own, axis=1),
+            has_tokens=(state.has_tokens & ~changed) | jnp.any(own, axis=1),
             last_segment=last,
         )
 
     def leave(self, state: Running, hidden, made) -> Running:
         """The end of a segment: its memory is written where it held a token of the row's last document."""
-        written = self.model.write(state.memory, hidden, made)
-        uncut = state.uncut if self.config.unroll is None else (state.uncut + 1) % self.config.unroll
+        written = self.model.update_memory(state.memory, hidden, made)
+        segments_since_cut = (
+            state.segments_since_cut
+            if self.config.bptt_segments is None
+            else (state.segments_since_cut + 1) % self.config.bptt_segments
+        )
         return state._replace(
-            memory=self.select(state.held, written, state.memory), place=jnp.zeros_like(state.place), uncut=uncut
+            memory=self.select(state.has_tokens, written, state.memory),
+            offset=jnp.zeros_like(state.offset),
+            segments_since_cut=segments_since_cut,
         )
 
     def ahead(self, tokens, ids, owner):

@@ -12,7 +12,7 @@ import pytest
 
 import engrax.pallas_kernels as kernels
 from engrax import cli
-from engrax.pallas_kernels.bench import bench, peers
+from engrax.pallas_kernels.bench import baselines, bench
 
 LOG_DECAY = dict(batch=1, seq=24, heads=2, key=8, value=8, chunk_size=16)
 TINY = {
@@ -148,7 +148,7 @@ def gpu(monkeypatch):
         return v
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
-    monkeypatch.setattr(peers, "_cuda_here", lambda: True)
+    monkeypatch.setattr(baselines, "_cuda_here", lambda: True)
     yield calls, triton
 
 
@@ -183,7 +183,7 @@ def test_flash_linear_attention_gets_our_arrays_and_gives_gradients_where_they_a
     if reason:
         assert reason in row["forward_only"] and row["forward_only"] in described
         triton.__version__ = "3.7.1+cu130"
-        assert (peers.forward_only("fla", op, row["sizes"]) is None) == (reason == "640")
+        assert (baselines.forward_only("fla", op, row["sizes"]) is None) == (reason == "640")
     else:
         assert row["error"]["gradients"] == pytest.approx(1)  # the stand-in's gradients are zeros
 
@@ -213,12 +213,12 @@ def test_a_peer_that_fails_is_a_row_that_says_so(gpu, monkeypatch):
 
 def test_peers_that_cannot_run_take_one_line_each(monkeypatch):
     cases = [bench.Case("linear_attention", LOG_DECAY | dict(gate=gate)) for gate in ("scalar", "channel")]
-    rows = list(bench.bench(["linear_attention"], cases=cases, runs=1, implementations=peers.PEERS))
+    rows = list(bench.bench(["linear_attention"], cases=cases, runs=1, implementations=baselines.PEERS))
     assert [row["implementation"] for row in rows] == ["fla", "jla", "cudnn", "attention"]  # attention: measured, once
     lines = [bench.describe(row) for row in rows[:3]]
     assert all("is left out: it needs a CUDA device" in line and "\n" not in line for line in lines)
     assert rows[3]["forward_backward"]["ms"]["median"] > 0
-    monkeypatch.setattr(peers, "_cuda_here", lambda: True)
+    monkeypatch.setattr(baselines, "_cuda_here", lambda: True)
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setitem(sys.modules, "jla.ops", None)
-    assert "fla-core==0.6.0" in peers.missing("fla") and "jax-linear-attention" in peers.missing("jla")
+    assert "fla-core==0.6.0" in baselines.missing("fla") and "jax-linear-attention" in baselines.missing("jla")

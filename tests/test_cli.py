@@ -5,7 +5,7 @@ import json
 import pytest
 
 from engrax import cli
-from engrax.train import config as configs
+from engrax.train import experiment as experiments
 from engrax.train import runs
 
 
@@ -186,4 +186,4 @@ def test_configs_travel_as_json(name):
     from engrax.configs import find
 
     experiment = find(name).experiment
-    assert configs.from_json(configs.to_json(experiment)) == experiment
+    assert experiments.from_json(experiments.to_json(experiment)) == experiment

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 from engrax.pallas_kernels import available, debug_checks, dispatch, linear_attention
 from engrax.pallas_kernels.common import validation
 from engrax.pallas_kernels.common.decay import Decay, channel_scores, chunk_decay, cumulative_decay, difference
-from engrax.pallas_kernels.common.matmul import COLUMNS, ROWS, Rounded, dot, on_cpu
+from engrax.pallas_kernels.common.matmul import COLUMNS, ROWS, EmulatedPrecision, dot, on_cpu
 from engrax.pallas_kernels.common.segments import aligned_layout, from_slots, segment_starts, to_slots
 
 needs_kernels = pytest.mark.skipif(
@@ -215,7 +215,7 @@ def test_products_round_their_operands_and_those_of_the_derivative():
     rng = np.random.default_rng(0)
     a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 3), (7, 5)))
     bar = jnp.asarray(rng.normal(size=(3, 7)), jnp.float32)
-    assert on_cpu(jnp.float32) == jnp.float32 and on_cpu(jnp.bfloat16) == Rounded(jnp.bfloat16)
+    assert on_cpu(jnp.float32) == jnp.float32 and on_cpu(jnp.bfloat16) == EmulatedPrecision(jnp.bfloat16)
     got, pull = jax.vjp(lambda a, b: dot(a, b, ROWS, COLUMNS, on_cpu(jnp.bfloat16)), a, b)
     a16, b16, bar16 = (np.asarray(x.astype(jnp.bfloat16), np.float32) for x in (a, b, bar))
     np.testing.assert_allclose(got, a16.T @ b16.T, rtol=1e-6, atol=1e-6)
@@ -276,13 +276,13 @@ def test_segments_begin_at_chunk_boundaries():
 MESH_PROGRAM = """
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import AxisType, PartitionSpec as P
-    from engrax.pallas_kernels.common.partition import over_mesh
+    from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
     seen = []
     def kernel(tokens, state):
         seen.append((tokens[0].shape, tokens[1], state.shape, jax.sharding.get_abstract_mesh().manual_axes))
         return tokens[0] * 2 + state[:, None], state.sum(2)
     def call(tokens, state):
-        return over_mesh(kernel, (("BTHK", None), "BHK"), ("BTHK", "BH"))(tokens, state)
+        return shard_over_batch_and_heads(kernel, (("BTHK", None), "BHK"), ("BTHK", "BH"))(tokens, state)
     x, state = jnp.arange(4 * 3 * 2 * 5.0).reshape(4, 3, 2, 5), jnp.ones((4, 2, 5))
     wanted = call((x, None), state)
     assert seen.pop()[0] == (4, 3, 2, 5)

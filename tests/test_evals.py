@@ -16,7 +16,7 @@ from flax import nnx
 
 from engrax.data import MQAR, TextFolder
 from engrax.errors import UserError
-from engrax.evals import by_type, evaluate, evaluation, scoring, statistics, streaming
+from engrax.evals import evaluate, evaluation, scoring, statistics, streaming, token_type_breakdown
 from engrax.layers import AttentionConfig, TitansConfig
 from engrax.models import LanguageModelConfig, RMTConfig
 from engrax.train import CheckpointConfig, EvalConfig, Experiment, LogConfig, ParallelConfig, cost, metrics, runs
@@ -387,7 +387,7 @@ class Reporter(nnx.Module):
 def test_diagnostics_are_taken_row_by_row(text_folder):
     e = experiment(TextFolder(path=str(text_folder), seq_len=64, validation_fraction=0.3))
     rows = scoring.validation_rows(e, None)
-    types = by_type.types_of(e, scoring.reported_rows(rows))
+    types = token_type_breakdown.types_of(e, scoring.reported_rows(rows))
     found = evaluation._by_layer(e, scoring.Scorer(e, Reporter()).report(rows), types)
     real = rows.labelled.any(axis=1)
     tokens, inside = rows.tokens[real], rows.segment_ids[real] >= 0

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 from engrax.errors import UserError
 from engrax.layers import (
     MIXERS,
+    AssociationConfig,
     AttentionConfig,
     EnergyTransformerConfig,
     Hopfield,
@@ -21,16 +22,15 @@ from engrax.layers import (
     HopfieldLayerConfig,
     HopfieldPooling,
     HopfieldPoolingConfig,
-    HopfieldSettings,
 )
-from engrax.models.hopfield_sets import POOLINGS, SetClassifierConfig
+from engrax.models.set_classifier import POOLINGS, SetClassifierConfig
 from engrax.pallas_kernels import hopfield_retrieval
 from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, interpreted_kernels
 
 kernels = pytest.mark.skipif(
     jax.__version_info__[:3] < KERNELS_NEED_JAX, reason="kernels need jax >= " + ".".join(map(str, KERNELS_NEED_JAX))
 )
-SMALL = HopfieldSettings(heads=2, head_dim=4, value_dim=3)
+SMALL = AssociationConfig(heads=2, head_dim=4, value_dim=3)
 
 
 def normal(*shape, seed=0):
@@ -52,13 +52,13 @@ def build(kind, *args, **options):
 
 def test_raw_memory_is_the_operation(x64):
     """No parameter, no normalisation: states and patterns go in as they are."""
-    memory = Hopfield(HopfieldSettings.raw(12, heads=2, beta=0.8, steps=None), 12, rngs=nnx.Rngs(0))
+    memory = Hopfield(AssociationConfig.raw(12, heads=2, beta=0.8, steps=None), 12, rngs=nnx.Rngs(0))
     assert not jax.tree.leaves(nnx.state(memory, nnx.Param))
     x, xi = normal(2, 7, 12), normal(2, 3, 12, seed=1)
     heads = [y.reshape(*y.shape[:2], 2, 6) for y in (xi, x)]
     wanted = hopfield_retrieval(*heads, beta=0.8, steps=None).reshape(2, 3, 12)
     np.testing.assert_allclose(memory(xi, x), wanted, rtol=1e-12)
-    nearest = Hopfield(HopfieldSettings.raw(12, beta=50.0, similarity="l2"), 12, rngs=nnx.Rngs(0))
+    nearest = Hopfield(AssociationConfig.raw(12, beta=50.0, similarity="l2"), 12, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(nearest(x + 0.05 * normal(2, 7, 12, seed=2), x), x, atol=1e-6)
 
 
@@ -263,12 +263,12 @@ BAD = [
 @pytest.mark.parametrize("change, message", BAD, ids=[m for _, m in BAD])
 def test_bad_settings_are_named(change, message, unchecked):
     with pytest.raises(UserError, match=message):
-        HopfieldSettings(**(dict(heads=2) | change))
+        AssociationConfig(**(dict(heads=2) | change))
 
 
 def test_widths_that_do_not_fit_are_named(unchecked):
     with pytest.raises(UserError, match="stored patterns of width 7 are not projected"):
-        Hopfield(HopfieldSettings.raw(6), 6, stored_dim=7, rngs=nnx.Rngs(0))
+        Hopfield(AssociationConfig.raw(6), 6, stored_dim=7, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="running pooling carries sums of one softmax update"):
         HopfieldPoolingConfig(steps=3)
     with pytest.raises(UserError, match="capacity=-1 must be at least 1"):
@@ -403,7 +403,7 @@ def test_parity_with_hflayers(theirs, x64):
     norm = lambda name: "layer" if theirs.get(f"normalize_{name}", True) else "none"  # noqa: E731
     values = "of_stored" if theirs.get("pattern_projection_as_connected") else "plain" if static else "projected"
     steps = 1 + theirs.get("update_steps_max", 0)
-    settings = HopfieldSettings(
+    settings = AssociationConfig(
         heads=heads, head_dim=8 // heads, beta=theirs.get("scaling", 1.0 if static else None), steps=steps,
         values=values, bias=True,
         state_norm=norm("state_pattern"), stored_norm=norm("stored_pattern"), value_norm=norm("pattern_projection"),

@@ -145,7 +145,7 @@ def test_imports_run_one_way():
         ("layers/test_time/titans.py", "import engrax"),
         ("pallas_kernels/neural_memory/xla.py", "def f():\n    import flax.nnx"),
         ("pallas_kernels/neural_memory/xla.py", "from ...layers import mixer"),
-        ("data/text.py", "from engrax.train.config import Experiment"),
+        ("data/text.py", "from engrax.train.experiment import Experiment"),
         ("train/loop.py", "from engrax import evals"),
         ("train/loop.py", "import layers"),
         ("tests/test_x.py", "from data.text import StdlibText"),

@@ -14,7 +14,7 @@ from engrax.layers import MIXERS, GatedDeltaNetConfig, MoMConfig
 from engrax.layers.routed.routing import Choice, balance_loss, choose, z_loss
 from engrax.models import LanguageModelConfig
 from engrax.tests.modules import build
-from engrax.train import step as steps
+from engrax.train import train_step
 
 DIM, ROWS, LENGTH = 8, 2, 20
 SMALL = dict(heads=2, value_heads=4, head_dim=4, value_dim=6, chunk_size=4, conv_width=3, output_gate=True)
@@ -389,7 +389,7 @@ def test_the_balance_loss_is_in_the_training_loss(rng):
         return nnx.split(nnx.eval_shape(lambda: weighted.build(rngs=nnx.Rngs(0))), nnx.Param)[0]
 
     def parts(params, weight, differentiate=lambda f: f):
-        found = differentiate(steps.loss_sum(graph(weight), np.float32))(params, batch)
+        found = differentiate(train_step.loss_sum(graph(weight), np.float32))(params, batch)
         model = nnx.merge(graph(weight), params)
         return found, model.with_losses(batch["tokens"], segment_ids=batch["segment_ids"])[1]
 

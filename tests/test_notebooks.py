@@ -11,7 +11,12 @@ import pytest
 EXPECTED = {  # notebook: (what it prints, how many plots it draws, what it leaves beside itself)
     "01_quickstart": (["backend cpu", "one pass and two pieces differ"], 1, ["run/evals"]),
     "05_hmt_long_documents": (
-        ["backend cpu", "one pass and two pieces differ", "segment 0: 0.0 with unroll 1", "mean weight at odd ages"],
+        [
+            "backend cpu",
+            "one pass and two pieces differ",
+            "segment 0: 0.0 with bptt_segments 1",
+            "mean weight at odd ages",
+        ],
         3,
         [],
     ),

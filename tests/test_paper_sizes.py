@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from engrax.configs import find
-from engrax.models.layout import LayoutConfig
+from engrax.models.block_style import BlockStyleConfig
 
 SIZES = {  # published parameters in millions, layers; docs/paper_sizes.md says where they are from
     "based_360m": (360, 27),
@@ -36,7 +36,7 @@ def test_configs_have_their_papers_size(name):
 def test_the_papers_larger_pair_has_the_published_counts():
     """The released 1.3B settings, a mixture and its baseline: 1.62 B and 1.21 B parameters, not the same number."""
     small = find("mom_340m").experiment.model
-    untied = LayoutConfig(tied=False)
+    untied = BlockStyleConfig(tied=False)
     mixture = dataclasses.replace(small, dim=2048, mlp_hidden=5632, layout=untied)
     baseline = dataclasses.replace(mixture, mixers=(small.mixers[0].base,))
     assert (round(count(mixture) / 1e9, 2), round(count(baseline) / 1e9, 2)) == (1.62, 1.21)

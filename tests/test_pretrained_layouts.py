@@ -14,7 +14,7 @@ from engrax.layers import AttentionConfig, MoMConfig
 from engrax.layers.common import lora
 from engrax.layers.common.lora import LoraConfig
 from engrax.models import ARMTConfig, HMTConfig, LanguageModelConfig, ModelConfig, imported
-from engrax.models.layout import LayoutConfig
+from engrax.models.block_style import BlockStyleConfig
 from engrax.tests import pretrained_numpy as oracle
 from engrax.tests.laws import LAWS
 from engrax.tests.subjects import Subject
@@ -22,7 +22,7 @@ from engrax.tests.test_pretrained import TOKENS, logits_of
 
 ATTENTION = AttentionConfig(heads=2, head_dim=4, capacity=64, rope_base=None)
 # silu: gelu is exactly 0 far below 0, and at the laws' large parameters whole units would have no gradient.
-PLAIN = LayoutConfig(norm="layer", mlp="plain", activation="silu", mlp_bias=True, positions=40)
+PLAIN = BlockStyleConfig(norm="layer", mlp="plain", activation="silu", mlp_bias=True, positions=40)
 LAYOUTS = {
     "opt_after": dataclasses.replace(PLAIN, norm_place="after", unused_positions=2, embed_dim=4),
     "gpt2": PLAIN,

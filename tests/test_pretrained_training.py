@@ -17,9 +17,8 @@ from engrax.layers.common.lora import LoraConfig
 from engrax.models import imported
 from engrax.tests import pretrained_numpy as oracle
 from engrax.tests.experiments import tiny
-from engrax.train import optimizer, runs
-from engrax.train import step as steps
-from engrax.train.config import CheckpointConfig, OptimizerConfig
+from engrax.train import optimizer, runs, train_step
+from engrax.train.experiment import CheckpointConfig, OptimizerConfig
 from engrax.train.loop import train
 
 
@@ -68,7 +67,7 @@ def test_an_update_keeps_the_bits_of_what_is_frozen():
     params = nnx.State({"still": nnx.Param(jnp.array([-0.0, 1.0]), frozen=True), "moves": nnx.Param(jnp.ones(2))})
     tx = optimizer.build(OptimizerConfig(), 10, params)
     grads = jax.tree.map(jnp.ones_like, params)
-    new, _ = steps.apply_gradient(tx, {"opt_state": tx.init(params)}, params, grads, jnp.float32(1.0), 1.0)
+    new, _ = train_step.apply_gradient(tx, {"opt_state": tx.init(params)}, params, grads, jnp.float32(1.0), 1.0)
     assert np.asarray(new["still"][...]).tobytes() == np.float32([-0.0, 1.0]).tobytes()
     assert not np.any(np.asarray(new["moves"][...]) == 1.0)
 
@@ -80,7 +79,7 @@ from flax import nnx
 from engrax.models import imported
 from engrax.tests.test_pretrained_training import experiment
 from engrax.train import ParallelConfig
-from engrax.train import step as steps
+from engrax.train import train_step
 from engrax.train.trainer import Trainer
 folder, out = sys.argv[1], {}
 source = {".".join(map(str, p)): np.asarray(v.get_value())
@@ -89,7 +88,7 @@ for name, parallel in json.loads(sys.argv[2]).items():
     trainer = Trainer(dataclasses.replace(experiment(folder), parallel=ParallelConfig(**parallel)))
     data, state, losses = trainer.loader("train"), trainer.init_state(), []
     moments = sum(leaf.size for leaf in jax.tree.leaves(state["opt_state"]) if leaf.ndim)
-    loss, batch = steps.loss_sum(trainer.graphdef, np.float32), trainer.put(next(trainer.loader("train")))
+    loss, batch = train_step.loss_sum(trainer.graphdef, np.float32), trainer.put(next(trainer.loader("train")))
     grads = nnx.to_flat_state(jax.jit(jax.grad(loss))(state["params"], batch))
     felt = [".".join(map(str, p)) for p, g in grads if np.any(g.get_value())]
     for _ in range(3):

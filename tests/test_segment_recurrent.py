@@ -14,8 +14,8 @@ from engrax.errors import UserError
 from engrax.layers import AttentionConfig
 from engrax.layers.routed.associative import Association, AssociativeMemory
 from engrax.models import ARMTConfig, HMTConfig, LanguageModelConfig, RMTConfig
+from engrax.models.block_style import BlockStyleConfig
 from engrax.models.generate import sample
-from engrax.models.layout import LayoutConfig
 from engrax.train import Experiment
 from engrax.train.trainer import check
 
@@ -135,7 +135,7 @@ def test_caches_of_the_backbone_hold_a_segment_and_no_more():
 @pytest.mark.slow
 def test_backbones_of_other_layouts_serve():
     """Learned positions, a narrow embedding, a head of its own, as imported checkpoints have them."""
-    layout = LayoutConfig(norm="layer", mlp="plain", positions=12, unused_positions=2, embed_dim=4, tied=False)
+    layout = BlockStyleConfig(norm="layer", mlp="plain", positions=12, unused_positions=2, embed_dim=4, tied=False)
     model = build(dataclasses.replace(HMT, backbone=dataclasses.replace(BACKBONE, layout=layout)))
     tokens = some_tokens()[:, : LENGTH + 3]
     read = jax.jit(lambda tokens, state: model(tokens, state))
@@ -154,7 +154,7 @@ def test_backbones_of_other_layouts_serve():
         (dict(sensory_tokens=-1), "sensory_tokens=-1 must be at least 0"),
         (dict(mode="papr"), "did you mean 'paper'"),
         (dict(recall="of"), "did you mean 'off'"),
-        (dict(unroll=0), "unroll=0 must be at least 1"),
+        (dict(bptt_segments=0), "bptt_segments=0 must be at least 1"),
         (dict(remat="dot"), "did you mean 'dots'"),
         (dict(backbone=RMTConfig()), "rmt recurs over segments itself"),
     ],
@@ -165,7 +165,7 @@ def test_settings_that_do_not_fit_are_refused(change, says):
 
 
 def test_learned_positions_must_hold_a_segment():
-    backbone = dataclasses.replace(BACKBONE, layout=LayoutConfig(positions=LENGTH + 1))
+    backbone = dataclasses.replace(BACKBONE, layout=BlockStyleConfig(positions=LENGTH + 1))
     with pytest.raises(UserError, match=f"exceeds the backbone's {LENGTH + 1} learned positions"):
         RMTConfig(backbone=backbone, segment_length=LENGTH, memory_tokens=2).build(rngs=nnx.Rngs(0))
 
@@ -230,7 +230,7 @@ def gradient_by_segment(config, cuts=()):
 
 
 @pytest.mark.parametrize(
-    "unroll, reaches",
+    "bptt_segments, reaches",
     [
         (1, [False, False, False, True]),
         pytest.param(2, [False, False, True, True], marks=pytest.mark.slow),
@@ -238,8 +238,8 @@ def gradient_by_segment(config, cuts=()):
         pytest.param(4, [True, True, True, True], marks=pytest.mark.slow),
     ],
 )
-def test_gradients_end_where_backpropagation_is_truncated(unroll, reaches):
-    config = dataclasses.replace(HMT, unroll=unroll, sensory_tokens=0)
+def test_gradients_end_where_backpropagation_is_truncated(bptt_segments, reaches):
+    config = dataclasses.replace(HMT, bptt_segments=bptt_segments, sensory_tokens=0)
     found = gradient_by_segment(config)
     # A segment's query reads the tokens before it: they are its own input, whatever the memory's gradient does.
     wanted = [own or after for own, after in zip(reaches, [*reaches[1:], False])]
@@ -249,20 +249,20 @@ def test_gradients_end_where_backpropagation_is_truncated(unroll, reaches):
 @pytest.mark.slow
 def test_rmt_with_unroll_one_learns_nothing_from_earlier_segments():
     base = RMTConfig(memory_tokens=2, **SIZES)
-    assert list(gradient_by_segment(dataclasses.replace(base, unroll=1)) != 0) == [False, False, False, True]
-    assert list(gradient_by_segment(dataclasses.replace(base, unroll=4)) != 0) == [True] * 4
+    assert list(gradient_by_segment(dataclasses.replace(base, bptt_segments=1)) != 0) == [False, False, False, True]
+    assert list(gradient_by_segment(dataclasses.replace(base, bptt_segments=4)) != 0) == [True] * 4
 
 
 @pytest.mark.slow
 def test_truncation_is_the_rows_not_the_calls():
-    config = RMTConfig(memory_tokens=2, unroll=2, **SIZES)
+    config = RMTConfig(memory_tokens=2, bptt_segments=2, **SIZES)
     whole, cut = gradient_by_segment(config), gradient_by_segment(config, cuts=(LENGTH,))
     np.testing.assert_allclose(cut, whole, rtol=1e-4)
 
 
 def test_truncation_leaves_the_gradient_of_the_learned_start():
-    """When a document begins, then what it starts from is a parameter and learns, whatever `unroll` is."""
-    config = RMTConfig(memory_tokens=2, unroll=1, **SIZES)
+    """When a document begins, then what it starts from is a parameter and learns, whatever `bptt_segments` is."""
+    config = RMTConfig(memory_tokens=2, bptt_segments=1, **SIZES)
     graphdef, params = nnx.split(config.build(rngs=nnx.Rngs(0)), nnx.Param)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 12, (2, 2 * LENGTH)), jnp.int32)
     ids = jnp.asarray(np.repeat([[0, 1]], LENGTH, axis=1) * np.array([[0], [1]]), jnp.int32)
@@ -284,9 +284,9 @@ def test_memory_of_the_backward_pass_grows_with_the_unroll_and_not_with_the_docu
     backbone = dataclasses.replace(BACKBONE, dim=32, mixers=(AttentionConfig(heads=4, head_dim=8),), mlp_hidden=128)
     sizes = dict(backbone=backbone, segment_length=16, memory_tokens=2)
 
-    def bytes_needed(unroll, segments, carried=False):
+    def bytes_needed(bptt_segments, segments, carried=False):
         graphdef, params = nnx.split(
-            nnx.eval_shape(lambda: RMTConfig(unroll=unroll, **sizes).build(rngs=nnx.Rngs(0))), nnx.Param
+            nnx.eval_shape(lambda: RMTConfig(bptt_segments=bptt_segments, **sizes).build(rngs=nnx.Rngs(0))), nnx.Param
         )
 
         def loss(params, tokens, memory):

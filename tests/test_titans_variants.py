@@ -15,7 +15,7 @@ from engrax.models import MODELS
 from engrax.tests.experiments import tiny
 from engrax.tests.laws import LAWS
 from engrax.tests.subjects import Subject
-from engrax.train.config import from_dict, to_dict
+from engrax.train.experiment import from_dict, to_dict
 from engrax.train.trainer import check
 
 MEMORY = TitansConfig(heads=2, head_dim=4, hidden=6, chunk_size=4)

@@ -15,9 +15,8 @@ from engrax.errors import UserError
 from engrax.layers import LinearAttentionConfig, MoMConfig
 from engrax.models import LanguageModelConfig, RMTConfig
 from engrax.tests.experiments import small, tiny
-from engrax.train import CheckpointConfig, LogConfig, OptimizerConfig, metrics, optimizer
-from engrax.train import config as configs
-from engrax.train import step as steps
+from engrax.train import CheckpointConfig, LogConfig, OptimizerConfig, metrics, optimizer, train_step
+from engrax.train import experiment as experiments
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.loop import train
 from engrax.train.trainer import Trainer, check
@@ -26,23 +25,23 @@ from engrax.train.trainer import Trainer, check
 @pytest.mark.smoke
 def test_an_experiment_travels_as_json():
     experiment = tiny(steps=7)
-    text = configs.to_json(experiment)
-    assert configs.from_json(text) == experiment
+    text = experiments.to_json(experiment)
+    assert experiments.from_json(text) == experiment
     assert json.loads(text)["experiment"]["model"]["mixers"][1]["type"] == "mixer:titans"
 
 
 def test_differences_name_the_fields():
-    old = configs.to_dict(tiny())
-    new = configs.to_dict(configs.replace(tiny(), {"model.mixers.1.heads": 4, "optimizer.b1": 0.5}))
-    assert configs.differences(old, new) == ["model.mixers.1.heads", "optimizer.b1"]
-    assert configs.differences(old, old) == []
+    old = experiments.to_dict(tiny())
+    new = experiments.to_dict(experiments.replace(tiny(), {"model.mixers.1.heads": 4, "optimizer.b1": 0.5}))
+    assert experiments.differences(old, new) == ["model.mixers.1.heads", "optimizer.b1"]
+    assert experiments.differences(old, old) == []
 
 
 def test_replace_refuses_unknown_fields():
     with pytest.raises(UserError, match="optimizer.learning_rte is no field; did you mean 'learning_rate'"):
-        configs.replace(tiny(), {"optimizer.learning_rte": 1.0})
+        experiments.replace(tiny(), {"optimizer.learning_rte": 1.0})
     with pytest.raises(UserError, match="no element"):
-        configs.replace(tiny(), {"model.mixers.5.heads": 1})
+        experiments.replace(tiny(), {"model.mixers.5.heads": 1})
 
 
 def test_schedules():
@@ -82,7 +81,7 @@ def test_weight_decay_touches_matrices_only():
 def test_the_loss_counts_labelled_tokens_only():
     logits = jnp.asarray(np.random.randn(2, 3, 5), jnp.float32)
     targets = jnp.asarray([[1, -1, 4], [-1, -1, 0]])
-    losses = steps.token_losses(logits, targets)
+    losses = train_step.token_losses(logits, targets)
     wanted = -jax.nn.log_softmax(logits)[0, 0, 1]
     assert float(losses[0, 0]) == pytest.approx(float(wanted), rel=1e-6)
     assert np.array_equal(np.asarray(losses == 0), np.asarray(targets < 0))
@@ -94,9 +93,9 @@ def test_clipping_bounds_the_update_by_the_global_norm():
 
     tx = optax.sgd(1.0)
     norm = optax.tree.norm(grads)
-    new, _ = steps.apply_gradient(tx, {"opt_state": tx.init(params)}, params, grads, norm, 0.5)
+    new, _ = train_step.apply_gradient(tx, {"opt_state": tx.init(params)}, params, grads, norm, 0.5)
     assert float(optax.tree.norm(new)) == pytest.approx(0.5, rel=1e-6)
-    new, _ = steps.apply_gradient(tx, {"opt_state": tx.init(params)}, params, grads, norm, 0.0)
+    new, _ = train_step.apply_gradient(tx, {"opt_state": tx.init(params)}, params, grads, norm, 0.0)
     assert float(optax.tree.norm(new)) == pytest.approx(float(norm), rel=1e-6)
 
 
@@ -105,7 +104,7 @@ def finished(tmp_path_factory):
     """A finished run of 8 steps that saved at 4 and 8 and validated at 4 and 8."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     experiment = small(checkpoint=CheckpointConfig(every=4), log=LogConfig(every=1, wandb="offline", tensorboard=True))
-    experiment = configs.replace(experiment, {"eval.every": 4})
+    experiment = experiments.replace(experiment, {"eval.every": 4})
     return train(experiment, run_dir, progress=False), experiment
 
 
@@ -153,7 +152,7 @@ def test_newest_best_and_numbered_checkpoints(finished):
 
 def test_a_checkpoint_of_another_shape_names_the_parameter(finished):
     result, experiment = finished
-    wider = Trainer(configs.replace(experiment, {"model.mlp_hidden": 32}))
+    wider = Trainer(experiments.replace(experiment, {"model.mlp_hidden": 32}))
     with pytest.raises(
         UserError, match=r"holds params.blocks.0.mlp.down.kernel as float32\[1, 16, 16\].*wants float32\[1, 32, 16\]"
     ):
@@ -217,7 +216,7 @@ def test_numbers_that_json_cannot_carry(tmp_path):
 
 def test_the_program_does_not_grow_with_depth():
     def size(repeat):
-        experiment = configs.replace(small(), {"model.repeat": repeat})
+        experiment = experiments.replace(small(), {"model.repeat": repeat})
         trainer = Trainer(experiment)
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), next(trainer.loader("train")))
         return len(trainer.train_step.lower(trainer.abstract_state(), batch).as_text().splitlines())
@@ -244,7 +243,7 @@ def test_run_folders_in_buckets_stay_there(tmp_path, monkeypatch):
 
 
 def test_no_checkpoint_of_a_step_that_is_not_finite(tmp_path):
-    experiment = configs.replace(
+    experiment = experiments.replace(
         small(), {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0, "steps": 20, "checkpoint.every": 1}
     )
     with pytest.raises(UserError, match="the loss or the gradient of step"):
@@ -262,7 +261,7 @@ def test_a_config_of_an_unregistered_class_is_refused_before_training():
     model = small().model
     mine = Mine(**{f.name: getattr(model, f.name) for f in dataclasses.fields(model)})
     with pytest.raises(UserError, match="Mine is not registered"):
-        configs.to_dict(dataclasses.replace(small(), model=mine))
+        experiments.to_dict(dataclasses.replace(small(), model=mine))
 
 
 @pytest.mark.parametrize(
@@ -270,12 +269,12 @@ def test_a_config_of_an_unregistered_class_is_refused_before_training():
 )
 def test_settings_that_would_lose_a_run_are_refused(field, value):
     with pytest.raises(UserError, match=field):
-        configs.replace(small(), {field: value})
+        experiments.replace(small(), {field: value})
 
 
 def test_replace_checks_types():
     with pytest.raises(UserError, match="batch_size=16.5 is not of the type wanted: int"):
-        configs.replace(small(), {"batch_size": 16.5})
+        experiments.replace(small(), {"batch_size": 16.5})
 
 
 def test_losses_that_nobody_would_collect_are_refused():

@@ -15,7 +15,7 @@ from engrax.data import TextFolder
 from engrax.errors import UserError
 from engrax.layers import AttentionConfig, HopfieldConfig, MoMConfig
 from engrax.models import HMTConfig, LanguageModelConfig, RMTConfig
-from engrax.models.layout import LayoutConfig
+from engrax.models.block_style import BlockStyleConfig
 from engrax.tests.experiments import tiny
 from engrax.train import CheckpointConfig, OptimizerConfig, loop, runs
 from engrax.train.checkpoint import Checkpoints
@@ -223,7 +223,7 @@ def test_a_carried_row_goes_on_for_ever(text):
     def of(*mixers, **fields):
         return LanguageModelConfig(vocab_size=256, dim=8, mixers=mixers, repeat=1, **fields)
 
-    windowed, placed = AttentionConfig(window=8), LayoutConfig(positions=64)
+    windowed, placed = AttentionConfig(window=8), BlockStyleConfig(positions=64)
     for model, told in (
         (of(windowed, AttentionConfig()), "attention without a window"),
         (of(HopfieldConfig(capacity=7)), "capacity=7"),

@@ -1,6 +1,6 @@
 """The shared training loop and what it needs."""
 
-from engrax.train.config import (
+from engrax.train.experiment import (
     CheckpointConfig,
     EvalConfig,
     Experiment,

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from engrax.errors import UserError
-from engrax.train.config import CheckpointConfig
+from engrax.train.experiment import CheckpointConfig
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from engrax.train import optimizer, sharding
-from engrax.train.config import Experiment, ParallelConfig
-from engrax.train.step import cast, resolve_dtype
+from engrax.train.experiment import Experiment, ParallelConfig
+from engrax.train.train_step import cast, resolve_dtype
 
 
 def costs(experiment: Experiment, devices: int = 1) -> dict[str, Any]:

@@ -21,10 +21,11 @@ import jax
 from etils import epath
 
 from engrax.errors import Diverged, UserError
-from engrax.train import config as configs
+from engrax.train import experiment as experiments
 from engrax.train import metrics, runs
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.distributed import StopSignal
+from engrax.train.experiment import Experiment
 from engrax.train.host import keep_freed_memory
 from engrax.train.trainer import Trainer
 
@@ -42,7 +43,7 @@ class Result:
 
 
 def train(
-    experiment: configs.Experiment,
+    experiment: Experiment,
     run_dir: epath.PathLike,
     *,
     source: epath.PathLike | None = None,
@@ -73,7 +74,7 @@ def train(
         data.close()
         checkpoints.close()
         return Result(run.directory, start, True, {})
-    settings = configs.to_dict(experiment)
+    settings = experiments.to_dict(experiment)
     writer = metrics.MetricsWriter(run.directory, experiment.log, resumed_at=start, settings=settings, active=main)
     tokens = experiment.batch_size * experiment.data.seq_len
     bar = metrics.Progress(start, experiment.steps, tokens, active=main and progress)

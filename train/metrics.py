@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from engrax.train.config import LogConfig
+from engrax.train.experiment import LogConfig
 
 
 class MetricsWriter:

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from engrax.layers.common.lora import is_frozen
-from engrax.train.config import OptimizerConfig
+from engrax.train.experiment import OptimizerConfig
 
 DECAYED_AXES = {"embed", "mlp", "heads", "vocab"}  # a matrix between two of these is decayed; nothing else is
 

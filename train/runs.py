@@ -21,8 +21,9 @@ from jax.experimental import multihost_utils
 
 from engrax.errors import UnknownName, UserError
 from engrax.models import imported
-from engrax.train import config as configs
+from engrax.train import experiment as experiments
 from engrax.train.checkpoint import Checkpoints
+from engrax.train.experiment import Experiment
 from engrax.train.optimizer import steps_may_change
 
 
@@ -37,7 +38,7 @@ class Run:
     """An opened run folder."""
 
     directory: epath.Path
-    experiment: configs.Experiment
+    experiment: Experiment
     environment: dict[str, Any]
 
     def load(self, step: int | str | None = None) -> tuple[nnx.Module, int]:
@@ -72,7 +73,7 @@ def open_run(run_dir: epath.PathLike) -> Run:
     except json.JSONDecodeError:
         found = {}  # it informs; the run does not need it
     try:
-        experiment = configs.from_json(path.read_text(), str(path))
+        experiment = experiments.from_json(path.read_text(), str(path))
     except UnknownName as error:
         sources = sorted((directory / "source").glob("*.py")) if (directory / "source").exists() else []
         if not sources:
@@ -86,7 +87,7 @@ def open_run(run_dir: epath.PathLike) -> Run:
 
 def prepare(
     run_dir: epath.PathLike,
-    experiment: configs.Experiment,
+    experiment: Experiment,
     steps_done: int = 0,
     source: epath.PathLike | None = None,
 ) -> Run:
@@ -112,7 +113,7 @@ def prepare(
         multihost_utils.sync_global_devices("engrax: the run folder was read")
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / "config.json", configs.to_json(experiment))
+        write_atomically(directory / "config.json", experiments.to_json(experiment))
         if experiment.init_from is not None and not (directory / "pretrained").exists():
             imported.describe_source(experiment.init_from, directory / "pretrained")
         if experiment.start_from is not None and not (directory / "pretrained").exists():
@@ -123,10 +124,10 @@ def prepare(
     return Run(directory, experiment, environment)
 
 
-def refuse_differences(old: configs.Experiment, new: configs.Experiment, steps_done: int, directory: Any) -> None:
+def refuse_differences(old: Experiment, new: Experiment, steps_done: int, directory: Any) -> None:
     """Raises UserError where two experiments differ in more than run-time fields."""
-    names = configs.differences(configs.to_dict(old), configs.to_dict(new))
-    names = [n for n in names if n.split(".")[0] not in configs.RUN_TIME_FIELDS]
+    names = experiments.differences(experiments.to_dict(old), experiments.to_dict(new))
+    names = [n for n in names if n.split(".")[0] not in experiments.RUN_TIME_FIELDS]
     if "steps" in names and steps_may_change(new.optimizer, old.steps, new.steps, steps_done):
         names.remove("steps")
     if names:
@@ -138,7 +139,7 @@ def refuse_differences(old: configs.Experiment, new: configs.Experiment, steps_d
         )
 
 
-def describe_environment(experiment: configs.Experiment) -> dict[str, Any]:
+def describe_environment(experiment: Experiment) -> dict[str, Any]:
     """Versions, device, commit and the digest of the data."""
     device = jax.devices()[0]
     return {
@@ -155,7 +156,7 @@ def describe_environment(experiment: configs.Experiment) -> dict[str, Any]:
     }
 
 
-def _copy_sources(directory: epath.Path, experiment: configs.Experiment, source: epath.PathLike | None) -> None:
+def _copy_sources(directory: epath.Path, experiment: Experiment, source: epath.PathLike | None) -> None:
     """Copies the user's config file, and the files of all configs that are not engrax's own, into RUN/source."""
     files = {epath.Path(source)} if source else set()
     for config in nested_configs(experiment):

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from engrax.errors import UserError
-from engrax.train.config import ParallelConfig
+from engrax.train.experiment import ParallelConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH = ("data", "fsdp")  # the mesh axes that split the batch

@@ -16,12 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from engrax.errors import UserError
 from engrax.models import imported
-from engrax.models.layout import LayoutConfig
+from engrax.models.block_style import BlockStyleConfig
 from engrax.models.segment_config import SegmentRecurrentConfig
-from engrax.train import optimizer, runs, sharding
-from engrax.train import step as steps
+from engrax.train import optimizer, runs, sharding, train_step
 from engrax.train.checkpoint import flatten, unflatten
-from engrax.train.config import Experiment
+from engrax.train.experiment import Experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +65,14 @@ class Trainer:
 
     def _fresh_memory(self, params: Any, rows: int) -> Any:
         """The model's memory before the first batch, in the compute dtype."""
-        dtype = steps.resolve_dtype(self.experiment.compute_dtype)
-        memory = nnx.merge(self.graphdef, steps.cast(params, dtype)).init_memory(rows)
+        dtype = train_step.resolve_dtype(self.experiment.compute_dtype)
+        memory = nnx.merge(self.graphdef, train_step.cast(params, dtype)).init_memory(rows)
         return jax.tree.map(jnp.asarray, memory)
 
     @cached_property
     def state_shardings(self) -> dict[str, Any]:
         """NamedShardings of {"params", "opt_state", "step"}."""
-        return sharding.named({k: self.specs[k] for k in steps.STATE if k in self.specs}, self.mesh)
+        return sharding.named({k: self.specs[k] for k in train_step.STATE if k in self.specs}, self.mesh)
 
     def _fresh_state(self) -> dict[str, Any]:
         model = self.experiment.model.build(rngs=nnx.Rngs(self.experiment.seed))
@@ -126,32 +125,36 @@ class Trainer:
     @cached_property
     def train_step(self) -> Callable:
         """step(state, batch) -> (state, {"loss", "grad_norm"}), donating the state."""
-        make = steps.carried_loss_sum if self.experiment.carry_memory else steps.loss_sum
-        loss = make(self.graphdef, steps.resolve_dtype(self.experiment.compute_dtype))
-        strategy = steps.STRATEGIES[self.experiment.parallel.strategy]
+        make = train_step.carried_loss_sum if self.experiment.carry_memory else train_step.loss_sum
+        loss = make(self.graphdef, train_step.resolve_dtype(self.experiment.compute_dtype))
+        strategy = train_step.STRATEGIES[self.experiment.parallel.strategy]
         return strategy(self.experiment, loss, self.tx, self.mesh, self.specs)
 
     @cached_property
     def eval_step(self) -> Callable:
         """eval(params, batch) -> (sum of losses in nats, labelled tokens, rightly predicted tokens)."""
-        dtype = steps.resolve_dtype(self.experiment.compute_dtype)
+        dtype = train_step.resolve_dtype(self.experiment.compute_dtype)
 
         def evaluate(params, batch):
-            model = nnx.merge(self.graphdef, steps.cast(params, dtype))
+            model = nnx.merge(self.graphdef, train_step.cast(params, dtype))
             hidden, _ = model(batch["tokens"], segment_ids=batch["segment_ids"])
             logits, targets = model.logits(hidden), batch["targets"]
             right = jnp.sum((targets >= 0) & (jnp.argmax(logits, axis=-1) == targets))
-            return jnp.sum(steps.token_losses(logits, targets)), steps.labelled(batch), right.astype(jnp.float32)
+            return (
+                jnp.sum(train_step.token_losses(logits, targets)),
+                train_step.labelled(batch),
+                right.astype(jnp.float32),
+            )
 
         return jax.jit(evaluate, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
     @cached_property
     def report_step(self) -> Callable:
         """report(params, batch) -> {"titans.lr_mean": [repeat], ...}: the mixers' diagnostics, {} if none has any."""
-        dtype = steps.resolve_dtype(self.experiment.compute_dtype)
+        dtype = train_step.resolve_dtype(self.experiment.compute_dtype)
 
         def report(params, batch):
-            model = nnx.merge(self.graphdef, steps.cast(params, dtype))
+            model = nnx.merge(self.graphdef, train_step.cast(params, dtype))
             return model.report(batch["tokens"], segment_ids=batch["segment_ids"]) if hasattr(model, "report") else {}
 
         return jax.jit(report, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
@@ -235,7 +238,7 @@ def _check_carried(experiment: Experiment) -> None:
             "choose a text data set, or train without it."
         )
     for part in runs.nested_configs(experiment.model, skip=SegmentRecurrentConfig):  # these read segment by segment
-        if isinstance(part, LayoutConfig) and part.positions:
+        if isinstance(part, BlockStyleConfig) and part.positions:
             raise UserError(
                 f"carry_memory: a carried row goes on for ever, and the model has layout.positions={part.positions} "
                 "learned positions; choose layout.positions=0 and mixers with a window."

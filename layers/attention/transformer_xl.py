@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from engrax.errors import UserError
 from engrax.layers.common.modules import projection
-from engrax.layers.common.segment_blocks import Places, place_tokens
+from engrax.layers.common.segment_blocks import BlockIndex, block_index
 from engrax.layers.common.segments import last_segment_after, select_rows
 from engrax.layers.mixer import MIXERS, MixerConfig
 
@@ -124,8 +124,8 @@ class TransformerXL(nnx.Module):
         if segment_ids is None:
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
         x_BTD = jnp.where((segment_ids >= 0)[..., None], x_BTD, 0)  # padding may hold anything, NaN included
-        places = place_tokens(state.place, T, self.config.segment_length)
-        blocks = (places.blocks, places.lay_out(x_BTD), places.lay_out(segment_ids))
+        places = block_index(state.place, T, self.config.segment_length)
+        blocks = (places.blocks, places.to_blocks(x_BTD), places.to_blocks(segment_ids))
 
         def body(carry, block):
             return self._block(carry, *block)
@@ -134,9 +134,9 @@ class TransformerXL(nnx.Module):
         before, segment, memory = carry
         place = (jnp.asarray(state.place) + T) % self.config.segment_length
         last = last_segment_after(state.last_segment, segment_ids)
-        return places.take_back(y), TransformerXLState(before, segment, memory, place.astype(jnp.int32), last)
+        return places.from_blocks(y), TransformerXLState(before, segment, memory, place.astype(jnp.int32), last)
 
-    def _block(self, carry, places: Places, x, ids):
+    def _block(self, carry, places: BlockIndex, x, ids):
         """One segment, or a token of it: returns the carry and the mixed tokens [B, S, D]."""
         before, segment, memory = carry
         begins = places.count * (places.first == 0) > 0

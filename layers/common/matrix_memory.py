@@ -192,12 +192,12 @@ class MatrixMemory(nnx.Module):
         """The gates (g, beta) from what `gate_projections` give."""
         return {}
 
-    def attend(self, q, k, v, terms, state: Any, segment_ids) -> tuple[Array, tuple[Array, ...]]:
+    def apply_operation(self, q, k, v, terms, state: Any, segment_ids) -> tuple[Array, tuple[Array, ...]]:
         """The passes of the operation on `state.memory`: (reads [B, T, HV, V], the memory after the last token)."""
-        out, memory = self.run(q, k, v, terms, state.memory[0], segment_ids)
+        out, memory = self.apply_once(q, k, v, terms, state.memory[0], segment_ids)
         return out, (memory,)
 
-    def run(self, q, k, v, terms, memory, segment_ids) -> tuple[Array, Array]:
+    def apply_once(self, q, k, v, terms, memory, segment_ids) -> tuple[Array, Array]:
         """One pass of the operation: (reads [B, T, HV, V], the matrices after the last token)."""
         c = self.config
         op = gated_delta_rule if c.rule is delta_cost else linear_attention
@@ -234,9 +234,9 @@ class MatrixMemory(nnx.Module):
         q, k, v, tail = self._project(x_BTD, state.tail, segment_ids)
         place_BT, place = None, None
         if self.counts_tokens:
-            place_BT, place = places(state.place, state.last_segment, segment_ids, T)
+            place_BT, place = positions_in_segment(state.place, state.last_segment, segment_ids, T)
         q, k, v, terms = self.tokens(x_BTD, q, k, v, place_BT)
-        read, memory = self.attend(q, k, v, terms, state, segment_ids)
+        read, memory = self.apply_operation(q, k, v, terms, state, segment_ids)
         if segment_ids is not None:
             read = jnp.where((segment_ids >= 0)[..., None, None], read, 0)
         return read, MatrixMemoryState(memory, tail, place, last), terms
@@ -252,7 +252,7 @@ class MatrixMemory(nnx.Module):
         return *(y.reshape(*x_BTD.shape[:2], h, -1) for y, h in zip(parts, heads)), tail
 
 
-def places(
+def positions_in_segment(
     seen: Int[Array, " B"], last_segment: Int[Array, " B"], segment_ids: Int[Array, "B T"] | None, length: int
 ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
     """Each token's place in its segment, from 0, and how many tokens the row's last segment has after the call.

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from engrax.layers.common.conv import ShortConv
 
 
-class Places(NamedTuple):
+class BlockIndex(NamedTuple):
     """Where the tokens of one block stand (all blocks of a call have a leading axis N)."""
 
     holds: Bool[Array, "*N B S"]  # the slot holds a token
@@ -35,15 +35,15 @@ class Places(NamedTuple):
         return jax.tree.map(one, old, new)
 
 
-class Layout(NamedTuple):
+class BlockLayout(NamedTuple):
     """The blocks of a call and which token is in which slot."""
 
-    blocks: Places  # leading axis N
+    blocks: BlockIndex  # leading axis N
     length: int  # tokens of every row
     token: Int[Array, "N B S"] | None  # None: rows are plainly cut into blocks
     index: Int[Array, "B T"] | None  # of every token among the N * S slots of its row; None likewise
 
-    def lay_out(self, x: Shaped[Array, "B T *D"]) -> Shaped[Array, "N B S *D"]:
+    def to_blocks(self, x: Shaped[Array, "B T *D"]) -> Shaped[Array, "N B S *D"]:
         """Returns the slots; holes hold zeros or copies of other tokens."""
         if self.token is not None:
             return x[jnp.arange(len(x))[:, None], self.token]
@@ -51,14 +51,14 @@ class Layout(NamedTuple):
         x = jnp.pad(x, [(0, 0), (0, blocks * slots - self.length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(len(x), blocks, slots, *x.shape[2:]), 1, 0)
 
-    def take_back(self, x: Shaped[Array, "N B S *D"]) -> Shaped[Array, "B T *D"]:
+    def from_blocks(self, x: Shaped[Array, "N B S *D"]) -> Shaped[Array, "B T *D"]:
         """Returns the tokens in their order."""
         x = jnp.moveaxis(x, 0, 1)
         x = x.reshape(x.shape[0], -1, *x.shape[3:])
         return x[:, : self.length] if self.index is None else x[jnp.arange(len(x))[:, None], self.index]
 
 
-def place_tokens(place: Int[Array | np.ndarray, " B"], length: int, size: int) -> Layout:
+def block_index(place: Int[Array | np.ndarray, " B"], length: int, size: int) -> BlockLayout:
     """Lays out `length` tokens of rows whose first token stands at `place`.
 
     A NumPy array of zeros is known when a program is traced and saves a block.
@@ -67,22 +67,22 @@ def place_tokens(place: Int[Array | np.ndarray, " B"], length: int, size: int) -
     place, t = jnp.asarray(place, jnp.int32), jnp.arange(length)
     if length == 1:
         one = jnp.ones((1, len(place), 1), jnp.int32)
-        blocks = Places(one > 0, place[None, :, None], 0 * one[..., 0], place[None], one[..., 0])
-        return Layout(blocks, 1, None, None)
+        blocks = BlockIndex(one > 0, place[None, :, None], 0 * one[..., 0], place[None], one[..., 0])
+        return BlockLayout(blocks, 1, None, None)
     count = -(-length // size) if aligned else 1 + -(-(length - 1) // size)
     n, s = jnp.arange(count)[:, None, None], jnp.arange(size)
     token = n * size + s - place[:, None]
     holds = (token >= 0) & (token < length)
     first = jnp.where(n[..., 0] == 0, place, 0)
     where = jnp.broadcast_to(s, holds.shape)
-    blocks = Places(holds, where, first, first, jnp.sum(holds, axis=-1, dtype=jnp.int32))
+    blocks = BlockIndex(holds, where, first, first, jnp.sum(holds, axis=-1, dtype=jnp.int32))
     if aligned:
-        return Layout(blocks, length, None, None)
-    return Layout(blocks, length, jnp.clip(token, 0, length - 1), place[:, None] + t)
+        return BlockLayout(blocks, length, None, None)
+    return BlockLayout(blocks, length, jnp.clip(token, 0, length - 1), place[:, None] + t)
 
 
-def conv_at_places(
-    conv: ShortConv, x: Float[Array, "B S N"], tail: Float[Array, "B W N"], places: Places, ids: Int[Array, "B S"]
+def conv_in_block(
+    conv: ShortConv, x: Float[Array, "B S N"], tail: Float[Array, "B W N"], places: BlockIndex, ids: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S N"], Float[Array, "B W N"]]:
     """A short convolution over the tokens of one block, holes left out: (what it gives, the new tail).
 

@@ -3,7 +3,7 @@
     q = norm(R) W_q,  k = norm(Y) W_k,  v = norm(Y') W_v
     q <- sep(beta sim(q, k)) k   (steps - 1 times),   Z = sep(beta sim(q, k)) v W_o
 
-Every normalisation and projection can be left out; `HopfieldSettings.raw` leaves out all of them, and what remains is
+Every normalisation and projection can be left out; `AssociationConfig.raw` leaves out all of them, and what remains is
 the associative memory itself. `Hopfield` takes sets; the mixers of hopfield_mixer, hopfield_pooling and hopfield_layer
 are made of it.
 """
@@ -27,7 +27,7 @@ Norm = Literal["none", "rms", "layer"]
 
 
 @dataclasses.dataclass(frozen=True)
-class HopfieldSettings(MixerConfig):
+class AssociationConfig(MixerConfig):
     """Settings that everything with a Hopfield association has."""
 
     heads: int = 4
@@ -106,7 +106,7 @@ class HopfieldSettings(MixerConfig):
         return {name: getattr(self, name) for name in names}
 
     @classmethod
-    def raw(cls, width: int, *, heads: int = 1, **changes) -> "HopfieldSettings":
+    def raw(cls, width: int, *, heads: int = 1, **changes) -> "AssociationConfig":
         """An associative memory for patterns of `width`, with no projection and no normalisation; no parameters."""
         off = dict.fromkeys(("state_norm", "stored_norm", "value_norm"), "none") | {"values": "plain", "beta": 1.0}
         off |= dict.fromkeys(("project_state", "project_stored", "project_output"), False)
@@ -136,7 +136,7 @@ class Hopfield(nnx.Module):
 
     def __init__(
         self,
-        settings: HopfieldSettings,
+        settings: AssociationConfig,
         dim: int,
         *,
         stored_dim: int | None = None,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from engrax.errors import UserError
 from engrax.layers.common.segments import last_segment_after
-from engrax.layers.hopfield.association import Hopfield, HopfieldSettings, Norm
+from engrax.layers.hopfield.association import AssociationConfig, Hopfield, Norm
 from engrax.layers.mixer import MIXERS
 
 
@@ -27,7 +27,7 @@ class LookupState(NamedTuple):
 
 @MIXERS.register("hopfield_layer")
 @dataclasses.dataclass(frozen=True)
-class HopfieldLayerConfig(HopfieldSettings):
+class HopfieldLayerConfig(AssociationConfig):
     """Settings of the lookup; the settings of stored patterns' and values' projections do not count here."""
 
     state_norm: Norm = "none"

@@ -14,13 +14,13 @@ from jaxtyping import Array, Float, Int
 
 from engrax.errors import UserError
 from engrax.layers.attention.attention import Attention, AttentionState, in_blocks, out_of_blocks
-from engrax.layers.hopfield.association import Hopfield, HopfieldSettings, Norm
+from engrax.layers.hopfield.association import AssociationConfig, Hopfield, Norm
 from engrax.layers.mixer import MIXERS
 
 
 @MIXERS.register("hopfield")
 @dataclasses.dataclass(frozen=True)
-class HopfieldConfig(HopfieldSettings):
+class HopfieldConfig(AssociationConfig):
     """Settings of the causal Hopfield mixer. Blocks hand normalised tokens to a mixer: it normalises no more itself."""
 
     state_norm: Norm = "none"

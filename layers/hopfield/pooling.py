@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from engrax.errors import UserError
 from engrax.layers.common.modules import projection
 from engrax.layers.common.segments import last_segment_after, select_rows, starts_anew
-from engrax.layers.hopfield.association import Hopfield, HopfieldSettings, Norm
+from engrax.layers.hopfield.association import AssociationConfig, Hopfield, Norm
 from engrax.layers.mixer import MIXERS
 from engrax.pallas_kernels import linear_attention
 from engrax.pallas_kernels.linear_attention import cost
@@ -34,7 +34,7 @@ class HopfieldPooling(nnx.Module):
 
     def __init__(
         self,
-        settings: HopfieldSettings,
+        settings: AssociationConfig,
         dim: int,
         *,
         queries: int = 1,
@@ -77,7 +77,7 @@ class PoolingState(NamedTuple):
 
 @MIXERS.register("hopfield_pooling")
 @dataclasses.dataclass(frozen=True)
-class HopfieldPoolingConfig(HopfieldSettings):
+class HopfieldPoolingConfig(AssociationConfig):
     """Settings of running pooling; the settings of the states' projection do not count here."""
 
     stored_norm: Norm = "none"
@@ -211,6 +211,6 @@ def _running_maximum(
     return jnp.minimum(highest[:, :-1], highest[:, 1:]), highest[:, 1:]
 
 
-def _learned_states(c: HopfieldSettings, queries: int, rngs: nnx.Rngs) -> nnx.Param:
+def _learned_states(c: AssociationConfig, queries: int, rngs: nnx.Rngs) -> nnx.Param:
     draw = jax.random.normal(rngs.params(), (queries, c.heads, c.head_dim))
     return nnx.Param(draw, axes=("queries", "heads", "kv"))

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from engrax.layers.common.matrix_memory import Matrix, MatrixMemory, MatrixMemoryConfig
-from engrax.layers.linear.linear_attention import normalised_attend
+from engrax.layers.linear.linear_attention import normalised_operation
 from engrax.layers.mixer import MIXERS
 
 
@@ -66,5 +66,5 @@ class Based(MatrixMemory):
         q, k, v = (self.short_activation(y) for y in (q_BTHK, k_BTHK, v_BTHV))
         return taylor_features(q), taylor_features(k), v, {}
 
-    def attend(self, q, k, v, terms, state, segment_ids):
-        return normalised_attend(super().attend, q, k, v, terms, state, segment_ids)
+    def apply_operation(self, q, k, v, terms, state, segment_ids):
+        return normalised_operation(super().apply_operation, q, k, v, terms, state, segment_ids)

@@ -71,13 +71,13 @@ class GSA(MatrixMemory):
         g = jax.nn.log_sigmoid(logits) / self.config.gate_temperature
         return q, k, v, {"g": g.reshape(*x_BTD.shape[:2], self.config.heads, -1)}
 
-    def attend(self, q, k, v, terms, state, segment_ids):
+    def apply_operation(self, q, k, v, terms, state, segment_ids):
         B, T, H, _ = q.shape
         g_BTHM = terms["g"]
         write_BTHM = -jnp.expm1(g_BTHM).astype(v.dtype)
         slot_heads = (B, T, H * self.config.slots)
         per_slot = {"g": g_BTHM.reshape(slot_heads), "scale": 1.0}
-        logits, keys = self.run(q, k, write_BTHM.reshape(*slot_heads, 1), per_slot, state.memory[0], segment_ids)
+        logits, keys = self.apply_once(q, k, write_BTHM.reshape(*slot_heads, 1), per_slot, state.memory[0], segment_ids)
         weights = jax.nn.softmax(logits.reshape(g_BTHM.shape).astype(g_BTHM.dtype), axis=-1).astype(v.dtype)
-        out, values = self.run(weights, write_BTHM, v, {"g": g_BTHM, "scale": 1.0}, state.memory[1], segment_ids)
+        out, values = self.apply_once(weights, write_BTHM, v, {"g": g_BTHM, "scale": 1.0}, state.memory[1], segment_ids)
         return jax.nn.silu(out), (keys, values)

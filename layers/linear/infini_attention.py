@@ -84,7 +84,7 @@ class InfiniAttention(MatrixMemory):
         q, k, v = (self.short_activation(y) for y in (q_BTHK, k_BTHK, v_BTHV))
         return q, k, v, {"place": place_BT}
 
-    def attend(self, q, k, v, terms, state, segment_ids):
+    def apply_operation(self, q, k, v, terms, state, segment_ids):
         N, place = self.config.block, terms["place"]
         matrix, *caches = state.memory
         k, v = (jnp.concatenate([old.astype(y.dtype), y], axis=1) for old, y in zip(caches, (k, v)))
@@ -124,7 +124,7 @@ class InfiniAttention(MatrixMemory):
 
         ids = spread(segment, reads) + spread(segment, writes)  # the one is 0 where the other stands
         rows = (spread(query, reads), spread(key, writes), spread(with_ones(v), writes))
-        read, matrix = self.run(*rows, {"scale": 1.0}, matrix, ids)
+        read, matrix = self.apply_once(*rows, {"scale": 1.0}, matrix, ids)
         at = reads[:, E - T :, None, None]
         return divided(jnp.take_along_axis(read, at, axis=1)), matrix
 

@@ -76,15 +76,15 @@ class LinearAttention(MatrixMemory):
         phi = FEATURE_MAPS[self.config.feature_map]
         return phi(q), phi(k), v
 
-    def attend(self, q, k, v, terms, state, segment_ids):
+    def apply_operation(self, q, k, v, terms, state, segment_ids):
         if not self.config.normalise:
-            return super().attend(q, k, v, terms, state, segment_ids)
-        return normalised_attend(super().attend, q, k, v, terms, state, segment_ids)
+            return super().apply_operation(q, k, v, terms, state, segment_ids)
+        return normalised_operation(super().apply_operation, q, k, v, terms, state, segment_ids)
 
 
-def normalised_attend(attend, q, k, v, terms, state, segment_ids):
-    """Runs a mixer's `attend` so that every read is divided by the sum of its scores."""
-    out, memory = attend(q, k, with_ones(v), terms | {"scale": 1.0}, state, segment_ids)
+def normalised_operation(apply_operation, q, k, v, terms, state, segment_ids):
+    """Runs a mixer's `apply_operation` so that every read is divided by the sum of its scores."""
+    out, memory = apply_operation(q, k, with_ones(v), terms | {"scale": 1.0}, state, segment_ids)
     return divided(out), memory
 
 

@@ -55,10 +55,10 @@ class Mamba2(MatrixMemory):
         g_BTH1, step_BTH1 = self.decay(x_BTD, self.wide_dtype())
         return q, k, (step_BTH1 * u).astype(u.dtype), {"g": g_BTH1[..., 0], "scale": 1.0, "unscaled": u}
 
-    def attend(self, q, k, v, terms, state, segment_ids):
+    def apply_operation(self, q, k, v, terms, state, segment_ids):
         terms = dict(terms)
         u = terms.pop("unscaled")
-        out, memory = super().attend(q, k, v, terms, state, segment_ids)
+        out, memory = super().apply_operation(q, k, v, terms, state, segment_ids)
         return out + self.skip[...][:, None] * u, memory
 
     def project_read(self, x_BTD, read_BTHV):

@@ -78,16 +78,16 @@ class PrefixLinearAttention(Based):
         keys = jnp.where(inside[..., None, None], taylor_features(keys.reshape(k_BTHK.shape)), 0)
         return q, k, v, terms | {"prefix": (keys, values.reshape(v.shape))}
 
-    def attend(self, q, k, v, terms, state, segment_ids):
+    def apply_operation(self, q, k, v, terms, state, segment_ids):
         keys, values = terms["prefix"]
         v, values = with_ones(v), with_ones(values)
         once = {"scale": 1.0}
         both = (jnp.concatenate(pair, axis=2) for pair in ((q, q), (k, keys), (v, values)))
-        read, memory = self.run(*both, once, state.memory[0], segment_ids)
+        read, memory = self.apply_once(*both, once, state.memory[0], segment_ids)
         read = sum(jnp.split(read, 2, axis=2))
         # What of the prefix comes after a token is what a pass backwards reads, less the token's own.
         backwards = (jnp.flip(y, axis=1) for y in (q, keys, values))
-        after, _ = self.run(*backwards, once, jnp.zeros_like(memory[:, : v.shape[2]]), _reversed(segment_ids))
+        after, _ = self.apply_once(*backwards, once, jnp.zeros_like(memory[:, : v.shape[2]]), _reversed(segment_ids))
         own = jnp.repeat(jnp.sum(q * keys, axis=-1, keepdims=True), v.shape[2] // q.shape[2], axis=2) * values
         return divided(read + jnp.flip(after, axis=1) - own), (memory,)
 

@@ -15,7 +15,7 @@ from flax import nnx
 from engrax.errors import UserError
 from engrax.layers.common.matrix_memory import Matrix, MatrixMemory, MatrixMemoryConfig
 from engrax.layers.linear.based import products
-from engrax.layers.linear.linear_attention import normalised_attend
+from engrax.layers.linear.linear_attention import normalised_operation
 from engrax.layers.mixer import MIXERS
 
 
@@ -64,5 +64,5 @@ class ReBased(MatrixMemory):
         scale = self.config.head_dim**-0.5
         return products(self.q_norm(q) * scale), products(self.k_norm(k)), v, {}
 
-    def attend(self, q, k, v, terms, state, segment_ids):
-        return normalised_attend(super().attend, q, k, v, terms, state, segment_ids)
+    def apply_operation(self, q, k, v, terms, state, segment_ids):
+        return normalised_operation(super().apply_operation, q, k, v, terms, state, segment_ids)

@@ -36,18 +36,18 @@ from engrax.layers.delta.gated_deltanet import GatedDeltaNetConfig
 from engrax.layers.mixer import MIXERS, MixerConfig
 from engrax.layers.routed.routing import (
     Choice,
-    Runs,
+    RoutedLayout,
     balance_loss,
-    by_memory,
     choose,
-    collect,
+    combine,
+    dispatch,
+    grouped_matmul,
     lay_out,
     loads,
-    move,
-    spread,
+    relayout,
     z_loss,
 )
-from engrax.pallas_kernels.common.partition import over_mesh
+from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
 from engrax.pallas_kernels.common.segments import mask_tokens
 
 
@@ -66,7 +66,7 @@ class Call(NamedTuple):
     state: MoMState
     choice: Choice
     terms: dict[str, Any]  # of the operation, in runs
-    runs: Runs
+    runs: RoutedLayout
 
 
 @MIXERS.register("mom")
@@ -229,10 +229,10 @@ class MoM(nnx.Module):
         packed = {"num_segments": self.config.states}
         if segment_ids is not None:
             packed["g"] = _forgetting(terms.get("g"), runs.begins, v)
-        read, memory = self.base.attend(q, k, v, terms | packed, state, runs.memory)
+        read, memory = self.base.apply_operation(q, k, v, terms | packed, state, runs.memory)
         if segment_ids is not None:
             memory, tail = _of_last_document(runs, first, last, memory, tail)
-        copies = collect(read.reshape(*read.shape[:2], -1), runs.places).reshape(*weight.shape, *read.shape[2:])
+        copies = combine(read.reshape(*read.shape[:2], -1), runs.places).reshape(*weight.shape, *read.shape[2:])
         mixed = jnp.einsum("BTJ,BTJHV->BTHV", weight.astype(read.dtype), copies)
         return Call(mixed, MoMState(memory, tail.astype(state.tail.dtype), last), choice, terms, runs)
 
@@ -244,10 +244,10 @@ class MoM(nnx.Module):
         memory = jnp.pad(choice.memory, at_end, constant_values=self.config.memories)
         return memory, jnp.pad(choice.weight, at_end, constant_values=1)
 
-    def _project(self, x_BTD, tail, runs: Runs):
+    def _project(self, x_BTD, tail, runs: RoutedLayout):
         """q, k and v of all copies in their runs, convolved where the base says so, and every memory's new tail."""
         base = self.config.base
-        q, kv = spread(self.query(x_BTD), runs.places), self._written(self.key_value, x_BTD, runs)
+        q, kv = dispatch(self.query(x_BTD), runs.places), self._written(self.key_value, x_BTD, runs)
         mixed, lead = jnp.concatenate([q, kv], axis=-1), base.conv_width - 1
         B, L, C = mixed.shape
         new = jnp.zeros((B, self.config.states, lead, C), mixed.dtype)
@@ -264,22 +264,22 @@ class MoM(nnx.Module):
         q, k, v = (y.reshape(B, L, h, -1) for y, h in zip(parts, heads))
         return *self.base.features(q, k, v), new
 
-    def _gate_logits(self, x_BTD, runs: Runs) -> dict[str, Array]:
+    def _gate_logits(self, x_BTD, runs: RoutedLayout) -> dict[str, Array]:
         return {name: self._written(p, x_BTD, runs) for name, p in self.base.gate_projections().items()}
 
-    def _written(self, project, x_BTD, runs: Runs) -> Float[Array, "B L E"]:
+    def _written(self, project, x_BTD, runs: RoutedLayout) -> Float[Array, "B L E"]:
         """A projection of all copies in their runs: by each memory's own weights, or of the tokens."""
         if not self.config.own_projections:
-            return spread(project(x_BTD), runs.places)
+            return dispatch(project(x_BTD), runs.places)
         B, M = runs.block_owner.shape
-        y = spread(x_BTD, runs.blocks).reshape(B, M, -1, x_BTD.shape[-1])
-        multiply = over_mesh(
-            by_memory, ("BMCD", None, "BM"), "BMCE", uneven="whole"
+        y = dispatch(x_BTD, runs.blocks).reshape(B, M, -1, x_BTD.shape[-1])
+        multiply = shard_over_batch_and_heads(
+            grouped_matmul, ("BMCD", None, "BM"), "BMCE", uneven="whole"
         )  # block after block, but each device its own rows
         for linear in _linears(project):
             kernels = linear.kernel[...]
             y = multiply(y.astype(jnp.promote_types(y.dtype, kernels.dtype)), kernels, runs.block_owner)
-        return move(y.reshape(B, -1, y.shape[-1]), runs.blocks, runs.places)
+        return relayout(y.reshape(B, -1, y.shape[-1]), runs.blocks, runs.places)
 
 
 def _real(x_BTD, segment_ids):
@@ -303,7 +303,7 @@ def _forgetting(g, begins_BL, v_BLHV):
     return jnp.where(begins_BL.reshape(begins_BL.shape + (1,) * (g.ndim - 2)), -jnp.inf, g)
 
 
-def _of_last_document(runs: Runs, first_B, last_B, memory, tail_BNWC):
+def _of_last_document(runs: RoutedLayout, first_B, last_B, memory, tail_BNWC):
     """Memories and tails, zero where they are not of the row's last document."""
     at = jax.vmap(lambda row, i: row[i])
     untouched = first_B < 0  # the row is all padding

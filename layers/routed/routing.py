@@ -63,7 +63,7 @@ class Places(NamedTuple):
     copy: Int[Array, "B L"]  # in every place; TJ where there is none
 
 
-class Runs(NamedTuple):
+class RoutedLayout(NamedTuple):
     """Every memory's copies without a gap, memory after memory, each run behind `lead` free places (for what came
     before the call), and the same copies in blocks, of one memory each.
     """
@@ -91,7 +91,7 @@ class Runs(NamedTuple):
 
 def lay_out(
     memory: Int[Array, "B T J"], document: Int[Array, "B T"], first: Int[Array, " B"], *, memories: int, lead: int
-) -> Runs:
+) -> RoutedLayout:
     """Lays out the copies of tokens. document: -1 = padding, which is left out; first: the row's first document."""
     B, T, J = memory.shape
     real = document >= 0
@@ -114,7 +114,7 @@ def lay_out(
     alike = owner == _before(owner, -1)
     begins = holds & (document != jnp.where(alike, _before(document, -1), first[:, None]))
     block_owner = jnp.minimum(_owner(block_end, most), memories - 1)
-    return Runs(places, owner, begins, document, end - count, end, blocks, block_owner)
+    return RoutedLayout(places, owner, begins, document, end - count, end, blocks, block_owner)
 
 
 def _place(memory, rank, start, real, length) -> Places:
@@ -140,19 +140,19 @@ def _before(x: Int[Array, "B L"], first: int) -> Int[Array, "B L"]:
 # Moving tokens between layouts. Every move is a gather, and so is its derivative: nothing scatters.
 
 
-def spread(x: Shaped[Array, "B T F"], places: Places) -> Shaped[Array, "B L F"]:
+def dispatch(x: Shaped[Array, "B T F"], places: Places) -> Shaped[Array, "B L F"]:
     """Puts every token where its copies are; free places hold zeros."""
     B, T, _ = x.shape
     copies = places.place.reshape(B, T, -1)
     return _gather(x, places.copy // copies.shape[2], copies)
 
 
-def collect(y: Shaped[Array, "B L F"], places: Places) -> Shaped[Array, "B TJ F"]:
+def combine(y: Shaped[Array, "B L F"], places: Places) -> Shaped[Array, "B TJ F"]:
     """Returns what the places of all copies hold; zeros for padding."""
     return _gather(y, places.place, places.copy[..., None])
 
 
-def move(y: Shaped[Array, "B L F"], source: Places, target: Places) -> Shaped[Array, "B L2 F"]:
+def relayout(y: Shaped[Array, "B L F"], source: Places, target: Places) -> Shaped[Array, "B L2 F"]:
     """Takes copies from one layout to another."""
     return _gather(y, _take(source.place, target.copy, -1), _take(target.place, source.copy, -1)[..., None])
 
@@ -179,7 +179,7 @@ def _take(x, index, fill):
 
 
 @jax.custom_vjp
-def by_memory(
+def grouped_matmul(
     x: Float[Array, "B M C D"], kernels: Float[Array, "N D E"], owner: Int[Array, "B M"]
 ) -> Float[Array, "B M C E"]:
     """x kernels[owner]: every block times its memory's weights, block after block.
@@ -206,7 +206,9 @@ def _by_memory_bwd(saved, bar):
     return x_bar.reshape(x.shape).astype(x.dtype), kernels_bar.astype(kernels.dtype), None
 
 
-by_memory.defvjp(lambda x, kernels, owner: (by_memory(x, kernels, owner), (x, kernels, owner)), _by_memory_bwd)
+grouped_matmul.defvjp(
+    lambda x, kernels, owner: (grouped_matmul(x, kernels, owner), (x, kernels, owner)), _by_memory_bwd
+)
 
 
 def _of(kernels, n):

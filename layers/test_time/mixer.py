@@ -19,11 +19,11 @@ from jaxtyping import Array
 from engrax.errors import UserError
 from engrax.layers.mixer import MIXERS, MixerConfig
 from engrax.layers.test_time import engine
+from engrax.layers.test_time.base import TestTimeMixerBase, default_lr_bound, logit
 from engrax.layers.test_time.coefficients import Gates
 from engrax.layers.test_time.features import feature_count, polynomial_features
 from engrax.layers.test_time.losses import LOSSES
 from engrax.layers.test_time.retention import RETENTIONS
-from engrax.layers.test_time.shell import MemoryShell, default_lr_bound, logit
 from engrax.layers.test_time.structures import KINDS, Structure, initial_matrices
 from engrax.pallas_kernels.common.segments import segment_starts
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS
@@ -229,7 +229,7 @@ class MemoryConfig(MixerConfig):
         return project + self.heads * memory
 
 
-class TestTimeMemory(MemoryShell):
+class TestTimeMemory(TestTimeMixerBase):
     """The module of MemoryConfig: x [B, T, D] -> y [B, T, D], ShellState."""
 
     __test__ = False  # no test, whatever its name says

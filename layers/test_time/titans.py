@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 
 from engrax.errors import UserError
 from engrax.layers.mixer import MIXERS, MixerConfig
-from engrax.layers.test_time.shell import MemoryShell, ShellState, default_lr_bound, logit
+from engrax.layers.test_time.base import ShellState, TestTimeMixerBase, default_lr_bound, logit
 from engrax.pallas_kernels import NeuralMemoryState, neural_memory
 from engrax.pallas_kernels.neural_memory import cost
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS
@@ -121,7 +121,7 @@ class TitansConfig(MixerConfig):
         return project + memory.forward / seq_len
 
 
-class Titans(MemoryShell):
+class Titans(TestTimeMixerBase):
     """The module of TitansConfig: x [B, T, D] -> y [B, T, D], ShellState with a NeuralMemoryState."""
 
     def __init__(self, config: TitansConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):

@@ -25,7 +25,7 @@ from engrax.errors import UserError
 from engrax.layers.attention.attention import masked_attention, rotate
 from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import l2_normalise, projection, rms_norm
-from engrax.layers.common.segment_blocks import Places, conv_at_places, place_tokens
+from engrax.layers.common.segment_blocks import BlockIndex, block_index, conv_in_block
 from engrax.layers.common.segments import last_segment_after, select_rows, starts_anew
 from engrax.layers.mixer import MIXERS, MixerConfig
 from engrax.layers.test_time.titans import TitansConfig
@@ -166,13 +166,13 @@ class MAC(nnx.Module):
             x_BTD = jnp.where((segment_ids >= 0)[..., None], x_BTD, 0)  # padding may hold anything, NaN included
         else:
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
-        places = place_tokens(state.place, T, self.config.chunk_size)
+        places = block_index(state.place, T, self.config.chunk_size)
         inner = self.config.heads * self.config.head_dim
         mixed, tail = self.conv(jnp.concatenate([self.qkv(x_BTD), self.query(x_BTD)], axis=-1), state.tail, segment_ids)
         q, k, v, query = jnp.split(mixed, [inner, 2 * inner, 3 * inner], axis=-1)
         arrays = [self._heads(y) for y in (q, k, v)] + [self._queries(query), segment_ids]
         arrays.append(segment_starts(segment_ids) if packed else None)
-        blocks = jax.tree.map(places.lay_out, tuple(arrays))
+        blocks = jax.tree.map(places.to_blocks, tuple(arrays))
         reset = start.memory if packed else None
 
         def body(carry, block):
@@ -192,7 +192,7 @@ class MAC(nnx.Module):
             place=place,
             last_segment=last,
         )
-        return self.out(places.take_back(out)), state
+        return self.out(places.from_blocks(out)), state
 
     def report(self, x_BTD, state=None, segment_ids=None) -> dict[str, Array]:
         """Diagnostics of one call: the memory's norms after it, and how far its chunk-start self has moved."""
@@ -223,7 +223,7 @@ class MAC(nnx.Module):
         c = self.config.memory
         return l2_normalise(jax.nn.silu(y.reshape(*y.shape[:2], c.heads, c.head_dim)))
 
-    def _block(self, carry, places: Places, q, k, v, query, ids, start, reset):
+    def _block(self, carry, places: BlockIndex, q, k, v, query, ids, start, reset):
         """One segment, or a token of it: returns the carry and the mixed tokens [B, S, D]."""
         memory, frozen, segment, memory_tail, last = carry
         begins = places.count * (places.first == 0) > 0
@@ -271,10 +271,10 @@ class MAC(nnx.Module):
         y = masked_attention(q, keys, values, jnp.concatenate(visible, axis=2))
         return self.attended(y.reshape(B, S, -1))
 
-    def _write_and_read(self, y, memory, tail, places: Places, ids, start, reset, last):
+    def _write_and_read(self, y, memory, tail, places: BlockIndex, ids, start, reset, last):
         """Writes y into the memory. Returns what gates the tokens [B, S, D], the memory and its convolution's tail."""
         titans, c = self.memory, self.config.memory
-        mixed, tail = conv_at_places(titans.conv, titans.qkv(y), tail, places, ids)
+        mixed, tail = conv_in_block(titans.conv, titans.qkv(y), tail, places, ids)
         B, S = ids.shape
         qkv = [l2_normalise(u.reshape(B, S, c.heads, -1)) for u in jnp.split(jax.nn.silu(mixed), 3, axis=-1)]
         q, k, v = (jnp.where((ids >= 0)[..., None, None], u, 0).astype(memory[0][0].dtype) for u in qkv)

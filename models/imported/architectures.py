@@ -7,9 +7,9 @@ from typing import Any
 
 from engrax.errors import UserError
 from engrax.layers.attention.attention import AttentionConfig, RopeScaling
+from engrax.models.block_style import BlockStyleConfig
 from engrax.models.imported.files import read_json
 from engrax.models.language_model import LanguageModelConfig
-from engrax.models.layout import LayoutConfig
 
 CAPACITY = 4096  # tokens that an imported model's cache holds unless told otherwise, or fewer if the model reads fewer
 ACTIVATIONS = {
@@ -115,7 +115,7 @@ def _gpt2(fields: Fields) -> LanguageModelConfig:
     attention = AttentionConfig(
         heads=heads, head_dim=_head_dim(fields, dim, heads), capacity=positions, rope_base=None, bias="all"
     )
-    layout = LayoutConfig(
+    layout = BlockStyleConfig(
         norm="layer",
         norm_eps=float(fields.take("layer_norm_epsilon", 1e-5)),
         mlp="plain",
@@ -147,7 +147,7 @@ def _opt(fields: Fields) -> LanguageModelConfig:
         rope_base=None,
         bias="all" if bias else "none",
     )
-    layout = LayoutConfig(
+    layout = BlockStyleConfig(
         norm="layer",
         norm_eps=1e-5,
         norm_place="before" if fields.take("do_layer_norm_before", True) else "after",
@@ -208,7 +208,7 @@ def _rotary(
         bias=bias,
         qk_norm_eps=eps if qk_norm else None,
     )
-    layout = LayoutConfig(
+    layout = BlockStyleConfig(
         norm_eps=eps,
         activation=fields.choose("hidden_act", ACTIVATIONS, "silu"),
         mlp_bias=mlp_bias,

@@ -3,7 +3,7 @@
 Only jax is needed. Forward is the call alone; forward + backward has the gradient of every array argument. A figure
 is the median over runs, wall clock around a call that is waited for; on a GPU the time of the kernels themselves
 (CUPTI) stands beside it. Error is the relative root mean square difference from the float64 reference on shorter rows.
-Peers, other libraries' implementations, are timed in the same run where they can be (`peers`).
+Peers, other libraries' implementations, are timed in the same run where they can be (`baselines`).
 """
 
 import datetime
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import engrax.pallas_kernels as kernels
-from engrax.pallas_kernels.bench import peers
+from engrax.pallas_kernels.bench import baselines
 from engrax.pallas_kernels.dispatch import OPERATIONS, available
 
 UNFUSED = (
@@ -98,8 +98,8 @@ def _log_decay_problem(case: Case, dtype):
     call = getattr(kernels, case.op)
 
     def run(arrays, implementation):
-        if implementation in peers.PEERS:
-            return peers.call(implementation, case.op, s, arrays)
+        if implementation in baselines.PEERS:
+            return baselines.call(implementation, case.op, s, arrays)
         named = {name: x for name, x in arrays.items() if name not in "qkv"}
         q_k_v = (arrays[name] for name in "qkv")
         return call(*q_k_v, **named, chunk_size=s["chunk_size"], implementation=implementation)
@@ -194,9 +194,9 @@ def errors(case: Case, implementation: str, dtype, gradients: bool = True) -> di
     arrays, run = make_problem(short, dtype)
 
     def results(arrays, implementation):
-        if implementation == peers.FLA:
-            forward, backward = peers.torch_programs(short.op, short.sizes, arrays)
-            out, *grads = peers.to_numpy((forward()[0], *(backward() if gradients else ())))
+        if implementation == baselines.FLA:
+            forward, backward = baselines.torch_programs(short.op, short.sizes, arrays)
+            out, *grads = baselines.to_numpy((forward()[0], *(backward() if gradients else ())))
             return out, dict(zip(arrays, grads))
         out = run(arrays, implementation)[0]
         grads = jax.grad(_total(run, implementation))(arrays) if gradients else {}
@@ -272,9 +272,9 @@ def _without_chunk(case: Case) -> dict[str, Any]:
 
 def _time(case: Case, implementation: str, dtype, runs: int, part: str) -> dict[str, Any]:
     arrays, run = make_problem(case, dtype)
-    if implementation == peers.FLA:
-        programs = peers.torch_programs(case.op, case.sizes, arrays)
-        times = peers.torch_times(programs[part == "forward_backward"], runs)
+    if implementation == baselines.FLA:
+        programs = baselines.torch_programs(case.op, case.sizes, arrays)
+        times = baselines.torch_times(programs[part == "forward_backward"], runs)
         device = float(np.median(times.device))
         return {"ms": _spread(times.wall), "device_ms": device, "temporary_mb": times.temporary_mb}
     call, gradient = (lambda arrays: run(arrays, implementation)), jax.value_and_grad(_total(run, implementation))
@@ -290,22 +290,22 @@ def _time(case: Case, implementation: str, dtype, runs: int, part: str) -> dict[
 def measure(case: Case, implementation: str, dtype, runs: int, limits) -> dict[str, Any]:
     """Returns one row: times, memory, roofline and errors of one implementation or peer at one shape."""
     row: dict[str, Any] = {"op": case.op, "sizes": case.sizes, "implementation": implementation}
-    reason = peers.forward_only(implementation, case.op, case.sizes)
+    reason = baselines.forward_only(implementation, case.op, case.sizes)
     if reason:
         row["forward_only"] = reason
     for part in PARTS[:1] if reason else PARTS:
         row[part] = times = _time(case, implementation, dtype, runs, part)
-        if implementation not in peers.YARDSTICKS:
+        if implementation not in baselines.YARDSTICKS:
             ms = times["device_ms"] or times["ms"]["median"]
             times["roofline"] = _roofline(case, dtype, ms, part != "forward", limits)
-    if implementation not in peers.YARDSTICKS:
+    if implementation not in baselines.YARDSTICKS:
         row["error"] = errors(case, implementation, dtype, gradients=not reason)
     return row
 
 
 def _measure_or_why(case: Case, name: str, dtype, runs: int, limits) -> dict[str, Any]:
     """`measure`, or a row that says why there is nothing to measure."""
-    caught = Exception if name in peers.PEERS else NotImplementedError  # others' code fails as it likes
+    caught = Exception if name in baselines.PEERS else NotImplementedError  # others' code fails as it likes
     try:
         return measure(case, name, dtype, runs, limits)
     except caught as error:
@@ -334,14 +334,14 @@ def bench(
     for op in ops:
         names = implementations or [name for name in available(op).names if name != "reference"]
         if not implementations:
-            names = [*names, *([UNFUSED] if op == "hopfield_retrieval" else []), *peers.PEERS]
+            names = [*names, *([UNFUSED] if op == "hopfield_retrieval" else []), *baselines.PEERS]
         for case in [c for c in cases if c.op == op] if cases is not None else default_cases(op, backend):
             xla = None
             for name in sorted(names, key=lambda name: name != "xla"):
-                if name in peers.PEERS:
-                    if name in left_out or not peers.serves(name, case.op, case.sizes):
+                if name in baselines.PEERS:
+                    if name in left_out or not baselines.serves(name, case.op, case.sizes):
                         continue
-                    if reason := peers.missing(name):
+                    if reason := baselines.missing(name):
                         left_out.add(name)
                         yield {"implementation": name, "left_out": reason}
                         continue

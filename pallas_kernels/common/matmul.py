@@ -14,18 +14,18 @@ from jaxtyping import Array, DTypeLike, Float
 ROWS, COLUMNS = 0, 1  # the axis of an operand that is summed over
 
 
-class Rounded(NamedTuple):
+class EmulatedPrecision(NamedTuple):
     """Operands rounded to `dtype` but multiplied in the accumulator's: XLA's CPU backend lacks products of 16 bits."""
 
     dtype: DTypeLike
 
 
-Operands = DTypeLike | Rounded  # what the operands of a product are
+Operands = DTypeLike | EmulatedPrecision  # what the operands of a product are
 
 
-def on_cpu(dtype: DTypeLike) -> Operands:
+def emulated_on_cpu(dtype: DTypeLike) -> Operands:
     """Returns the operands that give the same products on a CPU."""
-    return Rounded(dtype) if jnp.dtype(dtype).itemsize == 2 else dtype
+    return EmulatedPrecision(dtype) if jnp.dtype(dtype).itemsize == 2 else dtype
 
 
 def accumulator(dtype: DTypeLike) -> jnp.dtype:
@@ -49,7 +49,7 @@ def dot(
 
 def rounded(x: Float[Array, "..."], operands: Operands) -> Float[Array, "..."]:
     """Returns x as an operand of a product."""
-    if not isinstance(operands, Rounded):
+    if not isinstance(operands, EmulatedPrecision):
         return x.astype(operands)
     bits = jnp.finfo(operands.dtype)
     return lax.reduce_precision(x.astype(accumulator(operands.dtype)), bits.nexp, bits.nmant)

@@ -15,7 +15,9 @@ ROW_AXES = ("data", "fsdp")
 HEAD_AXES = ("tensor",)
 
 
-def over_mesh(f: Callable, in_dims: tuple[Any, ...], out_dims: Any, *, uneven: str = "refuse") -> Callable:
+def shard_over_batch_and_heads(
+    f: Callable, in_dims: tuple[Any, ...], out_dims: Any, *, uneven: str = "refuse"
+) -> Callable:
     """Returns f as it runs under the mesh in force (`jax.set_mesh`), f itself where there is none.
 
     in_dims: for each argument a pytree prefix of strings with one letter per axis, "BTHK"; B is a batch row, H a head

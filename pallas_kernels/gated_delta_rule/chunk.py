@@ -23,13 +23,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from engrax.pallas_kernels.common.decay import Decay, channel_scores, difference
-from engrax.pallas_kernels.common.matmul import COLUMNS, ROWS, Operands, Rounded, dot
+from engrax.pallas_kernels.common.matmul import COLUMNS, ROWS, EmulatedPrecision, Operands, dot
 from engrax.pallas_kernels.gated_delta_rule.inverse import unit_lower_inverse
 from engrax.pallas_kernels.linear_attention.chunk import ChunkDecay, ScalarDecay, causal, decay_matrix
 
 
 class Form(NamedTuple):
-    """What is static. operands: of the matrix products, the dtype of q, k and v (or `dots.Rounded` to it)."""
+    """What is static. operands: of the matrix products, the dtype of q, k and v (or `dots.EmulatedPrecision` to it)."""
 
     scale: float
     operands: Operands
@@ -37,7 +37,7 @@ class Form(NamedTuple):
     @property
     def rounds(self) -> bool:
         """Whether operands have fewer bits than the sums."""
-        return isinstance(self.operands, Rounded) or jnp.dtype(self.operands).itemsize == 2
+        return isinstance(self.operands, EmulatedPrecision) or jnp.dtype(self.operands).itemsize == 2
 
     def matmul(self, a, b):  # a b
         return dot(a, b, COLUMNS, ROWS, self.operands)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.common.decay import Decay
-from engrax.pallas_kernels.common.partition import over_mesh
+from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
 from engrax.pallas_kernels.dispatch import Plan, Shapes
 from engrax.pallas_kernels.gated_delta_rule.gpu_kernels import backward_states, forward_states, inverses
 from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs, Outputs, Residuals
@@ -37,7 +37,7 @@ from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, pack_gates, unsupporte
 from engrax.pallas_kernels.mosaic_gpu.scan import Read, Write, decay_cotangent, sum_groups, sweep
 
 NAME = "gated_delta_rule"
-_INPUTS = Inputs("BTHK", "BTHK", "BTHV", "BTH", "BTH", "BHKV", None)  # axes, for `over_mesh`
+_INPUTS = Inputs("BTHK", "BTHK", "BTHV", "BTH", "BTH", "BHKV", None)  # axes, for `shard_over_batch_and_heads`
 _OUTPUTS = ("BTHV", "BHKV")
 _INVERSES = "BTHC"
 
@@ -50,14 +50,14 @@ def unsupported(shapes: Shapes) -> str | None:
 def forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, Residuals]:
     """Returns (out, final state) and the inverses."""
     run = _forward_by_channel if by_channel(inputs.decay) else _forward
-    return over_mesh(partial(run, plan), (_INPUTS,), (_OUTPUTS, _INVERSES))(inputs)
+    return shard_over_batch_and_heads(partial(run, plan), (_INPUTS,), (_OUTPUTS, _INVERSES))(inputs)
 
 
 def backward(plan: Plan, inputs: Inputs, residuals: Residuals, cotangents: Outputs) -> Inputs:
     """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
     dims = (_INPUTS, _INVERSES, _OUTPUTS)
     run = _backward_by_channel if by_channel(inputs.decay) else _backward
-    return over_mesh(partial(run, plan), dims, _INPUTS)(inputs, residuals, cotangents)
+    return shard_over_batch_and_heads(partial(run, plan), dims, _INPUTS)(inputs, residuals, cotangents)
 
 
 def _decay(inputs: Inputs) -> Decay:

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from engrax.pallas_kernels.common.decay import Decay
-from engrax.pallas_kernels.common.matmul import on_cpu
+from engrax.pallas_kernels.common.matmul import emulated_on_cpu
 from engrax.pallas_kernels.dispatch import Plan
 from engrax.pallas_kernels.gated_delta_rule.chunk import Form, Tokens, adjoint, advance, chunk, local, output, retreat
 from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs, Outputs, Residuals
@@ -70,7 +70,9 @@ def _by_device(f, plan, inputs, *more):
         return partial(f, Form(plan.scale, operands), _grid(plan, group, inputs))
 
     dtype = inputs.q.dtype
-    return lax.platform_dependent(inputs, *more, cpu=branch(GROUP_CPU, on_cpu(dtype)), default=branch(GROUP, dtype))
+    return lax.platform_dependent(
+        inputs, *more, cpu=branch(GROUP_CPU, emulated_on_cpu(dtype)), default=branch(GROUP, dtype)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from engrax.pallas_kernels.common.partition import over_mesh
+from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
 from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, differentiable, unserved
 from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
 from engrax.pallas_kernels.mosaic_gpu.parts import (
@@ -64,7 +64,9 @@ def _smem_bytes(shapes: Shapes) -> int:
 
 
 def _run(form: Form, interpret: bool, state, stored, values, beta, hidden):
-    run = over_mesh(partial(_forward, form.steps, interpret), ("BHND", "BHMD", "BHMV", "Hx", "BM"), "BHNV")
+    run = shard_over_batch_and_heads(
+        partial(_forward, form.steps, interpret), ("BHND", "BHMD", "BHMV", "Hx", "BM"), "BHNV"
+    )
     return run(state, stored, values, jnp.broadcast_to(beta[:, None], (len(beta), CHUNK)), hidden)
 
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from engrax.pallas_kernels.common.matmul import accumulator, precision
-from engrax.pallas_kernels.common.partition import over_mesh
+from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
 from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, differentiable, unserved
 from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
 from engrax.pallas_kernels.mosaic_tpu.parts import LANES, VMEM_BYTES, call, tiled_bytes
@@ -39,7 +39,7 @@ def _rows(states: int) -> int:
 
 
 def _run(form: Form, interpret: bool, state, stored, values, beta, hidden):
-    run = over_mesh(partial(_forward, form, interpret), ("BHND", "BHMD", "BHMV", "Hxx", "BxM"), "BHNV")
+    run = shard_over_batch_and_heads(partial(_forward, form, interpret), ("BHND", "BHMD", "BHMV", "Hxx", "BxM"), "BHNV")
     return run(state, stored, values, beta[:, None, None], hidden[:, None])
 
 

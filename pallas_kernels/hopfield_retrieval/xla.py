@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from engrax.pallas_kernels.common.matmul import accumulator, on_cpu
+from engrax.pallas_kernels.common.matmul import accumulator, emulated_on_cpu
 from engrax.pallas_kernels.hopfield_retrieval.separation import exponentials, separate
 from engrax.pallas_kernels.hopfield_retrieval.similarity import product, similarities
 from engrax.pallas_kernels.hopfield_retrieval.types import Form
@@ -32,7 +32,7 @@ def hopfield_retrieval_xla(
     visible: Bool[Array, "B _ M"] | None,
 ) -> Float[Array, "B H N V"]:
     """Returns what every state retrieves, in the accumulator's dtype; `visible` has a middle axis of N or 1."""
-    on_a_cpu = form._replace(operands=on_cpu(form.operands), scores=CACHED_SCORES)
+    on_a_cpu = form._replace(operands=emulated_on_cpu(form.operands), scores=CACHED_SCORES)
     branches = {"cpu": partial(_by_blocks, on_a_cpu), "default": partial(_by_blocks, form)}
     return lax.platform_dependent(state, stored, values, beta, visible, **branches)
 

@@ -18,7 +18,7 @@ from functools import partial
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.common.decay import Decay
-from engrax.pallas_kernels.common.partition import over_mesh
+from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
 from engrax.pallas_kernels.dispatch import Plan, Shapes
 from engrax.pallas_kernels.linear_attention.vjp import Inputs, Outputs
 from engrax.pallas_kernels.mosaic_gpu.channel import by_channel, channel_gates, prepare, token_gradients
@@ -37,16 +37,16 @@ def unsupported(shapes: Shapes) -> str | None:
 def forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, tuple]:
     """Returns ((out in v's dtype, final state), no residuals)."""
     run = _forward_by_channel if by_channel(inputs.decay) else _forward
-    return over_mesh(partial(run, plan), (_INPUTS,), _OUTPUTS)(inputs), ()
+    return shard_over_batch_and_heads(partial(run, plan), (_INPUTS,), _OUTPUTS)(inputs), ()
 
 
 def backward(plan: Plan, inputs: Inputs, residuals: tuple, cotangents: Outputs) -> Inputs:
     """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
     run = _backward_by_channel if by_channel(inputs.decay) else _backward
-    return over_mesh(partial(run, plan), (_INPUTS, _OUTPUTS), _INPUTS)(inputs, cotangents)
+    return shard_over_batch_and_heads(partial(run, plan), (_INPUTS, _OUTPUTS), _INPUTS)(inputs, cotangents)
 
 
-_INPUTS = Inputs("BTHK", "BTHK", "BTHV", "BTH", "BHKV", None)  # axes, for `over_mesh`
+_INPUTS = Inputs("BTHK", "BTHK", "BTHV", "BTH", "BHKV", None)  # axes, for `shard_over_batch_and_heads`
 _OUTPUTS = ("BTHV", "BHKV")
 
 

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from engrax.pallas_kernels.common.decay import Decay
-from engrax.pallas_kernels.common.matmul import Operands, accumulator, on_cpu
+from engrax.pallas_kernels.common.matmul import Operands, accumulator, emulated_on_cpu
 from engrax.pallas_kernels.dispatch import Plan
 from engrax.pallas_kernels.linear_attention.chunk import ScalarDecay, read, write
 from engrax.pallas_kernels.linear_attention.vjp import Inputs, Outputs
@@ -49,7 +49,7 @@ def backward(plan: Plan, inputs: Inputs, residuals: tuple, cotangents: Outputs) 
 
 
 def _by_device(f, plan, inputs, *args):
-    cpu = Form(plan.chunk, plan.scale, GROUP_CPU, on_cpu(inputs.q.dtype))
+    cpu = Form(plan.chunk, plan.scale, GROUP_CPU, emulated_on_cpu(inputs.q.dtype))
     other = Form(plan.chunk, plan.scale, GROUP, inputs.q.dtype)
     return lax.platform_dependent(inputs, *args, cpu=partial(f, cpu), default=partial(f, other))
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from engrax.pallas_kernels.common.matmul import Operands, accumulator, on_cpu, precision, rounded
+from engrax.pallas_kernels.common.matmul import Operands, accumulator, emulated_on_cpu, precision, rounded
 
 
 class Form(NamedTuple):
@@ -34,7 +34,7 @@ def linear_cross_entropy_xla(
     tiles = -(-embedding.shape[0] // chunk_size)
     tile = -(-embedding.shape[0] // tiles)
     dtype = hidden.dtype
-    forms = dict(cpu=Form(tile, on_cpu(dtype)), default=Form(tile, dtype))
+    forms = dict(cpu=Form(tile, emulated_on_cpu(dtype)), default=Form(tile, dtype))
     branches = {platform: partial(_losses, form) for platform, form in forms.items()}
     return lax.platform_dependent(hidden, embedding, labels, **branches)
 

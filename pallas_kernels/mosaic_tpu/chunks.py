@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from engrax.pallas_kernels.common.decay import Decay
-from engrax.pallas_kernels.common.partition import over_mesh
+from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
 from engrax.pallas_kernels.common.segments import Layout
 from engrax.pallas_kernels.dispatch import Shapes
 from engrax.pallas_kernels.mosaic_tpu.parts import call, load, store
@@ -332,7 +332,7 @@ def _backward(walk: Walk, group: int, tokens, state, starts, ends: Ends | None, 
     )
 
 
-_CHUNKS = "BHMCD"  # the axes of tokens, for `over_mesh`
+_CHUNKS = "BHMCD"  # the axes of tokens, for `shard_over_batch_and_heads`
 
 
 def _state_dims(layout: Layout | None) -> str:
@@ -351,7 +351,9 @@ def walk_forward(walk: Walk, tokens: Tree, state: Float[Array, "B *N H K V"], la
     `jax.ShapeDtypeStruct` of two axes.
     """
     dims = _state_dims(layout)
-    run = over_mesh(partial(_forward, walk, more, None), (_CHUNKS, dims, "BM"), (_CHUNKS, dims, _CHUNKS, None))
+    run = shard_over_batch_and_heads(
+        partial(_forward, walk, more, None), (_CHUNKS, dims, "BM"), (_CHUNKS, dims, _CHUNKS, None)
+    )
     out, final, saved, _ = run(tokens, state, ends_of(layout))
     return out, _of_segments(layout, final, state), saved
 
@@ -362,9 +364,13 @@ def walk_backward(
     """Returns the cotangents of tokens and state."""
     dims, ends = _state_dims(layout), ends_of(layout)
     group = min(GROUP, out_bar.shape[2])
-    sweep = over_mesh(partial(_forward, walk, None, group), (_CHUNKS, dims, "BM"), (None, None, None, _CHUNKS))
+    sweep = shard_over_batch_and_heads(
+        partial(_forward, walk, None, group), (_CHUNKS, dims, "BM"), (None, None, None, _CHUNKS)
+    )
     starts = sweep(tokens, state, ends)[3]
-    run = over_mesh(partial(_backward, walk, group), (_CHUNKS, dims, _CHUNKS, "BM", _CHUNKS, dims), (_CHUNKS, dims))
+    run = shard_over_batch_and_heads(
+        partial(_backward, walk, group), (_CHUNKS, dims, _CHUNKS, "BM", _CHUNKS, dims), (_CHUNKS, dims)
+    )
     bars, state_bar = run(tokens, state, starts, ends, out_bar, final_bar)
     bars = {name: _sum_shared(x, tokens[name]) for name, x in bars.items()}
     return bars, _of_segments(layout, state_bar, final_bar)

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import jax
 
-from engrax.pallas_kernels.common.partition import over_mesh
+from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
 from engrax.pallas_kernels.neural_memory.gpu_kernels import Tokens
 
-_TOKENS, _OUT = Tokens("BTHK", "BTHK", "BTHV", "NBHCC", "NBHRC"), "BTHV"  # axes, for `over_mesh`
+_TOKENS, _OUT = Tokens("BTHK", "BTHK", "BTHV", "NBHCC", "NBHRC"), "BTHV"  # axes, for `shard_over_batch_and_heads`
 
 
 class State(NamedTuple):
@@ -29,13 +29,13 @@ def differentiable(forward, backward, matrix: str):
 
     @partial(jax.custom_vjp, nondiff_argnums=(0,))
     def scan(form, tokens: Tokens, weights, momentum):
-        return over_mesh(partial(forward, form), inputs, outputs)(tokens, weights, momentum)
+        return shard_over_batch_and_heads(partial(forward, form), inputs, outputs)(tokens, weights, momentum)
 
     def scan_fwd(form, tokens: Tokens, weights, momentum):
         return scan(form, tokens, weights, momentum), (tokens, weights, momentum)
 
     def scan_bwd(form, residuals, cotangents):
-        return over_mesh(partial(backward, form), (*inputs, *outputs), inputs)(*residuals, *cotangents)
+        return shard_over_batch_and_heads(partial(backward, form), (*inputs, *outputs), inputs)(*residuals, *cotangents)
 
     scan.defvjp(scan_fwd, scan_bwd)
     return scan

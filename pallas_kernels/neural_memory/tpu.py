@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from engrax.pallas_kernels.common.partition import over_mesh
+from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
 from engrax.pallas_kernels.mosaic_tpu.parts import LANES, SUBLANES, VMEM_BYTES, call, scratch_like, tiled_bytes
 from engrax.pallas_kernels.neural_memory.tpu_kernels import (
     Form,
@@ -89,25 +89,32 @@ def _pack(blocks: Blocks) -> Tokens:
     return Tokens(table, *squares, *(pad(x, 3) for x in (blocks.q, blocks.k, blocks.v)))
 
 
-_TOKENS, _STATE = "NBHSS", "BHIO"  # the axes of what differs from block to block and of what does not, for `over_mesh`
+_TOKENS, _STATE = (
+    "NBHSS",
+    "BHIO",
+)  # the axes of what differs from block to block and of what does not, for `shard_over_batch_and_heads`
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(form: Form, tokens: Tokens, carry: Carry, reset: Reset):
-    run = over_mesh(partial(_forward, form, False), (_TOKENS, _STATE, _STATE), (_TOKENS, _STATE, None))
+    run = shard_over_batch_and_heads(partial(_forward, form, False), (_TOKENS, _STATE, _STATE), (_TOKENS, _STATE, None))
     out, final, _ = run(tokens, carry, reset)
     return out, final
 
 
 def _scan_fwd(form: Form, tokens: Tokens, carry: Carry, reset: Reset):
-    run = over_mesh(partial(_forward, form, True), (_TOKENS, _STATE, _STATE), (_TOKENS, _STATE, _TOKENS))
+    run = shard_over_batch_and_heads(
+        partial(_forward, form, True), (_TOKENS, _STATE, _STATE), (_TOKENS, _STATE, _TOKENS)
+    )
     out, final, starts = run(tokens, carry, reset)
     return (out, final), (tokens, starts, reset)
 
 
 def _scan_bwd(form: Form, residuals, cotangents):
     dims = (_TOKENS, _TOKENS, _STATE, _TOKENS, _STATE)
-    return over_mesh(partial(_backward, form), dims, (_TOKENS, _STATE, _STATE))(*residuals, *cotangents)
+    return shard_over_batch_and_heads(partial(_backward, form), dims, (_TOKENS, _STATE, _STATE))(
+        *residuals, *cotangents
+    )
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from engrax.data.token_types import TokenTypes
 from engrax.evals import plots
 from engrax.evals.scoring import Rows
-from engrax.train.config import Experiment
+from engrax.train.experiment import Experiment
 
 ALL = "all tokens"  # the first row of every table
 

@@ -16,7 +16,7 @@ from engrax.layers.common.modules import MLPS, NORMS
 
 
 @dataclasses.dataclass(frozen=True)
-class LayoutConfig:
+class BlockStyleConfig:
     """Settings of the parts around the mixers."""
 
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
@@ -57,7 +57,7 @@ class PositionState(NamedTuple):
 class LearnedPositions(nnx.Module):
     """A vector for each place of a segment. Places are counted over real tokens and restart with every segment."""
 
-    def __init__(self, config: LayoutConfig, dim: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: BlockStyleConfig, dim: int, *, rngs: nnx.Rngs):
         self.config = config
         init = jax.nn.initializers.normal(dim**-0.5)
         rows = config.positions + config.unused_positions

@@ -5,7 +5,7 @@ import numpy as np
 from flax import nnx
 
 from engrax.data import MQAR
-from engrax.evals import by_type, evaluation, scoring
+from engrax.evals import evaluation, scoring, token_type_breakdown
 from engrax.layers import LinearAttentionConfig, MoMConfig, TitansConfig
 from engrax.models import LanguageModelConfig
 from engrax.train import Experiment
@@ -35,7 +35,7 @@ class Reporter(nnx.Module):
 
 
 def by_layer(e, rows, model):
-    types = by_type.types_of(e, scoring.reported_rows(rows))
+    types = token_type_breakdown.types_of(e, scoring.reported_rows(rows))
     return evaluation._by_layer(e, scoring.Scorer(e, model).report(rows), types)
 
 
@@ -46,7 +46,7 @@ def test_diagnostics_of_tokens_are_averaged_by_type():
     found, inside = by_layer(e, rows, Reporter()), rows.segment_ids >= 0
     kinds = np.where(rows.labelled, "query", "filler")
     kinds[:, [0, 2]], kinds[:, [1, 3]] = "key", "value"
-    types = by_type.types_of(e, scoring.reported_rows(rows))
+    types = token_type_breakdown.types_of(e, scoring.reported_rows(rows))
     assert types.names == ("key", "value", "query", "filler")
     wanted, first = [], 2 * rows.tokens[:, :1]
     for kind in (None, *types.names):
@@ -55,7 +55,13 @@ def test_diagnostics_of_tokens_are_averaged_by_type():
     np.testing.assert_allclose(found["titans.load"]["block 1"]["by_type"], wanted, rtol=1e-6)
     by_token = found["titans.token"]["block 1"]["by_type"]
     np.testing.assert_allclose(by_token, np.array(wanted)[:, 0], rtol=1e-6)
-    assert by_type.counts(types) == {"all tokens": 1120, "key": 140, "value": 140, "query": 140, "filler": 700}
+    assert token_type_breakdown.counts(types) == {
+        "all tokens": 1120,
+        "key": 140,
+        "value": 140,
+        "query": 140,
+        "filler": 700,
+    }
 
 
 def test_a_mixtures_load_is_drawn_by_type_of_token():
@@ -71,7 +77,9 @@ def test_a_mixtures_load_is_drawn_by_type_of_token():
         assert table.shape == (5, 4) and np.ptp(table, axis=0).max() > 0.01
         np.testing.assert_allclose(table.sum(axis=1), 1, rtol=1e-6)
         np.testing.assert_allclose(table[0], found["mom.load"][layer]["values"], rtol=1e-5)
-    types = by_type.types_of(e, scoring.reported_rows(rows))
-    png, caption = by_type.draw("title", {"memory": found, "token_types": by_type.counts(types)})
+    types = token_type_breakdown.types_of(e, scoring.reported_rows(rows))
+    png, caption = token_type_breakdown.draw(
+        "title", {"memory": found, "token_types": token_type_breakdown.counts(types)}
+    )
     assert png.startswith(b"\x89PNG") and "mom.load_by_token differs most in block" in caption
-    assert by_type.draw("title", {"memory": {"mom.load": found["mom.load"]}}) is None
+    assert token_type_breakdown.draw("title", {"memory": {"mom.load": found["mom.load"]}}) is None

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from engrax.train import optimizer, sharding
-from engrax.train.config import Experiment
+from engrax.train.experiment import Experiment
 
 Batch = dict[str, Array]
 State = dict[str, Any]  # {"params": nnx.State, "opt_state": ..., "step": int32 []}, and {"memory": ...} if carried

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from engrax.errors import UserError
-from engrax.layers import HopfieldPooling, HopfieldSettings
+from engrax.layers import AssociationConfig, HopfieldPooling
 from engrax.layers.common.modules import projection
 
 POOLINGS = ("hopfield", "mean", "max", "gated_attention")
@@ -33,7 +33,7 @@ class SetClassifierConfig:
     hidden: int = 32  # width of an embedded instance
     pooling: Literal["hopfield", "mean", "max", "gated_attention"] = "hopfield"
     width: int = 32  # of gated attention's V and U, and of W under mean and max
-    hopfield: HopfieldSettings = HopfieldSettings(heads=4, head_dim=8)  # of the pooling "hopfield"
+    hopfield: AssociationConfig = AssociationConfig(heads=4, head_dim=8)  # of the pooling "hopfield"
     queries: int = 1  # learned states of the pooling "hopfield"
 
     def __post_init__(self):

@@ -37,7 +37,7 @@ class ShellState(NamedTuple):
     last_segment: Int[Array, " B"]
 
 
-class MemoryShell(nnx.Module):
+class TestTimeMixerBase(nnx.Module):
     """Base of the mixers with a test-time memory: x [B, T, D] -> y [B, T, D], ShellState.
 
     The config has heads, head_dim, conv_width and persistent_tokens. A subclass defines `_add_memory`,
