@@ -101,7 +101,7 @@ def evaluate(
         print(f"warning: {warning}", file=sys.stderr)
     rows = scoring.validation_rows(run.experiment, batches)
     scorer = scoring.Scorer(run.experiment, model)
-    memories = memory_names(run.experiment) if scorer.can_mute else ()
+    memories = memory_names(run.experiment)
     scored, reported = _passes(scorer, rows, memories, progress)
     data |= measure(run.experiment, number, rows, scored)
     types = token_type_breakdown.types_of(run.experiment, scoring.reported_rows(rows))
@@ -163,7 +163,7 @@ def _passes(scorer: scoring.Scorer, rows: scoring.Rows, memories: tuple[str, ...
         scored = {
             mute: scorer.score(rows, mute=mute, tick=bar.update) for mute in ((), *((name,) for name in memories))
         }
-        reported = scorer.report(rows) if scorer.can_report else {}
+        reported = scorer.report(rows)
         bar.update()
     return scored, reported
 

@@ -5,21 +5,21 @@ memories, at one static shape.
 """
 
 import dataclasses
-import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from engrax.errors import UserError
+from engrax.models.parameters import cast
 from engrax.train import train_step
 from engrax.train.experiment import Experiment
+from engrax.train.objective import score
 from engrax.train.trainer import Trainer
 
 # Tokens of one forward pass: the training's batch may have been spread over many devices, or be tiny.
@@ -156,9 +156,6 @@ class Scorer:
         self.graphdef, self.params = nnx.split(model, nnx.Param)
         self.rows = batch_rows(experiment)
         self.dtype = train_step.resolve_dtype(experiment.compute_dtype)
-        call = inspect.signature(type(model).__call__)
-        self.can_mute = "mute" in call.parameters
-        self.can_report = hasattr(model, "report")
         self._score = jax.jit(self._forward, static_argnames="mute")
         self._report = jax.jit(self._diagnose)
 
@@ -195,16 +192,16 @@ class Scorer:
             yield {name: array[start : start + self.rows] for name, array in rows.arrays().items()}
 
     def _forward(self, params, batch, mute=()):
-        model = nnx.merge(self.graphdef, train_step.cast(params, self.dtype))
-        muting = {"mute": mute} if mute else {}
-        hidden, _ = model(batch["tokens"], segment_ids=batch["segment_ids"], **muting)
-        logits, targets = model.logits(hidden), batch["targets"]
-        right = (targets >= 0) & (jnp.argmax(logits, axis=-1) == targets)
-        return train_step.token_losses(logits, targets), right
+        scored = score(nnx.merge(self.graphdef, cast(params, self.dtype)), batch, mute=mute)
+        return scored.nats, scored.correct
 
     def _diagnose(self, params, rows):
-        model = nnx.merge(self.graphdef, train_step.cast(params, self.dtype))
-        return jax.lax.map(lambda row: model.report(row["tokens"], segment_ids=row["segment_ids"]), rows)
+        model = nnx.merge(self.graphdef, cast(params, self.dtype))
+
+        def one(row):
+            return model(row["tokens"], segment_ids=row["segment_ids"], collect=("*",)).collected
+
+        return jax.lax.map(one, rows)
 
 
 def _squeeze(values: np.ndarray, padding: np.ndarray) -> np.ndarray:

@@ -19,8 +19,10 @@ from jaxtyping import Float, Int
 
 from engrax.errors import UserError
 from engrax.evals import statistics as stats
+from engrax.models.parameters import cast
 from engrax.train import train_step
 from engrax.train.experiment import Experiment
+from engrax.train.objective import score
 
 PIECE = 256  # tokens of one call
 DOCUMENTS = 64  # documents read, at most
@@ -55,15 +57,21 @@ class Stream:
     def __init__(self, experiment: Experiment, model: nnx.Module):
         graphdef, params = nnx.split(model, nnx.Param)
         dtype = train_step.resolve_dtype(experiment.compute_dtype)
-        self.params = jax.jit(lambda p: train_step.cast(p, dtype))(params)
+        self.params = jax.jit(lambda p: cast(p, dtype))(params)
+
+        self._read = self.read(graphdef)
+        self.start = jax.jit(lambda p, rows: nnx.merge(graphdef, p).init_memory(rows), static_argnums=1)
+
+    @staticmethod
+    def read(graphdef: nnx.GraphDef) -> Callable:
+        """The compiled call(params, tokens, targets, memory) -> (nats [B, T], memory)."""
 
         def read(params, tokens_BT, targets_BT, memory):
-            model = nnx.merge(graphdef, params)
-            hidden, memory = model(tokens_BT, memory)
-            return train_step.token_losses(model.logits(hidden), targets_BT), memory
+            batch = {"tokens": tokens_BT, "targets": targets_BT}
+            scored = score(nnx.merge(graphdef, params), batch, memory)
+            return scored.nats, scored.memory
 
-        self._read = jax.jit(read)
-        self.start = jax.jit(lambda p, rows: nnx.merge(graphdef, p).init_memory(rows), static_argnums=1)
+        return jax.jit(read)
 
     def __call__(self, tokens_BT, targets_BT, memory: Any) -> tuple[jax.Array, Any]:
         return self._read(self.params, tokens_BT, targets_BT, memory)

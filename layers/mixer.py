@@ -9,15 +9,20 @@ the config builds. The module maps `[B, T, dim]` to the same shape and carries a
     y, state = mixer(x_more, state)           # continues at ANY position
     state    = mixer.init_state(batch_size)   # a pytree, every leaf [B, ...]
 
+Blocks call `mixer.forward`, which also leaves memory reads out and returns diagnostics and losses. The base class
+`Mixer` defines it through the call; a module that is no `Mixer` is wrapped (`as_mixer`).
+
 Axis letters used across engrax: B batch rows, T tokens, D model width, H heads, K key width of a head, V value width
 of a head (or vocabulary, in the models), W window or convolution width, P persistent tokens, L layers of a pattern.
 Arrays carry them as a suffix (`x_BTD`), and the suffix is the einsum string.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from engrax.registry import Registry
 
@@ -32,8 +37,7 @@ class MixerConfig:
     exempt_from: ClassVar[
         dict[str, str]
     ] = {}  # {law or law.part: reason}; a test asserts that the exempt law really fails
-
-    adds_loss: ClassVar[bool] = False  # whether the module has auxiliary_loss(x, segment_ids) -> [B], for the training
+    memory_reads: ClassVar[tuple[str, ...]] = ("read",)  # names of what it reads from a memory; () = it has none
 
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> nnx.Module:
         """Returns the module for model width `dim`; `layer` (from 0, may be traced) is its place among `num_layers`."""
@@ -47,6 +51,82 @@ class MixerConfig:
     def flops_per_token(self, dim: int, seq_len: int) -> float:
         """Forward FLOPs per token of a row of `seq_len` tokens (a multiply-add is 2), the memory update included."""
         raise NotImplementedError(f"{type(self).__name__} must define flops_per_token(dim, seq_len).")
+
+
+class MixerOutput(NamedTuple):
+    """What `Mixer.forward` returns."""
+
+    y: Float[Array, "B T D"]
+    state: Any  # after the last token
+    aux: Float[Array, " B"]  # a loss per row that is added to each of the row's labelled tokens; 0 for most mixers
+    collected: dict[str, Array]  # diagnostics, {} unless asked for
+
+
+class Mixer(nnx.Module):
+    """Base of the mixers' modules. A subclass defines `__call__(x, state, segment_ids) -> (y, state)` and `init_state`;
+    the other methods are optional."""
+
+    def init_state(self, batch_size: int) -> Any:
+        """The state every row and every segment starts from; every leaf [B, ...]."""
+        raise NotImplementedError(f"{type(self).__name__} must define init_state(batch_size).")
+
+    def report(self, x_BTD: Float[Array, "B T D"], state: Any = None, segment_ids: Any = None) -> dict[str, Array]:
+        """Diagnostics of a call: scalars, arrays, or [B, T] values of every token."""
+        return {}
+
+    def auxiliary_loss(self, x_BTD: Float[Array, "B T D"], segment_ids: Any = None) -> Float[Array, " B"]:
+        """A loss per row that training adds to each of the row's labelled tokens (a router's balance)."""
+        return jnp.zeros(len(x_BTD), jnp.promote_types(x_BTD.dtype, jnp.float32))
+
+    def call_without(
+        self, reads: tuple[str, ...], x_BTD: Float[Array, "B T D"], state: Any = None, segment_ids: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The call with the memory reads named in `reads` left out. By default the whole output is one read."""
+        y, state = self(x_BTD, state, segment_ids)
+        return jnp.zeros_like(y), state
+
+    def forward(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        state: Any = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        collect: tuple[str, ...] = (),
+        mute: tuple[str, ...] = (),
+    ) -> MixerOutput:
+        """What a block calls. collect: not empty = also return the diagnostics; mute: memory reads left out."""
+        if mute:
+            y, after = self.call_without(mute, x_BTD, state, segment_ids)
+        else:
+            y, after = self(x_BTD, state, segment_ids)
+        collected = self.report(x_BTD, state, segment_ids) if collect else {}
+        return MixerOutput(y, after, self.auxiliary_loss(x_BTD, segment_ids), collected)
+
+
+class PlainMixer(Mixer):
+    """A module that is no `Mixer`, with its optional methods where it has them."""
+
+    def __init__(self, module: nnx.Module):
+        self.module = module
+
+    def init_state(self, batch_size: int) -> Any:
+        return self.module.init_state(batch_size)
+
+    def __call__(self, x_BTD, state=None, segment_ids=None):
+        return self.module(x_BTD, state, segment_ids)
+
+    def report(self, x_BTD, state=None, segment_ids=None):
+        own = getattr(self.module, "report", None)
+        return own(x_BTD, state, segment_ids) if own else {}
+
+    def auxiliary_loss(self, x_BTD, segment_ids=None):
+        own = getattr(self.module, "auxiliary_loss", None)
+        return own(x_BTD, segment_ids) if own else super().auxiliary_loss(x_BTD, segment_ids)
+
+
+def as_mixer(module: nnx.Module) -> Mixer:
+    """The module itself where it is a `Mixer`, else wrapped as one."""
+    return module if isinstance(module, Mixer) else PlainMixer(module)
 
 
 def register_mixer(name: str):

@@ -1,9 +1,10 @@
 """Whole networks: MODELS maps a name to a model's config class."""
 
 from engrax.models.armt import ARMTConfig
+from engrax.models.contract import LinearHead, Model, Output
 from engrax.models.hmt import HMTConfig
 from engrax.models.language_model import LanguageModelConfig
-from engrax.models.model import MODELS, ModelConfig
+from engrax.models.model import MODELS, ModelConfig, build
 from engrax.models.rmt import RMTConfig
 from engrax.models.titans import TitansLMMConfig, TitansMACConfig, TitansMAGConfig, TitansMALConfig
 from engrax.models.transformer_xl import MemorizingTransformerConfig, TransformerXLModelConfig
@@ -13,12 +14,16 @@ __all__ = [
     "ARMTConfig",
     "HMTConfig",
     "LanguageModelConfig",
+    "LinearHead",
     "MemorizingTransformerConfig",
+    "Model",
     "ModelConfig",
+    "Output",
     "RMTConfig",
     "TitansLMMConfig",
     "TitansMACConfig",
     "TitansMAGConfig",
     "TitansMALConfig",
     "TransformerXLModelConfig",
+    "build",
 ]

@@ -21,10 +21,12 @@ from engrax.errors import UserError
 from engrax.layers import AttentionConfig
 from engrax.layers.common.segments import select_rows
 from engrax.layers.routed.associative import ORDER, Association, AssociativeMemory
+from engrax.models.contract import no_loss
 from engrax.models.language_model import LanguageModel, LanguageModelConfig
 from engrax.models.model import MODELS
+from engrax.models.parameters import stack_axes
 from engrax.models.segment_config import SegmentRecurrentConfig
-from engrax.models.segment_recurrence import SegmentRecurrent
+from engrax.models.segment_recurrence import Call, Read, SegmentRecurrent
 
 
 @MODELS.register("armt")
@@ -87,6 +89,7 @@ class AssociativeLanguageModel(LanguageModel):
         keys = jax.random.split(rngs.params(), self.config.repeat)
         block.associative = nnx.eval_shape(lambda: build(jax.random.key(0)))
         nnx.update(block.associative, jax.vmap(lambda key: nnx.state(build(key), nnx.Param))(keys))
+        stack_axes(block.associative)
         return block
 
     def init_associations(self, batch_size: int) -> tuple[Association, ...]:
@@ -97,9 +100,9 @@ class AssociativeLanguageModel(LanguageModel):
 
         return self._scan(body, jnp.zeros(()), None)[1]
 
-    def read_segment(self, x_BSD, state, ids, associations, owner: Int[Array, " B"], closing: int):
-        """`encode`, with the memories of the documents `owner`: (hidden, state, memories after the `closing` last
-        vectors were written)."""
+    def read_segment(self, x_BSD, state, ids, associations, owner: Int[Array, " B"], call: Call) -> Read:
+        """`encode`, with the memories of the documents `owner`; `made` are they after the suffix was written."""
+        calls, closing = self._calls(call.collect, call.mute), call.closing
         x_BSD, states, place, _ = self._add_positions(x_BSD, state, ids)  # a segment never outgrows its positions
         pattern = len(self.config.mixers)
         states = (None,) * pattern if states is None else states
@@ -107,29 +110,33 @@ class AssociativeLanguageModel(LanguageModel):
         goes_on = ids[:, -1] == owner  # else another document has begun, which has no memory yet
 
         def body(blocks, x, both):
-            new = []
-            for block, state, memory in zip(blocks, *both):
+            new, aux, collected = [], no_loss(x), {}
+            for (label, asked, without), block, state, memory in zip(calls, blocks, *both):
                 x = x + block.associative.read(x, memory, reads)
-                x, state = block(x, state, ids, False)
+                x, out = block(x, state, ids, collect=asked, mute=without)
+                aux = aux + out.aux
+                collected |= {f"{label}.{key}": value for key, value in out.collected.items()}
                 if closing:
                     memory = select_rows(goes_on, memory, jax.tree.map(jnp.zeros_like, memory))
                     memory = block.associative.write(x[:, -closing:], memory)
-                new.append((state, memory))
-            return x, tuple(zip(*new))
+                new.append((out.state, memory))
+            return x, (tuple(zip(*new)), aux, collected)
 
-        x_BSD, (states, associations) = self._scan(body, x_BSD, (states, associations))
+        x_BSD, ((states, associations), aux, collected) = self._scan(body, x_BSD, (states, associations))
         hidden = self.norm(x_BSD) if hasattr(self, "norm") else x_BSD
-        return hidden, (*states, *place), associations
+        return Read(hidden, (*states, *place), associations, jnp.sum(aux, axis=0), collected)
 
 
 class ARMT(SegmentRecurrent):
     """The module of ARMTConfig; the memory is a tuple of Associations, leaves [repeat, B, ...]."""
 
+    start_axis = 1
+
     def __init__(self, config: ARMTConfig, *, rngs: nnx.Rngs):
         super().__init__(config, AssociativeLanguageModel(config.fitted_backbone, config.key_dim, rngs=rngs))
         init = jax.nn.initializers.normal(self.width**-0.5)
         shape = (config.memory_tokens, self.width)
-        self.memory_tokens = nnx.Param(init(rngs.params(), shape), axes=("persistent", "embed"))
+        self.memory_tokens = nnx.Param(init(rngs.params(), shape), axes=("persistent", "embed"), role="initial memory")
 
     def start_memory(self, batch_size: int) -> tuple[Association, ...]:
         return self.backbone.init_associations(batch_size)
@@ -144,5 +151,5 @@ class ARMT(SegmentRecurrent):
     def update_memory(self, memory, hidden_BSD, made: Any) -> tuple[Association, ...]:
         return made
 
-    def read(self, x_BSD, ids, state, memory, owner, closing):
-        return self.backbone.read_segment(x_BSD, state, ids, memory, owner, closing)
+    def read(self, x_BSD, ids, state, memory, owner, call):
+        return self.backbone.read_segment(x_BSD, state, ids, memory, owner, call)

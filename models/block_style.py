@@ -29,12 +29,16 @@ class BlockStyleConfig:
     unused_positions: int = 0  # rows of their table before the first one (OPT has 2)
     embed_dim: int | None = None  # width of the embedding, projected to the model's and back; None = the model's
     tied: bool = True  # the head is the embedding
+    soft_cap: float | None = None  # of the logits, in nats; None = no cap
+    z_loss: float = 0.0  # weight of the squared log of the sum of exponentials in the training loss
 
     def __post_init__(self):
         if self.positions < 0 or self.unused_positions < 0:
             raise UserError(
                 f"layout.positions={self.positions} and unused_positions={self.unused_positions} must not be negative."
             )
+        if (self.soft_cap is not None and self.soft_cap <= 0) or self.z_loss < 0:
+            raise UserError(f"layout.soft_cap={self.soft_cap} must be above 0 and z_loss={self.z_loss} not negative.")
 
     def build_norm(self, dim: int, *, rngs: nnx.Rngs) -> nnx.Module:
         """A norm over the last axis."""
@@ -61,7 +65,7 @@ class LearnedPositions(nnx.Module):
         self.config = config
         init = jax.nn.initializers.normal(dim**-0.5)
         rows = config.positions + config.unused_positions
-        self.table = nnx.Param(init(rngs.params(), (rows, dim)), axes=("position", "embed"))
+        self.table = nnx.Param(init(rngs.params(), (rows, dim)), axes=("position", "embed"), role="embedding")
 
     def init_state(self, batch_size: int) -> PositionState:
         """Before the first token."""

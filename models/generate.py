@@ -35,8 +35,8 @@ def sample(
     @jax.jit
     def read(params, tokens_BT, memory):
         model = nnx.merge(graphdef, params)
-        hidden, memory = model(tokens_BT, memory)
-        return model.logits(hidden[:, -1:])[:, 0], memory
+        out = model(tokens_BT, memory)
+        return model.logits(out.hidden[:, -1:])[:, 0], out.memory
 
     def choose(logits_BV: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
         likeliest = jnp.argmax(logits_BV, axis=-1)

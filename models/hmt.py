@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from engrax.errors import UserError
 from engrax.layers import AttentionConfig, TitansConfig
 from engrax.layers.common.modules import projection
+from engrax.models.contract import as_model
 from engrax.models.language_model import LanguageModelConfig
 from engrax.models.model import MODELS
 from engrax.models.segment_config import SegmentRecurrentConfig
@@ -117,11 +118,11 @@ class HMT(SegmentRecurrent):
     """The module of HMTConfig: 2 D + 2 D d_h parameters around the backbone's."""
 
     def __init__(self, config: HMTConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, config.fitted_backbone.build(rngs=rngs))
+        super().__init__(config, as_model(config.fitted_backbone.build(rngs=rngs)))
         width = self.width
         init = jax.nn.initializers.normal(width**-0.5)
-        self.summary_prompt = nnx.Param(init(rngs.params(), (width,)), axes=("norm",))
-        self.initial = nnx.Param(init(rngs.params(), (width,)), axes=("norm",))
+        self.summary_prompt = nnx.Param(init(rngs.params(), (width,)), axes=("embed",), role="initial memory")
+        self.initial = nnx.Param(init(rngs.params(), (width,)), axes=("embed",), role="initial memory")
         self.query = projection(width, config.recall_width, ("embed", "heads"), rngs=rngs)
         self.key = projection(width, config.recall_width, ("embed", "heads"), rngs=rngs)
 
@@ -188,12 +189,9 @@ class HMT(SegmentRecurrent):
         x = self._embed(about)
         prompt = jnp.broadcast_to(self.summary_prompt[...], (len(x), 1, x.shape[-1])).astype(x.dtype)
         ids = jnp.pad(jnp.where(about >= 0, 0, -1).astype(jnp.int32), ((0, 0), (1, 1)))
-        hidden, _ = self.backbone.encode(jnp.concatenate([prompt, x, prompt], axis=1), segment_ids=ids)
-        return hidden[:, -1]
+        return self.backbone.encode(jnp.concatenate([prompt, x, prompt], axis=1), segment_ids=ids).hidden[:, -1]
 
-    def report(
-        self, tokens_BT: Int[Array, "B T"], *, segment_ids: Int[Array, "B T"] | None = None
-    ) -> dict[str, Float[Array, " layers ..."]]:
+    def own_report(self, tokens_BT: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> dict[str, Array]:
         """Recall over the whole segments of the rows, averaged over the rows that had something to recall:
 
         hmt.recall [1, segments, segments]: the weight of each past segment (column) as a segment begins (row);
@@ -201,13 +199,12 @@ class HMT(SegmentRecurrent):
         segments, and hmt.cache_age: the oldest memory's; hmt.entropy and hmt.age [1]: their means over segments.
         """
         c, (B, T) = self.config, tokens_BT.shape
-        ids = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
         n = T // c.segment_length
         if not n:
             return {}
         run = SegmentRunner(self, B)
         state = run.start._replace(backbone=None, offset=jnp.zeros(B, jnp.int32))
-        xs = [x[:, : n * c.segment_length].reshape(B, n, -1).swapaxes(0, 1) for x in (tokens_BT, ids)]
+        xs = [x[:, : n * c.segment_length].reshape(B, n, -1).swapaxes(0, 1) for x in (tokens_BT, segment_ids)]
         _, (weights, counts) = jax.lax.scan(lambda s, x: _watched(run, s, *x), state, tuple(xs))
         return _recall_report(weights.astype(jnp.float32), counts)
 

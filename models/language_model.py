@@ -18,8 +18,11 @@ from engrax.layers.attention.attention import RopeScaling
 from engrax.layers.common import lora
 from engrax.layers.common.lora import LoraConfig
 from engrax.layers.common.modules import projection
+from engrax.layers.mixer import MixerOutput, as_mixer
 from engrax.models.block_style import BlockStyleConfig, LearnedPositions, without_place
+from engrax.models.contract import GATHERED, LinearHead, Model, Output, gathered, is_gathering, no_loss, split_rows
 from engrax.models.model import MODELS, ModelConfig
+from engrax.models.parameters import declare_roles, stack_axes
 from engrax.registry import did_you_mean
 
 REMAT = {  # name -> what the forward pass of a pattern saves for the backward pass
@@ -112,7 +115,7 @@ class Block(nnx.Module):
     def __init__(self, mixer: MixerConfig, config: LanguageModelConfig, *, layer: Any, rngs: nnx.Rngs):
         self.norm_place = config.layout.norm_place
         self.mixer_norm = config.layout.build_norm(config.dim, rngs=rngs)
-        self.mixer = mixer.build(config.dim, rngs=rngs, layer=layer, num_layers=config.num_layers)
+        self.mixer = as_mixer(mixer.build(config.dim, rngs=rngs, layer=layer, num_layers=config.num_layers))
         if config.mlp_width:
             self.mlp_norm = config.layout.build_norm(config.dim, rngs=rngs)
             scale = (2 * config.num_layers) ** -0.5
@@ -128,24 +131,27 @@ class Block(nnx.Module):
     def _norm(self, place: str, norm: nnx.Module, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return norm(x_BTD) if self.norm_place == place else x_BTD
 
-    def __call__(self, x_BTD, state, segment_ids, muted: bool):
-        y, state = self.mixer(self.mixer_input(x_BTD), state, segment_ids)
-        x_BTD = x_BTD if muted else x_BTD + y.astype(x_BTD.dtype)
-        x_BTD = self._norm("after", self.mixer_norm, x_BTD)
+    def __call__(
+        self, x_BTD, state, segment_ids, *, collect: tuple[str, ...] = (), mute: tuple[str, ...] = ()
+    ) -> tuple[Float[Array, "B T D"], MixerOutput]:
+        """The residual stream after the block, and what its mixer returned; mute: memory reads left out."""
+        x_BTD = split_rows(x_BTD)
+        out = self.mixer.forward(self.mixer_input(x_BTD), state, segment_ids, collect=collect, mute=mute)
+        x_BTD = self._norm("after", self.mixer_norm, x_BTD + out.y.astype(x_BTD.dtype))
         if hasattr(self, "mlp"):
             x_BTD = x_BTD + self.mlp(self._norm("before", self.mlp_norm, x_BTD))
             x_BTD = self._norm("after", self.mlp_norm, x_BTD)
-        return x_BTD, state
+        return x_BTD, out
 
 
-class LanguageModel(nnx.Module):
+class LanguageModel(Model):
     """The module of LanguageModelConfig."""
 
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         layout, width = config.layout, config.layout.embed_dim or config.dim
         init, shape, axes = jax.nn.initializers.normal(width**-0.5), (config.vocab_size, width), ("vocab", "embed")
-        self.embedding = nnx.Param(init(rngs.params(), shape), axes=axes)
+        self.embedding = nnx.Param(init(rngs.params(), shape), axes=axes, role="embedding")
         self.blocks = nnx.List(self._stack(i, mixer, rngs) for i, mixer in enumerate(config.mixers))
         if layout.norm_place == "before":
             self.norm = layout.build_norm(config.dim, rngs=rngs)
@@ -155,10 +161,11 @@ class LanguageModel(nnx.Module):
             self.project_in = projection(width, config.dim, ("embed", "embed"), rngs=rngs)
             self.project_out = projection(config.dim, width, ("embed", "embed"), rngs=rngs)
         if not layout.tied:
-            self.head = nnx.Param(init(rngs.params(), shape), axes=axes)
+            self.output_embedding = nnx.Param(init(rngs.params(), shape), axes=axes, role="embedding")
         lora.check_targets(frozenset().union(*(block.adaptable for block in self.blocks)), config.lora)
         if config.frozen:
             lora.freeze(self, skip=("blocks",))  # they have marked their own; what wraps them may have added parts
+        declare_roles(self)
 
     def _stack(self, place: int, mixer: MixerConfig, rngs: nnx.Rngs) -> Block:
         """The blocks of one pattern position, every parameter with a leading axis [repeat]."""
@@ -172,6 +179,7 @@ class LanguageModel(nnx.Module):
         template = nnx.eval_shape(lambda: build(jax.random.key(0), 0))
         params = jax.vmap(lambda key, layer: nnx.state(build(key, layer), nnx.Param))(keys, layers)
         nnx.update(template, params)
+        stack_axes(template)
         return template
 
     def __call__(
@@ -180,19 +188,21 @@ class LanguageModel(nnx.Module):
         memory: Any = None,
         *,
         segment_ids: Int[Array, "B T"] | None = None,
+        collect: tuple[str, ...] = (),
         mute: tuple[str, ...] = (),
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """Returns the hidden states before the head, normalised, and the memory after the last token.
+    ) -> Output:
+        """Returns the normalised hidden states before the head, and the memory after the last token.
 
-        `memory` (a tuple over the pattern, leaves [repeat, B, ...], then where the learned positions have come to, if
-        the model has any) continues earlier tokens; None starts anew.
-        The reads of mixers registered under a name in `mute` are left out of the residual stream.
+        `memory` is a tuple over the pattern, leaves [repeat, B, ...], then the state of the learned positions, if the
+        model has any; None starts from an empty memory. `collect` and `mute` hold registered names of mixers, or "*":
+        their diagnostics are returned as {"titans.lr_mean": [repeat, ...]}, with the pattern position in the name where
+        a mixer occurs twice; their memory reads are left out.
         """
-        return self.encode(self.embed(tokens_BT), memory, segment_ids=segment_ids, mute=mute)
+        return self.encode(self.embed(tokens_BT), memory, segment_ids=segment_ids, collect=collect, mute=mute)
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The vectors of tokens."""
-        x_BTD = self.embedding[...][tokens_BT]
+        x_BTD = split_rows(self.embedding[...][tokens_BT])
         return self.project_in(x_BTD) if hasattr(self, "project_in") else x_BTD
 
     def encode(
@@ -201,38 +211,38 @@ class LanguageModel(nnx.Module):
         memory: Any = None,
         *,
         segment_ids: Int[Array, "B T"] | None = None,
+        collect: tuple[str, ...] = (),
         mute: tuple[str, ...] = (),
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """What a call does with its tokens' vectors: any others, a prompt's or a memory's, may stand among them."""
-        return self._encode(x_BTD, memory, segment_ids, mute)[:2]
-
-    def with_losses(
-        self, tokens_BT: Int[Array, "B T"], *, segment_ids: Int[Array, "B T"] | None = None
-    ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
-        """The hidden states of rows begun anew, and what the mixers add to the training loss of each row's tokens.
-
-        That is the sum of `auxiliary_loss` over all blocks whose mixer `adds_loss` (a router's balance), 0 without any.
-        """
-        hidden_BTD, _, losses = self._encode(self.embed(tokens_BT), None, segment_ids, (), losses=True)
-        return hidden_BTD, losses
-
-    def _encode(self, x_BTD, memory, segment_ids, mute: tuple[str, ...], losses: bool = False):
-        """The hidden states, the memory after them and, where asked for, the losses [B] of the mixers."""
-        muted = [mixer.registered_name in mute for mixer in self.config.mixers]
+    ) -> Output:
+        """A call on vectors: those of tokens, of a prompt or of a memory."""
+        calls = self._calls(collect, mute)
         x_BTD, memory, place, lost = self._add_positions(x_BTD, memory, segment_ids)
 
         def body(blocks, x, states):
-            new, total = [], jnp.zeros((len(x),), jnp.promote_types(x.dtype, jnp.float32)) if losses else None
-            for mixer, block, state, silent in zip(self.config.mixers, blocks, states, muted):
-                if losses and mixer.adds_loss:
-                    total = total + block.mixer.auxiliary_loss(block.mixer_input(x), segment_ids)
-                x, state = block(x, state, segment_ids, silent)
-                new.append(state)
-            return x, (tuple(new), total)
+            new, aux, collected = [], no_loss(x), {}
+            for (label, asked, without), block, state in zip(calls, blocks, states):
+                x, out = block(x, state, segment_ids, collect=asked, mute=without)
+                new.append(out.state)
+                aux = aux + out.aux
+                collected |= {f"{label}.{key}": value for key, value in out.collected.items()}
+            return x, (tuple(new), aux, collected)
 
-        x_BTD, (memory, total) = self._scan(body, x_BTD, memory)
-        hidden_BTD = without_place(self.norm(x_BTD) if hasattr(self, "norm") else x_BTD, lost)
-        return hidden_BTD, (*memory, *place), jnp.sum(total, axis=0) if losses else None
+        x_BTD, (memory, aux, collected) = self._scan(body, x_BTD, memory)
+        hidden_BTD = split_rows(without_place(self.norm(x_BTD) if hasattr(self, "norm") else x_BTD, lost))
+        return Output(hidden_BTD, (*memory, *place), jnp.sum(aux, axis=0), collected)
+
+    def _calls(self, collect: tuple[str, ...], mute: tuple[str, ...]) -> list[tuple[str, tuple, tuple]]:
+        """(name of its diagnostics, what it collects, memory reads it leaves out) of every pattern position."""
+        mixers = self.config.mixers
+        names = [mixer.registered_name for mixer in mixers]
+        return [
+            (
+                name if names.count(name) == 1 else f"{name}{i}",
+                (name,) if _named(name, collect) else (),
+                mixer.memory_reads if _named(name, mute) else (),
+            )
+            for i, (name, mixer) in enumerate(zip(names, mixers))
+        ]
 
     def _add_positions(self, x_BTD, memory, segment_ids):
         """x with its learned positions, the blocks' part of the memory, () or (the positions' part after x,), and which
@@ -243,32 +253,16 @@ class LanguageModel(nnx.Module):
         x_BTD, place, lost = self.positions(x_BTD, place, segment_ids)
         return x_BTD, blocks, (place,), lost
 
-    def report(
-        self, tokens_BT: Int[Array, "B T"], *, segment_ids: Int[Array, "B T"] | None = None
-    ) -> dict[str, Float[Array, " layers ..."]]:
-        """Diagnostics of every mixer that reports on itself: {"titans.lr_mean": [repeat, ...]}; the pattern position
-        is added to the name where a mixer stands twice in the pattern."""
-        names = [mixer.registered_name for mixer in self.config.mixers]
-
-        def body(blocks, x, states):
-            found = {}
-            for i, (block, state) in enumerate(zip(blocks, states)):
-                if hasattr(block.mixer, "report"):
-                    name = names[i] if names.count(names[i]) == 1 else f"{names[i]}{i}"
-                    values = block.mixer.report(block.mixer_input(x), state, segment_ids)
-                    found |= {f"{name}.{key}": value for key, value in values.items()}
-                x, _ = block(x, state, segment_ids, False)
-            return x, found
-
-        x_BTD, *_ = self._add_positions(self.embed(tokens_BT), None, segment_ids)
-        return self._scan(body, x_BTD, None)[1]
-
-    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits from the embedding, or from the head of its own, float32 or wider."""
-        dtype = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
+    def head(self, hidden_BTD: Float[Array, "B T D"]) -> LinearHead:
+        """The vocabulary rows, the embedding's or the head's own, and the hidden states in their width."""
+        style = self.config.layout
         hidden_BTD = self.project_out(hidden_BTD) if hasattr(self, "project_out") else hidden_BTD
-        table_VD = self.embedding[...] if self.config.layout.tied else self.head[...]
-        return jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=dtype)
+        table = self.embedding if style.tied else self.output_embedding
+        return LinearHead(hidden_BTD, table[...], style.soft_cap, style.z_loss)
+
+    def memory_axes(self, memory: Any) -> Any:
+        """1: blocks are stacked along axis 0."""
+        return jax.tree.map(lambda _: 1, memory)
 
     def init_memory(self, batch_size: int) -> Any:
         """The memory before the first token, as a call returns it."""
@@ -285,9 +279,17 @@ class LanguageModel(nnx.Module):
 
         def step(x, xs):
             params, states = xs
+            params = gathered(params)
             states = (None,) * len(graphdefs) if states is None else states
             return body([nnx.merge(g, p) for g, p in zip(graphdefs, params)], x, states)
 
         policy = REMAT[self.config.remat]
+        if policy is None and is_gathering():  # what each device gathers of a layer is not kept for the backward pass
+            policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
         step = step if policy is None else jax.checkpoint(step, policy=policy, prevent_cse=False)
         return jax.lax.scan(step, x, (params, memory))
+
+
+def _named(name: str, names: tuple[str, ...]) -> bool:
+    """Whether a mixer's registered name is among `names`, "*" being all of them."""
+    return name in names or "*" in names

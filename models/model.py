@@ -1,12 +1,6 @@
-"""The model contract and its registry.
+"""Settings of models, their registry, and the one way to build a model.
 
-A model config builds a Flax NNX module with
-
-    hidden, memory = model(tokens, memory=None, *, segment_ids=None)   # [B, T] -> [B, T, D]
-    logits         = model.logits(hidden)                              # [B, T, V], float32 or wider
-    memory         = model.init_memory(batch_size)                     # a pytree
-
-so that a loss may skip materialising logits, and generation carries the memory by hand.
+A model config builds a Flax NNX module that keeps the forward contract (`engrax.models.contract`).
 """
 
 import dataclasses
@@ -14,6 +8,8 @@ from typing import ClassVar
 
 from flax import nnx
 
+from engrax.models.contract import Model, as_model
+from engrax.models.parameters import declare_roles
 from engrax.registry import Registry
 
 MODELS = Registry("model")
@@ -38,3 +34,8 @@ class ModelConfig:
     def flops_per_token(self, seq_len: int) -> float:
         """Forward FLOPs per token of a row of `seq_len` tokens (a multiply-add counts 2), memory updates included."""
         raise NotImplementedError(f"{type(self).__name__} must define flops_per_token(seq_len).")
+
+
+def build(config: ModelConfig, *, rngs: nnx.Rngs) -> Model:
+    """The model of a config, every parameter with its role. Raises UserError for a parameter without one."""
+    return declare_roles(as_model(config.build(rngs=rngs)))

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from engrax.layers import AttentionConfig
+from engrax.models.contract import as_model
 from engrax.models.language_model import LanguageModelConfig
 from engrax.models.model import MODELS
 from engrax.models.segment_config import SegmentRecurrentConfig
@@ -51,10 +52,10 @@ class RMT(SegmentRecurrent):
     """The module of RMTConfig; the memory is [B, m, D]."""
 
     def __init__(self, config: RMTConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, config.fitted_backbone.build(rngs=rngs))
+        super().__init__(config, as_model(config.fitted_backbone.build(rngs=rngs)))
         init = jax.nn.initializers.normal(self.width**-0.5)
         shape = (config.memory_tokens, self.width)
-        self.initial = nnx.Param(init(rngs.params(), shape), axes=("persistent", "embed"))
+        self.initial = nnx.Param(init(rngs.params(), shape), axes=("persistent", "embed"), role="initial memory")
 
     def start_memory(self, batch_size: int) -> Float[Array, "B M D"]:
         return jnp.broadcast_to(self.initial[...], (batch_size, *self.initial.shape))

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from engrax.layers.common.segments import last_segment_after
+from engrax.models.contract import LinearHead, Model, Output
 from engrax.models.language_model import REMAT
 from engrax.models.model import ModelConfig
 
@@ -37,12 +37,23 @@ class Running(NamedTuple):
     segments_since_cut: Int[Array, " B"]  # segments since gradients through the memory were cut, below `bptt_segments`
 
 
-class SegmentRecurrent(nnx.Module):
-    """Base of the models: embeds and reads through the backbone's `embed`, `encode`, `init_memory` and `logits`."""
+class Read(NamedTuple):
+    """What the backbone gives for the vectors of a segment, or of a part of one."""
 
-    insert_at: int | None = None  # tokens of a segment before `insert` puts something in
+    hidden: Float[Array, "B S D"]
+    state: Any  # the backbone's, after the last vector
+    made: Any  # what its layers made for `update_memory`
+    aux: Float[Array, " B"]  # its auxiliary loss
+    collected: dict[str, Array]  # its diagnostics
 
-    def __init__(self, config: ModelConfig, backbone: nnx.Module):
+
+class SegmentRecurrent(Model):
+    """Base of the models: embeds and reads through the backbone's `embed`, `encode`, `init_memory` and `head`."""
+
+    insert_at: int | None = None  # tokens of a segment before `infix` puts something in
+    start_axis: int = 0  # batch axis of the leaves of `start_memory`
+
+    def __init__(self, config: ModelConfig, backbone: Model):
         self.config, self.backbone = config, backbone
 
     @property
@@ -73,11 +84,17 @@ class SegmentRecurrent(nnx.Module):
         """The memory after a segment, from the backbone's hidden states at the closing slots."""
         raise NotImplementedError
 
-    def read(self, x_BSD, ids: Int[Array, "B S"], state: Any, memory: Any, owner: Int[Array, " B"], closing: int):
-        """The backbone over vectors: (hidden, its state, what its layers `made` for `write`). The memory belongs to
-        the document `owner`; the last `closing` vectors are the closing ones."""
-        hidden, state = self.backbone.encode(x_BSD, state, segment_ids=ids)
-        return hidden, state, None
+    def read(
+        self, x_BSD, ids: Int[Array, "B S"], state: Any, memory: Any, owner: Int[Array, " B"], call: "Call"
+    ) -> Read:
+        """The backbone over vectors. The memory belongs to the document `owner`; the last `call.closing` vectors are
+        the suffix."""
+        out = self.backbone.encode(x_BSD, state, segment_ids=ids, collect=call.collect, mute=call.mute)
+        return Read(out.hidden, out.memory, None, out.aux_loss, out.collected)
+
+    def own_report(self, tokens_BT, segment_ids) -> dict[str, Array]:
+        """Diagnostics of the memory between segments."""
+        return {}
 
     # What every model of this kind does alike.
 
@@ -101,41 +118,71 @@ class SegmentRecurrent(nnx.Module):
         memory: Running | None = None,
         *,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Running]:
-        """Returns the hidden states of the tokens and the state after the last one; None starts anew."""
-        run = SegmentRunner(self, len(tokens_BT))
+        collect: tuple[str, ...] = (),
+        mute: tuple[str, ...] = (),
+    ) -> Output:
+        """Returns the hidden states of the tokens and the state after the last one; None starts from an empty memory.
+
+        `mute` leaves out the reads of the backbone's mixers, and under the model's own name (or "*") what earlier
+        segments left. `collect` returns the backbone's diagnostics (means over whole segments; values of tokens by
+        token) and, under the model's own name, those of the memory between segments: of rows that start from an empty
+        memory, `{}` where rows continue.
+        """
+        name = self.config.registered_name
+        run = SegmentRunner(self, len(tokens_BT), collect if memory is None else (), mute)
         state = run.start if memory is None else memory
         if segment_ids is None:
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], tokens_BT.shape)
-        return run(state, tokens_BT, segment_ids)
+        hidden, state, aux, collected = run(state, tokens_BT, segment_ids)
+        if run.call.collect and (name in collect or "*" in collect):
+            collected = collected | self.own_report(tokens_BT, segment_ids)
+        return Output(hidden, state, aux, collected)
 
-    def on_grid(self, memory: Running, length: int) -> Running:
-        """The same state for a caller who knows that every call has `length` tokens: where that is a number of whole
-        segments, all rows stand at the start of one, and only that path is traced."""
+    def memory_axes(self, memory: Running) -> Running:
+        """0 but for the backbone's leaves, and those of a memory with one part per block."""
+        zero = jax.tree.map(lambda _: 0, memory)
+        own = jax.tree.map(lambda _: self.start_axis, memory.memory)
+        backbone = None if memory.backbone is None else self.backbone.memory_axes(memory.backbone)
+        return zero._replace(memory=own, backbone=backbone)
+
+    def at_call_length(self, memory: Running, length: int) -> Running:
+        """Where every call is a number of whole segments, all rows are at the start of one, and one path is traced."""
         if length % self.config.segment_length:
             return memory
         return memory._replace(offset=np.zeros(memory.offset.shape, np.int32))
 
-    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """The backbone's logits."""
-        return self.backbone.logits(hidden_BTD)
+    def head(self, hidden_BTD: Float[Array, "B T D"]) -> LinearHead:
+        """The backbone's."""
+        return self.backbone.head(hidden_BTD)
+
+
+class Call(NamedTuple):
+    """What is static about a read of the backbone."""
+
+    collect: tuple[str, ...] = ()
+    mute: tuple[str, ...] = ()
+    closing: int = 0  # vectors of the suffix
 
 
 class SegmentRunner:
     """One call of a segment-recurrent model over rows that may stand at different places of their segments."""
 
-    def __init__(self, model: SegmentRecurrent, batch_size: int):
+    def __init__(self, model: SegmentRecurrent, batch_size: int, collect: tuple[str, ...] = (), mute=()):
         self.model, self.config = model, model.config
         self.length = model.config.segment_length
+        self.call = Call(collect, mute)
         self.start = model.init_memory(batch_size)
-        self.axes = batch_axes(model)
+        self.axes = model.memory_axes(self.start)
+        own = model.config.registered_name
+        self.forgets = own in mute or "*" in mute
 
-    def __call__(self, state: Running, tokens, ids) -> tuple[Array, Running]:
-        """All rows at place 0: segment by segment. At places that all sub-blocks of m tokens share: by m tokens. Else
-        token by token."""
+    def __call__(self, state: Running, tokens, ids) -> tuple[Array, Running, Array, dict[str, Array]]:
+        """(hidden, state, auxiliary loss, diagnostics). All rows at offset 0: segment by segment. At offsets that all
+        sub-blocks of m tokens share: by m tokens. Else token by token; there nothing is collected."""
         T, L = tokens.shape[1], self.length
         if isinstance(state.offset, np.ndarray) and not state.offset.any():
             return self.from_grid(state, tokens, ids)
+        self.call = self.call._replace(collect=())
         at = self.model.insert_at
         size = int(np.gcd.reduce([T, L] + ([at] if at and T % L else [])))
         if size == 1 or T == 1:
@@ -144,23 +191,29 @@ class SegmentRunner:
         on_grid = jnp.all(state.offset % size == 0)
         return jax.lax.cond(on_grid, fast, lambda *args: self.by_blocks(*args, 1), state, tokens, ids)
 
-    def from_grid(self, state: Running, tokens, ids) -> tuple[Array, Running]:
-        """Whole segments, then what is left of the row; all rows at place 0."""
-        whole = tokens.shape[1] // self.length * self.length
+    def from_grid(self, state: Running, tokens, ids):
+        """Whole segments, then the rest of the row; all rows at offset 0."""
+        T = tokens.shape[1]
+        whole = T // self.length * self.length
         state = state._replace(backbone=None, offset=jnp.zeros(len(tokens), jnp.int32))
-        hidden = []
+        hidden, aux, collected = [], 0.0, {}
         if whole:
-            state, found = self.segments(state, tokens[:, :whole], ids[:, :whole])
+            state, (found, lost, collected) = self.segments(state, tokens[:, :whole], ids[:, :whole])
             hidden.append(found)
-        if whole < tokens.shape[1]:
-            state, found = self.segment(state, tokens[:, whole:], ids[:, whole:])
+            aux = aux + lost * whole / T
+        if whole < T:
+            state, (found, lost, rest) = self.segment(state, tokens[:, whole:], ids[:, whole:])
             hidden.append(found)
+            aux = aux + lost * (T - whole) / T
+            collected = _with_rest(collected, rest, len(tokens), whole, T - whole)
         else:
             state = state._replace(backbone=self.start.backbone)
-        return jnp.concatenate(hidden, axis=1), state
+        return jnp.concatenate(hidden, axis=1), state, aux, collected
 
-    def segments(self, state: Running, tokens, ids) -> tuple[Running, Array]:
-        """Scans whole segments; the backward pass keeps only the memory before every `bptt_segments`."""
+    def segments(self, state: Running, tokens, ids):
+        """Scans whole segments; the backward pass keeps only the memory before every `bptt_segments`.
+
+        Returns (state, (hidden, mean auxiliary loss, diagnostics))."""
         B, T = tokens.shape
         policy, bptt_segments = REMAT[self.config.remat], self.config.bptt_segments
         xs = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(B, -1, self.length), 1, 0), (tokens, ids))
@@ -175,20 +228,24 @@ class SegmentRunner:
 
         n = T // self.length
         if bptt_segments is None or bptt_segments >= n:
-            state, hidden = scan(state, xs)
+            state, found = scan(state, xs)
         else:
             scan = jax.checkpoint(scan, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
             groups, rest = n // bptt_segments, n % bptt_segments
             head = jax.tree.map(lambda x: x[: n - rest].reshape(groups, bptt_segments, *x.shape[1:]), xs)
-            state, hidden = jax.lax.scan(scan, state, head)
-            hidden = hidden.reshape(-1, *hidden.shape[2:])
+            state, found = jax.lax.scan(scan, state, head)
+            found = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), found)
             if rest:
                 state, last = scan(state, jax.tree.map(lambda x: x[n - rest :], xs))
-                hidden = jnp.concatenate([hidden, last])
-        return state, jnp.moveaxis(hidden, 0, 1).reshape(B, T, -1)
+                found = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), found, last)
+        hidden, aux, collected = found
+        collected = {name: _over_segments(values, B, self.length) for name, values in collected.items()}
+        return state, (jnp.moveaxis(hidden, 0, 1).reshape(B, T, -1), jnp.mean(aux, axis=0), collected)
 
-    def segment(self, state: Running, tokens, ids) -> tuple[Running, Array]:
-        """All rows from place 0: a whole segment in one pass of the backbone, or the beginning of one."""
+    def segment(self, state: Running, tokens, ids):
+        """All rows from offset 0: a whole segment in one call of the backbone, or the beginning of one.
+
+        Returns (state, (hidden, auxiliary loss, diagnostics))."""
         model, at, n = self.model, self.model.insert_at, tokens.shape[1]
         complete = n == self.length
         state = self.enter(state, ids[:, 0], jnp.ones(len(tokens), bool))
@@ -208,23 +265,24 @@ class SegmentRunner:
         closing = model.suffix(state.memory) if complete else embedded[:, :0]
         pieces.append((closing, self.of_last(state, closing)))
         x, all_ids = (jnp.concatenate(parts, axis=1) for parts in zip(*pieces))
-        hidden, backbone, made = model.read(x, all_ids, None, memory, owner, closing.shape[1])
+        read = model.read(x, all_ids, None, memory, owner, self.call._replace(closing=closing.shape[1]))
         if complete:
-            state = self.leave(state, hidden[:, x.shape[1] - closing.shape[1] :], made)
+            state = self.leave(state, read.hidden[:, x.shape[1] - closing.shape[1] :], read.made)
         else:
-            state = state._replace(backbone=backbone, offset=state.offset + n)
-        spans, end = [], opening.shape[1]
-        for size in (first, n - first):  # the inserted slots, if any, stand between
-            spans.append(hidden[:, end : end + size])
+            state = state._replace(backbone=read.state, offset=state.offset + n)
+        end, spans = opening.shape[1], []
+        for size in (first, n - first):  # the infix, if any, lies between
+            spans.append(slice(end, end + size))
             end += size + (pieces[2][0].shape[1] if first else 0)
-        return state, jnp.concatenate(spans, axis=1)
+        collected = {name: _of_tokens(values, x.shape[:2], spans) for name, values in read.collected.items()}
+        return state, (jnp.concatenate([read.hidden[:, span] for span in spans], axis=1), read.aux, collected)
 
-    def by_blocks(self, state: Running, tokens, ids, size: int) -> tuple[Array, Running]:
-        """Blocks of `size` tokens, in none of which a segment ends anywhere but at its end."""
+    def by_blocks(self, state: Running, tokens, ids, size: int):
+        """Blocks of `size` tokens; a segment ends in a block only at its last token."""
         B, T = tokens.shape
         if T == size:
-            state, hidden = self.block(state, tokens, ids)
-            return hidden, state
+            state, (hidden, aux) = self.block(state, tokens, ids)
+            return hidden, state, aux, {}
         xs = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(B, -1, size), 1, 0), (tokens, ids))
 
         def step(state, x):
@@ -232,11 +290,11 @@ class SegmentRunner:
 
         # What a block computes would be kept for the backward pass even where another path is taken (`__call__`).
         step = jax.checkpoint(step, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
-        state, hidden = jax.lax.scan(step, state, xs)
-        return jnp.moveaxis(hidden, 0, 1).reshape(B, T, -1), state
+        state, (hidden, aux) = jax.lax.scan(step, state, xs)
+        return jnp.moveaxis(hidden, 0, 1).reshape(B, T, -1), state, jnp.mean(aux, axis=0), {}
 
-    def block(self, state: Running, tokens, ids) -> tuple[Running, Array]:
-        """Some tokens of a segment, in rows at different places of theirs."""
+    def block(self, state: Running, tokens, ids) -> tuple[Running, tuple[Array, Array]]:
+        """Some tokens of a segment, in rows at different offsets: (state, (hidden, auxiliary loss))."""
         model = self.model
         state = self.enter(state, ids[:, 0], state.offset == 0)
         ahead = self.ahead(tokens, ids, state.last_segment)
@@ -244,10 +302,10 @@ class SegmentRunner:
         if model.insert_at is not None:
             state = self.where(state.offset == model.insert_at, self.inserted, state)
         x = model.backbone.embed(tokens)
-        hidden, backbone, _ = model.read(x, ids, state.backbone, state.memory, state.last_segment, 0)
-        state = state._replace(backbone=backbone, offset=state.offset + tokens.shape[1])
+        read = model.read(x, ids, state.backbone, state.memory, state.last_segment, self.call)
+        state = state._replace(backbone=read.state, offset=state.offset + tokens.shape[1])
         state = self.take(state, tokens, ids)
-        return self.where(state.offset == self.length, self.finish, state), hidden
+        return self.where(state.offset == self.length, self.finish, state), (read.hidden, read.aux)
 
     def begin(self, state: Running, ahead) -> Running:
         """The opening, read from the backbone's empty state."""
@@ -255,7 +313,7 @@ class SegmentRunner:
         backbone = self.start.backbone
         if opening.shape[1]:
             ids = jnp.where(counts, state.last_segment[:, None], -1)
-            _, backbone, _ = self.model.read(opening, ids, None, memory, state.last_segment, 0)
+            backbone = self.model.read(opening, ids, None, memory, state.last_segment, self.call).state
         return state._replace(memory=memory, backbone=backbone)
 
     def inserted(self, state: Running) -> Running:
@@ -267,13 +325,16 @@ class SegmentRunner:
     def finish(self, state: Running) -> Running:
         x = self.model.suffix(state.memory)
         ids = self.of_last(state, x)
-        hidden, _, made = self.model.read(x, ids, state.backbone, state.memory, state.last_segment, x.shape[1])
-        return self.leave(state, hidden, made)
+        call = self.call._replace(closing=x.shape[1])
+        read = self.model.read(x, ids, state.backbone, state.memory, state.last_segment, call)
+        return self.leave(state, read.hidden, read.made)
 
     def enter(self, state: Running, first_id: Int[Array, " B"], at: Bool[Array, " B"]) -> Running:
         """Rows `at` the start of a segment: a document that starts there has no memory; gradients are cut if due."""
         last = state.last_segment
         anew = at & (first_id >= 0) & (last >= 0) & (first_id != last)
+        if self.forgets:  # muted: every segment starts from an empty memory
+            anew = anew | at
         memory = state.memory
         if self.config.bptt_segments is not None:  # what a document starts from is a parameter: it keeps its gradient
             cut = at & (state.segments_since_cut == 0) & (last >= 0)
@@ -341,10 +402,30 @@ class SegmentRunner:
         return _select(rows, when_true, when_false, self.axes.memory)
 
 
-def batch_axes(model: nnx.Module) -> Any:
-    """Of every leaf of a model's state the axis that is the batch, found from the shapes of two batch sizes."""
-    shapes = [jax.eval_shape(lambda n=n: model.init_memory(n)) for n in (2, 3)]
-    return jax.tree.map(lambda a, b: [m == n for m, n in zip(a.shape, b.shape)].index(False), *shapes)
+def _of_tokens(values: Array, slots: tuple[int, int], spans: list[slice]) -> Array:
+    """A diagnostic [repeat, B, S, ...] of every slot at the slots of tokens alone; others as they are."""
+    if values.shape[1:3] != slots:
+        return values
+    return jnp.concatenate([values[:, :, span] for span in spans], axis=2)
+
+
+def _over_segments(values: Array, rows: int, length: int) -> Array:
+    """A diagnostic of every segment [N, repeat, ...]: by token [repeat, B, T, ...], or the mean over segments."""
+    if values.shape[2:4] != (rows, length):
+        return jnp.mean(values, axis=0)
+    values = jnp.moveaxis(values, 0, 2)
+    return values.reshape(*values.shape[:2], -1, *values.shape[4:])
+
+
+def _with_rest(whole: dict[str, Array], rest: dict[str, Array], rows: int, done: int, length: int) -> dict[str, Array]:
+    """The diagnostics of whole segments, with the tokens of an incomplete last one; its own where there is no whole."""
+    if not done:
+        return rest
+    at_tokens = {name for name, values in rest.items() if values.shape[1:3] == (rows, length)}
+    return {
+        name: jnp.concatenate([values, rest[name]], axis=2) if name in at_tokens else values
+        for name, values in whole.items()
+    }
 
 
 def _select(rows, when_true, when_false, axes):

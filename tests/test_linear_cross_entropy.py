@@ -10,6 +10,7 @@ import pytest
 
 from engrax.pallas_kernels import available, linear_cross_entropy
 from engrax.pallas_kernels.linear_cross_entropy import cost
+from engrax.pallas_kernels.linear_cross_entropy.api import linear_cross_entropy_terms
 from engrax.tests.neural_memory_problems import assert_close
 from engrax.tests.op_problems import compiled, relative_rms
 
@@ -25,11 +26,16 @@ def make_problem(batch=2, length=7, features=5, vocabulary=23, unlabelled=0.2, s
     return hidden, embedding, jnp.asarray(labels, jnp.int32)
 
 
+def nats(*args, **options):
+    """The losses alone."""
+    return linear_cross_entropy(*args, **options)[0]
+
+
 def values_and_grads(hidden, embedding, labels, **options):
     """Returns (losses, gradients of a random weighting of them with respect to hidden and embedding)."""
 
     def run(hidden, embedding):
-        return linear_cross_entropy(hidden, embedding, labels, **options)
+        return nats(hidden, embedding, labels, **options)
 
     @compiled
     def both(hidden, embedding):
@@ -47,11 +53,44 @@ def test_xla_equals_reference(chunk, x64):
 
 def test_reference_is_the_definition(x64):
     hidden, embedding, labels = map(np.asarray, make_problem())
-    losses = linear_cross_entropy(hidden, embedding, labels, implementation="reference")
+    losses = nats(hidden, embedding, labels, implementation="reference")
     for b, t in np.ndindex(labels.shape):
         logits = embedding @ hidden[b, t]
         wanted = np.log(np.sum(np.exp(logits))) - logits[labels[b, t]] if labels[b, t] >= 0 else 0
         np.testing.assert_allclose(losses[b, t], wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_correct_is_where_the_label_is_the_first_largest_logit(implementation, x64):
+    hidden, embedding, labels = make_problem(batch=4, length=16, vocabulary=6)
+    embedding = embedding.at[3].set(embedding[1])  # two entries that always tie: argmax takes the first
+    labels = jnp.where(labels < 0, labels, jnp.argmax(hidden @ embedding.T, axis=-1).astype(jnp.int32))
+    labels = labels.at[:, ::3].set(3)
+    _, correct = linear_cross_entropy(hidden, embedding, labels, chunk_size=2, implementation=implementation)
+    wanted = (labels >= 0) & (jnp.argmax(hidden @ embedding.T, axis=-1) == labels)
+    assert correct.dtype == bool and np.array_equal(correct, wanted) and 0 < int(correct.sum()) < correct.size
+
+
+def test_soft_cap_and_the_log_of_the_sum(x64):
+    """Both implementations and the definition agree, values and gradients; no logit exceeds the cap."""
+    hidden, embedding, labels = make_problem(scale=3.0)
+
+    def terms(implementation):
+        def run(hidden, embedding):
+            options = dict(soft_cap=2.0, chunk_size=8, implementation=implementation)
+            nats, _, log_total = linear_cross_entropy_terms(hidden, embedding, labels, **options)
+            return jnp.sum(jnp.sin(nats)) + jnp.sum(log_total**2), (nats, log_total)
+
+        return compiled(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))(hidden, embedding)
+
+    assert_close(terms("xla"), terms("reference"))
+    logits = 2.0 * jnp.tanh(hidden @ embedding.T / 2.0)
+    (_, (nats, log_total)), _ = terms("xla")
+    real = labels >= 0
+    wanted = jnp.where(real, jax.nn.logsumexp(logits, axis=-1), 0)
+    np.testing.assert_allclose(log_total, wanted, rtol=1e-12)
+    at_label = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(nats, jnp.where(real, wanted - at_label, 0), rtol=1e-12, atol=1e-14)
 
 
 def test_gradients_equal_finite_differences(x64):
@@ -60,7 +99,7 @@ def test_gradients_equal_finite_differences(x64):
         np.random.default_rng(2).normal(size=hidden.shape),
         np.random.default_rng(3).normal(size=embedding.shape),
     )
-    total = jax.jit(lambda h, e: jnp.sum(jnp.sin(linear_cross_entropy(h, e, labels, chunk_size=8))))
+    total = jax.jit(lambda h, e: jnp.sum(jnp.sin(nats(h, e, labels, chunk_size=8))))
     gradient = jax.jit(jax.grad(total, argnums=(0, 1)))(hidden, embedding)
     ends = [total(*(x + step * d for x, d in zip((hidden, embedding), direction))) for step in (1e-5, -1e-5)]
     slope = sum(jnp.vdot(g, d) for g, d in zip(gradient, direction))
@@ -105,12 +144,12 @@ def test_large_logits_do_not_overflow():
 
 def test_one_token_and_vmap(x64):
     hidden, embedding, labels = make_problem(batch=1, length=1, unlabelled=0)
-    one = linear_cross_entropy(hidden[:, :1], embedding, labels[:, :1])
+    one = nats(hidden[:, :1], embedding, labels[:, :1])
     assert one.shape == (1, 1)
     hidden, embedding, labels = make_problem(batch=3)
 
     def loss(hidden, labels):
-        return jnp.sum(linear_cross_entropy(hidden[None], embedding, labels[None], chunk_size=8) ** 2)
+        return jnp.sum(nats(hidden[None], embedding, labels[None], chunk_size=8) ** 2)
 
     looped = jnp.stack([jax.grad(loss)(h, l) for h, l in zip(hidden, labels)])
     assert_close(jax.jit(jax.vmap(jax.grad(loss)))(hidden, labels), looped)
@@ -122,7 +161,7 @@ def gradient_program(length, vocabulary, chunk_size=128):
     labels = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
     def run(hidden, embedding, labels):
-        return jnp.sum(linear_cross_entropy(hidden, embedding, labels, chunk_size=chunk_size))
+        return jnp.sum(nats(hidden, embedding, labels, chunk_size=chunk_size))
 
     return compiled(jax.value_and_grad(run, argnums=(0, 1))).lower(*args, labels).compile()
 
@@ -143,7 +182,7 @@ def test_cost_counts_the_matrix_products():
     counted = cost.flops(**sizes)
 
     def run(hidden, embedding):
-        return linear_cross_entropy(hidden, embedding, labels, implementation="xla")
+        return nats(hidden, embedding, labels, implementation="xla")
 
     def backward(hidden, embedding):
         return jax.vjp(run, hidden, embedding)[1](jnp.ones(labels.shape))
@@ -158,13 +197,14 @@ MESH_PROGRAM = """
     import jax, jax.numpy as jnp, numpy as np, re
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     from engrax.pallas_kernels import linear_cross_entropy
+    nats = lambda *args, **options: linear_cross_entropy(*args, **options)[0]
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(8, 6, 16)).astype(np.float32)
     embedding = rng.normal(size=(64, 16)).astype(np.float32)
     labels = rng.integers(-1, 64, size=(8, 6)).astype(np.int32)
     def run(hidden, embedding, labels):
-        total = lambda h, e: jnp.sum(linear_cross_entropy(h, e, labels, chunk_size=16))
+        total = lambda h, e: jnp.sum(nats(h, e, labels, chunk_size=16))
         return jax.value_and_grad(total, argnums=(0, 1))(hidden, embedding)
     program = jax.jit(run)
     whole = program(hidden, embedding, labels)
@@ -190,6 +230,7 @@ BAD = [
     (dict(labels=np.zeros((2, 6), np.int32)), r"labels has shape \(2, 6\), wanted \[B, T\] = \(2, 7\)"),
     (dict(labels=np.zeros((2, 7))), "labels has dtype .*, wanted an integer dtype"),
     (dict(chunk_size=0), "chunk_size is 0"),
+    (dict(soft_cap=0.0), "soft_cap is 0.0, wanted a number above 0 or None"),
     (dict(implementation="xlaa"), "did you mean 'xla'"),
 ]
 

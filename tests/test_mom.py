@@ -389,9 +389,10 @@ def test_the_balance_loss_is_in_the_training_loss(rng):
         return nnx.split(nnx.eval_shape(lambda: weighted.build(rngs=nnx.Rngs(0))), nnx.Param)[0]
 
     def parts(params, weight, differentiate=lambda f: f):
-        found = differentiate(train_step.loss_sum(graph(weight), np.float32))(params, batch)
+        loss = train_step.make_loss(graph(weight), np.float32)
+        found = differentiate(lambda params: loss(params, batch, None)[0])(params)
         model = nnx.merge(graph(weight), params)
-        return found, model.with_losses(batch["tokens"], segment_ids=batch["segment_ids"])[1]
+        return found, model(batch["tokens"], segment_ids=batch["segment_ids"]).aux_loss
 
     nats, none = jax.jit(lambda params: parts(params, 0.0))(params)
     (whole, grads), added = jax.jit(lambda params: parts(params, 0.5, jax.value_and_grad))(params)

@@ -79,7 +79,6 @@ from flax import nnx
 from engrax.models import imported
 from engrax.tests.test_pretrained_training import experiment
 from engrax.train import ParallelConfig
-from engrax.train import train_step
 from engrax.train.trainer import Trainer
 folder, out = sys.argv[1], {}
 source = {".".join(map(str, p)): np.asarray(v.get_value())
@@ -88,8 +87,8 @@ for name, parallel in json.loads(sys.argv[2]).items():
     trainer = Trainer(dataclasses.replace(experiment(folder), parallel=ParallelConfig(**parallel)))
     data, state, losses = trainer.loader("train"), trainer.init_state(), []
     moments = sum(leaf.size for leaf in jax.tree.leaves(state["opt_state"]) if leaf.ndim)
-    loss, batch = train_step.loss_sum(trainer.graphdef, np.float32), trainer.put(next(trainer.loader("train")))
-    grads = nnx.to_flat_state(jax.jit(jax.grad(loss))(state["params"], batch))
+    loss, batch = trainer.make_loss(), trainer.put(next(trainer.loader("train")))
+    grads = nnx.to_flat_state(jax.jit(jax.grad(loss, has_aux=True))(state["params"], batch, None)[0])
     felt = [".".join(map(str, p)) for p, g in grads if np.any(g.get_value())]
     for _ in range(3):
         state, values = trainer.train_step(state, trainer.put(next(data)))

@@ -117,7 +117,7 @@ from flax import nnx
 from engrax.train import optimizer, train_step
 e = small()
 trainer = Trainer(e)
-loss = train_step.loss_sum(trainer.graphdef, jnp.float32)
+loss = trainer.make_loss()
 params = nnx.state(e.model.build(rngs=nnx.Rngs(e.seed)), nnx.Param)
 tx = trainer.tx
 state = jax.device_put({"params": params, "opt_state": tx.init(params)}, jax.devices()[0])
@@ -126,7 +126,7 @@ state = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (8, *x.shape)), st
 @functools.partial(jax.pmap, axis_name="i")
 def step(state, batch):
     count = jax.lax.psum(train_step.labelled(batch), "i")
-    value, grads = jax.value_and_grad(lambda p: loss(p, batch) / count)(state["params"])
+    value, grads = jax.value_and_grad(lambda p: loss(p, batch, None)[0] / count)(state["params"])
     value, grads = jax.lax.psum((value, grads), "i")
     norm = optax.tree.norm(grads)
     new, opt_state = train_step.apply_gradient(tx, state, state["params"], grads, norm, e.optimizer.clip_norm)

@@ -10,16 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from engrax.data import TextFolder
 from engrax.errors import UserError
-from engrax.layers import LinearAttentionConfig, MoMConfig
-from engrax.models import LanguageModelConfig, RMTConfig
 from engrax.tests.experiments import small, tiny
 from engrax.train import CheckpointConfig, LogConfig, OptimizerConfig, metrics, optimizer, train_step
 from engrax.train import experiment as experiments
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.loop import train
-from engrax.train.trainer import Trainer, check
+from engrax.train.trainer import Trainer
 
 
 @pytest.mark.smoke
@@ -76,15 +73,6 @@ def test_weight_decay_touches_matrices_only():
     assert mask["embedding"] and block["mixer"]["qkv"]["kernel"] and block["mlp"]["up"]["kernel"]
     assert not block["mixer"]["gate_bias"] and not block["mixer"]["conv"]["kernel"] and not block["mixer_norm"]["scale"]
     assert not block["mixer"]["initial"][0] and not mask["norm"]["scale"]
-
-
-def test_the_loss_counts_labelled_tokens_only():
-    logits = jnp.asarray(np.random.randn(2, 3, 5), jnp.float32)
-    targets = jnp.asarray([[1, -1, 4], [-1, -1, 0]])
-    losses = train_step.token_losses(logits, targets)
-    wanted = -jax.nn.log_softmax(logits)[0, 0, 1]
-    assert float(losses[0, 0]) == pytest.approx(float(wanted), rel=1e-6)
-    assert np.array_equal(np.asarray(losses == 0), np.asarray(targets < 0))
 
 
 def test_clipping_bounds_the_update_by_the_global_norm():
@@ -275,22 +263,6 @@ def test_settings_that_would_lose_a_run_are_refused(field, value):
 def test_replace_checks_types():
     with pytest.raises(UserError, match="batch_size=16.5 is not of the type wanted: int"):
         experiments.replace(small(), {"batch_size": 16.5})
-
-
-def test_losses_that_nobody_would_collect_are_refused():
-    mixer = MoMConfig(base=LinearAttentionConfig(heads=1, head_dim=4))
-    model = LanguageModelConfig(dim=8, mixers=(mixer,))
-    plain = small(data=TextFolder(path="never read"))
-    check(dataclasses.replace(plain, model=model))
-    silent = dataclasses.replace(model, mixers=(dataclasses.replace(mixer, balance_weight=0.0),))
-    for wrap, told in (
-        (lambda m: RMTConfig(backbone=m), "rmt does not collect"),
-        (lambda m: m, "carry_memory does not"),
-    ):
-        carries = told.startswith("carry")
-        with pytest.raises(UserError, match=told):
-            check(dataclasses.replace(plain, model=wrap(model), carry_memory=carries))
-        check(dataclasses.replace(plain, model=wrap(silent), carry_memory=carries))
 
 
 @pytest.mark.slow

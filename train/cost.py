@@ -11,9 +11,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from engrax import models
+from engrax.models.parameters import cast
 from engrax.train import optimizer, sharding
 from engrax.train.experiment import Experiment, ParallelConfig
-from engrax.train.train_step import cast, resolve_dtype
+from engrax.train.train_step import resolve_dtype
 
 
 def costs(experiment: Experiment, devices: int = 1) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def costs(experiment: Experiment, devices: int = 1) -> dict[str, Any]:
       memory_per_device: {"devices", "zero", "parameter_bytes", "optimizer_bytes", "optimizer_bytes_unsharded"} under
         the config's ZeRO stage; a config that fixes parallel.data fixes the number of devices.
     """
-    model = nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: models.build(experiment.model, rngs=nnx.Rngs(0)))
     params = nnx.state(model, nnx.Param)
     seq_len = experiment.data.seq_len
     tokens = experiment.steps * experiment.batch_size * seq_len
@@ -78,9 +80,7 @@ def _parts(config: Any, params: dict[str, Any], prefix: str = "") -> dict[str, i
 
 
 def _state_bytes(experiment: Experiment, model: nnx.Module) -> dict[str, Any] | None:
-    """Bytes of `init_memory(1)`; None where the model has no such memory."""
-    if not hasattr(model, "init_memory"):
-        return None
+    """Bytes of `init_memory(1)`."""
     graphdef, params = nnx.split(model, nnx.Param)
     dtype = resolve_dtype(experiment.compute_dtype)
     memory = jax.eval_shape(lambda p: nnx.merge(graphdef, cast(p, dtype)).init_memory(1), params)

@@ -9,9 +9,8 @@ import optax
 from flax import nnx
 
 from engrax.layers.common.lora import is_frozen
+from engrax.models.parameters import decay_mask
 from engrax.train.experiment import OptimizerConfig
-
-DECAYED_AXES = {"embed", "mlp", "heads", "vocab"}  # a matrix between two of these is decayed; nothing else is
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -49,16 +48,6 @@ def steps_may_change(config: OptimizerConfig, old_steps: int, new_steps: int, do
     if config.schedule == "constant":
         return True
     return done <= min(decay_start(config, old_steps), decay_start(config, new_steps))
-
-
-def decay_mask(params: nnx.State) -> nnx.State:
-    """True on the matrices that weight decay pulls to zero, by their logical axes: projections and embeddings."""
-
-    def decays(variable: nnx.Variable) -> nnx.Variable:
-        axes = variable.get_metadata().get("axes", ())
-        return variable.replace(len(axes) >= 2 and set(axes) <= DECAYED_AXES)
-
-    return jax.tree.map(decays, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def stop_frozen(params: Any) -> Any:

@@ -19,6 +19,7 @@ from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from engrax import models
 from engrax.errors import UnknownName, UserError
 from engrax.models import imported
 from engrax.train import experiment as experiments
@@ -46,7 +47,7 @@ class Run:
         checkpoints = Checkpoints(self.directory)
         try:
             number = checkpoints.resolve(step)
-            model = nnx.eval_shape(lambda: self.experiment.model.build(rngs=nnx.Rngs(self.experiment.seed)))
+            model = nnx.eval_shape(lambda: models.build(self.experiment.model, rngs=nnx.Rngs(self.experiment.seed)))
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             like = jax.tree.map(
                 lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=device), nnx.state(model, nnx.Param)

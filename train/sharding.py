@@ -2,7 +2,7 @@
 
 The batch is split over `data` and `fsdp`. ZeRO (arXiv 1910.02054) as settings: 0 replicates parameters and optimizer
 state, 1 shards the optimizer state over all batch devices, 3 shards the parameters too. A leaf is sharded along its
-first axis that the devices divide; a leaf without such an axis stays replicated.
+first axis that the devices divide, the axis of stacked layers apart; a leaf without such an axis stays replicated.
 """
 
 from typing import Any
@@ -13,10 +13,12 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from engrax.errors import UserError
+from engrax.models.contract import BATCH_AXES
+from engrax.models.parameters import map_parameters, sharded_axis
 from engrax.train.experiment import ParallelConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
-BATCH = ("data", "fsdp")  # the mesh axes that split the batch
+BATCH = BATCH_AXES  # the mesh axes that split the batch
 
 
 def make_mesh(config: ParallelConfig, batch_size: int, accumulate: int = 1) -> Mesh:
@@ -40,18 +42,15 @@ def make_mesh(config: ParallelConfig, batch_size: int, accumulate: int = 1) -> M
     return jax.make_mesh((data, config.fsdp, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
 
 
-def split_over(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """The first axis of `shape` that the devices of `axes` divide, sharded; replicated where none is."""
-    size = int(np.prod([mesh.shape[a] for a in axes]))
-    for i, length in enumerate(shape):
-        if size > 1 and length and length % size == 0:
-            return PartitionSpec(*[None] * i, axes)
-    return PartitionSpec()
-
-
 def param_specs(params: Any, config: ParallelConfig, mesh: Mesh | AbstractMesh, *, stage: int) -> Any:
     """One spec per parameter: sharded where `config.zero >= stage` (1: moments, 3: parameters), else replicated."""
-    return jax.tree.map(lambda p: split_over(p.shape, BATCH, mesh) if config.zero >= stage else PartitionSpec(), params)
+    devices = int(np.prod([mesh.shape[a] for a in BATCH])) if config.zero >= stage else 1
+
+    def spec(variable):
+        axis = sharded_axis(variable, devices)
+        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, BATCH)
+
+    return map_parameters(spec, params)
 
 
 def state_specs(
@@ -77,10 +76,9 @@ def state_specs(
     }
 
 
-def batch_axis_spec(two: Any, three: Any) -> PartitionSpec:
-    """The spec of an array whose batch axis is found from its shapes for 2 and for 3 rows."""
-    axis = [a == b for a, b in zip(two.shape, three.shape)].index(False)
-    return PartitionSpec(*[None] * axis, BATCH)
+def memory_specs(memory: Any, axes: Any) -> Any:
+    """One spec per leaf of a carried memory: its batch axis, which the model declares, is split over the devices."""
+    return jax.tree.map(lambda _, axis: PartitionSpec(*[None] * axis, BATCH), memory, axes)
 
 
 def named(specs: Any, mesh: Mesh) -> Any:

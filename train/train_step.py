@@ -4,33 +4,29 @@
 `pmap`: the same step as a per-device program with explicit collectives, through `jax.shard_map` (what `jax.pmap` has
 become): gradients are summed or reduce-scattered, parameters gathered, by hand.
 
-The loss is the mean negative log-likelihood over all labelled tokens of the global batch, and what the model's mixers
-add to it (a router's balance), which is a number per row that each of its labelled tokens counts with: whatever the
-number of devices or microbatches, every layout computes the same number.
+The loss is the mean negative log-likelihood over all labelled tokens of the global batch, and what mixers and head add
+to it: whatever the number of devices or microbatches, every layout computes the same number. The two are logged apart.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
+from engrax.models import contract
+from engrax.models.parameters import LAYERS, axes_of, cast, learning_rates, map_parameters
 from engrax.train import optimizer, sharding
 from engrax.train.experiment import Experiment
+from engrax.train.objective import Batch, score
 
-Batch = dict[str, Array]
 State = dict[str, Any]  # {"params": nnx.State, "opt_state": ..., "step": int32 []}, and {"memory": ...} if carried
 STATE = ("params", "opt_state", "step", "memory")
-
-
-def token_losses(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Negative log-likelihood in nats of each target; 0 where the target is -1."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, jnp.maximum(targets_BT, 0))
-    return jnp.where(targets_BT >= 0, losses, 0.0)
 
 
 def resolve_dtype(name: str) -> Any:
@@ -42,57 +38,115 @@ def resolve_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def cast(params: Any, dtype: Any) -> Any:
-    """Floating parameters in the compute dtype."""
-    return jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
+class Sums(NamedTuple):
+    """What a batch adds up to, beside the loss that is differentiated: nats and what mixers and head add."""
+
+    nats: Float[Array, ""]
+    aux: Float[Array, ""]
 
 
-def loss_sum(graphdef: nnx.GraphDef, dtype: Any) -> Callable[[Any, Batch], Float[Array, ""]]:
-    """Returns f(params, batch) = sum over the batch's labelled tokens of the loss: nats, and what mixers add."""
-
-    def compute(params, batch):
-        model = nnx.merge(graphdef, cast(optimizer.stop_frozen(params), dtype))
-        tokens, ids, added = batch["tokens"], batch["segment_ids"], 0.0
-        if hasattr(model, "with_losses"):
-            hidden, losses = model.with_losses(tokens, segment_ids=ids)
-            added = jnp.sum(losses * jnp.sum(batch["targets"] >= 0, axis=1))
-        else:
-            hidden, _ = model(tokens, segment_ids=ids)
-        return jnp.sum(token_losses(model.logits(hidden), batch["targets"])) + added
-
-    return compute
+Gather = Callable[[nnx.Variable], Array]  # the whole value of a parameter that the devices share
+Loss = Callable[[Any, Batch, Any], tuple[Float[Array, ""], tuple[Sums, Any]]]
 
 
-def carried_loss_sum(graphdef: nnx.GraphDef, dtype: Any) -> Callable[[Any, Batch, Any], tuple[Float[Array, ""], Any]]:
-    """Returns f(params, batch, memory) -> (sum of losses, the memory after the batch); no gradient through either."""
+def make_loss(graphdef: nnx.GraphDef, dtype: Any, place: "Placement | None" = None) -> Loss:
+    """Returns f(params, batch, memory) -> (sum of losses over labelled tokens, (Sums, memory after the batch)).
 
-    def compute(params, batch, memory):
-        model = nnx.merge(graphdef, cast(optimizer.stop_frozen(params), dtype))
-        memory = jax.lax.stop_gradient(memory)
-        if hasattr(model, "on_grid"):
-            memory = model.on_grid(memory, batch["tokens"].shape[1])
-        hidden, memory = model(batch["tokens"], memory, segment_ids=batch["segment_ids"])
-        return jnp.sum(token_losses(model.logits(hidden), batch["targets"])), jax.lax.stop_gradient(memory)
+    memory: None = rows start from an empty one; no gradient passes through the one given or returned. place: how
+    parameters that the devices share are gathered.
+    """
 
-    return compute
+    def loss(params, batch, memory):
+        model, gather = assemble(graphdef, cast(optimizer.stop_frozen(params), dtype), place)
+        if memory is not None:
+            memory = model.at_call_length(jax.lax.stop_gradient(memory), batch["tokens"].shape[1])
+        with contract.gathering(gather):
+            scored = score(model, batch, memory)
+        sums = Sums(jnp.sum(scored.nats), jnp.sum(scored.aux))
+        return sums.nats + sums.aux, (sums, jax.lax.stop_gradient(scored.memory) if memory is not None else None)
+
+    return loss
+
+
+class Placement(NamedTuple):
+    """How shared parameters become whole: the spec of every parameter, and gather(value, axis) for a shared one."""
+
+    specs: Any
+    gather: Callable[[Array, int], Array]
+
+    @property
+    def shares(self) -> bool:
+        """Whether any parameter is shared between devices."""
+        return any(spec != PartitionSpec() for spec in _leaves(self.specs))
+
+
+def assemble(graphdef: nnx.GraphDef, params: Any, place: Placement | None) -> tuple[Any, Gather | None]:
+    """(the model, what `contract.gathering` takes). Parameters outside of stacked layers are gathered here, once; those
+    of a layer where the model's scan comes to it."""
+    if place is None or not place.shares:
+        return nnx.merge(graphdef, params), None
+
+    def tag(variable, spec):
+        return variable.replace(variable.get_value(), shared_axis=len(spec) - 1 if len(spec) else None)
+
+    def gather(variable):
+        axis, value, axes = variable.get_metadata().get("shared_axis"), variable.get_value(), axes_of(variable)
+        if axis is None:
+            return value
+        return place.gather(value, axis - 1 if _stacked(variable) and value.ndim < len(axes) else axis)
+
+    params = _map(tag, params, place.specs, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    whole = map_parameters(lambda v: v.get_value() if _stacked(v) else gather(v), params)
+    return nnx.merge(graphdef, whole), gather
+
+
+def _stacked(variable: nnx.Variable) -> bool:
+    return axes_of(variable)[:1] == (LAYERS,)
+
+
+def compiler_placement(specs: Any, mesh: Mesh) -> Placement:
+    """Gathering by sharding constraints: whole in the forward pass, the gradient shared as the parameter is."""
+
+    @partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def whole(value, axis):
+        return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, PartitionSpec()))
+
+    def bwd(axis, _, gradient):
+        spec = PartitionSpec(*[None] * axis, sharding.BATCH)
+        return (jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, spec)),)
+
+    whole.defvjp(lambda value, axis: (whole(value, axis), None), bwd)
+    return Placement(specs, whole)
+
+
+def explicit_placement(specs: Any) -> Placement:
+    """Gathering inside a per-device program; its derivative is a reduce-scatter."""
+    return Placement(specs, lambda value, axis: jax.lax.all_gather(value, sharding.BATCH, axis=axis, tiled=True))
 
 
 def accumulated_gradient(
-    loss: Callable, params: Any, batch: Batch, count: Array, microbatches: int
-) -> tuple[Array, Any]:
-    """Loss and gradient of `loss(params, batch) / count`, summed over microbatches one after another."""
-    value_and_grad = jax.value_and_grad(lambda p, b: loss(p, b) / count)
+    loss: Loss, params: Any, batch: Batch, memory: Any, count: Array, microbatches: int
+) -> tuple[Sums, Any, Any]:
+    """(Sums / count, gradient of loss / count, memory), over microbatches one after another."""
+
+    def mean(params, batch):
+        total, (sums, after) = loss(params, batch, memory)
+        return total / count, (jax.tree.map(lambda x: x / count, sums), after)
+
+    gradient = jax.grad(mean, has_aux=True)
     if microbatches == 1:
-        return value_and_grad(params, batch)
+        grads, (sums, after) = gradient(params, batch)
+        return sums, grads, after
     # Neighbouring rows go to different microbatches, so that each device keeps its own rows.
     split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, micro):
-        return jax.tree.map(jnp.add, total, value_and_grad(params, micro)), None
+        return jax.tree.map(jnp.add, total, gradient(params, micro)), None
 
     first = jax.tree.map(lambda x: x[0], split)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, params, first))
-    return jax.lax.scan(add, zero, split)[0]
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first))
+    grads, (sums, _) = jax.lax.scan(add, zero, split)[0]
+    return sums, grads, None
 
 
 def apply_gradient(tx, state: State, params: Any, grads: Any, norm: Array, clip_norm: float) -> tuple[Any, Any]:
@@ -101,6 +155,7 @@ def apply_gradient(tx, state: State, params: Any, grads: Any, norm: Array, clip_
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
         grads = jax.tree.map(lambda g: g * scale, grads)
     updates, opt_state = tx.update(grads, state["opt_state"], params)
+    updates = jax.tree.map(lambda u, rate: u * rate if rate != 1 else u, updates, learning_rates(params))
     return optimizer.keep_frozen(params, optax.apply_updates(params, updates)), opt_state
 
 
@@ -109,78 +164,76 @@ def labelled(batch: Batch) -> Array:
     return jnp.sum(batch["targets"] >= 0).astype(jnp.float32)
 
 
-def pjit_step(experiment: Experiment, loss: Callable, tx: Any, mesh: Mesh, specs: State) -> Callable:
+def pjit_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: Mesh, specs: State) -> Callable:
     """The jitted step(state, batch) -> (state, metrics) over global arrays; the state is donated."""
     rate = optimizer.schedule(experiment.optimizer, experiment.steps)
-
-    def gradient(state, batch, count):
-        """(loss, gradient, what the new state holds besides)."""
-        if "memory" not in state:
-            value, grads = accumulated_gradient(loss, state["params"], batch, count, experiment.optimizer.accumulate)
-            return value, grads, {}
-
-        def mean(params):
-            total, memory = loss(params, batch, state["memory"])
-            return total / count, memory
-
-        (value, memory), grads = jax.value_and_grad(mean, has_aux=True)(state["params"])
-        return value, grads, {"memory": memory}
+    loss = make(compiler_placement(specs["params"], mesh))
 
     def step(state, batch):
-        count = jnp.maximum(labelled(batch), 1.0)
-        value, grads, rest = gradient(state, batch, count)
+        count, settings = jnp.maximum(labelled(batch), 1.0), experiment.optimizer
+        sums, grads, memory = accumulated_gradient(
+            loss, state["params"], batch, state.get("memory"), count, settings.accumulate
+        )
         norm = optax.tree.norm(grads)
-        params, opt_state = apply_gradient(tx, state, state["params"], grads, norm, experiment.optimizer.clip_norm)
-        new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1} | rest
-        return new, {"loss": value, "grad_norm": norm, "learning_rate": rate(state["step"])}
+        params, opt_state = apply_gradient(tx, state, state["params"], grads, norm, settings.clip_norm)
+        new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        new |= {"memory": memory} if "memory" in state else {}
+        return new, _metrics(sums, norm, rate(state["step"]))
 
     return _jit(step, mesh, specs)
 
 
-def pmap_step(experiment: Experiment, loss: Callable, tx: Any, mesh: Mesh, specs: State) -> Callable:
+def _metrics(sums: Sums, norm: Array, learning_rate: Array) -> dict[str, Array]:
+    """What a step reports: `loss` is the data's, in nats per labelled token; `aux_loss` what mixers and head add."""
+    return {"loss": sums.nats, "aux_loss": sums.aux, "grad_norm": norm, "learning_rate": learning_rate}
+
+
+def pmap_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: Mesh, specs: State) -> Callable:
     """The same step as a per-device program: every collective is written here.
 
-    A leaf whose moments are sharded has its gradient reduce-scattered, and its new value gathered where replicated.
+    A shared parameter is gathered where the model uses it, and its gradient reduce-scattered there. A replicated one
+    whose moments are shared has its gradient reduce-scattered, and its new value gathered.
     """
-    rate = optimizer.schedule(experiment.optimizer, experiment.steps)
-    axes = sharding.BATCH
-    owned = specs["moments"]  # how each parameter's optimizer state is split
+    rate, axes = optimizer.schedule(experiment.optimizer, experiment.steps), sharding.BATCH
+    held, owned = specs["params"], specs["moments"]  # how each parameter, and its optimizer state, is split
+    loss = make(explicit_placement(held))
 
-    def gather(x, spec):
-        return x if spec == PartitionSpec() else jax.lax.all_gather(x, axes, axis=len(spec) - 1, tiled=True)
-
-    def reduce(grad, spec):
-        if spec == PartitionSpec():
+    def reduce(grad, held, owned):
+        if held != PartitionSpec():
+            return grad
+        if owned == PartitionSpec():
             return jax.lax.psum(grad, axes)
-        return jax.lax.psum_scatter(grad, axes, scatter_dimension=len(spec) - 1, tiled=True)
+        return jax.lax.psum_scatter(grad, axes, scatter_dimension=len(owned) - 1, tiled=True)
 
-    def own(x, spec):
-        if spec == PartitionSpec():
+    def own(x, held, owned):
+        if held != PartitionSpec() or owned == PartitionSpec():
             return x
-        size = x.shape[len(spec) - 1] // mesh.size
-        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * size, size, axis=len(spec) - 1)
+        size = x.shape[len(owned) - 1] // mesh.size
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * size, size, axis=len(owned) - 1)
+
+    def gather(x, held, owned):
+        if held != PartitionSpec() or owned == PartitionSpec():
+            return x
+        return jax.lax.all_gather(x, axes, axis=len(owned) - 1, tiled=True)
 
     def norm(grads):
-        squares = jax.tree.map(lambda g: jnp.sum(g * g), grads)
         whole, parts = 0.0, 0.0
-        for square, spec in zip(jax.tree.leaves(squares), _leaves(owned)):
+        for grad, spec in zip(jax.tree.leaves(grads), _leaves(owned)):
+            square = jnp.sum(grad * grad)
             whole, parts = (whole + square, parts) if spec == PartitionSpec() else (whole, parts + square)
         return jnp.sqrt(whole + jax.lax.psum(parts, axes))
 
     def step(state, batch):
-        params = _map(gather, state["params"], specs["params"])
+        params, settings = state["params"], experiment.optimizer
         count = jnp.maximum(jax.lax.psum(labelled(batch), axes), 1.0)
-        value, grads = accumulated_gradient(loss, params, batch, count, experiment.optimizer.accumulate)
-        grads = _map(reduce, grads, owned)
+        sums, grads, _ = accumulated_gradient(loss, params, batch, None, count, settings.accumulate)
+        grads = _map(reduce, grads, held, owned)
         grad_norm = norm(grads)
-        new, opt_state = apply_gradient(
-            tx, state, _map(own, params, owned), grads, grad_norm, experiment.optimizer.clip_norm
-        )
-        if experiment.parallel.zero == 1:
-            new = _map(gather, new, owned)
-        new = {"params": new, "opt_state": opt_state, "step": state["step"] + 1}
-        metrics = {"loss": jax.lax.psum(value, axes), "grad_norm": grad_norm, "learning_rate": rate(state["step"])}
-        return new, metrics
+        mine = _map(own, params, held, owned)
+        new, opt_state = apply_gradient(tx, state, mine, grads, grad_norm, settings.clip_norm)
+        new = {"params": _map(gather, new, held, owned), "opt_state": opt_state, "step": state["step"] + 1}
+        sums = jax.tree.map(lambda x: jax.lax.psum(x, axes), sums)
+        return new, _metrics(sums, grad_norm, rate(state["step"]))
 
     spec = {name: specs[name] for name in ("params", "opt_state", "step")}
     scalars = PartitionSpec()
@@ -197,14 +250,20 @@ def _leaves(specs: Any) -> list[PartitionSpec]:
     return jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
 
-def _map(f: Callable, tree: Any, specs: Any) -> Any:
-    """f(leaf, spec) over a tree and the tree of its specs."""
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, [f(x, s) for x, s in zip(leaves, _leaves(specs))])
+def _map(f: Callable, tree: Any, *specs: Any, is_leaf: Callable | None = None) -> Any:
+    """f(leaf, spec, ...) over a tree and trees of its specs."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
+    return jax.tree.unflatten(structure, [f(x, *s) for x, *s in zip(leaves, *map(_leaves, specs))])
 
 
 def _jit(step: Callable, mesh: Mesh, specs: State) -> Callable:
+    """The step compiled for the mesh, which is in force while it is traced, whoever calls it."""
     state = sharding.named({name: specs[name] for name in STATE if name in specs}, mesh)
-    batch = jax.sharding.NamedSharding(mesh, PartitionSpec(sharding.BATCH))
-    scalar = jax.sharding.NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, in_shardings=(state, batch), out_shardings=(state, scalar), donate_argnums=0)
+    batch = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    scalar = NamedSharding(mesh, PartitionSpec())
+
+    def on_mesh(state, batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(state, batch)
+
+    return jax.jit(on_mesh, in_shardings=(state, batch), out_shardings=(state, scalar), donate_argnums=0)

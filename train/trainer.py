@@ -14,13 +14,17 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from engrax import models
 from engrax.errors import UserError
-from engrax.models import imported
+from engrax.models import contract, imported
 from engrax.models.block_style import BlockStyleConfig
+from engrax.models.parameters import cast
 from engrax.models.segment_config import SegmentRecurrentConfig
 from engrax.train import optimizer, runs, sharding, train_step
 from engrax.train.checkpoint import flatten, unflatten
 from engrax.train.experiment import Experiment
+from engrax.train.objective import score
+from engrax.train.train_step import Loss, Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Trainer:
 
     @cached_property
     def _abstract(self) -> tuple[nnx.GraphDef, nnx.State]:
-        model = nnx.eval_shape(lambda: self.experiment.model.build(rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: models.build(self.experiment.model, rngs=nnx.Rngs(0)))
         return nnx.split(model, nnx.Param)
 
     @property
@@ -59,15 +63,30 @@ class Trainer:
         """Partition specs of the training state, leaf by leaf."""
         specs = sharding.state_specs(self.tx, self._abstract[1], self.experiment.parallel, self.mesh)
         if self.experiment.carry_memory:
-            shapes = [jax.eval_shape(lambda p, n=n: self._fresh_memory(p, n), self._abstract[1]) for n in (2, 3)]
-            specs["memory"] = jax.tree.map(sharding.batch_axis_spec, *shapes)
+            memory = jax.eval_shape(lambda p: self._fresh_memory(p, self.experiment.batch_size), self._abstract[1])
+            specs["memory"] = sharding.memory_specs(memory, self._memory_axes())
         return specs
 
     def _fresh_memory(self, params: Any, rows: int) -> Any:
         """The model's memory before the first batch, in the compute dtype."""
-        dtype = train_step.resolve_dtype(self.experiment.compute_dtype)
-        memory = nnx.merge(self.graphdef, train_step.cast(params, dtype)).init_memory(rows)
+        memory = nnx.merge(self.graphdef, cast(params, self._dtype)).init_memory(rows)
         return jax.tree.map(jnp.asarray, memory)
+
+    def _memory_axes(self) -> Any:
+        """The batch axis of every leaf of the model's memory."""
+        found = {}
+
+        def axes(params):
+            model = nnx.merge(self.graphdef, params)
+            found["axes"] = model.memory_axes(model.init_memory(1))
+
+        jax.eval_shape(axes, self._abstract[1])
+        return found["axes"]
+
+    @property
+    def _dtype(self) -> Any:
+        """Of the forward pass."""
+        return train_step.resolve_dtype(self.experiment.compute_dtype)
 
     @cached_property
     def state_shardings(self) -> dict[str, Any]:
@@ -75,7 +94,7 @@ class Trainer:
         return sharding.named({k: self.specs[k] for k in train_step.STATE if k in self.specs}, self.mesh)
 
     def _fresh_state(self) -> dict[str, Any]:
-        model = self.experiment.model.build(rngs=nnx.Rngs(self.experiment.seed))
+        model = models.build(self.experiment.model, rngs=nnx.Rngs(self.experiment.seed))
         params = nnx.state(model, nnx.Param)
         state = {"params": params, "opt_state": self.tx.init(params), "step": jnp.zeros((), jnp.int32)}
         if self.experiment.carry_memory:
@@ -124,40 +143,44 @@ class Trainer:
 
     @cached_property
     def train_step(self) -> Callable:
-        """step(state, batch) -> (state, {"loss", "grad_norm"}), donating the state."""
-        make = train_step.carried_loss_sum if self.experiment.carry_memory else train_step.loss_sum
-        loss = make(self.graphdef, train_step.resolve_dtype(self.experiment.compute_dtype))
+        """step(state, batch) -> (state, {"loss", "aux_loss", "grad_norm", "learning_rate"}), donating the state."""
         strategy = train_step.STRATEGIES[self.experiment.parallel.strategy]
-        return strategy(self.experiment, loss, self.tx, self.mesh, self.specs)
+        return strategy(self.experiment, self.make_loss, self.tx, self.mesh, self.specs)
+
+    def make_loss(self, place: Placement | None = None) -> Loss:
+        """The loss of the experiment's model (`train_step.make_loss`)."""
+        return train_step.make_loss(self.graphdef, self._dtype, place)
+
+    def forward(self, f: Callable) -> Callable:
+        """f(model, batch) as a compiled call(params, batch), shared parameters gathered where the model uses them."""
+        place = train_step.compiler_placement(self.specs["params"], self.mesh)
+
+        def call(params, batch):
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                model, gather = train_step.assemble(self.graphdef, cast(params, self._dtype), place)
+                with contract.gathering(gather):
+                    return f(model, batch)
+
+        return jax.jit(call, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
     @cached_property
     def eval_step(self) -> Callable:
         """eval(params, batch) -> (sum of losses in nats, labelled tokens, rightly predicted tokens)."""
-        dtype = train_step.resolve_dtype(self.experiment.compute_dtype)
 
-        def evaluate(params, batch):
-            model = nnx.merge(self.graphdef, train_step.cast(params, dtype))
-            hidden, _ = model(batch["tokens"], segment_ids=batch["segment_ids"])
-            logits, targets = model.logits(hidden), batch["targets"]
-            right = jnp.sum((targets >= 0) & (jnp.argmax(logits, axis=-1) == targets))
-            return (
-                jnp.sum(train_step.token_losses(logits, targets)),
-                train_step.labelled(batch),
-                right.astype(jnp.float32),
-            )
+        def evaluate(model, batch):
+            scored = score(model, batch)
+            return jnp.sum(scored.nats), train_step.labelled(batch), jnp.sum(scored.correct).astype(jnp.float32)
 
-        return jax.jit(evaluate, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+        return self.forward(evaluate)
 
     @cached_property
     def report_step(self) -> Callable:
-        """report(params, batch) -> {"titans.lr_mean": [repeat], ...}: the mixers' diagnostics, {} if none has any."""
-        dtype = train_step.resolve_dtype(self.experiment.compute_dtype)
+        """report(params, batch) -> {"titans.lr_mean": [repeat], ...}: the diagnostics, {} if there are none."""
 
-        def report(params, batch):
-            model = nnx.merge(self.graphdef, train_step.cast(params, dtype))
-            return model.report(batch["tokens"], segment_ids=batch["segment_ids"]) if hasattr(model, "report") else {}
+        def report(model, batch):
+            return model(batch["tokens"], segment_ids=batch["segment_ids"], collect=("*",)).collected
 
-        return jax.jit(report, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+        return self.forward(report)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows as a global batch on the mesh."""
@@ -209,16 +232,6 @@ def check(experiment: Experiment) -> None:
         raise UserError(
             f"the model is not causal ({leak}), so that its next-token loss means nothing; choose a causal mode, or "
             "set --allow-future if that is what you want to see."
-        )
-    backbone = experiment.model
-    while hasattr(backbone, "backbone"):
-        backbone = backbone.backbone
-    adding = [mixer.registered_name for mixer in getattr(backbone, "mixers", ()) if mixer.adds_loss]
-    if adding and (experiment.carry_memory or backbone is not experiment.model):
-        where = "carry_memory" if experiment.carry_memory else experiment.model.registered_name
-        raise UserError(
-            f"{where} does not collect what {adding[0]} adds to the loss; train it without, or set its weights of "
-            "these losses to 0."
         )
     if experiment.carry_memory:
         _check_carried(experiment)

@@ -10,7 +10,7 @@ rows under a window are cut into blocks, which see themselves and the block befo
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from engrax.errors import UserError
 from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import projection, rms_norm
 from engrax.layers.common.segments import last_segment_after, starts_anew
-from engrax.layers.mixer import MIXERS, MixerConfig
+from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
 
 SMALLEST_BLOCK = 32  # tokens of a sliding window's block, at least
 
@@ -77,6 +77,8 @@ class RopeScaling:
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig(MixerConfig):
     """Causal softmax attention with rotary positions (arXiv 2104.09864) and grouped heads (arXiv 2305.13245)."""
+
+    memory_reads: ClassVar[tuple[str, ...]] = ()
 
     heads: int = 4  # query heads
     kv_heads: int | None = None  # key/value heads, a divisor of heads; None = heads
@@ -207,7 +209,7 @@ def out_of_blocks(y: Shaped[Array, "N L ..."], batch: int, length: int) -> Shape
     return y.reshape(batch, -1, *y.shape[2:])[:, :length]
 
 
-class Attention(nnx.Module):
+class Attention(Mixer):
     """The module of AttentionConfig: x [B, T, D] -> y [B, T, D], AttentionState."""
 
     def __init__(self, config: AttentionConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
@@ -232,7 +234,9 @@ class Attention(nnx.Module):
         )
         if config.persistent_tokens:
             self.persistent = nnx.Param(
-                jax.random.normal(rngs.params(), (config.persistent_tokens, dim)), axes=("persistent", "embed")
+                jax.random.normal(rngs.params(), (config.persistent_tokens, dim)),
+                axes=("persistent", "embed"),
+                role="initial memory",
             )
 
     def init_state(self, batch_size: int) -> AttentionState:

@@ -9,7 +9,7 @@ with s and b learned for each head. Where a document has nothing in the buffer y
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ class Bank(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class MemorizingConfig(TransformerXLConfig):
     """Settings of Memorizing Transformer attention."""
+
+    memory_reads: ClassVar[tuple[str, ...]] = ("segment_before", "neighbours")
 
     bank_size: int = 1024  # M, tokens in the ring buffer, a multiple of the segment length
     neighbours: int = 16  # k, tokens that a query reads from it
@@ -68,8 +70,8 @@ class Memorizing(TransformerXL):
 
     def __init__(self, config: MemorizingConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
         super().__init__(config, dim, rngs=rngs, num_layers=num_layers)
-        self.recall_scale = nnx.Param(jnp.full(config.heads, config.head_dim**0.5), axes=("heads",))
-        self.gate_bias = nnx.Param(jnp.zeros(config.heads), axes=("heads",))
+        self.recall_scale = nnx.Param(jnp.full(config.heads, config.head_dim**0.5), axes=("heads",), role="gate")
+        self.gate_bias = nnx.Param(jnp.zeros(config.heads), axes=("heads",), role="gate")
 
     def init_recall(self, batch_size: int) -> Bank:
         c = self.config

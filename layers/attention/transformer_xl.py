@@ -10,7 +10,7 @@ u and w are learned, one of each for a head. The cache holds inputs, so W_k and 
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from engrax.errors import UserError
 from engrax.layers.common.modules import projection
 from engrax.layers.common.segment_blocks import BlockIndex, block_index
 from engrax.layers.common.segments import last_segment_after, select_rows
-from engrax.layers.mixer import MIXERS, MixerConfig
+from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
 
 
 class Inputs(NamedTuple):
@@ -46,6 +46,8 @@ class TransformerXLState(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class TransformerXLConfig(MixerConfig):
     """Settings of Transformer-XL attention."""
+
+    memory_reads: ClassVar[tuple[str, ...]] = ("segment_before",)
 
     heads: int = 4  # of the attention
     head_dim: int = 32  # width of one head, even
@@ -75,7 +77,7 @@ class TransformerXLConfig(MixerConfig):
         return 8 * dim * inner + 4 * dim * inner * (cached > 0) + scores + distances
 
 
-class TransformerXL(nnx.Module):
+class TransformerXL(Mixer):
     """The module of TransformerXLConfig: x [B, T, D] -> y [B, T, D], TransformerXLState."""
 
     def __init__(self, config: TransformerXLConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
@@ -86,8 +88,8 @@ class TransformerXL(nnx.Module):
         self.distance = projection(config.head_dim, inner, ("embed", "heads"), rngs=rngs)
         init = jax.nn.initializers.normal(0.02)
         shape = (config.heads, config.head_dim)
-        self.content_bias = nnx.Param(init(rngs.params(), shape), axes=("heads", "norm"))
-        self.distance_bias = nnx.Param(init(rngs.params(), shape), axes=("heads", "norm"))
+        self.content_bias = nnx.Param(init(rngs.params(), shape), axes=("heads", "norm"), role="bias")
+        self.distance_bias = nnx.Param(init(rngs.params(), shape), axes=("heads", "norm"), role="bias")
         self.out = projection(inner, dim, ("heads", "embed"), rngs=rngs, scale=(2 * num_layers) ** -0.5)
 
     def init_state(self, batch_size: int) -> TransformerXLState:
@@ -117,8 +119,11 @@ class TransformerXL(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         state: TransformerXLState | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        without: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B T D"], TransformerXLState]:
-        """Attends to the tokens of this segment and of the one before. Padding (-1) gives 0."""
+        """Attends to the tokens of this segment and of the one before. Padding (-1) gives 0; `without`: memory reads
+        that are left out."""
         B, T, _ = x_BTD.shape
         state = self.init_state(B) if state is None else state
         if segment_ids is None:
@@ -128,7 +133,7 @@ class TransformerXL(nnx.Module):
         blocks = (places.blocks, places.to_blocks(x_BTD), places.to_blocks(segment_ids))
 
         def body(carry, block):
-            return self._block(carry, *block)
+            return self._block(carry, *block, without)
 
         carry, y = jax.lax.scan(body, (state.before, state.segment, state.memory), blocks)
         before, segment, memory = carry
@@ -136,7 +141,10 @@ class TransformerXL(nnx.Module):
         last = last_segment_after(state.last_segment, segment_ids)
         return places.from_blocks(y), TransformerXLState(before, segment, memory, place.astype(jnp.int32), last)
 
-    def _block(self, carry, places: BlockIndex, x, ids):
+    def call_without(self, reads, x_BTD, state=None, segment_ids=None):
+        return self(x_BTD, state, segment_ids, without=reads)
+
+    def _block(self, carry, places: BlockIndex, x, ids, without: tuple[str, ...] = ()):
         """One segment, or a token of it: returns the carry and the mixed tokens [B, S, D]."""
         before, segment, memory = carry
         begins = places.count * (places.first == 0) > 0
@@ -149,8 +157,11 @@ class TransformerXL(nnx.Module):
         k, v = (self._heads(y) for y in jnp.split(self.kv(both.x.astype(x.dtype)), 2, axis=-1))
         distance = places.place[..., None] + L - jnp.arange(2 * L)
         visible = (both.ids[:, None] == ids[..., None]) & (distance >= 0) & (ids >= 0)[..., None]
+        if "segment_before" in without:
+            visible = visible & (jnp.arange(2 * L) >= L)
         y = self._attend(q, k, v, distance, visible | (distance == 0))  # holes and padding see themselves
-        memory, y = self.recall(memory, begins, before, q, k[:, :L], v[:, :L], ids, y)
+        memory, recalled = self.recall(memory, begins, before, q, k[:, :L], v[:, :L], ids, y)
+        y = y if "neighbours" in without else recalled
         y = jnp.where((ids >= 0)[..., None, None], y, 0).astype(x.dtype)
         return (before, segment, memory), self.out(y.reshape(*ids.shape, -1))
 

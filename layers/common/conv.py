@@ -17,7 +17,7 @@ class ShortConv(nnx.Module):
     def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
         # All taps start alike, so that binding a token to the one before it needs no tap to grow first.
         kernel = jax.random.normal(rngs.params(), (width, channels)) * width**-0.5
-        self.kernel = nnx.Param(kernel, axes=("conv", "channels"))
+        self.kernel = nnx.Param(kernel, axes=("conv", "channels"), role="convolution")
         self.width = width
 
     def init_tail(self, batch_size: int, dtype) -> Float[Array, "B tail C"]:

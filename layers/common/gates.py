@@ -15,9 +15,9 @@ STEPS = (1e-3, 1e-1)
 class LowRank(nnx.Module):
     """x W_1 W_2 with `rank` channels between them."""
 
-    def __init__(self, dim: int, rank: int, features: int, *, rngs: nnx.Rngs, scale: float = 1.0):
+    def __init__(self, dim: int, rank: int, features: int, *, rngs: nnx.Rngs, scale: float = 1.0, wide: bool = False):
         self.down = projection(dim, rank, ("embed", "rank"), rngs=rngs)
-        self.up = projection(rank, features, ("rank", "heads"), rngs=rngs, scale=scale)
+        self.up = projection(rank, features, ("rank", "heads"), rngs=rngs, scale=scale, wide=wide)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T N"]:
         return self.up(self.down(x_BTD))
@@ -33,12 +33,12 @@ class DecayGate(nnx.Module):
     def __init__(self, dim: int, heads: int, *, rngs: nnx.Rngs, channels: int = 1, rank: int | None = None):
         rates, steps = jax.random.uniform(rngs.params(), (heads,)), jax.random.uniform(rngs.params(), (heads, channels))
         step = STEPS[0] * (STEPS[1] / STEPS[0]) ** steps
-        self.log_rate = nnx.Param(jnp.log(RATES[0] + (RATES[1] - RATES[0]) * rates), axes=("heads",))
-        self.bias = nnx.Param(jnp.log(jnp.expm1(step)), axes=("heads", "gate"))
+        self.log_rate = nnx.Param(jnp.log(RATES[0] + (RATES[1] - RATES[0]) * rates), axes=("heads",), role="gate")
+        self.bias = nnx.Param(jnp.log(jnp.expm1(step)), axes=("heads", "gate"), role="gate")
         if rank is None:
-            self.project = projection(dim, heads * channels, ("embed", "heads"), rngs=rngs, scale=0.1)
+            self.project = projection(dim, heads * channels, ("embed", "heads"), rngs=rngs, scale=0.1, wide=True)
         else:
-            self.project = LowRank(dim, rank, heads * channels, rngs=rngs, scale=0.1)
+            self.project = LowRank(dim, rank, heads * channels, rngs=rngs, scale=0.1, wide=True)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], dtype) -> tuple[Float[Array, "B T H N"], Float[Array, "B T H N"]]:
         """Returns the log decays and the steps, per head and channel, in the dtype given."""

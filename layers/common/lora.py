@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from engrax.errors import UserError
+from engrax.layers.common.modules import Projection
 from engrax.registry import did_you_mean
 
 
@@ -33,17 +34,19 @@ class LoraConfig:
             raise UserError("lora.targets is empty; name the projections to adapt (q, v, ...), or set lora.rank 0.")
 
 
-class LoraLinear(nnx.Linear):
+class LoraLinear(Projection):
     """A projection with an adapter: x [..., in] -> y [..., out]."""
 
     def __init__(self, base: nnx.Linear, config: LoraConfig, *, rngs: nnx.Rngs):
         super().__init__(base.in_features, base.out_features, use_bias=base.use_bias, rngs=rngs)
-        self.kernel, self.bias = base.kernel, base.bias
+        self.kernel, self.bias, self.wide = base.kernel, base.bias, getattr(base, "wide", False)
         self.scale = config.alpha / config.rank
         first, last = base.kernel.get_metadata().get("axes", (None, None))
         init = jax.nn.initializers.normal(base.in_features**-0.5)
-        self.lora_a = nnx.Param(init(rngs.params(), (base.in_features, config.rank)), axes=(first, "rank"))
-        self.lora_b = nnx.Param(jnp.zeros((config.rank, base.out_features)), axes=("rank", last))
+        self.lora_a = nnx.Param(
+            init(rngs.params(), (base.in_features, config.rank)), axes=(first, "rank"), role="matrix"
+        )
+        self.lora_b = nnx.Param(jnp.zeros((config.rank, base.out_features)), axes=("rank", last), role="matrix")
 
     def __call__(self, inputs: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         y = super().__call__(inputs)

@@ -22,7 +22,7 @@ from engrax.errors import UserError
 from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import projection, rms_norm
 from engrax.layers.common.segments import last_segment_after, select_rows, starts_anew
-from engrax.layers.mixer import MixerConfig
+from engrax.layers.mixer import Mixer, MixerConfig
 from engrax.pallas_kernels import gated_delta_rule, linear_attention
 from engrax.pallas_kernels.common.segments import mask_tokens
 from engrax.pallas_kernels.gated_delta_rule import cost as delta_cost
@@ -116,7 +116,7 @@ class MatrixMemoryConfig(MixerConfig):
         return memory / seq_len
 
 
-class MatrixMemory(nnx.Module):
+class MatrixMemory(Mixer):
     """x [B, T, D] -> y [B, T, D], MatrixMemoryState. A subclass gives `features` and its gates, or `tokens`."""
 
     counts_tokens = False  # whether `tokens` needs the places of the tokens in their segments
@@ -150,9 +150,12 @@ class MatrixMemory(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         state: MatrixMemoryState | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        without: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B T D"], MatrixMemoryState]:
-        """Writes and reads every token; a new segment starts from zero. Padding (-1) gives 0."""
-        read, state, _ = self._mix(x_BTD, state, segment_ids)
+        """Writes and reads every token; a new segment starts from zero. Padding (-1) gives 0; `without` names memory
+        reads that a subclass with several leaves out."""
+        read, state, _ = self._mix(x_BTD, state, segment_ids, without)
         y = self.project_read(x_BTD, read)
         return y if segment_ids is None else mask_tokens(segment_ids >= 0, y), state
 
@@ -221,7 +224,7 @@ class MatrixMemory(nnx.Module):
         """SiLU where there is a convolution before it, as in the field's models; else the identity."""
         return jax.nn.silu(x) if self.config.conv_width > 1 else x
 
-    def _mix(self, x_BTD, state: MatrixMemoryState | None, segment_ids):
+    def _mix(self, x_BTD, state: MatrixMemoryState | None, segment_ids, without: tuple[str, ...] = ()):
         """Returns the reads [B, T, HV, V], the new state and the terms of the operation."""
         B, T, _ = x_BTD.shape
         state = self.init_state(B) if state is None else state
@@ -236,6 +239,7 @@ class MatrixMemory(nnx.Module):
         if self.counts_tokens:
             place_BT, place = positions_in_segment(state.place, state.last_segment, segment_ids, T)
         q, k, v, terms = self.tokens(x_BTD, q, k, v, place_BT)
+        terms = terms | {"without": without} if without else terms
         read, memory = self.apply_operation(q, k, v, terms, state, segment_ids)
         if segment_ids is not None:
             read = jnp.where((segment_ids >= 0)[..., None, None], read, 0)

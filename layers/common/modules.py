@@ -25,9 +25,35 @@ def _matmul_bwd(operands, y_bar):
 _matmul.defvjp(lambda x, kernel: (_matmul(x, kernel), (x, kernel)), _matmul_bwd)
 
 
-def _dot_general(x, kernel, dimensions, **_):
-    """What `nnx.Linear` calls: always the last axis of x with the first of the kernel."""
-    return _matmul(x, kernel)
+@jax.custom_vjp
+def _matmul_wide(x: Float[Array, "*B I"], kernel: Float[Array, "I O"]) -> Float[Array, "*B O"]:
+    """x W with operands as they are, accumulated and returned in float32 or wider."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=wide)
+
+
+def _matmul_wide_bwd(operands, y_bar):
+    x, kernel = operands
+    x_bar, kernel_bar = _matmul_bwd([a.astype(y_bar.dtype) for a in operands], y_bar)
+    return x_bar.astype(x.dtype), kernel_bar.astype(kernel.dtype)
+
+
+_matmul_wide.defvjp(lambda x, kernel: (_matmul_wide(x, kernel), (x, kernel)), _matmul_wide_bwd)
+
+
+class Projection(nnx.Linear):
+    """x W + b over the last axis. The product is of the dtype of input and kernel, whatever the bias's dtype is.
+
+    wide: the product stays in the accumulator's dtype, float32 or wider: for the gates of a memory.
+    """
+
+    wide: bool = False
+
+    def __call__(self, inputs: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        kernel = self.kernel[...]
+        dtype = jnp.promote_types(inputs.dtype, kernel.dtype)
+        y = (_matmul_wide if self.wide else _matmul)(inputs.astype(dtype), kernel.astype(dtype))
+        return y if self.bias is None else (y + self.bias[...]).astype(y.dtype)
 
 
 def projection(
@@ -38,35 +64,53 @@ def projection(
     rngs: nnx.Rngs,
     scale: float = 1.0,
     bias: bool = False,
-) -> nnx.Linear:
+    wide: bool = False,
+) -> Projection:
     """A linear map whose kernel `[in, out]` carries the logical axis names `axes`.
 
     Initialised normal with standard deviation `scale / sqrt(in)`, a bias at zero. It computes in the dtype of its input
-    and kernel.
+    and kernel; `wide`, for the gates of a memory, returns float32 or wider.
     """
     init = nnx.initializers.variance_scaling(scale**2, "fan_in", "normal")
-    return nnx.Linear(
+    made = Projection(
         in_features,
         out_features,
         use_bias=bias,
         kernel_init=init,
-        dot_general=_dot_general,
-        kernel_metadata={"axes": axes},
-        bias_metadata={"axes": axes[1:]},
+        kernel_metadata={"axes": axes, "role": "matrix"},
+        bias_metadata={"axes": axes[1:], "role": "bias"},
         rngs=rngs,
     )
+    made.wide = wide
+    return made
 
 
-def rms_norm(features: int, *, rngs: nnx.Rngs, eps: float = 1e-6) -> nnx.RMSNorm:
+_NORM = {"axes": ("norm",), "role": "norm"}
+
+
+class RMSNorm(nnx.RMSNorm):
+    """Flax's, in the dtype of its input, though the scale is float32."""
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return super().__call__(x).astype(x.dtype)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Flax's, in the dtype of its input, though scale and bias are float32."""
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return super().__call__(x).astype(x.dtype)
+
+
+def rms_norm(features: int, *, rngs: nnx.Rngs, eps: float = 1e-6) -> RMSNorm:
     """RMSNorm over the last axis with a learned scale."""
-    return nnx.RMSNorm(features, epsilon=eps, scale_metadata={"axes": ("norm",)}, rngs=rngs)
+    return RMSNorm(features, epsilon=eps, scale_metadata=_NORM, rngs=rngs)
 
 
-def layer_norm(features: int, *, rngs: nnx.Rngs, eps: float = 1e-5) -> nnx.LayerNorm:
+def layer_norm(features: int, *, rngs: nnx.Rngs, eps: float = 1e-5) -> LayerNorm:
     """LayerNorm over the last axis with a learned scale and bias; its variance is a mean of squares around the mean."""
-    axes = {"axes": ("norm",)}
-    return nnx.LayerNorm(
-        features, epsilon=eps, use_fast_variance=False, scale_metadata=axes, bias_metadata=axes, rngs=rngs
+    return LayerNorm(
+        features, epsilon=eps, use_fast_variance=False, scale_metadata=_NORM, bias_metadata=_NORM, rngs=rngs
     )
 
 

@@ -55,7 +55,7 @@ class DeltaNet(MatrixMemory):
 
     def __init__(self, config: DeltaNetConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
         super().__init__(config, dim, rngs=rngs, num_layers=num_layers)
-        self.beta = projection(dim, config.values[0], ("embed", "heads"), rngs=rngs)
+        self.beta = projection(dim, config.values[0], ("embed", "heads"), rngs=rngs, wide=True)
 
     def features(self, q_BTHK, k_BTHK, v_BTHV):
         q, k, v = (jax.nn.silu(y) for y in (q_BTHK, k_BTHK, v_BTHV))

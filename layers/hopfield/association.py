@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Float
 
 from engrax.errors import UserError
 from engrax.layers.common.modules import NORMS, projection
-from engrax.layers.mixer import MixerConfig
 from engrax.pallas_kernels import hopfield_energy, hopfield_retrieval
 from engrax.registry import did_you_mean
 
@@ -27,7 +26,7 @@ Norm = Literal["none", "rms", "layer"]
 
 
 @dataclasses.dataclass(frozen=True)
-class AssociationConfig(MixerConfig):
+class AssociationConfig:
     """Settings that everything with a Hopfield association has."""
 
     heads: int = 4
@@ -165,10 +164,12 @@ class Hopfield(nnx.Module):
         if c.trainable_beta:
             beta = np.asarray(c.betas, np.float64)
             inverse = beta + np.log(-np.expm1(-beta))  # of softplus, without the exponential of a large beta
-            self.beta_raw = nnx.Param(jnp.asarray(inverse), axes=("heads",))
+            self.beta_raw = nnx.Param(jnp.asarray(inverse), axes=("heads",), role="gate")
         if c.bias_pattern:
             draw = [jax.random.normal(rngs.params(), (c.heads, n // c.heads)) for n in (c.width, c.value_width)]
-            self.bias_key, self.bias_value = (nnx.Param(x * x.shape[-1] ** -0.5, axes=("heads", "kv")) for x in draw)
+            self.bias_key, self.bias_value = (
+                nnx.Param(x * x.shape[-1] ** -0.5, axes=("heads", "kv"), role="initial memory") for x in draw
+            )
 
     def _map(self, project: bool, source: int, width: int, what: str, rngs) -> nnx.Linear | None:
         if project:

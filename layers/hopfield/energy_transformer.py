@@ -55,8 +55,8 @@ class EnergyTransformer(nnx.Module):
         self.q = projection(dim, inner, ("embed", "heads"), rngs=rngs)
         self.k = projection(dim, inner, ("embed", "heads"), rngs=rngs)
         self.memory = projection(dim, config.memories, ("embed", "mlp"), rngs=rngs)
-        self.gain = nnx.Param(jnp.ones(()), axes=())
-        self.shift = nnx.Param(jnp.zeros(dim), axes=("norm",))
+        self.gain = nnx.Param(jnp.ones(()), axes=(), role="norm")
+        self.shift = nnx.Param(jnp.zeros(dim), axes=("norm",), role="norm")
 
     def __call__(
         self, x_BND: Float[Array, "B N D"], *, mask: Bool[Array, "B N"] | None = None

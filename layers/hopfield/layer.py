@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from engrax.errors import UserError
 from engrax.layers.common.segments import last_segment_after
 from engrax.layers.hopfield.association import AssociationConfig, Hopfield, Norm
-from engrax.layers.mixer import MIXERS
+from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
 
 
 class LookupState(NamedTuple):
@@ -27,7 +27,7 @@ class LookupState(NamedTuple):
 
 @MIXERS.register("hopfield_layer")
 @dataclasses.dataclass(frozen=True)
-class HopfieldLayerConfig(AssociationConfig):
+class HopfieldLayerConfig(AssociationConfig, MixerConfig):
     """Settings of the lookup; the settings of stored patterns' and values' projections do not count here."""
 
     state_norm: Norm = "none"
@@ -77,9 +77,9 @@ class HopfieldLayer(nnx.Module):
         self.config = c = config
         self.association = Hopfield(c, dim, out_dim=out_dim, rngs=rngs, num_layers=num_layers, parts=("state",))
         axes = ("patterns", "heads", "kv")
-        self.stored = nnx.Param(_draw(c, c.head_dim, rngs), axes=axes)
+        self.stored = nnx.Param(_draw(c, c.head_dim, rngs), axes=axes, role="initial memory")
         if c.targets == "learned":
-            self.targets = nnx.Param(_draw(c, c.value_width // c.heads, rngs), axes=axes)
+            self.targets = nnx.Param(_draw(c, c.value_width // c.heads, rngs), axes=axes, role="initial memory")
 
     def __call__(self, x_BND: Float[Array, "B N D"]) -> Float[Array, "B N O"]:
         """Looks up every vector by itself."""
@@ -91,7 +91,7 @@ class HopfieldLayer(nnx.Module):
         return a.read(a.retrieve(q, *(jnp.broadcast_to(x, (len(q), *x.shape)) for x in (k, v))))
 
 
-class LookupMixer(HopfieldLayer):
+class LookupMixer(HopfieldLayer, Mixer):
     """The module of HopfieldLayerConfig: x [B, T, D] -> y [B, T, D], LookupState."""
 
     def init_state(self, batch_size: int) -> LookupState:

@@ -15,12 +15,12 @@ from jaxtyping import Array, Float, Int
 from engrax.errors import UserError
 from engrax.layers.attention.attention import Attention, AttentionState, in_blocks, out_of_blocks
 from engrax.layers.hopfield.association import AssociationConfig, Hopfield, Norm
-from engrax.layers.mixer import MIXERS
+from engrax.layers.mixer import MIXERS, MixerConfig
 
 
 @MIXERS.register("hopfield")
 @dataclasses.dataclass(frozen=True)
-class HopfieldConfig(AssociationConfig):
+class HopfieldConfig(AssociationConfig, MixerConfig):
     """Settings of the causal Hopfield mixer. Blocks hand normalised tokens to a mixer: it normalises no more itself."""
 
     state_norm: Norm = "none"

@@ -22,7 +22,7 @@ from engrax.errors import UserError
 from engrax.layers.common.modules import projection
 from engrax.layers.common.segments import last_segment_after, select_rows, starts_anew
 from engrax.layers.hopfield.association import AssociationConfig, Hopfield, Norm
-from engrax.layers.mixer import MIXERS
+from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
 from engrax.pallas_kernels import linear_attention
 from engrax.pallas_kernels.linear_attention import cost
 
@@ -77,7 +77,7 @@ class PoolingState(NamedTuple):
 
 @MIXERS.register("hopfield_pooling")
 @dataclasses.dataclass(frozen=True)
-class HopfieldPoolingConfig(AssociationConfig):
+class HopfieldPoolingConfig(AssociationConfig, MixerConfig):
     """Settings of running pooling; the settings of the states' projection do not count here."""
 
     stored_norm: Norm = "none"
@@ -117,7 +117,7 @@ class HopfieldPoolingConfig(AssociationConfig):
         return project + 2 * self.queries * self.width + sums
 
 
-class RunningPooling(nnx.Module):
+class RunningPooling(Mixer):
     """The module of HopfieldPoolingConfig: x [B, T, D] -> y [B, T, D], PoolingState."""
 
     def __init__(self, config: HopfieldPoolingConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
@@ -213,4 +213,4 @@ def _running_maximum(
 
 def _learned_states(c: AssociationConfig, queries: int, rngs: nnx.Rngs) -> nnx.Param:
     draw = jax.random.normal(rngs.params(), (queries, c.heads, c.head_dim))
-    return nnx.Param(draw, axes=("queries", "heads", "kv"))
+    return nnx.Param(draw, axes=("queries", "heads", "kv"), role="initial memory")

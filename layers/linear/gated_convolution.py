@@ -6,7 +6,7 @@ It compares a token with the few before it, and remembers nothing else.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from engrax.errors import UserError
 from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import projection
 from engrax.layers.common.segments import last_segment_after, select_rows, starts_anew
-from engrax.layers.mixer import MIXERS, MixerConfig
+from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
 
 
 class GatedConvolutionState(NamedTuple):
@@ -31,6 +31,8 @@ class GatedConvolutionState(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class GatedConvolutionConfig(MixerConfig):
     """Settings of the gated short convolution."""
+
+    memory_reads: ClassVar[tuple[str, ...]] = ()  # a window of a few tokens, and no memory
 
     expand: int = 2  # inner width / model width
     conv_width: int = 3  # taps
@@ -47,7 +49,7 @@ class GatedConvolutionConfig(MixerConfig):
         return 2 * self.expand * dim * (3 * dim + self.conv_width)
 
 
-class GatedConvolution(nnx.Module):
+class GatedConvolution(Mixer):
     """The module of GatedConvolutionConfig: x [B, T, D] -> y [B, T, D], GatedConvolutionState."""
 
     def __init__(self, config: GatedConvolutionConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):

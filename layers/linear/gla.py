@@ -55,8 +55,8 @@ class GLA(MatrixMemory):
     def __init__(self, config: GLAConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
         super().__init__(config, dim, rngs=rngs, num_layers=num_layers)
         shape = (config.values[0], config.head_dim)
-        self.forget = LowRank(dim, config.gate_rank, shape[0] * shape[1], rngs=rngs)
-        self.forget_bias = nnx.Param(jnp.zeros(shape), axes=("heads", "gate"))
+        self.forget = LowRank(dim, config.gate_rank, shape[0] * shape[1], rngs=rngs, wide=True)
+        self.forget_bias = nnx.Param(jnp.zeros(shape), axes=("heads", "gate"), role="gate")
 
     def features(self, q_BTHK, k_BTHK, v_BTHV):
         return tuple(self.short_activation(y) for y in (q_BTHK, k_BTHK, v_BTHV))

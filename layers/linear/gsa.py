@@ -63,7 +63,7 @@ class GSA(MatrixMemory):
 
     def __init__(self, config: GSAConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
         super().__init__(config, dim, rngs=rngs, num_layers=num_layers)
-        self.forget = projection(dim, config.heads * config.slots, ("embed", "heads"), rngs=rngs)
+        self.forget = projection(dim, config.heads * config.slots, ("embed", "heads"), rngs=rngs, wide=True)
 
     def tokens(self, x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT):
         q, k, v = (jax.nn.silu(y) for y in (q_BTHK, k_BTHK, v_BTHV))

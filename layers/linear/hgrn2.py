@@ -49,7 +49,9 @@ class HGRN2(MatrixMemory):
         super().__init__(config, dim, rngs=rngs, num_layers=num_layers)
         start = jnp.clip(layer / num_layers, LEAST_BOUND, MOST_BOUND)
         bound = jnp.log(start) - jnp.log1p(-start)
-        self.forget_bound = nnx.Param(jnp.full((config.heads, config.head_dim), bound), axes=("heads", "gate"))
+        self.forget_bound = nnx.Param(
+            jnp.full((config.heads, config.head_dim), bound), axes=("heads", "gate"), role="gate"
+        )
 
     def tokens(self, x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT):
         wide = self.wide_dtype()

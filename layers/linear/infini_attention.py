@@ -12,7 +12,7 @@ in a first place that reads and, after the last reader of its block, in a second
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ from engrax.layers.mixer import MIXERS
 @dataclasses.dataclass(frozen=True)
 class InfiniAttentionConfig(MatrixMemoryConfig):
     """Settings of Infini-attention; a head's values are as wide as its keys."""
+
+    memory_reads: ClassVar[tuple[str, ...]] = ("compressed",)
 
     block: int = 32  # tokens that see one another by softmax, the paper's segment length N
     rope_base: float = 10_000.0  # longest rotary wavelength / 2 pi, in tokens
@@ -73,7 +75,7 @@ class InfiniAttention(MatrixMemory):
 
     def __init__(self, config: InfiniAttentionConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
         super().__init__(config, dim, rngs=rngs, num_layers=num_layers)
-        self.gate_bias = nnx.Param(jnp.zeros(config.heads), axes=("heads",))
+        self.gate_bias = nnx.Param(jnp.zeros(config.heads), axes=("heads",), role="gate")
 
     def init_state(self, batch_size: int) -> MatrixMemoryState:
         state, c = super().init_state(batch_size), self.config
@@ -83,6 +85,9 @@ class InfiniAttention(MatrixMemory):
     def tokens(self, x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT):
         q, k, v = (self.short_activation(y) for y in (q_BTHK, k_BTHK, v_BTHV))
         return q, k, v, {"place": place_BT}
+
+    def call_without(self, reads, x_BTD, state=None, segment_ids=None):
+        return self(x_BTD, state, segment_ids, without=reads)
 
     def apply_operation(self, q, k, v, terms, state, segment_ids):
         N, place = self.config.block, terms["place"]
@@ -98,6 +103,7 @@ class InfiniAttention(MatrixMemory):
         slot = jnp.where(kept, places % N, N)  # N: dropped
         fill = jax.vmap(lambda cache, y, at: jnp.zeros_like(cache).at[at].set(y.astype(cache.dtype), mode="drop"))
         memory = (matrix, *(fill(old, y, slot) for old, y in zip(caches, (k, v))))
+        recalled = jnp.zeros_like(recalled) if "compressed" in terms.get("without", ()) else recalled
         gate_H1 = jax.nn.sigmoid(self.gate_bias[...].astype(self.wide_dtype()))[:, None]
         return (gate_H1 * recalled + (1 - gate_H1) * local).astype(v.dtype), memory
 

@@ -48,7 +48,7 @@ class Mamba2(MatrixMemory):
     def __init__(self, config: Mamba2Config, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
         super().__init__(config, dim, rngs=rngs, num_layers=num_layers)
         self.decay = DecayGate(dim, config.values[0], rngs=rngs)
-        self.skip = nnx.Param(jnp.ones(config.values[0]), axes=("heads",))
+        self.skip = nnx.Param(jnp.ones(config.values[0]), axes=("heads",), role="gate")
 
     def tokens(self, x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT):
         q, k, u = (jax.nn.silu(y) for y in (q_BTHK, k_BTHK, v_BTHV))

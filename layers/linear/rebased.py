@@ -14,6 +14,7 @@ from flax import nnx
 
 from engrax.errors import UserError
 from engrax.layers.common.matrix_memory import Matrix, MatrixMemory, MatrixMemoryConfig
+from engrax.layers.common.modules import layer_norm
 from engrax.layers.linear.based import products
 from engrax.layers.linear.linear_attention import normalised_operation
 from engrax.layers.mixer import MIXERS
@@ -53,11 +54,7 @@ class ReBased(MatrixMemory):
 
     def __init__(self, config: ReBasedConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
         super().__init__(config, dim, rngs=rngs, num_layers=num_layers)
-        axes = {"axes": ("norm",)}
-        self.q_norm, self.k_norm = (
-            nnx.LayerNorm(config.head_dim, use_fast_variance=False, scale_metadata=axes, bias_metadata=axes, rngs=rngs)
-            for _ in range(2)
-        )
+        self.q_norm, self.k_norm = (layer_norm(config.head_dim, rngs=rngs, eps=1e-6) for _ in range(2))
 
     def tokens(self, x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT):
         q, k, v = (self.short_activation(y) for y in (q_BTHK, k_BTHK, v_BTHV))

@@ -42,7 +42,7 @@ class AssociativeMemory(nnx.Module):
         self.query = projection(dim, key_dim, ("embed", "heads"), rngs=rngs)
         self.key = projection(dim, key_dim, ("embed", "heads"), rngs=rngs)
         self.value = projection(dim, dim, ("embed", "embed"), rngs=rngs, scale=0.0)
-        self.beta = projection(dim, 1, ("embed", "norm"), rngs=rngs)
+        self.beta = projection(dim, 1, ("embed", "heads"), rngs=rngs, wide=True)
 
     def init_state(self, batch_size: int) -> Association:
         """An empty memory, float32 or wider."""

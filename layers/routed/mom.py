@@ -33,7 +33,7 @@ from engrax.layers.common.matrix_memory import MatrixMemoryConfig
 from engrax.layers.common.modules import projection
 from engrax.layers.common.segments import first_real_segment, last_segment_after, select_rows, starts_anew
 from engrax.layers.delta.gated_deltanet import GatedDeltaNetConfig
-from engrax.layers.mixer import MIXERS, MixerConfig
+from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
 from engrax.layers.routed.routing import (
     Choice,
     RoutedLayout,
@@ -99,11 +99,6 @@ class MoMConfig(MixerConfig):
         return {} if self.top_k > 1 else {"trainability.gradients": "top-1 router: its own gradient"}
 
     @property
-    def adds_loss(self) -> bool:
-        """Whether `auxiliary_loss` has any weight."""
-        return self.balance_weight > 0 or self.z_weight > 0
-
-    @property
     def states(self) -> int:
         """Memories, the shared one included."""
         return self.memories + self.shared
@@ -127,7 +122,7 @@ class MoMConfig(MixerConfig):
         return 2 * (project + mix) + copies * base.memory_flops(seq_len)
 
 
-class MoM(nnx.Module):
+class MoM(Mixer):
     """The module of MoMConfig: x [B, T, D] -> y [B, T, D], MoMState."""
 
     read_directly = ("router",)  # in float32 or wider; an adapter would change nothing
@@ -148,7 +143,7 @@ class MoM(nnx.Module):
             keys = jax.random.split(rngs.params(), config.states)
             kernels = jax.vmap(lambda key: [p.kernel[...] for p in _stacked(*parts(nnx.Rngs(key)))])(keys)
             for linear, kernel in zip(_stacked(self.base, self.key_value), kernels):
-                linear.kernel = nnx.Param(kernel, axes=("memory", "embed", "heads"))
+                linear.kernel = nnx.Param(kernel, axes=("memory", "embed", "heads"), role="matrix")
 
     def init_state(self, batch_size: int) -> MoMState:
         """The state every row and every segment starts from: zero matrices."""
@@ -179,6 +174,8 @@ class MoM(nnx.Module):
 
         It is that of the row alone, so that rows stay independent and microbatches and devices change nothing.
         """
+        if not (self.config.balance_weight or self.config.z_weight):
+            return super().auxiliary_loss(x_BTD)
         c, choice, real = self.config, self.route(x_BTD), _real(x_BTD, segment_ids)
         return c.balance_weight * balance_loss(choice, real) + c.z_weight * z_loss(choice, real)
 
@@ -278,7 +275,9 @@ class MoM(nnx.Module):
         )  # block after block, but each device its own rows
         for linear in _linears(project):
             kernels = linear.kernel[...]
-            y = multiply(y.astype(jnp.promote_types(y.dtype, kernels.dtype)), kernels, runs.block_owner)
+            dtype = jnp.promote_types(y.dtype, kernels.dtype)
+            dtype = jnp.promote_types(dtype, jnp.float32) if linear.wide else dtype  # a gate's product stays wide
+            y = multiply(y.astype(dtype), kernels.astype(dtype), runs.block_owner)
         return relayout(y.reshape(B, -1, y.shape[-1]), runs.blocks, runs.places)
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import l2_normalise, projection, rms_norm
 from engrax.layers.common.segments import last_segment_after, select_rows, starts_anew
+from engrax.layers.mixer import Mixer
 
 
 def logit(p: float) -> float:
@@ -37,7 +38,7 @@ class ShellState(NamedTuple):
     last_segment: Int[Array, " B"]
 
 
-class TestTimeMixerBase(nnx.Module):
+class TestTimeMixerBase(Mixer):
     """Base of the mixers with a test-time memory: x [B, T, D] -> y [B, T, D], ShellState.
 
     The config has heads, head_dim, conv_width and persistent_tokens. A subclass defines `_add_memory`,
@@ -49,11 +50,13 @@ class TestTimeMixerBase(nnx.Module):
         inner = config.heads * config.head_dim
         self.qkv = projection(dim, 3 * inner, ("embed", "heads"), rngs=rngs)
         self.conv = ShortConv(3 * inner, config.conv_width, rngs=rngs)
-        self.gates = projection(dim, gates, ("embed", "heads"), rngs=rngs, scale=0.1)
+        self.gates = projection(dim, gates, ("embed", "heads"), rngs=rngs, scale=0.1, wide=True)
         self._add_memory(rngs)
         if config.persistent_tokens:
             self.persistent = nnx.Param(
-                jax.random.normal(rngs.params(), (config.persistent_tokens, dim)), axes=("persistent", "embed")
+                jax.random.normal(rngs.params(), (config.persistent_tokens, dim)),
+                axes=("persistent", "embed"),
+                role="initial memory",
             )
         self.norm = rms_norm(config.head_dim, rngs=rngs)
         self.gate = projection(dim, inner, ("embed", "heads"), rngs=rngs)

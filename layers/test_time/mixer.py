@@ -245,22 +245,22 @@ class TestTimeMemory(TestTimeMixerBase):
         starts = {"lr": jnp.full(c.heads, logit(c.lr_init)), "momentum": spread}
         starts |= {"forget": logit(c.forget_init) + spread, "delta": jnp.zeros(c.heads), "weight": jnp.zeros(c.heads)}
         bias = [jnp.tile(starts[name], (width, 1)) for name, width in c.gate_widths.items()]
-        self.gate_bias = nnx.Param(jnp.concatenate(bias), axes=("gate", "heads"))
+        self.gate_bias = nnx.Param(jnp.concatenate(bias), axes=("gate", "heads"), role="gate")
         if c.forgetting == "head":
-            self.forget_bias = nnx.Param(starts["forget"], axes=("heads",))
+            self.forget_bias = nnx.Param(starts["forget"], axes=("heads",), role="gate")
         # A last matrix of zeros: what is read is what was written and not the initial function. A memory whose
         # matrices are kept at a norm, or whose output or steps are normalised, must begin with one: the derivative of
         # a normalised 0 is as good as infinite.
         last = 1.0 if c.normed or rule.muon or c.retention in ("row_norm", "q_norm") else 0.0
         matrices = initial_matrices(rule.structure, c.heads, rngs.params(), last)
         axes = ("heads", "memory_in", "memory_out")
-        self.initial = nnx.Dict({name: nnx.Param(w, axes=axes) for name, w in matrices.items()})
+        self.initial = nnx.Dict({name: nnx.Param(w, axes=axes, role="initial memory") for name, w in matrices.items()})
         if c.feature_degree > 1:  # phi(q) . phi(k) begins as sum_d (q . k)^d / d! (arXiv 2505.23735)
             degrees = jnp.arange(1, c.feature_degree + 1)
-            self.features = nnx.Param(jnp.exp(-0.5 * jax.lax.lgamma(degrees + 1.0)), axes=("degree",))
+            self.features = nnx.Param(jnp.exp(-0.5 * jax.lax.lgamma(degrees + 1.0)), axes=("degree",), role="gate")
         if c.normed:
-            self.norm_scale = nnx.Param(jnp.ones((c.heads, c.head_dim)), axes=("heads", "norm"))
-            self.norm_bias = nnx.Param(jnp.zeros((c.heads, c.head_dim)), axes=("heads", "norm"))
+            self.norm_scale = nnx.Param(jnp.ones((c.heads, c.head_dim)), axes=("heads", "norm"), role="norm")
+            self.norm_bias = nnx.Param(jnp.zeros((c.heads, c.head_dim)), axes=("heads", "norm"), role="norm")
 
     def _learned_memory(self) -> engine.MemoryState:
         matrices = {name: w[...].astype(self._state_dtype()) for name, w in self.initial.items()}

@@ -134,13 +134,15 @@ class Titans(TestTimeMixerBase):
         bias = [jnp.full(H, logit(config.lr_init))]
         bias += [spread] if config.momentum else []
         bias += [logit(config.forget_init) + spread] if config.forgetting else []
-        self.gate_bias = nnx.Param(jnp.stack(bias), axes=("gate", "heads"))
+        self.gate_bias = nnx.Param(jnp.stack(bias), axes=("gate", "heads"), role="gate")
         # The last layer starts at zero, so that what is read is what was written and not the initial function.
         widths = config.layer_widths
         scales = [*[2**0.5] * (config.depth - 1), 0.0]
         self.initial = nnx.List(
             nnx.Param(
-                s * jax.random.normal(rngs.params(), (H, a, b)) * a**-0.5, axes=("heads", "memory_in", "memory_out")
+                s * jax.random.normal(rngs.params(), (H, a, b)) * a**-0.5,
+                axes=("heads", "memory_in", "memory_out"),
+                role="initial memory",
             )
             for s, a, b in zip(scales, widths[:-1], widths[1:])
         )

@@ -13,7 +13,7 @@ the token-level memory right after its own write. Mode "paper": as printed.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import l2_normalise, projection, rms_norm
 from engrax.layers.common.segment_blocks import BlockIndex, block_index, conv_in_block
 from engrax.layers.common.segments import last_segment_after, select_rows, starts_anew
-from engrax.layers.mixer import MIXERS, MixerConfig
+from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
 from engrax.layers.test_time.titans import TitansConfig
 from engrax.pallas_kernels import NeuralMemoryState
 from engrax.pallas_kernels.common.segments import segment_starts
@@ -61,6 +61,8 @@ class MACState(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class MACConfig(MixerConfig):
     """Settings of memory as context."""
+
+    memory_reads: ClassVar[tuple[str, ...]] = ("retrieved", "gate")
 
     memory: TitansConfig = TitansConfig()
     chunk_size: int = 64  # tokens of a segment, a multiple of the memory's chunk
@@ -112,7 +114,7 @@ class MACConfig(MixerConfig):
         return project + 4 * inner * seen + 2 * read + self.memory.flops_per_token(dim, seq_len)
 
 
-class MAC(nnx.Module):
+class MAC(Mixer):
     """The module of MACConfig: x [B, T, D] -> y [B, T, D], MACState."""
 
     def __init__(self, config: MACConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
@@ -126,7 +128,9 @@ class MAC(nnx.Module):
         self.recalled_kv = projection(dim, 2 * inner, ("embed", "heads"), rngs=rngs)
         if config.persistent_tokens:
             self.persistent = nnx.Param(
-                jax.random.normal(rngs.params(), (config.persistent_tokens, dim)), axes=("persistent", "embed")
+                jax.random.normal(rngs.params(), (config.persistent_tokens, dim)),
+                axes=("persistent", "embed"),
+                role="initial memory",
             )
         self.attended = projection(inner, dim, ("heads", "embed"), rngs=rngs)
         self.memory = config.memory.build(dim, rngs=rngs, num_layers=num_layers)
@@ -154,8 +158,11 @@ class MAC(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         state: MACState | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        without: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B T D"], MACState]:
-        """Attends within the segment of C tokens and to what its memory recalls. Padding (-1) gives 0."""
+        """Attends within the segment of C tokens and to what its memory recalls. Padding (-1) gives 0; `without`:
+        memory reads that are left out, what was retrieved and the gate."""
         B, T, _ = x_BTD.shape
         packed = segment_ids is not None
         start = self.init_state(B) if packed or state is None else None
@@ -176,7 +183,7 @@ class MAC(nnx.Module):
         reset = start.memory if packed else None
 
         def body(carry, block):
-            return self._block(carry, *block, reset)
+            return self._block(carry, *block, reset, without)
 
         memory = (state.memory.weights, state.memory.momentum, state.memory.anchor)
         carry = (memory, state.frozen, state.segment, state.memory_tail, state.last_segment)
@@ -223,7 +230,10 @@ class MAC(nnx.Module):
         c = self.config.memory
         return l2_normalise(jax.nn.silu(y.reshape(*y.shape[:2], c.heads, c.head_dim)))
 
-    def _block(self, carry, places: BlockIndex, q, k, v, query, ids, start, reset):
+    def call_without(self, reads, x_BTD, state=None, segment_ids=None):
+        return self(x_BTD, state, segment_ids, without=reads)
+
+    def _block(self, carry, places: BlockIndex, q, k, v, query, ids, start, reset, without: tuple[str, ...] = ()):
         """One segment, or a token of it: returns the carry and the mixed tokens [B, S, D]."""
         memory, frozen, segment, memory_tail, last = carry
         begins = places.count * (places.first == 0) > 0
@@ -236,13 +246,16 @@ class MAC(nnx.Module):
         place = places.place
         turn = lambda y: rotate(y, place, self.config.rope_base)  # noqa: E731
         segment = places.merge(segment, Segment(turn(k), v, turn(k_h), v_h, ids))
-        y = self._attend(turn(q), segment, ids, place)
+        y = self._attend(turn(q), segment, ids, place, "retrieved" not in without)
         y = jnp.where((ids >= 0)[..., None], y, 0)
         memory_tail = jnp.where(starts_anew(last, ids)[:, None, None], 0, memory_tail)
         last = last_segment_after(last, ids)
         m, memory, memory_tail = self._write_and_read(y, memory, memory_tail, places, ids, start, reset, last)
         frozen = frozen if start is None else select_rows(started[:, -1], reset.weights, frozen)
-        return (memory, frozen, segment, memory_tail, last), self.norm(y) * (2 * jax.nn.sigmoid(m)).astype(y.dtype)
+        y = self.norm(y)
+        if "gate" not in without:
+            y = y * (2 * jax.nn.sigmoid(m)).astype(y.dtype)
+        return (memory, frozen, segment, memory_tail, last), y
 
     def _recall(self, frozen: Layers, reset, query, started: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
         """What the memory of the segment's start (of the document's start, if that is later) gives for each query."""
@@ -253,7 +266,7 @@ class MAC(nnx.Module):
             found = jnp.where(started[..., None, None], anew, found)
         return self.recalled(self.recalled_norm(found.astype(dtype)).reshape(*query.shape[:2], -1))
 
-    def _attend(self, q, segment: Segment, ids, place) -> Float[Array, "B S D"]:
+    def _attend(self, q, segment: Segment, ids, place, recalls: bool = True) -> Float[Array, "B S D"]:
         """Softmax attention over persistent tokens, what was retrieved, and the segment's tokens."""
         (B, S), c = ids.shape, self.config
         keys, values = [segment.recalled_keys, segment.keys], [segment.recalled_values, segment.values]
@@ -261,7 +274,8 @@ class MAC(nnx.Module):
         places = jnp.arange(c.chunk_size)
         causal = same & (places <= place[..., None])
         itself = places == place[..., None]  # holes and padding see themselves: no empty softmax
-        visible = [causal if c.mode == "causal" else same, causal | itself]
+        recalled = causal if c.mode == "causal" else same
+        visible = [recalled & recalls, causal | itself]
         if c.persistent_tokens:
             _, k, v = jnp.split(self.qkv(self.persistent[...][None]), 3, axis=-1)
             keys.insert(0, jnp.broadcast_to(self._heads(k), (B, c.persistent_tokens, *keys[0].shape[2:])))

@@ -12,7 +12,7 @@ MAL, eq. 29 to 31: the attention reads what the memory gives, o = attention([p; 
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import nnx
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from engrax.errors import UserError
 from engrax.layers.attention.attention import AttentionConfig
 from engrax.layers.common.modules import projection, rms_norm
-from engrax.layers.mixer import MIXERS, MixerConfig
+from engrax.layers.mixer import MIXERS, Mixer, MixerConfig, as_mixer
 from engrax.layers.test_time.titans import TitansConfig
 
 
@@ -34,6 +34,7 @@ class PairState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _PairConfig(MixerConfig):
+    memory_reads: ClassVar[tuple[str, ...]] = ("memory",)
     memory: MixerConfig = TitansConfig(persistent_tokens=4)
     attention: AttentionConfig = AttentionConfig(window=64, persistent_tokens=4)
 
@@ -77,9 +78,9 @@ class MALConfig(_PairConfig):
         return MAL(self, dim, rngs=rngs, layer=layer, num_layers=num_layers)
 
 
-class _Pair(nnx.Module):
+class _Pair(Mixer):
     def __init__(self, config: _PairConfig, dim: int, *, rngs: nnx.Rngs, layer: Any, num_layers: int):
-        self.memory = config.memory.build(dim, rngs=rngs, layer=layer, num_layers=num_layers)
+        self.memory = as_mixer(config.memory.build(dim, rngs=rngs, layer=layer, num_layers=num_layers))
         self.attention = config.attention.build(dim, rngs=rngs, layer=layer, num_layers=num_layers)
         self.memory_norm = rms_norm(dim, rngs=rngs)
 
@@ -87,10 +88,11 @@ class _Pair(nnx.Module):
         """The states every row starts from."""
         return PairState(self.memory.init_state(batch_size), self.attention.init_state(batch_size))
 
+    def call_without(self, reads, x_BTD, state=None, segment_ids=None):
+        return self(x_BTD, state, segment_ids, without=reads)
+
     def report(self, x_BTD, state=None, segment_ids=None) -> dict[str, Array]:
         """Diagnostics of the memory, where it has any."""
-        if not hasattr(self.memory, "report"):
-            return {}
         return self.memory.report(x_BTD, None if state is None else state.memory, segment_ids)
 
 
@@ -107,12 +109,16 @@ class MAG(_Pair):
         x_BTD: Float[Array, "B T D"],
         state: PairState | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        without: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B T D"], PairState]:
-        """Attends and remembers side by side. Padding (-1) gives 0."""
+        """Attends and remembers side by side. Padding (-1) gives 0; without the memory the gate is 1."""
         state = PairState(None, None) if state is None else state
         m, memory = self.memory(x_BTD, state.memory, segment_ids)
         y, attention = self.attention(x_BTD, state.attention, segment_ids)
-        y = self.norm(y) * (2 * jax.nn.sigmoid(self.memory_norm(m))).astype(y.dtype)
+        y = self.norm(y)
+        if "memory" not in without:
+            y = y * (2 * jax.nn.sigmoid(self.memory_norm(m))).astype(y.dtype)
         return self.out(y), PairState(memory, attention)
 
 
@@ -124,9 +130,13 @@ class MAL(_Pair):
         x_BTD: Float[Array, "B T D"],
         state: PairState | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        without: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B T D"], PairState]:
-        """Remembers, then attends to what was remembered. Padding (-1) gives 0."""
+        """Remembers, then attends to what was remembered. Padding (-1) gives 0; without the memory the attention reads
+        the input itself."""
         state = PairState(None, None) if state is None else state
         m, memory = self.memory(x_BTD, state.memory, segment_ids)
+        m = x_BTD if "memory" in without else m
         y, attention = self.attention(self.memory_norm(m).astype(x_BTD.dtype), state.attention, segment_ids)
         return y, PairState(memory, attention)

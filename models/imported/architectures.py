@@ -244,7 +244,7 @@ def _norm(tensor: str, param: str) -> dict[str, tuple[str, ...]]:
 
 MIXER, MLP = "blocks.0.mixer", "blocks.0.mlp"
 GPT2 = (
-    {"wte.weight": ("embedding",), "wpe.weight": ("positions.table",), "lm_head.weight": ("head",)}
+    {"wte.weight": ("embedding",), "wpe.weight": ("positions.table",), "lm_head.weight": ("output_embedding",)}
     | _norm("h.{}.ln_1", "blocks.0.mixer_norm")
     | _projection("h.{}.attn.c_attn", f"{MIXER}.q", f"{MIXER}.k", f"{MIXER}.v")
     | _projection("h.{}.attn.c_proj", f"{MIXER}.out")
@@ -265,10 +265,10 @@ OPT = (
     | _projection("layers.{}.fc2", f"{MLP}.down")
     | _norm("layers.{}.final_layer_norm", "blocks.0.mlp_norm")
     | _norm("final_layer_norm", "norm")
-    | {"lm_head.weight": ("head",)}
+    | {"lm_head.weight": ("output_embedding",)}
 )
 LLAMA = (
-    {"embed_tokens.weight": ("embedding",), "norm.weight": ("norm.scale",), "lm_head.weight": ("head",)}
+    {"embed_tokens.weight": ("embedding",), "norm.weight": ("norm.scale",), "lm_head.weight": ("output_embedding",)}
     | {"layers.{}.input_layernorm.weight": ("blocks.0.mixer_norm.scale",)}
     | {"layers.{}.post_attention_layernorm.weight": ("blocks.0.mlp_norm.scale",)}
     | _projection("layers.{}.self_attn.q_proj", f"{MIXER}.q")

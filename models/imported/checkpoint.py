@@ -48,7 +48,7 @@ class Plan:
         self.files, self.shapes = files, shapes
         prefix = next((p for p in arch.prefixes if any(name.startswith(p) for name in files.infos)), "")
         self.pieces = {piece.tensor: piece for piece in _pieces(arch, prefix, shapes)}
-        self.tied = [f"{p}lm_head.weight" for p in ("", prefix) if "head" not in shapes]
+        self.tied = [f"{p}lm_head.weight" for p in ("", prefix) if "output_embedding" not in shapes]
         self._check(arch)
 
     def _check(self, arch: Architecture) -> None:

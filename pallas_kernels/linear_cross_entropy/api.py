@@ -16,10 +16,11 @@ from engrax.pallas_kernels.linear_cross_entropy.xla import linear_cross_entropy_
 
 
 @no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked
-def linear_cross_entropy(hidden, embedding, labels, *, chunk_size=1024, implementation=None):
-    """Returns the cross entropy of every token under a linear head, in nats:
+def linear_cross_entropy(hidden, embedding, labels, *, soft_cap=None, chunk_size=1024, implementation=None):
+    """Returns the cross entropy of every token under a linear head, and whether the head predicts it:
 
-        loss_t = log sum_v exp(h_t . e_v) - h_t . e_label
+        z_v = h_t . e_v,  or  soft_cap tanh(h_t . e_v / soft_cap)
+        nats_t = log sum_v exp(z_v) - z_label,   correct_t = [label is the first v of largest z_v]
 
     The logits `[B, T, V]` are never in memory, in neither direction: the vocabulary is walked over `chunk_size` entries
     at a time, and the backward pass makes the logits again (a third more operations than with them kept).
@@ -29,16 +30,26 @@ def linear_cross_entropy(hidden, embedding, labels, *, chunk_size=1024, implemen
       embedding: the head's rows, `[V, D]`, V the size of the vocabulary.
       labels: int `[B, T]` in [0, V) (not checked), or -1 for a token without a label: its loss is 0 and its hidden
         state, which may hold anything, gets no gradient.
+      soft_cap: the largest absolute logit, above 0 (arXiv 2408.00118); None = no cap.
       chunk_size: vocabulary entries worked on at once; temporary memory is that of `[B, T, chunk_size]`.
       implementation: None (choose), "reference" (all logits) or "xla" (tile by tile).
 
     Returns:
-      The losses `[B, T]`, float32 (float64 if hidden or embedding is).
+      (nats, correct): the losses `[B, T]`, float32 (float64 if hidden or embedding is), and bool `[B, T]`, False where
+      there is no label.
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value; the message names it.
       NotImplementedError: `implementation` names a kernel that there is not.
     """
+    options = dict(soft_cap=soft_cap, chunk_size=chunk_size, implementation=implementation)
+    return linear_cross_entropy_terms(hidden, embedding, labels, **options)[:2]
+
+
+@no_type_check
+def linear_cross_entropy_terms(hidden, embedding, labels, *, soft_cap=None, chunk_size=1024, implementation=None):
+    """Returns `linear_cross_entropy`'s (nats, correct) and log sum_v exp(z_v) `[B, T]`, 0 where there is no label: what
+    a z-loss (arXiv 2204.02311) is made of."""
     name = choose(implementation, MISSING)
     check_rank("hidden", hidden, "[B, T, D]")
     check_rank("embedding", embedding, "[V, D]")
@@ -46,14 +57,18 @@ def linear_cross_entropy(hidden, embedding, labels, *, chunk_size=1024, implemen
     check_array("embedding", embedding, "[V, D]", (embedding.shape[0], hidden.shape[2]))
     check_array("labels", labels, "[B, T]", hidden.shape[:2], jnp.integer)
     check_positive_int("chunk_size", chunk_size)
-    return _run(name, int(chunk_size), hidden, embedding, labels)
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap is {soft_cap!r}, wanted a number above 0 or None.")
+    cap = None if soft_cap is None else float(soft_cap)
+    return _run(name, int(chunk_size), cap, hidden, embedding, labels)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(name, chunk_size, hidden, embedding, labels):
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(name, chunk_size, soft_cap, hidden, embedding, labels):
     dtype = jnp.result_type(hidden, embedding)
     hidden = mask_tokens(labels >= 0, hidden)
     if name == "reference":
-        return linear_cross_entropy_reference(*(x.astype(accumulator(dtype)) for x in (hidden, embedding)), labels)
+        wide = (x.astype(accumulator(dtype)) for x in (hidden, embedding))
+        return linear_cross_entropy_reference(*wide, labels, soft_cap=soft_cap)
     hidden, embedding = hidden.astype(dtype), embedding.astype(dtype)
-    return linear_cross_entropy_xla(hidden, embedding, labels, chunk_size=chunk_size)
+    return linear_cross_entropy_xla(hidden, embedding, labels, chunk_size=chunk_size, soft_cap=soft_cap)

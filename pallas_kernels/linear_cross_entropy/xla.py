@@ -15,26 +15,32 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from engrax.pallas_kernels.common.matmul import Operands, accumulator, emulated_on_cpu, precision, rounded
 
 
 class Form(NamedTuple):
-    """What is static. tile: vocabulary entries at a time; operands: of the matrix products."""
+    """What is static. tile: vocabulary entries at a time; operands: of the matrix products; soft_cap: of the logits."""
 
     tile: int
     operands: Operands
+    soft_cap: float | None = None
 
 
 def linear_cross_entropy_xla(
-    hidden: Float[Array, "B T D"], embedding: Float[Array, "V D"], labels: Int[Array, "B T"], *, chunk_size: int
-) -> Float[Array, "B T"]:
-    """Returns the loss of every token, 0 where the label is -1, in the accumulator's dtype."""
+    hidden: Float[Array, "B T D"],
+    embedding: Float[Array, "V D"],
+    labels: Int[Array, "B T"],
+    *,
+    chunk_size: int,
+    soft_cap: float | None = None,
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], Float[Array, "B T"]]:
+    """Returns (nats, correct, log of the sum) of every token, 0 where the label is -1, in the accumulator's dtype."""
     tiles = -(-embedding.shape[0] // chunk_size)
     tile = -(-embedding.shape[0] // tiles)
     dtype = hidden.dtype
-    forms = dict(cpu=Form(tile, emulated_on_cpu(dtype)), default=Form(tile, dtype))
+    forms = dict(cpu=Form(tile, emulated_on_cpu(dtype), soft_cap), default=Form(tile, dtype, soft_cap))
     branches = {platform: partial(_losses, form) for platform, form in forms.items()}
     return lax.platform_dependent(hidden, embedding, labels, **branches)
 
@@ -48,25 +54,36 @@ def _forward(form, hidden, embedding, labels):
     dtype, shape = accumulator(hidden.dtype), labels.shape
 
     def step(carry, tile):
-        largest, total, at_label = carry
+        largest, best, total, at_label = carry
         logits, is_label, _ = _tile(form, hidden, embedding.shape[0], labels, tile)
-        new = jnp.maximum(largest, jnp.max(logits, axis=2))
+        highest = jnp.max(logits, axis=2)
+        first = (tile[0] + jnp.argmax(logits, axis=2)).astype(jnp.int32)
+        best = jnp.where(highest > largest, first, best)  # of equal logits the first, as argmax takes it
+        new = jnp.maximum(largest, highest)
         total = total * jnp.exp(largest - new) + jnp.sum(jnp.exp(logits - new[..., None]), axis=2)
-        return (new, total, at_label + jnp.sum(jnp.where(is_label, logits, 0), axis=2)), None
+        return (new, best, total, at_label + jnp.sum(jnp.where(is_label, logits, 0), axis=2)), None
 
-    start = (jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    (largest, total, at_label), _ = lax.scan(step, start, _tiles(form, embedding))
-    log_total = largest + jnp.log(total)
-    return jnp.where(labels >= 0, log_total - at_label, 0), (hidden, embedding, labels, log_total)
+    zero = jnp.zeros(shape, dtype)
+    start = (jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, jnp.int32), zero, zero)
+    (largest, best, total, at_label), _ = lax.scan(step, start, _tiles(form, embedding))
+    log_total, real = largest + jnp.log(total), labels >= 0
+    found = jnp.where(real, log_total - at_label, 0), real & (best == labels), jnp.where(real, log_total, 0)
+    return found, (hidden, embedding, labels, log_total)
 
 
-def _backward(form, saved, loss_bar):
+def _backward(form, saved, cotangents):
     hidden, embedding, labels, log_total = saved
-    loss_bar = jnp.where(labels >= 0, loss_bar, 0)[..., None]
+    nats_bar, _, log_total_bar = cotangents
+    real = labels >= 0
+    nats_bar = jnp.where(real, nats_bar, 0)[..., None]
+    total_bar = nats_bar + jnp.where(real, log_total_bar, 0)[..., None]
 
     def step(hidden_bar, tile):
         logits, is_label, rows = _tile(form, hidden, embedding.shape[0], labels, tile)
-        logits_bar = (jnp.exp(logits - log_total[..., None]) - is_label) * loss_bar
+        logits_bar = jnp.exp(logits - log_total[..., None]) * total_bar - is_label * nats_bar
+        if form.soft_cap is not None:
+            slope = 1 - (logits / form.soft_cap) ** 2
+            logits_bar = jnp.where(jnp.isfinite(logits), logits_bar * slope, 0)
         hidden_bar = hidden_bar + _product("btv,vd->btd", logits_bar, rows, form.operands)
         return hidden_bar, _product("btv,btd->vd", logits_bar, hidden, form.operands).astype(embedding.dtype)
 
@@ -92,6 +109,7 @@ def _tile(form, hidden, vocabulary, labels, tile):
     first, rows = tile
     entry = first + jnp.arange(form.tile)
     logits = _product("btd,vd->btv", hidden, rows, form.operands)
+    logits = logits if form.soft_cap is None else form.soft_cap * jnp.tanh(logits / form.soft_cap)
     return jnp.where(entry < vocabulary, logits, -jnp.inf), labels[..., None] == entry, rows
 
 

@@ -1,0 +1,159 @@
+"""The forward contract: what every model returns, and how its arrays lie on a mesh.
+
+    out = model(tokens, memory=None, *, segment_ids=None, collect=(), mute=())       # [B, T] -> Output
+    out.hidden [B, T, D], out.memory, out.aux_loss [B], out.collected
+    model.head(hidden)          # LinearHead: hidden states and vocabulary rows, from which loss or logits are made
+    model.init_memory(rows)     # a pytree; model.memory_axes(memory) names the batch axis of every leaf
+
+`collect` and `mute` hold registered names of mixers: whose diagnostics to return, whose memory reads to leave out.
+
+On a mesh the batch is split over `data` and `fsdp` and stays so (`split_rows`); parameters that are sharded are
+gathered where a layer uses them, not before (`gathering`, `gathered`).
+"""
+
+import contextvars
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+BATCH_AXES = ("data", "fsdp")  # the mesh axes that split the batch
+GATHERED = "gathered parameter"  # the name under which remat policies know a gathered parameter
+
+
+class Output(NamedTuple):
+    """What a model's call returns."""
+
+    hidden: Float[Array, "B T D"]  # before the head
+    memory: Any  # after the last token
+    aux_loss: Float[Array, " B"]  # what mixers add to the loss of each labelled token of a row, summed over blocks
+    collected: dict[str, Array]  # {"titans.lr_mean": [repeat, ...]}, {} unless asked for
+
+
+class LinearHead(NamedTuple):
+    """Logits as a product: soft_cap * tanh(hidden embedding^T / soft_cap), without a cap where it is None."""
+
+    hidden: Float[Array, "B T E"]
+    embedding: Float[Array, "V E"]
+    soft_cap: float | None = None  # largest absolute logit (arXiv 2408.00118)
+    z_loss: float = 0.0  # weight of log^2 of the sum of exponentials, added to the loss (arXiv 2204.02311)
+
+    def logits(self) -> Float[Array, "B T V"]:
+        """All logits, float32 or wider."""
+        dtype = jnp.promote_types(self.hidden.dtype, jnp.float32)
+        logits = jnp.einsum("BTE,VE->BTV", self.hidden, self.embedding, preferred_element_type=dtype)
+        return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
+
+
+class Model(nnx.Module):
+    """Base of the models' modules. A subclass defines `__call__`, `head` and `init_memory`."""
+
+    def head(self, hidden_BTD: Float[Array, "B T D"]) -> LinearHead:
+        """The head's operands for hidden states that the model returned."""
+        raise NotImplementedError(f"{type(self).__name__} must define head(hidden) -> engrax.LinearHead.")
+
+    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits of hidden states, float32 or wider."""
+        return self.head(hidden_BTD).logits()
+
+    def init_memory(self, batch_size: int) -> Any:
+        """The memory before the first token."""
+        raise NotImplementedError(f"{type(self).__name__} must define init_memory(batch_size).")
+
+    def memory_axes(self, memory: Any) -> Any:
+        """The batch axis of every leaf of a memory: 0 unless a model says otherwise."""
+        return jax.tree.map(lambda _: 0, memory)
+
+    def at_call_length(self, memory: Any, length: int) -> Any:
+        """The same memory for a caller whose calls all have `length` tokens: a model may then trace one path alone."""
+        return memory
+
+
+class PlainModel(Model):
+    """A module that is no `Model`: its call returns (hidden, memory), and `logits(hidden)` makes all logits at once.
+
+    Its loss is computed over blocks of tokens, so that the logits of a whole row are never in memory.
+    """
+
+    def __init__(self, module: nnx.Module):
+        self.module = module
+
+    def __call__(self, tokens_BT, memory=None, *, segment_ids=None, collect=(), mute=()) -> Output:
+        found = self.module(tokens_BT, memory, segment_ids=segment_ids)
+        if isinstance(found, Output):
+            return found
+        hidden, memory = found
+        return Output(hidden, memory, no_loss(hidden), {})
+
+    def logits(self, hidden_BTD):
+        return self.module.logits(hidden_BTD)
+
+    def init_memory(self, batch_size: int):
+        return self.module.init_memory(batch_size)
+
+
+def as_model(module: nnx.Module) -> Model:
+    """The module itself where it is a `Model`, else wrapped as one."""
+    return module if isinstance(module, Model) else PlainModel(module)
+
+
+def no_loss(x_BTD: Float[Array, "B T *D"]) -> Float[Array, " B"]:
+    """The auxiliary loss of a model whose mixers add none."""
+    return jnp.zeros(len(x_BTD), jnp.promote_types(x_BTD.dtype, jnp.float32))
+
+
+# How arrays lie on a mesh.
+
+
+def split_rows(x: Float[Array, "B ..."] | Int[Array, "B ..."]) -> Array:
+    """x with its rows split over the batch axes of the mesh in force; x itself where there is none, or they do not
+    divide its rows. Inside `jax.shard_map` the axes are manual and rows are split already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    axes = tuple(
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types) if name in BATCH_AXES and kind == AxisType.Auto
+    )
+    parts = 1
+    for name in axes:
+        parts *= mesh.shape[name]
+    if parts == 1 or x.shape[0] % parts:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
+_gather: contextvars.ContextVar[Callable[[nnx.Variable], Array] | None] = contextvars.ContextVar("gather", default=None)
+
+
+@contextmanager
+def gathering(gather: Callable[[nnx.Variable], Array] | None) -> Iterator[None]:
+    """Within it, models call `gather(variable)` for the whole value of a parameter where they use it; None: parameters
+    are whole already."""
+    token = _gather.set(gather)
+    try:
+        yield
+    finally:
+        _gather.reset(token)
+
+
+def is_gathering() -> bool:
+    """Whether parameters are gathered where they are used."""
+    return _gather.get() is not None
+
+
+def gathered(params: Any) -> Any:
+    """A tree of variables with whole values. The backward pass gathers again what a remat policy does not save."""
+    gather = _gather.get()
+    if gather is None:
+        return params
+
+    def one(variable):
+        return variable.replace(checkpoint_name(gather(variable), GATHERED))
+
+    return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -1,0 +1,170 @@
+"""The table of parameters: what a parameter's role says about its dtype, its decay, its learning rate and its sharding.
+
+A role is declared where the parameter is made, `nnx.Param(x, axes=("heads",), role="gate")`. The kernel of an
+`nnx.Linear` is a matrix; its bias, Flax's norms and embeddings follow from their types (`declare_roles`). `axes` name
+the parameter's axes; the axis of stacked layers is called "layers" and is never sharded.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from engrax.errors import UserError
+
+LAYERS = "layers"  # the name of the axis along which the blocks of a pattern position are stacked
+
+
+class Role(NamedTuple):
+    """What holds for all parameters of one role."""
+
+    compute_dtype: bool  # cast to the compute dtype in the forward pass; else float32, or float64 as it is
+    decayed: bool  # whether weight decay pulls it to zero
+    learning_rate: float  # times the optimizer's
+    why_not_decayed: str = ""
+
+
+ROLES = {
+    "matrix": Role(True, True, 1.0),
+    "embedding": Role(True, True, 1.0),
+    "gate": Role(False, False, 1.0, "zero is not neutral for a decay rate, a gate's bias or a temperature"),
+    "norm": Role(False, False, 1.0, "a norm's scale of zero removes its input"),
+    "bias": Role(False, False, 1.0, "a bias has no scale that decay could keep in check"),
+    "convolution": Role(True, False, 1.0, "the few taps of a channel start equal and hold the current token"),
+    "initial memory": Role(True, False, 1.0, "the content that a memory starts from is no map that should be small"),
+    "constant": Role(False, False, 0.0, "it is not trained"),
+}
+
+
+def role_of(variable: nnx.Variable) -> Role:
+    """The role of a parameter. Raises UserError where none is declared."""
+    name = variable.get_metadata().get("role")
+    if name is None:
+        raise UserError("a parameter has no role; build the model with engrax.models.build, which names the parameter.")
+    return ROLES[name]
+
+
+def axes_of(variable: nnx.Variable) -> tuple[str | None, ...]:
+    """The names of a parameter's axes, None where an axis has none."""
+    axes = tuple(variable.get_metadata().get("axes") or ())
+    return axes + (None,) * (len(variable.shape) - len(axes))
+
+
+def _by_type(module: Any, name: str) -> str | None:
+    """The role of the parameter `name` of a Flax module, None where the type says nothing."""
+    if isinstance(module, nnx.Linear | nnx.LinearGeneral | nnx.Einsum):
+        return {"kernel": "matrix", "bias": "bias"}.get(name)
+    if isinstance(module, nnx.Conv | nnx.ConvTranspose):
+        return {"kernel": "convolution", "bias": "bias"}.get(name)
+    if isinstance(module, nnx.LayerNorm | nnx.RMSNorm | nnx.GroupNorm | nnx.BatchNorm):
+        return "norm"
+    return "embedding" if isinstance(module, nnx.Embed) else None
+
+
+def declare_roles(model: nnx.Module, *, strict: bool = True) -> nnx.Module:
+    """Gives every parameter its role, by its own declaration or by the type of its module; returns the model.
+
+    Raises UserError for a parameter with neither, or with an unknown role: it names the line to change. strict=False
+    takes such a parameter for a matrix where it has two axes or more, else for a bias.
+    """
+    for owner, name, variable in _parameters(model):
+        metadata = variable.get_metadata()
+        role = metadata.get("role") or _by_type(owner, name)
+        if role not in ROLES:
+            if strict:
+                raise UserError(_undeclared(owner, name, role))
+            role = "matrix" if variable.ndim >= 2 else "bias"
+        if metadata.get("role") != role:
+            variable.set_metadata(role=role)
+    return model
+
+
+def _parameters(model: nnx.Module) -> Iterator[tuple[Any, str, nnx.Param]]:
+    """(module that owns it, attribute, parameter) of every parameter."""
+    owners = {path: node for path, node in nnx.iter_graph(model)}
+    for path, node in owners.items():
+        if isinstance(node, nnx.Param):
+            parent = path[:-1]
+            while parent and not isinstance(owners.get(parent), nnx.Module):
+                parent = parent[:-1]
+            names = [part for part in path[len(parent) :] if isinstance(part, str)]
+            yield owners.get(parent, model), names[-1] if names else str(path[-1]), node
+
+
+def _undeclared(owner: Any, name: str, role: str | None) -> str:
+    """The message about a parameter without a role: which, where, and what to write."""
+    cls = type(owner)
+    where = cls.__qualname__
+    try:
+        lines, first = inspect.getsourcelines(cls)
+        found = [i for i, line in enumerate(lines) if f"self.{name}" in line and "Param(" in line]
+        found = found or [i for i, line in enumerate(lines) if f"self.{name}" in line]
+        where = f"{inspect.getsourcefile(cls)}, line {first + found[0]}" if found else where
+    except (OSError, TypeError):
+        pass
+    wrong = f"has the unknown role {role!r}" if role else "has no role"
+    known = ", ".join(ROLES)
+    return (
+        f"{where}: the parameter {name!r} of {cls.__name__} {wrong}; write "
+        f'nnx.Param(..., role="matrix") with one of {known}.'
+    )
+
+
+def map_parameters(f: Callable[..., Any], params: Any, *others: Any) -> Any:
+    """f(variable, ...) over the variables of a state; what f returns replaces the variable's value."""
+
+    def one(variable, *rest):
+        return variable.replace(f(variable, *rest))
+
+    return jax.tree.map(one, params, *others, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def cast(params: Any, dtype: Any) -> Any:
+    """The parameters of a forward pass in `dtype`: matrices and embeddings in it, gates, norms and biases in float32.
+
+    float64 casts all of them: the oracle computes nothing in less. Integers stay as they are.
+    """
+    dtype = jnp.dtype(dtype)
+
+    def one(variable):
+        value = variable.get_value()
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            return value
+        wide = jnp.promote_types(dtype, jnp.float32)
+        return value.astype(dtype if role_of(variable).compute_dtype else wide)
+
+    return map_parameters(one, params)
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the parameters that weight decay pulls to zero."""
+    return map_parameters(lambda variable: role_of(variable).decayed, params)
+
+
+def learning_rates(params: Any) -> Any:
+    """The factor of every parameter's learning rate, 1 for arrays that are no parameters of a model."""
+
+    def one(leaf):
+        return leaf.replace(role_of(leaf).learning_rate) if isinstance(leaf, nnx.Variable) else 1.0
+
+    return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def sharded_axis(variable: nnx.Variable, devices: int) -> int | None:
+    """The axis of a parameter that `devices` share: its first one, stacked layers apart, that they divide."""
+    for i, (length, name) in enumerate(zip(variable.shape, axes_of(variable))):
+        if devices > 1 and name != LAYERS and length and length % devices == 0:
+            return i
+    return None
+
+
+def stack_axes(block: nnx.Module) -> None:
+    """Names the leading axis of every parameter of a stacked block."""
+    for _, value in nnx.iter_graph(block):
+        if isinstance(value, nnx.Param):
+            axes = tuple(value.get_metadata().get("axes") or ())
+            rest = value.ndim - 1
+            value.set_metadata(axes=(LAYERS, *axes[:rest], *(None,) * (rest - len(axes))))
