@@ -296,6 +296,12 @@ def override(experiment: Any, args: list[str], prog: str) -> Any:
         name = arg.split("=")[0].removeprefix("--").replace("_", "-")
         if arg.startswith("--") and name != "help" and name not in known and name.replace(".no-", ".") not in known:
             raise UserError(f"{prog.split()[-1]} has no field --{name}{did_you_mean(name, known)}.")
+        inside = [field for field in known if field.startswith(f"{name}.")]
+        if arg.startswith("--") and inside:
+            raise UserError(
+                f"--{name} is a group of fields: flags change its fields, such as --{inside[0]}; "
+                "what stands there is chosen in a config file."
+            )
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

@@ -9,6 +9,7 @@ class MyMeasureConfig(engrax.EvaluatorConfig):
         return Evaluation(values={"x": 1.0}, summary=[("x", "1.0")])
 """
 
+import abc
 import dataclasses
 from typing import Any, ClassVar
 
@@ -27,12 +28,12 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluatorConfig:
+class EvaluatorConfig(abc.ABC):
     """Base of every evaluator's settings. A subclass is a frozen dataclass under `@engrax.register(name)`."""
 
     registry: ClassVar[Registry] = EVALUATORS
     registered_name: ClassVar[str] = ""
 
+    @abc.abstractmethod
     def run(self, context: Any) -> Evaluation:
         """Measures the checkpoint that `context` holds."""
-        raise NotImplementedError(f"{type(self).__name__} must define run(context).")
