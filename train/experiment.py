@@ -8,6 +8,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from engrax.data.config import DataConfig
@@ -167,6 +168,30 @@ def from_dict(data: Any, annotation: Any = Experiment, path: str = "config") -> 
         item = (typing.get_args(_not_none(annotation)) or (Any,))[0]
         return tuple(from_dict(value, item, f"{path}.{i}") for i, value in enumerate(data))
     return _checked(data, annotation, path)
+
+
+def check_saveable(experiment: Experiment) -> None:
+    """Raises UserError where config.json cannot bring the experiment back: an unregistered class, a value unlike its
+    annotation, an object that JSON cannot carry."""
+    for path, cls in _other_classes(experiment, from_dict(to_dict(experiment), Experiment, "experiment")):
+        raise UserError(
+            f"{path} is a {cls.__name__}, which a saved run would not bring back: it belongs to no registry; "
+            "use engrax's own class there."
+        )
+
+
+def _other_classes(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, type]]:
+    """(place, class in `old`) of the dataclasses that are of another class in `new`."""
+    if dataclasses.is_dataclass(old):
+        if type(old) is not type(new):
+            yield path, type(old)
+            return
+        for field in dataclasses.fields(old):
+            place = f"{path}.{field.name}" if path else field.name
+            yield from _other_classes(getattr(old, field.name), getattr(new, field.name), place)
+    elif isinstance(old, (tuple, list)):
+        for i, (a, b) in enumerate(zip(old, new)):
+            yield from _other_classes(a, b, f"{path}.{i}")
 
 
 def _not_none(annotation: Any) -> Any:
