@@ -8,6 +8,7 @@ import types
 import pytest
 
 import engrax
+from engrax import cli
 from engrax.data import MQAR
 from engrax.data.text import CorpusConfig
 from engrax.errors import UnknownName, UserError
@@ -80,6 +81,10 @@ def test_a_walk_imports_what_registers_and_reports_what_does_not_import(tmp_path
     things = Registry("thing", "some_mixers")
     monkeypatch.setitem(sys.modules, "some_registry", types.SimpleNamespace(THINGS=things))
     monkeypatch.syspath_prepend(tmp_path)
+    (package / "__init__.py").write_text("import no_such_module\n")
+    with pytest.raises(ModuleNotFoundError):
+        len(things)
+    (package / "__init__.py").write_text("")
     for _ in range(2):  # a failure is not forgotten
         with pytest.raises(ZeroDivisionError):
             len(things)
@@ -159,6 +164,16 @@ def test_optimizers_and_schedules_travel_as_json(optimizer):
     saved = json.loads(text)["experiment"]["optimizer"]
     assert saved["type"] == f"optimizer:{optimizer.registered_name}"
     assert saved["schedule"]["type"] == f"schedule:{optimizer.schedule.registered_name}"
+
+
+@pytest.mark.parametrize("name", find_registry("optimizer"))
+def test_flags_and_the_grid_of_a_comparison_change_every_optimizer(name):
+    experiment = tiny(optimizer=find_registry("optimizer")[name]())
+    flags = ["--optimizer.learning-rate", "0.25", "--optimizer.schedule.warmup-steps", "3"]
+    changed = cli.override(experiment, flags, "engrax train tiny").optimizer
+    assert type(changed) is type(experiment.optimizer)
+    assert (changed.learning_rate, changed.schedule) == (0.25, CosineConfig(warmup_steps=3))
+    assert dataclasses.replace(changed, learning_rate=0.5).rate(10)(3) == 0.5
 
 
 def test_another_optimizer_is_another_experiment():
