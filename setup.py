@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 # Named one by one: the root also holds tests, notebooks and whatever a checkout collects (.venv, runs).
-PARTS = ("configs", "data", "evals", "layers", "models", "pallas_kernels", "train")
+PARTS = ("configs", "data", "evals", "laws", "layers", "models", "pallas_kernels", "train")
 PACKAGES = find_packages(str(ROOT), include=[pattern for part in PARTS for pattern in (part, f"{part}.*")])
 NOT_MODULES = ("setup", "conftest")  # Python files of the root that belong to the checkout alone
 README = ROOT / "README.md"
@@ -51,7 +51,7 @@ setup(
     python_requires=">=3.11",
     packages=["engrax", *(f"engrax.{package}" for package in PACKAGES)],
     package_dir={"engrax": "."},
-    package_data={"engrax": ["py.typed"]},
+    package_data={"": ["*.jinja"], "engrax": ["py.typed"]},  # templates lie beside the modules that use them
     include_package_data=False,  # with version control plugins about, it would sweep the checkout into the wheel
     cmdclass={"build_py": BuildPackage},
     install_requires=[
@@ -66,6 +66,8 @@ setup(
         " or (platform_system == 'Darwin' and platform_machine == 'arm64')",  # where it has wheels
         "etils[epath]>=1.12",
         "safetensors>=0.4.5",
+        "scipy>=1.15",
+        "jinja2>=3.1",
         "wandb>=0.25",
         "tyro>=1.0",
         "jaxtyping>=0.3",

@@ -11,9 +11,8 @@ import pkgutil
 from pathlib import Path
 from typing import Any
 
-from engrax import plugins
+from engrax import evals, plugins
 from engrax.errors import UserError
-from engrax.evals.comparison import Comparison
 from engrax.registry import did_you_mean
 from engrax.train import Experiment
 
@@ -51,9 +50,9 @@ def find(name: str) -> Source:
     return Source(experiment, path.stem if path else name, path)
 
 
-def find_comparison(name: str) -> tuple[Comparison, str]:
+def find_comparison(name: str) -> "tuple[evals.Comparison, str]":
     """A comparison by name or by the path of a Python file, and its name. Raises UserError where there is none."""
-    path, found = _call(name, "comparison", Comparison, comparison_names(), "engrax.configs.comparisons")
+    path, found = _call(name, "comparison", evals.Comparison, comparison_names(), "engrax.configs.comparisons")
     return found, path.stem if path else name
 
 

@@ -26,13 +26,14 @@ from jaxtyping import Array, Float, Int
 
 from engrax.registry import Registry
 
-MIXERS = Registry("mixer")
+MIXERS = Registry("mixer", "engrax.layers")
 
 
 @dataclasses.dataclass(frozen=True)
 class MixerConfig:
-    """Base of every mixer's settings. A subclass is a frozen dataclass, registered with `@MIXERS.register(name)`."""
+    """Base of every mixer's settings. A subclass is a frozen dataclass, registered with `@engrax.register(name)`."""
 
+    registry: ClassVar[Registry] = MIXERS
     registered_name: ClassVar[str] = ""
     exempt_from: ClassVar[
         dict[str, str]
@@ -127,11 +128,3 @@ class PlainMixer(Mixer):
 def as_mixer(module: nnx.Module) -> Mixer:
     """The module itself where it is a `Mixer`, else wrapped as one."""
     return module if isinstance(module, Mixer) else PlainMixer(module)
-
-
-def register_mixer(name: str):
-    """Class decorator that makes a mixer's config known under `name`, as `@engrax.register("name")`.
-
-    The laws, the cost table, the evaluation and the configs then find it; raises UserError where the name is taken.
-    """
-    return MIXERS.register(name)

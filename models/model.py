@@ -12,13 +12,14 @@ from engrax.models.contract import Model, as_model
 from engrax.models.parameters import declare_roles
 from engrax.registry import Registry
 
-MODELS = Registry("model")
+MODELS = Registry("model", "engrax.models")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Base of every model's settings. A subclass is a frozen dataclass, registered with `@MODELS.register(name)`."""
+    """Base of every model's settings. A subclass is a frozen dataclass, registered with `@engrax.register(name)`."""
 
+    registry: ClassVar[Registry] = MODELS
     registered_name: ClassVar[str] = ""
     exempt_from: ClassVar[dict[str, str]] = {}  # {law or law.part: reason}, as for mixers
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("configs", "data", "evals", "layers", "models", "pallas_kernels", "train")
+PARTS = {file.parent.name for file in ROOT.glob("*/__init__.py")}  # every package of the checkout
 OFFLINE = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
 
 PROBE = """
@@ -186,6 +186,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         name for name in tracked_files() if len(name.parts) == 1 and name.suffix == ".py" and name.stem != "setup"
     ]
     assert names == {f"engrax/{name.as_posix()}" for name in [*sources, *modules, Path("py.typed")]}
+    assert "engrax/train/optimizers/lion.py" in names and "engrax/layers/linear/gla.py" in names
+
+
+def test_an_installed_copy_finds_what_is_registered(ordinary):
+    listed = run([ordinary, "-m", "engrax.cli", "list"], "/", JAX_PLATFORMS="cpu")
+    for name in ("quickstart", "titans", "language_model", "stdlib_text", "lion", "wsd"):
+        assert f"  {name} " in listed
 
 
 def test_the_wheel_declares_what_users_ask_for(wheel):
@@ -200,4 +207,5 @@ def test_the_wheel_declares_what_users_ask_for(wheel):
     assert {"test", "dev", "cuda", "tpu"} <= {value for name, value in fields if name == "Provides-Extra"}
     assert "engrax = engrax.cli:main" in scripts
     needed = " ".join(value for name, value in fields if name == "Requires-Dist" and "extra ==" not in value)
-    assert "tensorflow-datasets" in needed and "tensorflow>=" not in needed and "torch" not in needed
+    assert all(name in needed for name in ("tensorflow-datasets", "scipy", "jinja2"))
+    assert "tensorflow>=" not in needed and "torch" not in needed

@@ -15,8 +15,8 @@ from engrax.tests.experiments import small
 from engrax.train import ParallelConfig
 from engrax.train.trainer import Trainer
 
-def run(parallel, steps=6, accumulate=1):
-    e = small(parallel=parallel)
+def run(parallel, steps=6, accumulate=1, **fields):
+    e = small(parallel=parallel, **fields)
     e = dataclasses.replace(e, optimizer=dataclasses.replace(e.optimizer, accumulate=accumulate))
     trainer, losses = Trainer(e), []
     data, state = trainer.loader("train"), trainer.init_state()
@@ -111,10 +111,33 @@ def test_the_pmap_program_shows_its_collectives(layouts, name):
     assert (found["reduce-scatter"] > 0) == sharded and (found["all-gather"] > 0) == sharded
 
 
+OTHERS = """
+from engrax.train import ConstantConfig, LionConfig, SGDConfig
+out = {}
+for optimizer in (LionConfig(schedule=ConstantConfig(warmup_steps=0)), SGDConfig(momentum=0.5, nesterov=True)):
+    for strategy, zero in (("pjit", 0), ("pmap", 1)):
+        found = run(ParallelConfig(strategy=strategy, zero=zero), steps=3, optimizer=optimizer)
+        out[f"{optimizer.registered_name} {zero}"] = found
+print(json.dumps(out))
+"""
+
+
+def test_other_optimizers_shard_their_state(run_python):
+    """ZeRO 1 on two devices: the same losses as replicated, and half of every moment on each device."""
+    found = json.loads(run_python(CODE + OTHERS, devices=2).splitlines()[-1])
+    for name in ("lion", "sgd"):
+        whole, halves = found[f"{name} 0"], found[f"{name} 1"]
+        assert halves["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+        assert whole["losses"][-1] < whole["losses"][0]
+        assert any(shards for _, _, shards in halves["sizes"]["opt_state"])
+        for total, mine, shards in halves["sizes"]["opt_state"]:
+            assert mine == (total // 2 if shards else total)
+
+
 REAL_PMAP = """
 import functools, jax.numpy as jnp, optax
 from flax import nnx
-from engrax.train import optimizer, train_step
+from engrax.train import train_step
 e = small()
 trainer = Trainer(e)
 loss = trainer.make_loss()

@@ -21,9 +21,10 @@ from jaxtyping import Array, Float
 
 from engrax.models import contract
 from engrax.models.parameters import LAYERS, axes_of, cast, learning_rates, map_parameters
-from engrax.train import optimizer, sharding
+from engrax.train import sharding
 from engrax.train.experiment import Experiment
 from engrax.train.objective import Batch, score
+from engrax.train.optimizers import base as optimizers
 
 State = dict[str, Any]  # {"params": nnx.State, "opt_state": ..., "step": int32 []}, and {"memory": ...} if carried
 STATE = ("params", "opt_state", "step", "memory")
@@ -57,7 +58,7 @@ def make_loss(graphdef: nnx.GraphDef, dtype: Any, place: "Placement | None" = No
     """
 
     def loss(params, batch, memory):
-        model, gather = assemble(graphdef, cast(optimizer.stop_frozen(params), dtype), place)
+        model, gather = assemble(graphdef, cast(optimizers.stop_frozen(params), dtype), place)
         if memory is not None:
             memory = model.at_call_length(jax.lax.stop_gradient(memory), batch["tokens"].shape[1])
         with contract.gathering(gather):
@@ -156,7 +157,7 @@ def apply_gradient(tx, state: State, params: Any, grads: Any, norm: Array, clip_
         grads = jax.tree.map(lambda g: g * scale, grads)
     updates, opt_state = tx.update(grads, state["opt_state"], params)
     updates = jax.tree.map(lambda u, rate: u * rate if rate != 1 else u, updates, learning_rates(params))
-    return optimizer.keep_frozen(params, optax.apply_updates(params, updates)), opt_state
+    return optimizers.keep_frozen(params, optax.apply_updates(params, updates)), opt_state
 
 
 def labelled(batch: Batch) -> Array:
@@ -166,7 +167,7 @@ def labelled(batch: Batch) -> Array:
 
 def pjit_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: Mesh, specs: State) -> Callable:
     """The jitted step(state, batch) -> (state, metrics) over global arrays; the state is donated."""
-    rate = optimizer.schedule(experiment.optimizer, experiment.steps)
+    rate = experiment.optimizer.rate(experiment.steps)
     loss = make(compiler_placement(specs["params"], mesh))
 
     def step(state, batch):
@@ -194,7 +195,7 @@ def pmap_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: 
     A shared parameter is gathered where the model uses it, and its gradient reduce-scattered there. A replicated one
     whose moments are shared has its gradient reduce-scattered, and its new value gathered.
     """
-    rate, axes = optimizer.schedule(experiment.optimizer, experiment.steps), sharding.BATCH
+    rate, axes = experiment.optimizer.rate(experiment.steps), sharding.BATCH
     held, owned = specs["params"], specs["moments"]  # how each parameter, and its optimizer state, is split
     loss = make(explicit_placement(held))
 

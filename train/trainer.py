@@ -20,10 +20,11 @@ from engrax.models import contract, imported
 from engrax.models.block_style import BlockStyleConfig
 from engrax.models.parameters import cast
 from engrax.models.segment_config import SegmentRecurrentConfig
-from engrax.train import optimizer, runs, sharding, train_step
+from engrax.train import runs, sharding, train_step
 from engrax.train.checkpoint import flatten, unflatten
 from engrax.train.experiment import Experiment
 from engrax.train.objective import score
+from engrax.train.optimizers import base as optimizers
 from engrax.train.train_step import Loss, Placement
 
 
@@ -56,7 +57,7 @@ class Trainer:
     @cached_property
     def tx(self) -> optax.GradientTransformation:
         """The optimizer."""
-        return optimizer.build(self.experiment.optimizer, self.experiment.steps, self._abstract[1])
+        return optimizers.build(self.experiment.optimizer, self.experiment.steps, self._abstract[1])
 
     @cached_property
     def specs(self) -> dict[str, Any]:
