@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from engrax.train.optimizers.base import OptimizerConfig
     from engrax.train.schedules.base import ScheduleConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DataConfig",
     "EvaluatorConfig",

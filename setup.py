@@ -29,7 +29,7 @@ class BuildPackage(build_py):
 # Every minimum below is installed and tried together by `make test-lowest` (Python 3.11).
 setup(
     name="engrax",
-    version="0.1.0",
+    version="0.2.0",
     description="JAX/Flax research framework for memory-augmented sequence architectures",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",

@@ -107,7 +107,8 @@ def test_a_folder_that_is_no_run(capsys, tmp_path):
     [
         (lambda text: text[: len(text) // 2], "is damaged"),
         (lambda text: "[]", "is damaged"),
-        (lambda text: text.replace('"format_version": 1', '"format_version": 9'), "format version 9"),
+        (lambda text: text.replace('"format_version": 2', '"format_version": 9'), "format version 9"),
+        (lambda text: text.replace('"format_version": 2', '"format_version": 1'), "a run of engrax 0.1.0"),
         (lambda text: text.replace('"steps"', '"stesp"'), "stesp is no field of Experiment; did you mean 'steps'?"),
         (lambda text: text.replace("mixer:titans", "mixer:titan"), "did you mean 'titans'?"),
         (lambda text: text.replace('"seed": 0', '"seed": "zero"'), "seed='zero' is not of the type wanted: int"),

@@ -26,7 +26,7 @@ from engrax.train import (
     train_step,
 )
 from engrax.train import experiment as experiments
-from engrax.train.checkpoint import Checkpoints
+from engrax.train.checkpoint import Checkpoints, flatten, unflatten
 from engrax.train.loop import train
 from engrax.train.optimizers import base as optimizers
 from engrax.train.trainer import Trainer
@@ -99,11 +99,11 @@ RATE = dict(learning_rate=1e-2, schedule=CosineConfig(warmup_steps=2))
 )
 def test_optimizers_are_optax_own(config, peer):
     """To the bit, after five steps on a matrix that decays and a bias that does not."""
-    arrays = {"x": (("embed", "mlp"), (3, 4)), "bias": ((None,), (4,))}
+    arrays = {"x": (("embed", "mlp"), (3, 4), "matrix"), "bias": ((None,), (4,), "bias")}
     params = nnx.State(
         {
-            n: nnx.Param(jnp.asarray(np.random.randn(*size), jnp.float32), axes=axes, role="matrix" if len(size) == 2 else "norm")
-            for n, (axes, size) in arrays.items()
+            n: nnx.Param(jnp.asarray(np.random.randn(*size), jnp.float32), axes=axes, role=role)
+            for n, (axes, size, role) in arrays.items()
         }
     )
     found = []
@@ -338,3 +338,34 @@ print(statistics.median(b - a for a, b in zip(counts, counts[1:])))
 """
     printed = run_python(code, devices=1).split()[-1]
     assert printed == "none" or float(printed) < 1000, printed  # 128 MB are 32768 pages
+
+
+def test_two_arrays_keep_two_names():
+    """A field called value, a dot in a key and keys of one spelling do not merge; none is filled in unseen."""
+    tree = {"a": {"kernel": np.ones(1), "value": {"kernel": np.zeros(2)}}, "b.c": np.ones(3), "b": {"c": np.ones(4)}}
+    flat = flatten(tree)
+    assert sorted(flat) == ["a.kernel", "a.value.kernel", "b%2Ec", "b.c"]
+    back = unflatten(flat, tree)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True))
+    with pytest.raises(ValueError, match="there is no array a.value.kernel"):
+        unflatten({name: x for name, x in flat.items() if name != "a.value.kernel"}, tree)
+    with pytest.raises(ValueError, match="two arrays have the name x.0"):
+        flatten({"x": [np.ones(1)], "y": 0} | {"x": Both()})
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Both:
+    """A container whose keys 0 and "0" are spelled alike."""
+
+    def tree_flatten_with_keys(self):
+        keys = jax.tree_util.SequenceKey(0), jax.tree_util.DictKey("0")
+        return [(key, np.ones(1)) for key in keys], None
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        return cls()
+
+
+def test_a_parameters_own_value_is_no_part_of_its_name():
+    params = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    assert sorted(flatten({"params": params})) == ["params.bias", "params.kernel"]

@@ -113,7 +113,7 @@ def test_saved_on_8_devices_resumes_on_1(root, tmp_path, uninterrupted):
             sys.executable,
             "-c",
             TRAIN.replace("**fields", "parallel=ParallelConfig(**fields.pop('parallel')), **fields")
-            .replace("import CheckpointConfig", "import ParallelConfig, CheckpointConfig")
+            .replace("import AdamWConfig", "import ParallelConfig, AdamWConfig")
             .replace(
                 ".loop import train",
                 ".loop import train\nimport engrax.train.distributed as d\n"

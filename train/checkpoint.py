@@ -12,15 +12,44 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from flax import nnx
 
 from engrax.errors import UserError
 from engrax.train.experiment import CheckpointConfig
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree under dotted names."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_name(path): leaf for path, leaf in leaves}
+    """The arrays of a tree under dotted names; a dot inside a key is written %2E.
+
+    Raises ValueError where two arrays would have one name (the keys 0 and "0" of one dictionary).
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)
+    found = {}
+    for path, leaf in leaves:
+        name = _name(path)
+        if name in found:
+            raise ValueError(f"two arrays have the name {name}; rename one of the keys.")
+        found[name] = leaf.get_value() if _is_variable(leaf) else leaf
+    return found
+
+
+def unflatten(flat: dict[str, Any], like: Any) -> Any:
+    """The tree of the shape of `like` with the arrays of `flat`; arrays without entries are not stored and come back
+    empty. Raises ValueError naming an array that `flat` lacks."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_variable)
+
+    def one(path, leaf):
+        name, wanted = _name(path), leaf.get_value() if _is_variable(leaf) else leaf
+        if name not in flat and math.prod(wanted.shape):
+            raise ValueError(f"there is no array {name}.")
+        value = flat[name] if name in flat else jax.device_put(np.zeros(wanted.shape, wanted.dtype), wanted.sharding)
+        return leaf.replace(value) if _is_variable(leaf) else value
+
+    return jax.tree.unflatten(structure, [one(path, leaf) for path, leaf in leaves])
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
 
 
 def _not_empty(flat: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +58,7 @@ def _not_empty(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name(path: Any) -> str:
-    return ".".join(_key(k) for k in path if _key(k) != "value")
+    return ".".join(_key(k).replace("%", "%25").replace(".", "%2E") for k in path)
 
 
 def _key(entry: Any) -> str:
@@ -37,16 +66,6 @@ def _key(entry: Any) -> str:
         if hasattr(entry, name):
             return str(getattr(entry, name))
     return str(entry)
-
-
-def unflatten(flat: dict[str, Any], like: Any) -> Any:
-    """The tree of the shape of `like` with the leaves of `flat`; empty arrays may be missing there."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    found = [
-        flat[_name(path)] if _name(path) in flat else jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
-        for path, x in leaves
-    ]
-    return jax.tree.unflatten(structure, found)
 
 
 class Checkpoints:

@@ -17,7 +17,7 @@ from engrax.models.model import ModelConfig
 from engrax.registry import KINDS, did_you_mean, find_registry
 from engrax.train.optimizers import AdamWConfig, OptimizerConfig
 
-FORMAT_VERSION = 1  # of config.json
+FORMAT_VERSION = 2  # of config.json; 1 was written by engrax 0.1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,10 +241,11 @@ def from_json(text: str, path: str = "config.json") -> Experiment:
         raise UserError(
             f"{path} is damaged (no experiment in it); restore it from a copy, or train into another folder."
         )
-    if data.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {data.get('format_version')}; this engrax reads version {FORMAT_VERSION}."
-        )
+    version = data.get("format_version")
+    if version == 1:
+        raise UserError(f"{path} is of a run of engrax 0.1.0 (format 1), which this version cannot read; use 0.1.0.")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}; this engrax reads version {FORMAT_VERSION}.")
     return from_dict(data["experiment"], Experiment, "experiment")
 
 
