@@ -41,7 +41,7 @@ class Availability(NamedTuple):
     missing: dict[str, str]
 
 
-class Shapes(NamedTuple):
+class LogDecayShapes(NamedTuple):
     """What a kernel of a log-decay operation is asked to serve; `length` is a multiple of `chunk`."""
 
     batch: int
@@ -56,7 +56,7 @@ class Shapes(NamedTuple):
     segments: bool  # states per segment: a chunk may begin from another state than its predecessor's
 
 
-class Plan(NamedTuple):
+class LogDecayPlan(NamedTuple):
     """What is static about a call of a log-decay operation.
 
     implementation: the name asked for, None = by platform; candidates: the names that can serve these sizes.

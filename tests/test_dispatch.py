@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 from engrax.pallas_kernels import available, debug_checks, dispatch, linear_attention
 from engrax.pallas_kernels.common import validation
 from engrax.pallas_kernels.common.decay import Decay, channel_scores, chunk_decay, cumulative_decay, difference
-from engrax.pallas_kernels.common.matmul import COLUMNS, ROWS, EmulatedPrecision, dot, on_cpu
+from engrax.pallas_kernels.common.matmul import COLUMNS, ROWS, EmulatedPrecision, dot, emulated_on_cpu
 from engrax.pallas_kernels.common.segments import aligned_layout, from_slots, segment_starts, to_slots
 
 needs_kernels = pytest.mark.skipif(
@@ -88,7 +88,7 @@ def test_an_explicit_name_is_the_only_branch():
     assert lowered(BRANCHES, "cpu", "pallas_tpu") == {"33"}
 
 
-FINE = dispatch.Shapes(2, 128, 2, 2, 64, 64, 64, np.dtype(jnp.bfloat16), "scalar", False)
+FINE = dispatch.LogDecayShapes(2, 128, 2, 2, 64, 64, 64, np.dtype(jnp.bfloat16), "scalar", False)
 
 
 def test_a_kernel_out_of_sight_is_neither_imported_nor_traced(monkeypatch):
@@ -215,8 +215,10 @@ def test_products_round_their_operands_and_those_of_the_derivative():
     rng = np.random.default_rng(0)
     a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 3), (7, 5)))
     bar = jnp.asarray(rng.normal(size=(3, 7)), jnp.float32)
-    assert on_cpu(jnp.float32) == jnp.float32 and on_cpu(jnp.bfloat16) == EmulatedPrecision(jnp.bfloat16)
-    got, pull = jax.vjp(lambda a, b: dot(a, b, ROWS, COLUMNS, on_cpu(jnp.bfloat16)), a, b)
+    assert emulated_on_cpu(jnp.float32) == jnp.float32 and emulated_on_cpu(jnp.bfloat16) == EmulatedPrecision(
+        jnp.bfloat16
+    )
+    got, pull = jax.vjp(lambda a, b: dot(a, b, ROWS, COLUMNS, emulated_on_cpu(jnp.bfloat16)), a, b)
     a16, b16, bar16 = (np.asarray(x.astype(jnp.bfloat16), np.float32) for x in (a, b, bar))
     np.testing.assert_allclose(got, a16.T @ b16.T, rtol=1e-6, atol=1e-6)
     assert not np.allclose(got, a.T @ b.T, rtol=1e-6, atol=1e-6)

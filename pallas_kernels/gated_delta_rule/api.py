@@ -17,9 +17,9 @@ from engrax.pallas_kernels.common.validation import (
     check_segments,
     check_tokens,
 )
-from engrax.pallas_kernels.dispatch import KERNELS, Plan, choose, interpreting, unsupported_kernels
+from engrax.pallas_kernels.dispatch import KERNELS, LogDecayPlan, choose, interpreting, unsupported_kernels
 from engrax.pallas_kernels.gated_delta_rule.reference import gated_delta_rule_reference
-from engrax.pallas_kernels.gated_delta_rule.vjp import OP, Inputs, apply_rule
+from engrax.pallas_kernels.gated_delta_rule.vjp import OP, DeltaInputs, apply_rule
 
 
 @no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked
@@ -84,7 +84,7 @@ def gated_delta_rule(
     if name == "reference":
         return _by_tokens(scale, dtype, num_segments, *arrays)
     candidates = ("xla", *(kernel for kernel in KERNELS if kernel not in unsupported))
-    return _by_chunks(Plan(shapes.chunk, scale, name, candidates, interpreting()), dtype, num_segments, *arrays)
+    return _by_chunks(LogDecayPlan(shapes.chunk, scale, name, candidates, interpreting()), dtype, num_segments, *arrays)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -107,7 +107,7 @@ def _by_chunks(plan, dtype, num_segments, q, k, v, beta, g, initial_state, segme
     tokens = (*(x.astype(dtype) for x in (q, k, v)), beta.astype(sums))
     tokens, g, layout = lay_out(tokens, g, segment_ids, num_segments, plan.chunk)
     decay = None if g is None else chunk_decay(g, plan.chunk, segments=segment_ids is not None)
-    out, state = apply_rule(plan, Inputs(*tokens, decay, state, layout))
+    out, state = apply_rule(plan, DeltaInputs(*tokens, decay, state, layout))
     return take_back(out, q.shape[1], segment_ids, layout).astype(v.dtype), state
 
 

@@ -12,13 +12,13 @@ import jax
 from jaxtyping import Array, Float
 
 from engrax.pallas_kernels.common.decay import Decay
-from engrax.pallas_kernels.common.segments import Layout
-from engrax.pallas_kernels.dispatch import Plan, by_platform, load
+from engrax.pallas_kernels.common.segments import SegmentLayout
+from engrax.pallas_kernels.dispatch import LogDecayPlan, by_platform, load
 
 OP = "gated_delta_rule"
 
 
-class Inputs(NamedTuple):
+class DeltaInputs(NamedTuple):
     """What every implementation below `api` gets: T a multiple of the chunk, padding with k = v = beta = 0, no decay.
 
     q, k, v share a dtype; beta, decay and state have the accumulator's. decay: hi and lo `[B, T, HV]` or
@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
     beta: Float[Array, "B T HV"]
     decay: Decay | None
     state: Float[Array, "B *N HV K V"]
-    layout: Layout | None
+    layout: SegmentLayout | None
 
 
 Outputs = tuple[Float[Array, "B T HV V"], Float[Array, "B *N HV K V"]]
@@ -40,7 +40,7 @@ Residuals = Float[Array, "B T HV C"]  # the rows of X, in the accumulator's dtyp
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def apply_rule(plan: Plan, inputs: Inputs) -> Outputs:
+def apply_rule(plan: LogDecayPlan, inputs: DeltaInputs) -> Outputs:
     """Returns (out in v's dtype, final state)."""
     return _forward(plan, inputs)[0]
 

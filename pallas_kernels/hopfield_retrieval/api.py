@@ -15,7 +15,7 @@ from engrax.pallas_kernels.hopfield_retrieval.energy import WITH_ENERGY, pull
 from engrax.pallas_kernels.hopfield_retrieval.reference import hopfield_retrieval_reference
 from engrax.pallas_kernels.hopfield_retrieval.separation import SEPARATIONS
 from engrax.pallas_kernels.hopfield_retrieval.similarity import SIMILARITIES, half_square
-from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
+from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalShapes
 from engrax.pallas_kernels.hopfield_retrieval.xla import hopfield_retrieval_xla
 
 OP = "hopfield_retrieval"
@@ -92,10 +92,10 @@ def hopfield_retrieval(
         steps = 1
     dtype = jnp.result_type(state, stored, *(() if values is None else (values,)))
     options = (separation, _power(separation, alpha), similarity, gradient)
-    form = Form(steps, float(tolerance), int(max_steps), *options, jnp.dtype(dtype))
+    form = RetrievalForm(steps, float(tolerance), int(max_steps), *options, jnp.dtype(dtype))
     (batch, states, heads, key), read = state.shape, stored if values is None else values
     sizes = (batch, heads, states, stored.shape[1], key, read.shape[3])
-    shapes = Shapes(steps, separation, similarity, *sizes, form.operands, getattr(mask, "ndim", 2) == 3)
+    shapes = RetrievalShapes(steps, separation, similarity, *sizes, form.operands, getattr(mask, "ndim", 2) == 3)
     unsupported = unsupported_kernels(OP, shapes, implementation)
     name = choose(implementation, unsupported)
     kernels = tuple(kernel for kernel in KERNELS if kernel not in unsupported)

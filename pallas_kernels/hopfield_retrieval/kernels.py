@@ -6,14 +6,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
+from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalShapes
 from engrax.pallas_kernels.hopfield_retrieval.xla import hopfield_retrieval_xla
 
 MOST_STEPS = 8  # on TPU they are written out: loops of few patterns end in an error of the compiler for v6e
 HIDDEN = -1e30  # added to the score of what is hidden
 
 
-def unserved(device: str, shapes: Shapes) -> str | None:
+def unserved(device: str, shapes: RetrievalShapes) -> str | None:
     """Returns why no kernel can serve a call, None if one can; `device` is named in the sentence."""
     if shapes.steps is None or not 2 <= shapes.steps <= MOST_STEPS:
         return f"the {device} kernel makes a fixed number of updates, 2 to {MOST_STEPS} (one is attention)"
@@ -35,7 +35,7 @@ def differentiable(forward: Callable) -> Callable:
     """
 
     @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-    def retrieve(form: Form, interpret: bool, state, stored, values, beta, visible):
+    def retrieve(form: RetrievalForm, interpret: bool, state, stored, values, beta, visible):
         """Returns what every state retrieves, as `hopfield_retrieval_xla`."""
         shown = jnp.ones((len(state), 1, stored.shape[2]), bool) if visible is None else visible
         hidden = jnp.where(shown[:, 0], 0, HIDDEN).astype(jnp.float32)

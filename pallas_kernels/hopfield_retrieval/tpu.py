@@ -14,13 +14,13 @@ from jax.experimental import pallas as pl
 from engrax.pallas_kernels.common.matmul import accumulator, precision
 from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
 from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, differentiable, unserved
-from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
+from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalShapes
 from engrax.pallas_kernels.mosaic_tpu.parts import LANES, VMEM_BYTES, call, tiled_bytes
 
 ROWS, MOST_ROWS = 16, 256  # a block of states: a multiple of a tile's rows in bfloat16, and what it holds at most
 
 
-def unsupported(shapes: Shapes) -> str | None:
+def unsupported(shapes: RetrievalShapes) -> str | None:
     """Returns why this kernel cannot serve a call, None if it can."""
     reason = unserved("TPU", shapes)
     if reason is not None:
@@ -38,7 +38,7 @@ def _rows(states: int) -> int:
     return min(MOST_ROWS, states + -states % ROWS)
 
 
-def _run(form: Form, interpret: bool, state, stored, values, beta, hidden):
+def _run(form: RetrievalForm, interpret: bool, state, stored, values, beta, hidden):
     run = shard_over_batch_and_heads(partial(_forward, form, interpret), ("BHND", "BHMD", "BHMV", "Hxx", "BxM"), "BHNV")
     return run(state, stored, values, beta[:, None, None], hidden[:, None])
 

@@ -7,7 +7,7 @@ import numpy as np
 from engrax.pallas_kernels.common.matmul import Operands
 
 
-class Form(NamedTuple):
+class RetrievalForm(NamedTuple):
     """steps: updates, None = until the state rests; at most `max_steps`. gradient: "unrolled" or "implicit".
 
     A state rests once an update moves it by no more than `tolerance` times the length of its longest visible pattern.
@@ -25,7 +25,7 @@ class Form(NamedTuple):
     scores: int | None = None
 
 
-class Shapes(NamedTuple):
+class RetrievalShapes(NamedTuple):
     """What a kernel is asked to serve."""
 
     steps: int | None

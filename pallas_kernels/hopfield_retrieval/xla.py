@@ -17,14 +17,14 @@ from jaxtyping import Array, Bool, Float
 from engrax.pallas_kernels.common.matmul import accumulator, emulated_on_cpu
 from engrax.pallas_kernels.hopfield_retrieval.separation import exponentials, separate
 from engrax.pallas_kernels.hopfield_retrieval.similarity import product, similarities
-from engrax.pallas_kernels.hopfield_retrieval.types import Form
+from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm
 
 CACHED_SCORES = 2**19  # 2 MiB
 UNROLLED = 8  # updates that are written out: a loop copies its states
 
 
 def hopfield_retrieval_xla(
-    form: Form,
+    form: RetrievalForm,
     state: Float[Array, "B H N D"],
     stored: Float[Array, "B H M D"],
     values: Float[Array, "B H M V"],

@@ -17,9 +17,9 @@ from engrax.pallas_kernels.common.validation import (
     check_segments,
     check_tokens,
 )
-from engrax.pallas_kernels.dispatch import KERNELS, Plan, choose, interpreting, unsupported_kernels
+from engrax.pallas_kernels.dispatch import KERNELS, LogDecayPlan, choose, interpreting, unsupported_kernels
 from engrax.pallas_kernels.linear_attention.reference import linear_attention_reference
-from engrax.pallas_kernels.linear_attention.vjp import OP, Inputs, attend
+from engrax.pallas_kernels.linear_attention.vjp import OP, LinearInputs, attend
 
 
 @no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked
@@ -80,7 +80,7 @@ def linear_attention(
     if name == "reference":
         return _by_tokens(scale, dtype, num_segments, *arrays)
     candidates = ("xla", *(kernel for kernel in KERNELS if kernel not in unsupported))
-    return _by_chunks(Plan(shapes.chunk, scale, name, candidates, interpreting()), dtype, num_segments, *arrays)
+    return _by_chunks(LogDecayPlan(shapes.chunk, scale, name, candidates, interpreting()), dtype, num_segments, *arrays)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -109,7 +109,7 @@ def _by_chunks(plan, dtype, num_segments, q, k, v, g, initial_state, segment_ids
     tokens = tuple(x.astype(dtype) for x in (q, k, v))
     tokens, g, layout = lay_out(tokens, g, segment_ids, num_segments, plan.chunk)
     decay = None if g is None else chunk_decay(g, plan.chunk, segments=segment_ids is not None)
-    out, state = attend(plan, Inputs(*tokens, decay, state, layout))
+    out, state = attend(plan, LinearInputs(*tokens, decay, state, layout))
     return take_back(out, q.shape[1], segment_ids, layout).astype(v.dtype), state
 
 

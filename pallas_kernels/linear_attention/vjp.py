@@ -10,13 +10,13 @@ import jax
 from jaxtyping import Array, Float
 
 from engrax.pallas_kernels.common.decay import Decay
-from engrax.pallas_kernels.common.segments import Layout
-from engrax.pallas_kernels.dispatch import Plan, by_platform, load
+from engrax.pallas_kernels.common.segments import SegmentLayout
+from engrax.pallas_kernels.dispatch import LogDecayPlan, by_platform, load
 
 OP = "linear_attention"
 
 
-class Inputs(NamedTuple):
+class LinearInputs(NamedTuple):
     """What every implementation below `api` gets: T a multiple of the chunk, padding with k = v = 0 and no decay.
 
     q, k, v share a dtype; decay and state have the accumulator's. decay: hi and lo `[B, T, HV]` or `[B, T, HV, K]`,
@@ -29,14 +29,14 @@ class Inputs(NamedTuple):
     v: Float[Array, "B T HV V"]
     decay: Decay | None
     state: Float[Array, "B *N HV K V"]
-    layout: Layout | None
+    layout: SegmentLayout | None
 
 
 Outputs = tuple[Float[Array, "B T HV V"], Float[Array, "B *N HV K V"]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(plan: Plan, inputs: Inputs) -> Outputs:
+def attend(plan: LogDecayPlan, inputs: LinearInputs) -> Outputs:
     """Returns (out in v's dtype, final state)."""
     return _forward(plan, inputs)[0]
 

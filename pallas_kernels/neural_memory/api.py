@@ -10,7 +10,7 @@ import numpy as np
 from engrax.pallas_kernels.common.validation import check_array, check_option, check_positive_int, check_rank
 from engrax.pallas_kernels.dispatch import KERNELS, choose, interpreting, unsupported_kernels
 from engrax.pallas_kernels.neural_memory.reference import neural_memory_reference
-from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, GRADIENT_AT, NeuralMemoryState, Shapes
+from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, GRADIENT_AT, MemoryShapes, NeuralMemoryState
 from engrax.pallas_kernels.neural_memory.vjp import group_size
 from engrax.pallas_kernels.neural_memory.xla import neural_memory_xla
 
@@ -103,14 +103,16 @@ _OPTIONS = ("activation", "gradient_at", "chunk_size", "save_every", "aligned", 
 _by_chunks = partial(jax.jit, static_argnames=_OPTIONS)(neural_memory_xla)
 
 
-def _shapes(q, state, dtype, tokens, chunk_size: int, save_every: int, aligned: bool, segments: bool) -> Shapes:
+def _shapes(q, state, dtype, tokens, chunk_size: int, save_every: int, aligned: bool, segments: bool) -> MemoryShapes:
     """Returns what a kernel would be asked to serve."""
     batch, length, heads = q.shape[:3]
     slots = min(length, chunk_size)
     blocks = -(-length // slots) + (not aligned and length > 1)
     layers = tuple(w.shape[2:] for w in state.weights)
     group = group_size(blocks, slots, save_every)
-    return Shapes(jnp.dtype(dtype), layers, slots, group, jnp.dtype(tokens), batch, heads, blocks, aligned, segments)
+    return MemoryShapes(
+        jnp.dtype(dtype), layers, slots, group, jnp.dtype(tokens), batch, heads, blocks, aligned, segments
+    )
 
 
 @no_type_check

@@ -2,7 +2,7 @@
 
 Products take bfloat16 operands and add in float32, so the kernels serve calls whose q, k and v are bfloat16; weights,
 momentum, gates and their gradients are float32. Four kernels for one layer, in `gpu_kernels` and `gpu_chunks` (those
-for two layers: `gpu_deep`):
+for two layers: `gpu_two_layers`):
 
     forward            weights and momentum stay on the chip from the first chunk to the last
     backward_states    the same again, without queries: the errors, and the matrices that every chunk begins with
@@ -19,17 +19,17 @@ import jax
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, MOST_PROGRAMS, SIZES
-from engrax.pallas_kernels.neural_memory import gpu_deep
+from engrax.pallas_kernels.neural_memory import gpu_two_layers
 from engrax.pallas_kernels.neural_memory.gpu_chunks import chunk_gradients
-from engrax.pallas_kernels.neural_memory.gpu_deep_kernels import TILE
-from engrax.pallas_kernels.neural_memory.gpu_kernels import Tokens, backward, forward, states
-from engrax.pallas_kernels.neural_memory.gpu_scan import State, differentiable
-from engrax.pallas_kernels.neural_memory.types import Shapes
-from engrax.pallas_kernels.neural_memory.vjp import Blocks, Carry, Plan, Reset
+from engrax.pallas_kernels.neural_memory.gpu_kernels import PackedTokens, backward, forward, states
+from engrax.pallas_kernels.neural_memory.gpu_scan import FinalMatrices, differentiable
+from engrax.pallas_kernels.neural_memory.gpu_two_layers_kernels import TILE
+from engrax.pallas_kernels.neural_memory.types import MemoryShapes
+from engrax.pallas_kernels.neural_memory.vjp import Blocks, Carry, Reset, ScanPlan
 from engrax.pallas_kernels.neural_memory.vjp import scan_blocks as xla_scan_blocks
 
 
-def unsupported(shapes: Shapes) -> str | None:
+def unsupported(shapes: MemoryShapes) -> str | None:
     """Returns why these kernels cannot serve a call, None if they can."""
     if len(shapes.layers) > 2:
         return f"the GPU kernel takes memories of 1 or 2 layers, not {len(shapes.layers)}"
@@ -52,7 +52,7 @@ def unsupported(shapes: Shapes) -> str | None:
     return None
 
 
-def scan_blocks(plan: Plan, blocks: Blocks, carry: Carry, reset: Reset, *, interpret: bool = False):
+def scan_blocks(plan: ScanPlan, blocks: Blocks, carry: Carry, reset: Reset, *, interpret: bool = False):
     """Runs all blocks as `vjp.scan_blocks`. Returns (out `[N, B, H, S, V]`, the carry)."""
     if reset is not None:
         raise NotImplementedError("the GPU kernel takes no segments (see `unsupported`).")
@@ -83,7 +83,9 @@ def _scan_fresh(activation: str, blocks: Blocks, carry: Carry, interpret: bool):
     """Runs blocks that all begin their chunks, so that every block's anchor is its first weights."""
     weights, momentum, _ = carry
     if len(weights) > 1:
-        out, carry = gpu_deep.scan(gpu_deep.Form(activation, interpret), _pack(blocks), weights, momentum)
+        out, carry = gpu_two_layers.scan(
+            gpu_two_layers.TwoLayerForm(activation, interpret), _pack(blocks), weights, momentum
+        )
     else:
         out, state = _scan(interpret, _pack(blocks), *weights, *momentum)
         carry = tuple((matrix,) for matrix in state)
@@ -96,7 +98,7 @@ def _to_blocks(x):
     return x.reshape(batch, length // CHUNK, CHUNK, heads, features).transpose(1, 0, 3, 2, 4)
 
 
-def _pack(blocks: Blocks) -> Tokens:
+def _pack(blocks: Blocks) -> PackedTokens:
     c = blocks.coefficients
 
     def tokens(x):  # undoes the grid's layout; XLA drops the pair
@@ -108,20 +110,20 @@ def _pack(blocks: Blocks) -> Tokens:
     last = jnp.stack([a[..., -1], b[..., -1], c.last_momentum[..., 0]], axis=-1)
     last = jnp.pad(last, [(0, 0)] * 3 + [(0, CHUNK - last.shape[-1])])
     table = jnp.stack([a, b, anchor, c.write[..., -1, :], c.last_write, last], axis=-2)
-    return Tokens(tokens(blocks.q), tokens(blocks.k), tokens(blocks.v), c.write, table)
+    return PackedTokens(tokens(blocks.q), tokens(blocks.k), tokens(blocks.v), c.write, table)
 
 
-def _forward(interpret: bool, tokens: Tokens, weights, momentum):
+def _forward(interpret: bool, tokens: PackedTokens, weights, momentum):
     found = forward(tokens, weights, momentum, interpret=interpret)
-    return found["out"], State(found["weights"], found["momentum"], found["anchor"])
+    return found["out"], FinalMatrices(found["weights"], found["momentum"], found["anchor"])
 
 
-def _backward(interpret: bool, tokens: Tokens, weights, momentum, out_bar, bars: State):
+def _backward(interpret: bool, tokens: PackedTokens, weights, momentum, out_bar, bars: FinalMatrices):
     """Returns the cotangents of the tokens, the weights and the momentum."""
     again = states(tokens, weights, momentum, interpret=interpret)
     back = backward(tokens, again, out_bar, bars, interpret=interpret)
     found = chunk_gradients(tokens, out_bar, again, back, interpret=interpret)
-    tokens_bar = Tokens(found["q_bar"], found["k_bar"], back["v_bar"], found["write_bar"], found["table_bar"])
+    tokens_bar = PackedTokens(found["q_bar"], found["k_bar"], back["v_bar"], found["write_bar"], found["table_bar"])
     return tokens_bar, back["weights"], back["momentum"]
 
 

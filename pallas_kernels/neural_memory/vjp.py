@@ -41,7 +41,7 @@ def _outer(x, y):
     return lax.platform_dependent(x, y, cpu=lambda x, y: lax.optimization_barrier(x.T) @ y, default=outer)
 
 
-class Plan(NamedTuple):
+class ScanPlan(NamedTuple):
     """How the blocks are run: `group` blocks between two kept states; keep_rows: see above."""
 
     activation: str
@@ -84,7 +84,7 @@ def _next_carry(weights, momentum, bases: Bases, block: Blocks) -> Carry:
     return weights, momentum, anchor
 
 
-def _run(plan: Plan, reset: Reset, carry: Carry, block: Blocks):
+def _run(plan: ScanPlan, reset: Reset, carry: Carry, block: Blocks):
     """Runs one block of all rows and heads. Returns the next carry, the block's output and what is saved."""
     bases = _bases(carry, reset, block.fresh)
     arrays = (block.coefficients, block.first_scores, block.q, block.k, block.v)
@@ -92,14 +92,14 @@ def _run(plan: Plan, reset: Reset, carry: Carry, block: Blocks):
     return _next_carry(weights, momentum, bases, block), out, saved
 
 
-def _replay(plan: Plan, reset: Reset, carry: Carry, block: Blocks, saved: Saved) -> Carry:
+def _replay(plan: ScanPlan, reset: Reset, carry: Carry, block: Blocks, saved: Saved) -> Carry:
     """Returns the next carry from what was saved of the block."""
     bases = _bases(carry, reset, block.fresh)
     weights, momentum = plan.heads(chunk_replay)(block.coefficients, block.k, bases, saved)
     return _next_carry(weights, momentum, bases, block)
 
 
-def _run_bwd(plan: Plan, reset: Reset, bars: Carry, reset_bar, carry: Carry, block: Blocks, saved: Saved, out_bar):
+def _run_bwd(plan: ScanPlan, reset: Reset, bars: Carry, reset_bar, carry: Carry, block: Blocks, saved: Saved, out_bar):
     """Derivative of `_run`: cotangents of the carry before it, of the reset state so far, and of the block."""
     weights_bar, momentum_bar, anchor_bar = bars
     if block.begins is not None:
@@ -121,7 +121,7 @@ def _run_bwd(plan: Plan, reset: Reset, bars: Carry, reset_bar, carry: Carry, blo
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scan_blocks(plan: Plan, blocks: Blocks, carry: Carry, reset: Reset):
+def scan_blocks(plan: ScanPlan, blocks: Blocks, carry: Carry, reset: Reset):
     """Runs all blocks, a multiple of `plan.group`. Returns (out `[N, B, H, S, V]`, the final carry)."""
 
     def body(carry, block):
@@ -140,25 +140,25 @@ def _part(tree, blocks: slice):
     return jax.tree.map(lambda x: x[blocks], tree)
 
 
-def _split(plan: Plan, tree):
+def _split(plan: ScanPlan, tree):
     """Returns the blocks by groups, `[N / group, ...]` per block of the group or `[N / group, group, ...]`."""
     if plan.straight:
         return tuple(_part(tree, slice(i, None, plan.group)) for i in range(plan.group))
     return jax.tree.map(lambda x: x.reshape(-1, plan.group, *x.shape[1:]), tree)
 
 
-def _merge(plan: Plan, trees):
+def _merge(plan: ScanPlan, trees):
     """Undoes `_split`."""
     if plan.straight:
         return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *trees)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), trees)
 
 
-def _zip(plan: Plan, *trees):
+def _zip(plan: ScanPlan, *trees):
     return tuple(zip(*trees)) if plan.straight else trees
 
 
-def _scan_group(plan: Plan, body, carry, xs, reverse: bool = False):
+def _scan_group(plan: ScanPlan, body, carry, xs, reverse: bool = False):
     """`lax.scan` over the blocks of one group."""
     if not plan.straight:
         return lax.scan(body, carry, xs, reverse=reverse)
@@ -168,7 +168,7 @@ def _scan_group(plan: Plan, body, carry, xs, reverse: bool = False):
     return carry, tuple(ys)
 
 
-def _scan_fwd(plan: Plan, blocks: Blocks, carry: Carry, reset: Reset):
+def _scan_fwd(plan: ScanPlan, blocks: Blocks, carry: Carry, reset: Reset):
     def body(carry, block):
         carry, out, saved = _run(plan, reset, carry, block)
         return carry, (out, saved if plan.keep_rows else None)
@@ -183,7 +183,7 @@ def _scan_fwd(plan: Plan, blocks: Blocks, carry: Carry, reset: Reset):
     return (_merge(plan, out), final), (blocks, starts, saved, reset)
 
 
-def _scan_bwd(plan: Plan, residuals, cotangents):
+def _scan_bwd(plan: ScanPlan, residuals, cotangents):
     blocks, starts, saved, reset = residuals
     out_bar, bars = cotangents
 
@@ -227,7 +227,7 @@ def run_blocks(blocks: Blocks, carry: Carry, reset: Reset, *, activation: str, s
     scan: `scan_blocks`, or a kernel that takes its place.
     """
     count, slots = blocks.k.shape[0], blocks.k.shape[3]
-    plan = Plan(activation, group_size(count, slots, save_every), save_every == 1)
+    plan = ScanPlan(activation, group_size(count, slots, save_every), save_every == 1)
     whole = count - count % plan.group
     out, carry = scan(plan, _part(blocks, slice(whole)), carry, reset)
     if whole == count:

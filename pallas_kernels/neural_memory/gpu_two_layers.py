@@ -5,9 +5,9 @@
     backward_reads     all chunks at once: the derivative of what the queries read
     backward_carry     the cotangents of the matrices from the last chunk to the first, with those of the keys
 
-The first two are in `gpu_deep_kernels`, the others in `gpu_deep_reads` and `gpu_deep_carry`. While the backward pass
-runs, 224 KiB for each chunk and head lie in memory with 64 hidden features, 400 KiB with 128: the matrices at its start
-and what its reads gave.
+The first two are in `gpu_two_layers_kernels`, the others in `gpu_two_layers_reads` and `gpu_two_layers_carry`. While
+the backward pass runs, 224 KiB for each chunk and head lie in memory with 64 hidden features, 400 KiB with 128: the
+matrices at its start and what its reads gave.
 """
 
 from typing import NamedTuple
@@ -15,22 +15,22 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK
-from engrax.pallas_kernels.neural_memory.gpu_deep_carry import carry_gradients
-from engrax.pallas_kernels.neural_memory.gpu_deep_kernels import TILE, forward, states
-from engrax.pallas_kernels.neural_memory.gpu_deep_reads import read_gradients
-from engrax.pallas_kernels.neural_memory.gpu_kernels import Tokens
-from engrax.pallas_kernels.neural_memory.gpu_scan import State, differentiable
+from engrax.pallas_kernels.neural_memory.gpu_kernels import PackedTokens
+from engrax.pallas_kernels.neural_memory.gpu_scan import FinalMatrices, differentiable
+from engrax.pallas_kernels.neural_memory.gpu_two_layers_carry import carry_gradients
+from engrax.pallas_kernels.neural_memory.gpu_two_layers_kernels import TILE, forward, states
+from engrax.pallas_kernels.neural_memory.gpu_two_layers_reads import read_gradients
 from engrax.pallas_kernels.neural_memory.types import Layers
 
 
-class Form(NamedTuple):
+class TwoLayerForm(NamedTuple):
     """What is static."""
 
     activation: str
     interpret: bool
 
 
-def scan(form: Form, tokens: Tokens, weights: Layers, momentum: Layers):
+def scan(form: TwoLayerForm, tokens: PackedTokens, weights: Layers, momentum: Layers):
     """Runs all chunks. Returns out `[B, T, H, V]` bfloat16; weights, momentum, anchor by layer, `[B, H, I, O]`."""
     out, state = _scan(form, tokens, _to_tiles(weights), _to_tiles(momentum))
     return out, tuple(map(_from_tiles, state))
@@ -51,12 +51,12 @@ def _from_tiles(matrix) -> Layers:
     return first, second.reshape(batch, heads, hidden, columns)
 
 
-def _forward(form: Form, tokens: Tokens, weights, momentum):
+def _forward(form: TwoLayerForm, tokens: PackedTokens, weights, momentum):
     found = forward(tokens, weights, momentum, form.activation, interpret=form.interpret)
-    return found["out"], State(found["weights"], found["momentum"], found["anchor"])
+    return found["out"], FinalMatrices(found["weights"], found["momentum"], found["anchor"])
 
 
-def _backward(form: Form, tokens: Tokens, weights, momentum, out_bar, bars: State):
+def _backward(form: TwoLayerForm, tokens: PackedTokens, weights, momentum, out_bar, bars: FinalMatrices):
     """Returns the cotangents of the tokens, the weights and the momentum."""
     again = states(tokens, weights, momentum, form.activation, interpret=form.interpret)
     reads = read_gradients(tokens, again, out_bar, form.activation, interpret=form.interpret)
@@ -64,7 +64,7 @@ def _backward(form: Form, tokens: Tokens, weights, momentum, out_bar, bars: Stat
     rows, matches = jnp.split(back["rows_bar"], 2, axis=-2)
     last = jnp.pad(matches.sum(-1), [(0, 0)] * 3 + [(0, CHUNK - matches.shape[-2])])
     table_bar = jnp.concatenate([reads["rows_bar"], rows, last[..., None, :]], axis=-2)
-    tokens_bar = Tokens(reads["q_bar"], back["k_bar"], -back["error_bar"], reads["write_bar"], table_bar)
+    tokens_bar = PackedTokens(reads["q_bar"], back["k_bar"], -back["error_bar"], reads["write_bar"], table_bar)
     return tokens_bar, back["weights"], back["momentum"]
 
 
