@@ -78,7 +78,7 @@ def neural_memory(activation, *sizes):
 
     from engrax.pallas_kernels.neural_memory import gpu
     from engrax.pallas_kernels.neural_memory.gates import Coefficients
-    from engrax.pallas_kernels.neural_memory.vjp import Blocks, ScanPlan
+    from engrax.pallas_kernels.neural_memory.vjp import Blocks, ScanInputs, ScanPlan
 
     blocks, batch, heads, slots = lead = (4, 2, 2, 64)
 
@@ -87,7 +87,7 @@ def neural_memory(activation, *sizes):
             table, tokens, state = Coefficients(None, *arrays[:5]), arrays[5:8], arrays[8:]
             weights, momentum = state[: len(sizes) - 1], state[len(sizes) - 1 :]
             plan, blocks = ScanPlan(activation, 1, True), Blocks(table, None, *tokens, None, None)
-            return gpu.scan_blocks(plan, blocks, (weights, momentum, weights), None)
+            return gpu.passes(plan, ScanInputs(blocks, (weights, momentum, weights), None))
 
         outputs, pull = jax.vjp(scan, a, b, write, last_momentum, last_write, q, k, v, *matrices)
         return outputs, pull((out_bar, outputs[1]))
@@ -107,7 +107,7 @@ def hopfield_retrieval(key, value, dtype):
     import jax.numpy as jnp
 
     from engrax.pallas_kernels.hopfield_retrieval import gpu
-    from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalShapes
+    from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalInputs, RetrievalShapes
 
     batch, heads, states, dtype = 2, 2, 256, jnp.dtype(dtype)
 
@@ -122,13 +122,13 @@ def hopfield_retrieval(key, value, dtype):
     ]
     beta, visible = jax.ShapeDtypeStruct((heads,), jnp.float32), jax.ShapeDtypeStruct((batch, 1, patterns), bool)
     form = RetrievalForm(3, 1e-4, 64, "softmax", 1.0, "dot", "unrolled", dtype)
-    return lambda *arrays: gpu.retrieve(form, False, *arrays), (*arrays, beta, visible)
+    return lambda *arrays: gpu.passes(form, RetrievalInputs(*arrays)), (*arrays, beta, visible)
 
 
 def kernel_plan(key):
-    from engrax.pallas_kernels.dispatch import LogDecayPlan
+    from engrax.pallas_kernels.common.log_decay import LogDecayPlan
 
-    return LogDecayPlan(64, key**-0.5, "pallas_gpu", ("pallas_gpu",))
+    return LogDecayPlan(64, key**-0.5)
 
 
 def shapes(key, value, query_heads, heads, gate) -> tuple:

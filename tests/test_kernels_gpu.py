@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, LogDecayShapes, interpreted_kernels
+from engrax.pallas_kernels.common.log_decay import LogDecayShapes
+from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, interpreted_kernels
 from engrax.pallas_kernels.neural_memory.types import MemoryShapes
 from engrax.tests import neural_memory_problems, op_problems
 

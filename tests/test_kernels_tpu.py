@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, LogDecayShapes, interpreted_kernels
+from engrax.pallas_kernels import dispatch
+from engrax.pallas_kernels.common.log_decay import LogDecayShapes
+from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, interpreted_kernels
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, with_derivatives
 from engrax.tests import neural_memory_problems, op_problems
 
@@ -172,9 +174,7 @@ def kernel_names(text):
 
 @pytest.mark.parametrize("op", ["linear_attention", "gated_delta_rule"])
 def test_what_the_kernels_cannot_serve_is_said(op):
-    from engrax.pallas_kernels.dispatch import load
-
-    unsupported = load(op, "pallas_tpu").unsupported
+    unsupported = dispatch.implementation(op, "pallas_tpu").supports
     fine = LogDecayShapes(2, 128, 2, 4, 64, 128, 64, np.dtype(jnp.bfloat16), "channel", True)
     for gate in ("none", "scalar", "channel"):
         assert unsupported(fine._replace(gate=gate)) is None

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from engrax.pallas_kernels.common.log_decay import LogDecayShapes
 from engrax.pallas_kernels.common.segments import (
     SegmentLayout,
     aligned_layout,
@@ -13,7 +14,6 @@ from engrax.pallas_kernels.common.segments import (
     segment_gates,
     to_slots,
 )
-from engrax.pallas_kernels.dispatch import LogDecayShapes
 
 AnyArray = Array | np.ndarray  # what a caller may give
 

@@ -5,8 +5,8 @@ Backwards, with W what the tokens write, R = beta (v - decay k S), W = X R:
 
     states   forwards again: W and the states S before each chunk
     dv       backwards: dW, dR = X^T dW, dv = beta dR, and dS
-    dq       a sweep (`mosaic_gpu.scan`) forwards with S^T, (W, k) written: do reads dq, and dR reads the part of dk from keys
-             as readers of the state, -beta dR S^T
+    dq       a sweep (`mosaic_gpu.scan`) forwards with S^T, (W, k) written: do reads dq, and dR reads the part of dk
+             from keys as readers of the state, -beta dR S^T
     dk       two sweeps backwards: W reads the parts of dk from keys that are written, of a dS^T that comes from queries
              (do, q) and of one that comes from later keys (-beta dR, k); the registers do not hold both at once
 
@@ -15,9 +15,9 @@ decay of a chunk, dG_i = q_i . dq_i + k_i . (dk_i as a reader - dk_i as written)
 reads before its own token's write).
 
 Under one gate per channel the scores' sums over channels hold the decay, and what needs no state is done for all chunks
-at once (`mosaic_gpu.channel`): scores, inverses and decayed tokens before the walk along the chunks (`channel_scan`), and
-the gradients of q, k and the gates after the walks of S and dS: first those of do as it reads (q; k, W), then those of
--beta dR as it reads (k; k, W).
+at once (`mosaic_gpu.channel`): scores, inverses and decayed tokens before the walk along the chunks (`channel_scan`),
+and the gradients of q, k and the gates after the walks of S and dS: first those of do as it reads (q; k, W), then those
+of -beta dR as it reads (k; k, W).
 """
 
 from functools import partial
@@ -26,15 +26,16 @@ import jax
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.log_decay import LogDecayOutputs, LogDecayPlan, LogDecayShapes
 from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
-from engrax.pallas_kernels.dispatch import LogDecayPlan, LogDecayShapes
 from engrax.pallas_kernels.gated_delta_rule.gpu_kernels import backward_states, forward_states, inverses
-from engrax.pallas_kernels.gated_delta_rule.vjp import DeltaInputs, Outputs, Residuals
+from engrax.pallas_kernels.gated_delta_rule.vjp import DeltaInputs, Residuals
 from engrax.pallas_kernels.mosaic_gpu.channel import by_channel, channel_gates, prepare, token_gradients
 from engrax.pallas_kernels.mosaic_gpu.channel_scan import backward_states as walk_backwards
 from engrax.pallas_kernels.mosaic_gpu.channel_scan import forward_states as walk_forwards
 from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, pack_gates, unsupported_sizes
 from engrax.pallas_kernels.mosaic_gpu.scan import Read, Write, decay_cotangent, sum_groups, sweep
+from engrax.pallas_kernels.passes import Passes
 
 NAME = "gated_delta_rule"
 _INPUTS = DeltaInputs("BTHK", "BTHK", "BTHV", "BTH", "BTH", "BHKV", None)  # axes, for `shard_over_batch_and_heads`
@@ -47,17 +48,20 @@ def unsupported(shapes: LogDecayShapes) -> str | None:
     return unsupported_sizes(shapes)
 
 
-def forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[Outputs, Residuals]:
+def forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, Residuals]:
     """Returns (out, final state) and the inverses."""
     run = _forward_by_channel if by_channel(inputs.decay) else _forward
     return shard_over_batch_and_heads(partial(run, plan), (_INPUTS,), (_OUTPUTS, _INVERSES))(inputs)
 
 
-def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cotangents: Outputs) -> DeltaInputs:
+def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cotangents: LogDecayOutputs) -> DeltaInputs:
     """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
     dims = (_INPUTS, _INVERSES, _OUTPUTS)
     run = _backward_by_channel if by_channel(inputs.decay) else _backward
     return shard_over_batch_and_heads(partial(run, plan), dims, _INPUTS)(inputs, residuals, cotangents)
+
+
+passes = Passes(forward, backward)
 
 
 def _decay(inputs: DeltaInputs) -> Decay:
@@ -65,7 +69,7 @@ def _decay(inputs: DeltaInputs) -> Decay:
     return Decay(jnp.zeros_like(inputs.beta), jnp.zeros_like(inputs.beta)) if inputs.decay is None else inputs.decay
 
 
-def _forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[Outputs, Residuals]:
+def _forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, Residuals]:
     gates = pack_gates(_decay(inputs), factor=inputs.beta)
     x = inverses(f"{NAME}_inverse", inputs.k, gates, plan.interpret)
     arrays = (*inputs[:3], x, gates, inputs.state)
@@ -73,7 +77,7 @@ def _forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[Outputs, Residual
     return (found.out, found.final), x
 
 
-def _backward(plan: LogDecayPlan, inputs: DeltaInputs, x: Residuals, cotangents: Outputs) -> DeltaInputs:
+def _backward(plan: LogDecayPlan, inputs: DeltaInputs, x: Residuals, cotangents: LogDecayOutputs) -> DeltaInputs:
     q, k, v, beta, _, state, _ = inputs
     out_bar, final_bar = cotangents
     decay, interpret = _decay(inputs), plan.interpret
@@ -113,7 +117,7 @@ def _by_chunk(beta: jax.Array) -> jax.Array:
     return beta.reshape(beta.shape[0], -1, CHUNK, beta.shape[2]).transpose(0, 3, 1, 2)
 
 
-def _forward_by_channel(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[Outputs, Residuals]:
+def _forward_by_channel(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, Residuals]:
     q, k, v, beta, decay, state, _ = inputs
     gates, factors = channel_gates(decay), dict(beta=_by_chunk(beta), interpret=plan.interpret)
     tokens = prepare(f"{NAME}_forward_tokens", q, k, gates, readers=True, **factors)
@@ -122,7 +126,9 @@ def _forward_by_channel(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[Output
     return (found.out, found.final), tokens.inverse
 
 
-def _backward_by_channel(plan: LogDecayPlan, inputs: DeltaInputs, x: Residuals, cotangents: Outputs) -> DeltaInputs:
+def _backward_by_channel(
+    plan: LogDecayPlan, inputs: DeltaInputs, x: Residuals, cotangents: LogDecayOutputs
+) -> DeltaInputs:
     q, k, v, beta, decay, state, _ = inputs
     out_bar, final_bar = cotangents
     gates, interpret = channel_gates(decay), plan.interpret

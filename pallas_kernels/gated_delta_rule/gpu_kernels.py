@@ -1,4 +1,4 @@
-"""Mosaic GPU kernels (sm_90) of the gated delta rule that are not sweeps of `mosaic_gpu.scan`: they solve a system per chunk.
+"""Mosaic GPU kernels (sm_90) of the gated delta rule that are not sweeps (`mosaic_gpu.scan`): a system per chunk.
 
 The inverse X = (I + A)^-1 of every chunk is computed by the ladder (`inverse.py`) in a kernel without any order between
 chunks. The two others carry a state along the chunks, 64 of its columns per program as in a sweep: forwards S, with

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.common.decay import Decay
-from engrax.pallas_kernels.dispatch import LogDecayPlan, LogDecayShapes
+from engrax.pallas_kernels.common.log_decay import LogDecayOutputs, LogDecayPlan, LogDecayShapes
 from engrax.pallas_kernels.gated_delta_rule.chunk import DeltaForm, DeltaTokens, advance, chunk, local, output
 from engrax.pallas_kernels.gated_delta_rule.inverse import ladder_inverse
-from engrax.pallas_kernels.gated_delta_rule.vjp import OP, DeltaInputs, Outputs, Residuals
+from engrax.pallas_kernels.gated_delta_rule.vjp import OP, DeltaInputs, Residuals
 from engrax.pallas_kernels.linear_attention.chunk import ScalarDecay
 from engrax.pallas_kernels.mosaic_tpu.channel import channel_scores
 from engrax.pallas_kernels.mosaic_tpu.chunks import (
@@ -27,6 +27,7 @@ from engrax.pallas_kernels.mosaic_tpu.chunks import (
     walk_backward,
     walk_forward,
 )
+from engrax.pallas_kernels.passes import Passes
 
 
 def unsupported(shapes: LogDecayShapes) -> str | None:
@@ -34,7 +35,7 @@ def unsupported(shapes: LogDecayShapes) -> str | None:
     return unsupported_sizes(shapes)
 
 
-def forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[Outputs, Residuals]:
+def forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, Residuals]:
     """Returns (out in v's dtype, final state) and the inverses."""
     walk, tokens = _prepare(plan, inputs)
     more = jax.ShapeDtypeStruct((plan.chunk, plan.chunk), jnp.float32)
@@ -42,7 +43,7 @@ def forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[Outputs, Residuals
     return (to_tokens(out), final), to_tokens(inverses)
 
 
-def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cotangents: Outputs) -> DeltaInputs:
+def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cotangents: LogDecayOutputs) -> DeltaInputs:
     """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
     walk, tokens = _prepare(plan, inputs)
     tokens["inverse"] = to_chunks(residuals, plan.chunk)
@@ -51,6 +52,9 @@ def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cota
     qkv_bar = (to_tokens(bars[name]) for name in "qkv")
     beta_bar = to_tokens(bars["beta"][:, :, :, 0])
     return DeltaInputs(*qkv_bar, beta_bar, unpack_decay_bar(bars, inputs.decay), state_bar, None)
+
+
+passes = Passes(forward, backward)
 
 
 def _prepare(plan: LogDecayPlan, inputs: DeltaInputs):

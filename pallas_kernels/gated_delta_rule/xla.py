@@ -19,8 +19,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.log_decay import LogDecayOutputs, LogDecayPlan
 from engrax.pallas_kernels.common.matmul import emulated_on_cpu
-from engrax.pallas_kernels.dispatch import LogDecayPlan
 from engrax.pallas_kernels.gated_delta_rule.chunk import (
     DeltaForm,
     DeltaTokens,
@@ -31,8 +31,9 @@ from engrax.pallas_kernels.gated_delta_rule.chunk import (
     output,
     retreat,
 )
-from engrax.pallas_kernels.gated_delta_rule.vjp import DeltaInputs, Outputs, Residuals
+from engrax.pallas_kernels.gated_delta_rule.vjp import DeltaInputs, Residuals
 from engrax.pallas_kernels.linear_attention.chunk import ScalarDecay
+from engrax.pallas_kernels.passes import Passes
 
 GROUP_CPU, GROUP = 32, 2048  # chunks times rows times value heads of a group: what fits a cache, what fills a GPU
 
@@ -64,14 +65,17 @@ class GroupGrid(NamedTuple):
     copies: int
 
 
-def forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[Outputs, Residuals]:
+def forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, Residuals]:
     """Returns (out, final state) and the inverses."""
     return _by_device(_forward, plan, inputs)
 
 
-def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cotangents: Outputs) -> DeltaInputs:
+def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cotangents: LogDecayOutputs) -> DeltaInputs:
     """Returns the cotangents of the inputs; that of the decay is with respect to the cumulative sum."""
     return _by_device(_backward, plan, inputs, residuals, cotangents)
+
+
+passes = Passes(forward, backward)
 
 
 def _by_device(f, plan, inputs, *more):

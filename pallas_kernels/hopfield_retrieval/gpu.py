@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
-from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, differentiable, unserved
+from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, passes_of, unserved
 from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalShapes
 from engrax.pallas_kernels.mosaic_gpu.parts import (
     BY_ROW,
@@ -63,14 +63,14 @@ def _smem_bytes(shapes: RetrievalShapes) -> int:
     return 2 * CHUNK * parts * columns + 4 * CHUNK * blocks
 
 
-def _run(form: RetrievalForm, interpret: bool, state, stored, values, beta, hidden):
+def _run(form: RetrievalForm, state, stored, values, beta, hidden):
     run = shard_over_batch_and_heads(
-        partial(_forward, form.steps, interpret), ("BHND", "BHMD", "BHMV", "Hx", "BM"), "BHNV"
+        partial(_forward, form.steps, form.interpret), ("BHND", "BHMD", "BHMV", "Hx", "BM"), "BHNV"
     )
     return run(state, stored, values, jnp.broadcast_to(beta[:, None], (len(beta), CHUNK)), hidden)
 
 
-retrieve = differentiable(_run)
+passes = passes_of(_run)
 
 
 def _forward(steps, interpret, state, stored, values, beta, hidden):

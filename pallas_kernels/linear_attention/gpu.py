@@ -18,13 +18,14 @@ from functools import partial
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.log_decay import LogDecayOutputs, LogDecayPlan, LogDecayShapes
 from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
-from engrax.pallas_kernels.dispatch import LogDecayPlan, LogDecayShapes
-from engrax.pallas_kernels.linear_attention.vjp import LinearInputs, Outputs
+from engrax.pallas_kernels.linear_attention.vjp import LinearInputs
 from engrax.pallas_kernels.mosaic_gpu.channel import by_channel, channel_gates, prepare, token_gradients
 from engrax.pallas_kernels.mosaic_gpu.channel_scan import backward_states, forward_states
 from engrax.pallas_kernels.mosaic_gpu.parts import pack_gates, unsupported_sizes
 from engrax.pallas_kernels.mosaic_gpu.scan import Read, Write, decay_cotangent, sum_groups, sweep
+from engrax.pallas_kernels.passes import Passes
 
 NAME = "linear_attention"
 
@@ -34,30 +35,33 @@ def unsupported(shapes: LogDecayShapes) -> str | None:
     return unsupported_sizes(shapes)
 
 
-def forward(plan: LogDecayPlan, inputs: LinearInputs) -> tuple[Outputs, tuple]:
+def forward(plan: LogDecayPlan, inputs: LinearInputs) -> tuple[LogDecayOutputs, tuple]:
     """Returns ((out in v's dtype, final state), no residuals)."""
     run = _forward_by_channel if by_channel(inputs.decay) else _forward
     return shard_over_batch_and_heads(partial(run, plan), (_INPUTS,), _OUTPUTS)(inputs), ()
 
 
-def backward(plan: LogDecayPlan, inputs: LinearInputs, residuals: tuple, cotangents: Outputs) -> LinearInputs:
+def backward(plan: LogDecayPlan, inputs: LinearInputs, residuals: tuple, cotangents: LogDecayOutputs) -> LinearInputs:
     """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
     run = _backward_by_channel if by_channel(inputs.decay) else _backward
     return shard_over_batch_and_heads(partial(run, plan), (_INPUTS, _OUTPUTS), _INPUTS)(inputs, cotangents)
+
+
+passes = Passes(forward, backward)
 
 
 _INPUTS = LinearInputs("BTHK", "BTHK", "BTHV", "BTH", "BHKV", None)  # axes, for `shard_over_batch_and_heads`
 _OUTPUTS = ("BTHV", "BHKV")
 
 
-def _forward(plan: LogDecayPlan, inputs: LinearInputs) -> Outputs:
+def _forward(plan: LogDecayPlan, inputs: LinearInputs) -> LogDecayOutputs:
     q, k, v, decay, state, _ = inputs
     reads, write = [Read(q, plan.scale)], Write(k, v)
     swept = sweep(f"{NAME}_forward", reads, write, pack_gates(decay), state, interpret=plan.interpret)
     return swept.outs[0], swept.final
 
 
-def _backward(plan: LogDecayPlan, inputs: LinearInputs, cotangents: Outputs) -> LinearInputs:
+def _backward(plan: LogDecayPlan, inputs: LinearInputs, cotangents: LogDecayOutputs) -> LinearInputs:
     q, k, v, decay, state, _ = inputs
     out_bar, final_bar = cotangents
     gates, gates_back = pack_gates(decay), pack_gates(decay, reverse=True)
@@ -99,7 +103,7 @@ def _backward(plan: LogDecayPlan, inputs: LinearInputs, cotangents: Outputs) -> 
     return LinearInputs(q_bar, k_bar, of_v.outs[0], decay_bar, of_v.final, None)
 
 
-def _forward_by_channel(plan: LogDecayPlan, inputs: LinearInputs) -> Outputs:
+def _forward_by_channel(plan: LogDecayPlan, inputs: LinearInputs) -> LogDecayOutputs:
     q, k, v, decay, state, _ = inputs
     gates = channel_gates(decay)
     tokens = prepare(f"{NAME}_forward_tokens", q, k, gates, interpret=plan.interpret)
@@ -108,7 +112,7 @@ def _forward_by_channel(plan: LogDecayPlan, inputs: LinearInputs) -> Outputs:
     return found.out, found.final
 
 
-def _backward_by_channel(plan: LogDecayPlan, inputs: LinearInputs, cotangents: Outputs) -> LinearInputs:
+def _backward_by_channel(plan: LogDecayPlan, inputs: LinearInputs, cotangents: LogDecayOutputs) -> LinearInputs:
     q, k, v, decay, state, _ = inputs
     out_bar, final_bar = cotangents
     gates, interpret = channel_gates(decay), plan.interpret

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.log_decay import LogDecayOutputs, LogDecayPlan, LogDecayShapes
 from engrax.pallas_kernels.common.matmul import COLUMNS, ROWS, dot
-from engrax.pallas_kernels.dispatch import LogDecayPlan, LogDecayShapes
 from engrax.pallas_kernels.linear_attention.chunk import ScalarDecay, chunk, write
-from engrax.pallas_kernels.linear_attention.vjp import OP, LinearInputs, Outputs
+from engrax.pallas_kernels.linear_attention.vjp import OP, LinearInputs
 from engrax.pallas_kernels.mosaic_tpu.channel import channel_scores
 from engrax.pallas_kernels.mosaic_tpu.chunks import (
     ChunkKernels,
@@ -23,6 +23,7 @@ from engrax.pallas_kernels.mosaic_tpu.chunks import (
     walk_backward,
     walk_forward,
 )
+from engrax.pallas_kernels.passes import Passes
 
 
 def unsupported(shapes: LogDecayShapes) -> str | None:
@@ -30,20 +31,23 @@ def unsupported(shapes: LogDecayShapes) -> str | None:
     return unsupported_sizes(shapes)
 
 
-def forward(plan: LogDecayPlan, inputs: LinearInputs) -> tuple[Outputs, tuple]:
+def forward(plan: LogDecayPlan, inputs: LinearInputs) -> tuple[LogDecayOutputs, tuple]:
     """Returns ((out in v's dtype, final state), no residuals)."""
     walk, tokens = _prepare(plan, inputs)
     out, final, _ = walk_forward(walk, tokens, inputs.state, inputs.layout)
     return (to_tokens(out), final), ()
 
 
-def backward(plan: LogDecayPlan, inputs: LinearInputs, residuals: tuple, cotangents: Outputs) -> LinearInputs:
+def backward(plan: LogDecayPlan, inputs: LinearInputs, residuals: tuple, cotangents: LogDecayOutputs) -> LinearInputs:
     """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
     walk, tokens = _prepare(plan, inputs)
     out_bar = to_chunks(cotangents[0], plan.chunk)
     bars, state_bar = walk_backward(walk, tokens, inputs.state, inputs.layout, out_bar, cotangents[1])
     qkv_bar = (to_tokens(bars[name]) for name in "qkv")
     return LinearInputs(*qkv_bar, unpack_decay_bar(bars, inputs.decay), state_bar, None)
+
+
+passes = Passes(forward, backward)
 
 
 def _prepare(plan: LogDecayPlan, inputs: LinearInputs):

@@ -16,10 +16,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.log_decay import LogDecayOutputs, LogDecayPlan
 from engrax.pallas_kernels.common.matmul import Operands, accumulator, emulated_on_cpu
-from engrax.pallas_kernels.dispatch import LogDecayPlan
 from engrax.pallas_kernels.linear_attention.chunk import ScalarDecay, read, write
-from engrax.pallas_kernels.linear_attention.vjp import LinearInputs, Outputs
+from engrax.pallas_kernels.linear_attention.vjp import LinearInputs
+from engrax.pallas_kernels.passes import Passes
 
 GROUP_CPU, GROUP = 32, 2048  # chunks times rows times value heads of a group
 UNROLL = 8  # chunks per step of the scan over states: a step is a handful of elementwise operations
@@ -38,14 +39,17 @@ State = Float[Array, "B *NH K V"]
 States = Float[Array, "M B *H K V"]
 
 
-def forward(plan: LogDecayPlan, inputs: LinearInputs) -> tuple[Outputs, tuple]:
+def forward(plan: LogDecayPlan, inputs: LinearInputs) -> tuple[LogDecayOutputs, tuple]:
     """Returns (out, final state) and no residuals."""
     return _by_device(_forward, plan, inputs), ()
 
 
-def backward(plan: LogDecayPlan, inputs: LinearInputs, residuals: tuple, cotangents: Outputs) -> LinearInputs:
+def backward(plan: LogDecayPlan, inputs: LinearInputs, residuals: tuple, cotangents: LogDecayOutputs) -> LinearInputs:
     """Returns the cotangents of the inputs; that of the decay is with respect to the cumulative sum."""
     return _by_device(_backward, plan, inputs, cotangents)
+
+
+passes = Passes(forward, backward)
 
 
 def _by_device(f, plan, inputs, *args):

@@ -1,18 +1,30 @@
 """The public operation `linear_cross_entropy`: its contract, its validation and the choice of an implementation."""
 
 from functools import partial
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from engrax.pallas_kernels.common.matmul import accumulator
 from engrax.pallas_kernels.common.segments import mask_tokens
 from engrax.pallas_kernels.common.validation import check_array, check_positive_int, check_rank
 from engrax.pallas_kernels.dispatch import choose
-from engrax.pallas_kernels.linear_cross_entropy import MISSING
 from engrax.pallas_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from engrax.pallas_kernels.linear_cross_entropy.xla import linear_cross_entropy_xla
+
+OP = "linear_cross_entropy"
+
+
+class CrossEntropyShapes(NamedTuple):
+    """The sizes of a call, as `dispatch.Call` records them."""
+
+    batch: int
+    length: int
+    features: int
+    vocabulary: int
+    dtype: np.dtype
 
 
 @no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked
@@ -39,21 +51,22 @@ def linear_cross_entropy(hidden, embedding, labels, *, chunk_size=1024, implemen
       ValueError: an argument has a wrong shape, dtype or value; the message names it.
       NotImplementedError: `implementation` names a kernel that there is not.
     """
-    name = choose(implementation, MISSING)
     check_rank("hidden", hidden, "[B, T, D]")
     check_rank("embedding", embedding, "[V, D]")
     check_array("hidden", hidden, "[B, T, D]", hidden.shape)
     check_array("embedding", embedding, "[V, D]", (embedding.shape[0], hidden.shape[2]))
     check_array("labels", labels, "[B, T]", hidden.shape[:2], jnp.integer)
     check_positive_int("chunk_size", chunk_size)
-    return _run(name, int(chunk_size), hidden, embedding, labels)
+    sizes = CrossEntropyShapes(*hidden.shape, embedding.shape[0], jnp.dtype(jnp.result_type(hidden, embedding)))
+    choice = choose(OP, sizes, implementation)
+    return _run(choice.reference, int(chunk_size), hidden, embedding, labels)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _run(name, chunk_size, hidden, embedding, labels):
+def _run(reference, chunk_size, hidden, embedding, labels):
     dtype = jnp.result_type(hidden, embedding)
     hidden = mask_tokens(labels >= 0, hidden)
-    if name == "reference":
+    if reference:
         return linear_cross_entropy_reference(*(x.astype(accumulator(dtype)) for x in (hidden, embedding)), labels)
     hidden, embedding = hidden.astype(dtype), embedding.astype(dtype)
     return linear_cross_entropy_xla(hidden, embedding, labels, chunk_size=chunk_size)

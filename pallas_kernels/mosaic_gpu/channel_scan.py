@@ -1,6 +1,6 @@
 """The states under one gate per channel on GPUs of compute capability 9.0: two walks along the chunks.
 
-With S the state before a chunk, and what `mosaic_gpu.channel.prepare` leaves: q and k as decayed, P the scores, and for the
+With S the state before a chunk, and what `channel.prepare` leaves: q and k as decayed, P the scores, and for the
 delta rule X, beta and the keys as readers r,
 
     forwards     written = v,  or X beta (v - r S)

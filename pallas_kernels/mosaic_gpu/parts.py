@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from engrax.pallas_kernels.common.decay import Decay
-from engrax.pallas_kernels.dispatch import LogDecayShapes
+from engrax.pallas_kernels.common.log_decay import LogDecayShapes
 
 CHUNK = 64  # tokens of a chunk: the rows of one instruction of the matrix unit
 COLUMNS = 64  # columns of a state per program

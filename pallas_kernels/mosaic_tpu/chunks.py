@@ -24,9 +24,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.log_decay import LogDecayShapes
 from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
 from engrax.pallas_kernels.common.segments import SegmentLayout
-from engrax.pallas_kernels.dispatch import LogDecayShapes
 from engrax.pallas_kernels.mosaic_tpu.parts import call, load, store
 
 GROUP = 8  # chunks between two states in memory

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from engrax.pallas_kernels.common.validation import check_array, check_option, check_positive_int, check_rank
-from engrax.pallas_kernels.dispatch import KERNELS, choose, interpreting, unsupported_kernels
+from engrax.pallas_kernels.dispatch import choose
 from engrax.pallas_kernels.neural_memory.reference import neural_memory_reference
-from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, GRADIENT_AT, MemoryShapes, NeuralMemoryState
+from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, GRADIENT_AT, OP, MemoryShapes, NeuralMemoryState
 from engrax.pallas_kernels.neural_memory.vjp import group_size
 from engrax.pallas_kernels.neural_memory.xla import neural_memory_xla
 
@@ -86,20 +86,17 @@ def neural_memory(
     options = dict(activation=activation, gradient_at=gradient_at, chunk_size=int(chunk_size))
     tokens = jnp.result_type(q, k, v)
     shapes = _shapes(q, state, dtype, tokens, int(chunk_size), int(save_every), aligned, segment_ids is not None)
-    unsupported = unsupported_kernels("neural_memory", shapes, implementation)
-    name = choose(implementation, unsupported)
-    if name is None:  # by the device in sight: a kernel keeps other things for its backward pass than the XLA form
-        name = next((kernel for kernel in KERNELS if kernel not in unsupported), "xla")
-    if name == "reference":
+    choice = choose(OP, shapes, implementation)
+    if choice.reference:
         out, state = _reference(*args, **options)
     else:
-        more = dict(save_every=int(save_every), aligned=aligned, implementation=name, interpret=interpreting())
+        more = dict(save_every=int(save_every), aligned=aligned, choice=choice)
         out, state = _by_chunks(*args, **options, **more)
     return out.astype(v.dtype), state
 
 
 _reference = partial(jax.jit, static_argnames=("activation", "gradient_at", "chunk_size"))(neural_memory_reference)
-_OPTIONS = ("activation", "gradient_at", "chunk_size", "save_every", "aligned", "implementation", "interpret")
+_OPTIONS = ("activation", "gradient_at", "chunk_size", "save_every", "aligned", "choice")
 _by_chunks = partial(jax.jit, static_argnames=_OPTIONS)(neural_memory_xla)
 
 

@@ -1,5 +1,6 @@
-"""What the GPU kernels of one layer and of two are wrapped in: one differentiable function of tokens and matrices."""
+"""What the GPU kernels of one layer and of two are wrapped in: two passes, split over a mesh."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -19,23 +20,25 @@ class FinalMatrices(NamedTuple):
     anchor: jax.Array
 
 
-def differentiable(forward, backward, matrix: str):
-    """Returns `scan(form, tokens, weights, momentum) -> (out, FinalMatrices)`, split over a mesh by rows and heads.
+class MatrixPasses(NamedTuple):
+    """The passes of the kernels over chunks that begin with their anchors.
 
-    forward: the same for one device; backward(form, tokens, weights, momentum, out_bar, bars): the cotangents of the
-    tokens, the weights and the momentum. form: what is static; matrix: the axes of a matrix. Only inputs are saved.
+    forward(plan, tokens, weights, momentum) -> (out, FinalMatrices); backward(plan, tokens, weights, momentum, out_bar,
+    bars) -> the cotangents of the tokens, the weights and the momentum. Only inputs are saved.
     """
+
+    forward: Callable
+    backward: Callable
+
+
+def sharded(forward: Callable, backward: Callable, matrix: str) -> MatrixPasses:
+    """Returns the passes, given those for one device, split over a mesh by rows and heads; matrix: a matrix's axes."""
     inputs, outputs = (_TOKENS, matrix, matrix), (_OUT, FinalMatrices(matrix, matrix, matrix))
 
-    @partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def scan(form, tokens: PackedTokens, weights, momentum):
-        return shard_over_batch_and_heads(partial(forward, form), inputs, outputs)(tokens, weights, momentum)
+    def run(plan, *arrays):
+        return shard_over_batch_and_heads(partial(forward, plan), inputs, outputs)(*arrays)
 
-    def scan_fwd(form, tokens: PackedTokens, weights, momentum):
-        return scan(form, tokens, weights, momentum), (tokens, weights, momentum)
+    def run_backward(plan, *arrays):
+        return shard_over_batch_and_heads(partial(backward, plan), (*inputs, *outputs), inputs)(*arrays)
 
-    def scan_bwd(form, residuals, cotangents):
-        return shard_over_batch_and_heads(partial(backward, form), (*inputs, *outputs), inputs)(*residuals, *cotangents)
-
-    scan.defvjp(scan_fwd, scan_bwd)
-    return scan
+    return MatrixPasses(run, run_backward)

@@ -23,7 +23,8 @@ from engrax.pallas_kernels.neural_memory.tpu_kernels import (
     forward_kernel,
 )
 from engrax.pallas_kernels.neural_memory.types import MemoryShapes
-from engrax.pallas_kernels.neural_memory.vjp import Blocks, Carry, Reset, ScanPlan
+from engrax.pallas_kernels.neural_memory.vjp import Blocks, Carry, Reset, ScanInputs, ScanOutputs, ScanPlan
+from engrax.pallas_kernels.passes import Passes, pull_back
 
 
 def unsupported(shapes: MemoryShapes) -> str | None:
@@ -50,18 +51,47 @@ def _vmem_bytes(shapes: MemoryShapes) -> int:
     return matrix * (2 * moved + scratch + values) + 16 * rows + 12 * tiled_bytes(shapes.slots, shapes.slots)
 
 
-def scan_blocks(plan: ScanPlan, blocks: Blocks, carry: Carry, reset: Reset, *, interpret: bool = False):
-    """Runs all blocks, a multiple of `plan.group`, as `vjp.scan_blocks`. Returns (out `[N, B, H, S, V]`, the carry)."""
-    form = MemoryForm(
+def scan(plan: ScanPlan, inputs: ScanInputs) -> ScanOutputs:
+    """Runs all blocks, a multiple of `plan.group`. Returns (out, the carry)."""
+    blocks, carry, reset = inputs
+    out, carry = _scan(_form(plan, inputs), _pack(blocks), carry, reset)
+    return _own_slots(blocks, out), carry
+
+
+def forward(plan: ScanPlan, inputs: ScanInputs) -> tuple[ScanOutputs, Carry]:
+    """Returns (out, the carry) and the carries at the starts of groups."""
+    blocks, carry, reset = inputs
+    (out, carry), (_, starts, _) = _scan_fwd(_form(plan, inputs), _pack(blocks), carry, reset)
+    return (_own_slots(blocks, out), carry), starts
+
+
+def backward(plan: ScanPlan, inputs: ScanInputs, starts: Carry, cotangents: ScanOutputs) -> ScanInputs:
+    """Returns the cotangents of the inputs."""
+    blocks, _, reset = inputs
+    out_bar, bars = cotangents
+    out_bar = jnp.pad(out_bar, [(0, 0)] * 3 + [(-blocks.k.shape[3] % SUBLANES, 0), (0, 0)])
+    residuals = (_pack(blocks), starts, reset)
+    tokens_bar, carry_bar, reset_bar = _scan_bwd(_form(plan, inputs), residuals, (out_bar, bars))
+    return ScanInputs(pull_back(_pack, blocks, tokens_bar), carry_bar, reset_bar)
+
+
+passes = Passes(forward, backward, scan)
+
+
+def _form(plan: ScanPlan, inputs: ScanInputs) -> MemoryForm:
+    return MemoryForm(
         activation=plan.activation,
-        bases=1 if reset is None else 2,
-        scaled=blocks.coefficients.anchor is not None,
-        phased=blocks.fresh is not None,
+        bases=1 if inputs.reset is None else 2,
+        scaled=inputs.blocks.coefficients.anchor is not None,
+        phased=inputs.blocks.fresh is not None,
         group=plan.group,
-        interpret=interpret,
+        interpret=plan.interpret,
     )
-    out, carry = _scan(form, _pack(blocks), carry, reset)
-    return out[..., out.shape[3] - blocks.k.shape[3] :, :], carry
+
+
+def _own_slots(blocks: Blocks, out):
+    """Returns the outputs without those of the slots that `_pack` puts in front."""
+    return out[..., out.shape[3] - blocks.k.shape[3] :, :]
 
 
 def _pack(blocks: Blocks) -> PackedBlocks:

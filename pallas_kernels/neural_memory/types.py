@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
+OP = "neural_memory"
 Layers = tuple[Float[Array, "..."], ...]  # one matrix [..., I, O] per layer of the memory
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from engrax.pallas_kernels.dispatch import Choice
 from engrax.pallas_kernels.neural_memory.chunk import Bases, Saved, chunk_backward, chunk_forward, chunk_replay, outer
 from engrax.pallas_kernels.neural_memory.gates import Coefficients
 from engrax.pallas_kernels.neural_memory.types import Layers
@@ -36,17 +37,32 @@ class Blocks(NamedTuple):
     begins: Bool[Array, "N B"] | None
 
 
+class ScanInputs(NamedTuple):
+    """What every implementation of the scan gets."""
+
+    blocks: Blocks
+    carry: Carry
+    reset: Reset
+
+
+ScanOutputs = tuple[Float[Array, "N B H S V"], Carry]
+
+
 def _outer(x, y):
     """Returns x^T y; XLA's CPU product with a transposed left side takes twice the time of making the transpose."""
     return lax.platform_dependent(x, y, cpu=lambda x, y: lax.optimization_barrier(x.T) @ y, default=outer)
 
 
 class ScanPlan(NamedTuple):
-    """How the blocks are run: `group` blocks between two kept states; keep_rows: see above."""
+    """How the blocks are run: `group` blocks between two kept states; keep_rows: see above.
+
+    interpret: kernels are interpreted.
+    """
 
     activation: str
     group: int
     keep_rows: bool
+    interpret: bool = False
 
     @property
     def straight(self) -> bool:
@@ -221,16 +237,16 @@ def group_size(count: int, slots: int, save_every: int) -> int:
     return max(n for n in range(1, most + 1) if count % n == 0)
 
 
-def run_blocks(blocks: Blocks, carry: Carry, reset: Reset, *, activation: str, save_every: int, scan=scan_blocks):
-    """Runs any number of blocks. Returns (out `[N, B, H, S, V]`, the final carry).
-
-    scan: `scan_blocks`, or a kernel that takes its place.
-    """
+def run_blocks(
+    blocks: Blocks, carry: Carry, reset: Reset, *, activation: str, save_every: int, choice: Choice
+) -> ScanOutputs:
+    """Runs any number of blocks by the implementations of the choice. Returns (out, the final carry)."""
     count, slots = blocks.k.shape[0], blocks.k.shape[3]
-    plan = ScanPlan(activation, group_size(count, slots, save_every), save_every == 1)
+    plan = ScanPlan(activation, group_size(count, slots, save_every), save_every == 1, choice.interpret)
     whole = count - count % plan.group
-    out, carry = scan(plan, _part(blocks, slice(whole)), carry, reset)
+    out, carry = choice.run(plan, ScanInputs(_part(blocks, slice(whole)), carry, reset))
     if whole == count:
         return out, carry
-    more, carry = scan(plan._replace(group=count - whole), _part(blocks, slice(whole, None)), carry, reset)
+    rest = ScanInputs(_part(blocks, slice(whole, None)), carry, reset)
+    more, carry = choice.run(plan._replace(group=count - whole), rest)
     return jnp.concatenate([out, more]), carry
