@@ -1,37 +1,86 @@
-"""Which implementation of an operation serves a call: what can run here, what an explicit name may ask, the choice.
+"""Which implementation of an operation serves a call.
 
-An operation is a folder `engrax.pallas_kernels.<op>` whose `__init__` names its `IMPLEMENTATIONS` and, for the others,
-why they are `MISSING`. An implementation with a kernel is a module of that folder (`MODULES`) with
+An operation is a folder `engrax.pallas_kernels.<op>` whose `__init__` lists its `IMPLEMENTATIONS` in order, and says of
+others why they are `MISSING`. The automatic choice takes the first that serves: of those for one platform the first
+that is made for the architecture in sight (`devices.in_sight`) and supports the sizes, else the first that runs
+anywhere. Sizes and architecture decide when a call is traced, the platform when its program is lowered. A kernel whose
+device is not in sight is neither imported nor traced, so that it costs a program for the CPU nothing.
 
-    unsupported(shapes) -> str | None                              why it cannot serve a call of these sizes
-    forward(plan, inputs) -> (outputs, residuals)
-    backward(plan, inputs, residuals, cotangents) -> cotangents of inputs
+A kernel is one file and one line in the list, `kernel(name, platform, architectures, module)`; the file holds
 
-as has `xla`, without the first.
+    unsupported(shapes) -> str | None     why it cannot serve a call of these sizes
+    passes: Passes                        its forward and backward pass (`passes`)
 
-A kernel takes part in the automatic choice where its device is in sight: a device of this process or an abstract one
-(`jax.sharding.use_abstract_mesh` with an `AbstractDevice`, which is how a program is compiled or exported for hardware
-that is not here). Elsewhere it is neither imported nor traced, so that it costs a program for the CPU nothing.
+where `shapes` is what the operation says of a call (`LogDecayShapes`, `MemoryShapes`, `RetrievalShapes`).
 """
 
 import importlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
+from engrax.pallas_kernels import devices
+from engrax.pallas_kernels.passes import Passes, run_by_platform
 from engrax.registry import did_you_mean
 
 OPERATIONS = ("gated_delta_rule", "hopfield_retrieval", "linear_attention", "linear_cross_entropy", "neural_memory")
 KERNELS_NEED_JAX = (0, 11, 2)
-MODULES = {"xla": "xla", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}
-PLATFORMS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}
-KERNELS = tuple(PLATFORMS)
-NAMES = ("reference", *MODULES)
+REFERENCE = "reference"  # the oracle, never chosen automatically
+
+
+@dataclass(frozen=True)
+class Later:
+    """An attribute of a module that is imported when it is first used."""
+
+    module: str
+    name: str
+
+    def load(self) -> Any:
+        """Returns the attribute."""
+        return getattr(importlib.import_module(self.module), self.name)
+
+    def __call__(self, *args, **kwargs):
+        return self.load()(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation.
+
+    name: what `implementation=` and `available` call it, unique in its list. platform: "cuda" or "tpu"; None: any.
+    architectures: of the platform, ("sm_90",); None: all that are known. supports(shapes): why it cannot serve a call
+    of these sizes, None where it can. call(plan, inputs): the operation's core, `Passes`. The reference's takes the
+    arguments of the operation instead.
+    """
+
+    name: str
+    platform: str | None
+    architectures: tuple[str, ...] | None
+    supports: Callable[[Any], str | None]
+    call: Callable
+
+    @property
+    def passes(self) -> Passes:
+        """The forward and backward pass; imports the kernel."""
+        return self.call.load() if isinstance(self.call, Later) else self.call
+
+
+def kernel(name: str, platform: str, architectures: tuple[str, ...] | None, module: str) -> Implementation:
+    """Returns the implementation that a module holds, which is imported when it is first asked for."""
+    return Implementation(name, platform, architectures, Later(module, "unsupported"), Later(module, "passes"))
+
+
+def everywhere(name: str, module: str, attribute: str = "passes") -> Implementation:
+    """Returns an implementation that runs on any device and serves every call."""
+    return Implementation(name, None, None, serves_all, Later(module, attribute))
+
+
+def serves_all(shapes: Any) -> None:
+    """The `supports` of an implementation that serves every call."""
 
 
 class Availability(NamedTuple):
@@ -41,33 +90,54 @@ class Availability(NamedTuple):
     missing: dict[str, str]
 
 
-class Shapes(NamedTuple):
-    """What a kernel of a log-decay operation is asked to serve; `length` is a multiple of `chunk`."""
+class Choice(NamedTuple):
+    """The implementations that may serve a call. Static: part of every jit cache key.
 
-    batch: int
-    length: int
-    query_heads: int
-    heads: int
-    key: int
-    value: int
-    chunk: int
-    dtype: np.dtype  # of q, k and v as the kernel gets them
-    gate: str  # "none", "scalar" or "channel"
-    segments: bool  # states per segment: a chunk may begin from another state than its predecessor's
-
-
-class Plan(NamedTuple):
-    """What is static about a call of a log-decay operation.
-
-    implementation: the name asked for, None = by platform; candidates: the names that can serve these sizes.
+    branches: (platform, implementation), the last one for every other platform; alone if it was asked for by name.
     interpret: kernels are interpreted (`interpreted_kernels`).
     """
 
-    chunk: int
-    scale: float
-    implementation: str | None
-    candidates: tuple[str, ...]
+    branches: tuple[tuple[str | None, Implementation], ...]
     interpret: bool = False
+
+    @property
+    def reference(self) -> bool:
+        """Whether the reference was asked for."""
+        return self.branches[0][1].name == REFERENCE
+
+    def run(self, plan: Any, inputs: Any) -> Any:
+        """Returns the outputs of the operation's core by the implementation for the platform of the program."""
+        if len(self.branches) == 1:
+            return self.branches[0][1].call(plan, inputs)
+        return run_by_platform(tuple((platform, found.passes) for platform, found in self.branches), plan, inputs)
+
+
+class Call(NamedTuple):
+    """A call of an operation, as `recorded_calls` collects it. asked: the `implementation` that the caller named."""
+
+    op: str
+    shapes: Any
+    asked: str | None
+
+
+class Served(NamedTuple):
+    """Which implementation serves a call on a device, and for each other one in order why it does not."""
+
+    by: str
+    others: dict[str, str]
+
+
+def implementations(op: str) -> tuple[Implementation, ...]:
+    """Returns the implementations of an operation in order. Raises ValueError for an unknown operation."""
+    if op not in OPERATIONS:
+        known = ", ".join(OPERATIONS)
+        raise ValueError(f"unknown operation {op!r}{did_you_mean(str(op), OPERATIONS)} (known: {known}).")
+    return _package(op).IMPLEMENTATIONS
+
+
+def implementation(op: str, name: str) -> Implementation:
+    """Returns the implementation of that name. Raises KeyError where there is none."""
+    return {found.name: found for found in implementations(op)}[name]
 
 
 def available(op: str) -> Availability:
@@ -75,65 +145,90 @@ def available(op: str) -> Availability:
 
     Raises ValueError for an unknown operation.
     """
-    if op not in OPERATIONS:
-        known = ", ".join(OPERATIONS)
-        raise ValueError(f"unknown operation {op!r}{did_you_mean(str(op), OPERATIONS)} (known: {known}).")
-    package = importlib.import_module(f"engrax.pallas_kernels.{op}")
-    missing = dict(package.MISSING)
-    missing |= {name: reason for name in package.IMPLEMENTATIONS if (reason := _no_device(name))}
-    return Availability(tuple(name for name in package.IMPLEMENTATIONS if name not in missing), missing)
+    missing, names = {}, []
+    for found in reversed(implementations(op)):
+        reason = _no_device(found, devices.in_sight())
+        missing |= {found.name: reason} if reason else {}
+        names += [] if reason else [found.name]
+    return Availability(tuple(names), dict(_package(op).MISSING) | missing)
 
 
-def load(op: str, name: str):
-    """Returns the module that holds implementation `name` of operation `op`."""
-    return importlib.import_module(f"engrax.pallas_kernels.{op}.{MODULES[name]}")
+def choose(op: str, shapes: Any, asked: str | None = None) -> Choice:
+    """Returns the implementations that may serve a call: that of the name `asked`, or for None one per platform.
 
-
-def unsupported_kernels(op: str, shapes: Any, implementation: str | None = None) -> dict[str, str]:
-    """Returns the kernels that cannot serve a call, and why: their device is not in sight, or these sizes.
-
-    implementation: the name asked for, if any: of that kernel only the sizes count here (`choose` sees to the device).
-    """
-    package = importlib.import_module(f"engrax.pallas_kernels.{op}")
-    reasons = dict(package.MISSING)
-    for name in package.IMPLEMENTATIONS:
-        if name in KERNELS:
-            absent = _old_jax() if name == implementation else _no_device(name)
-            if reason := absent or load(op, name).unsupported(shapes):
-                reasons[name] = reason
-    return reasons
-
-
-def choose(implementation: str | None, unsupported: Mapping[str, str]) -> str | None:
-    """Returns the name as it is, None for the automatic choice.
-
-    unsupported: the kernels that cannot serve this call, and why (`unsupported_kernels`).
+    shapes: what the operation's kernels ask about a call.
     Raises ValueError for an unknown name, NotImplementedError for one that cannot serve this call here.
     """
-    if implementation is None:
-        return None
-    if implementation not in NAMES:
-        near = did_you_mean(str(implementation), NAMES)
-        raise ValueError(f"unknown implementation {implementation!r}{near} (known: {', '.join(NAMES)}).")
-    reason = unsupported.get(implementation) or (None if interpreting() else _no_device(implementation))
+    listed = implementations(op)
+    if (calls := getattr(_local, "calls", None)) is not None:
+        calls.append(Call(op, shapes, asked))
+    if asked is not None:
+        return Choice(((None, _named(op, listed, shapes, asked)),), interpreting())
+    branches, sight = {}, devices.in_sight()
+    for found in listed:
+        if found.platform not in branches and not _why_not(found, shapes, sight):
+            branches[found.platform] = found
+            if found.platform is None:
+                break
+    return Choice(tuple(branches.items()), interpreting())
+
+
+def explain(call: Call, device: devices.Device) -> Served:
+    """Returns which implementation would serve a recorded call on a device, and why the others would not."""
+    by, others = call.asked, {}
+    for found in implementations(call.op):
+        if found.name == call.asked:
+            continue
+        if call.asked is not None:
+            others[found.name] = f"the caller asks for {call.asked!r}"
+        elif reason := _why_not(found, call.shapes, (device,)):
+            others[found.name] = reason
+        elif by is None:
+            by = found.name
+        else:
+            others[found.name] = "only by its name: the oracle" if found.name == REFERENCE else f"{by!r} comes first"
+    return Served(by, dict(_package(call.op).MISSING) | others)
+
+
+def _named(op: str, listed: tuple[Implementation, ...], shapes: Any, asked: str) -> Implementation:
+    missing = _package(op).MISSING
+    by_name = {found.name: found for found in listed}
+    names = (*reversed(by_name), *missing)
+    if asked not in names:
+        raise ValueError(
+            f"unknown implementation {asked!r}{did_you_mean(str(asked), names)} (known: {', '.join(names)})."
+        )
+    if asked in missing:
+        reason = missing[asked]
+    else:
+        found = by_name[asked]
+        reason = (found.platform and _old_jax()) or found.supports(shapes)
+        reason = reason or (None if interpreting() else _no_device(found, devices.in_sight()))
     if reason:
-        raise NotImplementedError(f"{implementation!r} cannot run: {reason}; use 'xla' or None.")
-    return implementation
+        raise NotImplementedError(f"{asked!r} cannot run: {reason}; use 'xla' or None.")
+    return found
 
 
-def by_platform(name: str | None, branches: Mapping[str, Callable], *args):
-    """Calls the branch called `name`, or for None the one for the platform that the program is lowered for.
+def _why_not(found: Implementation, shapes: Any, sight: tuple[devices.Device, ...]) -> str | None:
+    """Returns why an implementation cannot serve a call on the devices in sight; imports it only where one is its."""
+    return _no_device(found, sight) or found.supports(shapes)
 
-    The choice by platform happens at lowering time and traces every branch: the caller leaves out those that cannot
-    serve the call (`unsupported_kernels`). `branches` always holds "xla".
-    """
-    if name is not None:
-        return branches[name](*args)
-    kernels = {PLATFORMS[kind]: branches[kind] for kind in KERNELS if kind in branches}
-    return jax.lax.platform_dependent(*args, default=branches["xla"], **kernels) if kernels else branches["xla"](*args)
+
+def _package(op: str):
+    return importlib.import_module(f"engrax.pallas_kernels.{op}")
 
 
 _local = threading.local()
+
+
+@contextmanager
+def recorded_calls() -> Iterator[list[Call]]:
+    """Within it, every call of an operation that is traced is added to the list."""
+    before, _local.calls = getattr(_local, "calls", None), []
+    try:
+        yield _local.calls
+    finally:
+        _local.calls = before
 
 
 @contextmanager
@@ -147,7 +242,7 @@ def interpreted_kernels() -> Iterator[None]:
 
 
 def interpreting() -> bool:
-    """Whether kernels are interpreted here. Belongs into every jit cache key: operations carry it in their plan."""
+    """Whether kernels are interpreted here. Belongs into every jit cache key: a `Choice` carries it."""
     return getattr(_local, "interpret", False)
 
 
@@ -157,35 +252,27 @@ def _old_jax() -> str | None:
     return f"kernels need jax >= {'.'.join(map(str, KERNELS_NEED_JAX))}, this is {jax.__version__}"
 
 
-def _no_device(name: str) -> str | None:
-    """Returns why no device of this process runs implementation `name`, None where one does."""
-    if name not in KERNELS:
+def _no_device(found: Implementation, sight: tuple[devices.Device, ...]) -> str | None:
+    """Returns why no device in sight runs an implementation, None where one does."""
+    if found.platform is None:
         return None
     if reason := _old_jax():
         return reason
-    if _abstract_platform() == PLATFORMS[name]:
-        return None
-    devices = _devices(PLATFORMS[name])
-    if not devices:
-        return f"it needs a {'GPU of compute capability 9.0' if name == 'pallas_gpu' else 'TPU'}, none is here"
-    if name == "pallas_gpu" and not _all_sm_90(devices):
-        return f"it needs a GPU of compute capability 9.0 (sm_90), this is {devices[0].device_kind}"
+    needs = _needs(found)
+    own = [device for device in sight if device.platform == found.platform]
+    if not own:
+        return f"it needs a {needs}, {f'this is {sight[0].kind}' if sight else 'none is here'}"
+    for device in own:
+        if device.architecture is None:
+            return f"it needs a {needs}, and the architecture of {device.kind!r} is not known"
+        if found.architectures is not None and device.architecture not in found.architectures:
+            return f"it needs a {needs} ({', '.join(found.architectures)}), this is {device.kind}"
     return None
 
 
-def _all_sm_90(devices) -> bool:
-    return all(getattr(device, "compute_capability", None) == "9.0" for device in devices)
-
-
-def _abstract_platform() -> str | None:
-    """The platform of the abstract device that a program is being lowered for, None where there is none."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return getattr(device, "platform", None)
-
-
-@cache
-def _devices(platform: str) -> tuple:
-    try:
-        return tuple(jax.local_devices(backend=platform))
-    except RuntimeError:  # no such backend in this process
-        return ()
+def _needs(found: Implementation) -> str:
+    """Returns what an implementation runs on, in words: "GPU of compute capability 9.0", "TPU v5e or v6e"."""
+    if found.platform != "cuda":
+        return " ".join([found.platform.upper(), " or ".join(found.architectures or ())]).strip()
+    capabilities = [f"{name[3:-1]}.{name[-1]}" for name in found.architectures or ()]
+    return f"GPU of compute capability {' or '.join(capabilities)}" if capabilities else "GPU"

@@ -41,12 +41,12 @@ def linear_attention(key, value, query_heads, heads, gate):
     """Returns the core's forward and backward pass as a function of arrays, and their shapes."""
     from engrax.pallas_kernels.common.decay import Decay
     from engrax.pallas_kernels.linear_attention import gpu
-    from engrax.pallas_kernels.linear_attention.vjp import Inputs
+    from engrax.pallas_kernels.linear_attention.vjp import LinearInputs
 
     plan = kernel_plan(key)
 
     def run(q, k, v, hi, lo, state, out_bar, state_bar):
-        inputs = Inputs(q, k, v, None if gate == "no" else Decay(hi, lo), state, None)
+        inputs = LinearInputs(q, k, v, None if gate == "no" else Decay(hi, lo), state, None)
         return gpu.forward(plan, inputs)[0], gpu.backward(plan, inputs, (), (out_bar, state_bar))
 
     q, v, _, decay, state = shapes(key, value, query_heads, heads, gate)
@@ -57,12 +57,12 @@ def gated_delta_rule(key, value, query_heads, heads, gate):
     """The same for the gated delta rule."""
     from engrax.pallas_kernels.common.decay import Decay
     from engrax.pallas_kernels.gated_delta_rule import gpu
-    from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs
+    from engrax.pallas_kernels.gated_delta_rule.vjp import DeltaInputs
 
     plan = kernel_plan(key)
 
     def run(q, k, v, beta, hi, lo, state, out_bar, state_bar):
-        inputs = Inputs(q, k, v, beta, None if gate == "no" else Decay(hi, lo), state, None)
+        inputs = DeltaInputs(q, k, v, beta, None if gate == "no" else Decay(hi, lo), state, None)
         outputs, residuals = gpu.forward(plan, inputs)
         return outputs, gpu.backward(plan, inputs, residuals, (out_bar, state_bar))
 
@@ -78,7 +78,7 @@ def neural_memory(activation, *sizes):
 
     from engrax.pallas_kernels.neural_memory import gpu
     from engrax.pallas_kernels.neural_memory.gates import Coefficients
-    from engrax.pallas_kernels.neural_memory.vjp import Blocks, Plan
+    from engrax.pallas_kernels.neural_memory.vjp import Blocks, ScanInputs, ScanPlan
 
     blocks, batch, heads, slots = lead = (4, 2, 2, 64)
 
@@ -86,8 +86,8 @@ def neural_memory(activation, *sizes):
         def scan(*arrays):
             table, tokens, state = Coefficients(None, *arrays[:5]), arrays[5:8], arrays[8:]
             weights, momentum = state[: len(sizes) - 1], state[len(sizes) - 1 :]
-            plan, blocks = Plan(activation, 1, True), Blocks(table, None, *tokens, None, None)
-            return gpu.scan_blocks(plan, blocks, (weights, momentum, weights), None)
+            plan, blocks = ScanPlan(activation, 1, True), Blocks(table, None, *tokens, None, None)
+            return gpu.passes(plan, ScanInputs(blocks, (weights, momentum, weights), None))
 
         outputs, pull = jax.vjp(scan, a, b, write, last_momentum, last_write, q, k, v, *matrices)
         return outputs, pull((out_bar, outputs[1]))
@@ -107,13 +107,13 @@ def hopfield_retrieval(key, value, dtype):
     import jax.numpy as jnp
 
     from engrax.pallas_kernels.hopfield_retrieval import gpu
-    from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
+    from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalInputs, RetrievalShapes
 
     batch, heads, states, dtype = 2, 2, 256, jnp.dtype(dtype)
 
     def fits(patterns):
         sizes = (batch, heads, states, patterns, key, value)
-        return gpu.unsupported(Shapes(3, "softmax", "dot", *sizes, dtype, False)) is None
+        return gpu.unsupported(RetrievalShapes(3, "softmax", "dot", *sizes, dtype, False)) is None
 
     patterns = max(filter(fits, range(64, 4096, 64)))
     arrays = [
@@ -121,14 +121,14 @@ def hopfield_retrieval(key, value, dtype):
         for size in ((states, key), (patterns, key), (patterns, value))
     ]
     beta, visible = jax.ShapeDtypeStruct((heads,), jnp.float32), jax.ShapeDtypeStruct((batch, 1, patterns), bool)
-    form = Form(3, 1e-4, 64, "softmax", 1.0, "dot", "unrolled", dtype)
-    return lambda *arrays: gpu.retrieve(form, False, *arrays), (*arrays, beta, visible)
+    form = RetrievalForm(3, 1e-4, 64, "softmax", 1.0, "dot", "unrolled", dtype)
+    return lambda *arrays: gpu.passes(form, RetrievalInputs(*arrays)), (*arrays, beta, visible)
 
 
 def kernel_plan(key):
-    from engrax.pallas_kernels.dispatch import Plan
+    from engrax.pallas_kernels.common.log_decay import LogDecayPlan
 
-    return Plan(64, key**-0.5, "pallas_gpu", ("pallas_gpu",))
+    return LogDecayPlan(64, key**-0.5)
 
 
 def shapes(key, value, query_heads, heads, gate) -> tuple:

@@ -31,15 +31,17 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from engrax.pallas_kernels.common.decay import Decay  # noqa: E402
+from engrax.pallas_kernels.common.log_decay import LogDecayPlan, LogDecayShapes  # noqa: E402
 from engrax.pallas_kernels.common.segments import aligned_layout  # noqa: E402
-from engrax.pallas_kernels.dispatch import Plan, Shapes, load  # noqa: E402
-from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs as DeltaInputs  # noqa: E402
+from engrax.pallas_kernels.dispatch import implementation  # noqa: E402
+from engrax.pallas_kernels.gated_delta_rule.vjp import DeltaInputs  # noqa: E402
 from engrax.pallas_kernels.hopfield_retrieval import tpu as hopfield_retrieval  # noqa: E402
 from engrax.pallas_kernels.hopfield_retrieval import types as hopfield_types  # noqa: E402
-from engrax.pallas_kernels.linear_attention.vjp import Inputs as AttentionInputs  # noqa: E402
+from engrax.pallas_kernels.linear_attention.vjp import LinearInputs  # noqa: E402
 from engrax.pallas_kernels.neural_memory import tpu as neural_memory  # noqa: E402
 from engrax.pallas_kernels.neural_memory import vjp as neural_memory_vjp  # noqa: E402
 from engrax.pallas_kernels.neural_memory.gates import Coefficients  # noqa: E402
+from engrax.pallas_kernels.neural_memory.types import MemoryShapes  # noqa: E402
 
 TARGETS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 BATCH, CHUNKS, HEADS = 8, 32, 4  # enough that the arrays do not lie in VMEM as wholes
@@ -54,10 +56,10 @@ def array(*shape, dtype=jnp.float32):
 
 def log_decay(op, key, value, gate, dtype, query_heads=HEADS, chunk=64, segments=False):
     """Returns the core's forward and backward pass as a function of arrays, and their shapes."""
-    length, kernel = CHUNKS * chunk, load(op, "pallas_tpu")
-    shapes = Shapes(BATCH, length, query_heads, HEADS, key, value, chunk, jnp.dtype(dtype), gate, segments)
-    assert kernel.unsupported(shapes) is None, kernel.unsupported(shapes)
-    plan = Plan(chunk, key**-0.5, "pallas_tpu", ("pallas_tpu",))
+    length, kernel = CHUNKS * chunk, implementation(op, "pallas_tpu")
+    shapes = LogDecayShapes(BATCH, length, query_heads, HEADS, key, value, chunk, jnp.dtype(dtype), gate, segments)
+    assert kernel.supports(shapes) is None, kernel.supports(shapes)
+    plan = LogDecayPlan(chunk, key**-0.5)
     q, v = array(BATCH, length, query_heads, key, dtype=dtype), array(BATCH, length, HEADS, value, dtype=dtype)
     per_token = array(BATCH, length, HEADS)
     g = {"none": None, "scalar": per_token, "channel": array(*per_token.shape, key)}[gate]
@@ -68,13 +70,13 @@ def log_decay(op, key, value, gate, dtype, query_heads=HEADS, chunk=64, segments
         layout = jax.eval_shape(lambda ids: aligned_layout(ids, 3, chunk), ids)
         state = array(BATCH, 3, HEADS, key, value)
     if op == "linear_attention":
-        inputs = AttentionInputs(q, q, v, decay, state, layout)
+        inputs = LinearInputs(q, q, v, decay, state, layout)
     else:
         inputs = DeltaInputs(q, q, v, per_token, decay, state, layout)
 
     def run(inputs, out_bar, state_bar):
-        outputs, residuals = kernel.forward(plan, inputs)
-        return outputs, kernel.backward(plan, inputs, residuals, (out_bar, state_bar))
+        outputs, residuals = kernel.passes.forward(plan, inputs)
+        return outputs, kernel.passes.backward(plan, inputs, residuals, (out_bar, state_bar))
 
     return run, (inputs, v, state)
 
@@ -83,9 +85,9 @@ def memory(layers, activation="gelu", slots=64, group=1, phased=False, segments=
     """Returns the scan over blocks with its derivative as a function of arrays, and their shapes."""
     float32 = jnp.dtype(jnp.float32)
     sizes = dict(layers=layers, slots=slots, group=group, batch=BATCH, heads=HEADS, blocks=CHUNKS)
-    shapes = neural_memory.Shapes(dtype=float32, tokens=float32, aligned=not phased, segments=segments, **sizes)
+    shapes = MemoryShapes(dtype=float32, tokens=float32, aligned=not phased, segments=segments, **sizes)
     assert neural_memory.unsupported(shapes) is None, neural_memory.unsupported(shapes)
-    plan = neural_memory_vjp.Plan(activation, group, False)
+    plan = neural_memory_vjp.ScanPlan(activation, group, False)
     lead, bases = (CHUNKS, BATCH, HEADS), 2 if segments else 1
     columns, square = array(*lead, slots, bases), array(*lead, slots, slots)
     anchor = columns if segments or decayed else None
@@ -97,7 +99,8 @@ def memory(layers, activation="gelu", slots=64, group=1, phased=False, segments=
 
     def run(blocks, carry, reset):
         def scan(floats, carry, reset):
-            return neural_memory.scan_blocks(plan, blocks._replace(**floats), carry, reset)
+            inputs = neural_memory_vjp.ScanInputs(blocks._replace(**floats), carry, reset)
+            return neural_memory.passes(plan, inputs)
 
         floats = {name: getattr(blocks, name) for name in ("coefficients", "first_scores", "q", "k", "v")}
         outputs, pull = jax.vjp(scan, floats, carry, reset)
@@ -109,14 +112,16 @@ def memory(layers, activation="gelu", slots=64, group=1, phased=False, segments=
 def hopfield(states, patterns, key, value, steps, dtype):
     """Returns several updates of Hopfield retrieval as a function of arrays, and their shapes."""
     dtype = jnp.dtype(dtype)
-    shapes = hopfield_types.Shapes(steps, "softmax", "dot", BATCH, HEADS, states, patterns, key, value, dtype, False)
+    shapes = hopfield_types.RetrievalShapes(
+        steps, "softmax", "dot", BATCH, HEADS, states, patterns, key, value, dtype, False
+    )
     assert hopfield_retrieval.unsupported(shapes) is None, hopfield_retrieval.unsupported(shapes)
-    form = hopfield_types.Form(steps, 1e-4, 64, "softmax", 1.0, "dot", "unrolled", dtype)
+    form = hopfield_types.RetrievalForm(steps, 1e-4, 64, "softmax", 1.0, "dot", "unrolled", dtype)
     sizes = (states, key), (patterns, key), (patterns, value)
     arrays = [array(BATCH, HEADS, *size, dtype=dtype) for size in sizes]
 
     def run(*arrays):
-        return hopfield_retrieval.retrieve(form, False, *arrays)
+        return hopfield_retrieval.passes(form, hopfield_types.RetrievalInputs(*arrays))
 
     return run, (*arrays, array(HEADS), array(BATCH, 1, patterns, dtype=bool))
 

@@ -1,319 +1,330 @@
-"""What the operations share: the choice of an implementation, validation, split sums of log decay, segments, meshes."""
+"""The choice of an implementation: by name, by the architecture in sight, by the platform of the lowered program."""
 
 import importlib
-import logging
+import sys
 import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
-from engrax.pallas_kernels import available, debug_checks, dispatch, linear_attention
-from engrax.pallas_kernels.common import validation
-from engrax.pallas_kernels.common.decay import Decay, channel_scores, chunk_decay, cumulative_decay, difference
-from engrax.pallas_kernels.common.matmul import COLUMNS, ROWS, EmulatedPrecision, dot, on_cpu
-from engrax.pallas_kernels.common.segments import aligned_layout, from_slots, segment_starts, to_slots
+from engrax.pallas_kernels import available, devices, dispatch, linear_attention
+from engrax.pallas_kernels.common.log_decay import LogDecayPlan, LogDecayShapes
+from engrax.pallas_kernels.dispatch import choose, explain, kernel
+from engrax.pallas_kernels.linear_attention.vjp import LinearInputs
+from engrax.tests import hopfield_problems, neural_memory_problems, op_problems
 
 needs_kernels = pytest.mark.skipif(
     jax.__version_info__[:3] < dispatch.KERNELS_NEED_JAX, reason="there are no kernels on this jax"
 )
+OP = "linear_attention"
+FINE = LogDecayShapes(2, 128, 2, 2, 64, 64, 64, np.dtype(jnp.bfloat16), "scalar", False)
+KERNELS = {"pallas_gpu", "pallas_tpu"}
+
+
+def names(choice):
+    return [(platform, found.name) for platform, found in choice.branches]
+
+
+def see(monkeypatch, *found):
+    monkeypatch.setattr(devices, "in_sight", lambda: found)
 
 
 @pytest.mark.parametrize("op", dispatch.OPERATIONS)
 def test_every_operation_says_what_it_has(op):
-    names, missing = available(op)
-    assert names[:2] == ("reference", "xla") and set(names) | set(missing) == set(dispatch.NAMES)
+    here, missing = available(op)
+    assert here[:2] == ("reference", "xla") and set(here) | set(missing) == {"reference", "xla", *KERNELS}
     assert all(len(reason) > 20 for reason in missing.values())
+    listed = [found.name for found in dispatch.implementations(op)]
+    assert len(set(listed)) == len(listed) and listed[-2:] == ["xla", "reference"]  # kernels come first
 
 
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown operation 'linear_atention'; did you mean 'linear_attention'"):
         available("linear_atention")
-    with pytest.raises(ValueError, match="unknown implementation 'Xla'; did you mean 'xla'"):
-        dispatch.choose("Xla", {})
-
-
-def test_an_explicit_kernel_never_falls_back():
-    assert dispatch.choose(None, {"pallas_tpu": "it is missing"}) is None
-    assert dispatch.choose("xla", {"pallas_tpu": "it is missing"}) == "xla"
-    with pytest.raises(NotImplementedError, match="'pallas_tpu' cannot run: it is missing; use 'xla' or None."):
-        dispatch.choose("pallas_tpu", {"pallas_tpu": "it is missing"})
+    with pytest.raises(ValueError, match="unknown implementation 'Xla'; did you mean 'xla'.* .known: reference, xla"):
+        choose(OP, FINE, "Xla")
 
 
 @needs_kernels
 def test_a_kernel_needs_its_device():
     for name, device in (("pallas_tpu", "TPU"), ("pallas_gpu", "GPU of compute capability 9.0")):
-        with pytest.raises(NotImplementedError, match=f"'{name}' cannot run: it needs a {device}, none is here"):
-            dispatch.choose(name, {})
+        with pytest.raises(NotImplementedError, match=f"'{name}' cannot run: it needs a {device}, none is here; use"):
+            choose(OP, FINE, name)
 
 
+@needs_kernels
+def test_an_explicit_name_never_falls_back(monkeypatch):
+    see(monkeypatch, devices.NAMED["h200"])
+    assert names(choose(OP, FINE)) == [("cuda", "pallas_gpu"), (None, "xla")]
+    for name in ("xla", "reference", "pallas_gpu"):
+        assert names(choose(OP, FINE, name)) == [(None, name)]
+    with pytest.raises(NotImplementedError, match="'pallas_gpu' cannot run: .* has no states per segment; use 'xla'"):
+        choose(OP, FINE._replace(segments=True), "pallas_gpu")
+    assert names(choose(OP, FINE._replace(segments=True))) == [(None, "xla")]
+
+
+@needs_kernels
 def test_interpreted_kernels_need_no_device():
     with dispatch.interpreted_kernels():
-        assert dispatch.interpreting() and dispatch.choose("pallas_tpu", {}) == "pallas_tpu"
-        with pytest.raises(NotImplementedError, match="of this shape"):
-            dispatch.choose("pallas_tpu", {"pallas_tpu": "nothing of this shape"})
+        assert names(choose(OP, FINE, "pallas_tpu")) == [(None, "pallas_tpu")]
+        assert choose(OP, FINE, "pallas_tpu").interpret and dispatch.interpreting()
+        with pytest.raises(NotImplementedError, match="chunks of a multiple of 16"):
+            choose(OP, FINE._replace(chunk=24), "pallas_tpu")
+        assert names(choose(OP, FINE)) == [(None, "xla")]  # only by name
     assert not dispatch.interpreting()
 
 
 def test_an_old_jax_has_no_kernels(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
-    with pytest.raises(NotImplementedError, match=r"kernels need jax >= 0.11.2, this is "):
-        dispatch.choose("pallas_gpu", {})
     package = importlib.import_module("engrax.pallas_kernels.linear_attention")
-    monkeypatch.setattr(package, "IMPLEMENTATIONS", ("reference", "xla", "pallas_gpu"))
-    monkeypatch.setattr(package, "MISSING", {})
-    monkeypatch.setitem(dispatch.MODULES, "pallas_gpu", "nowhere")  # it is not even imported
-    with pytest.raises(NotImplementedError, match=r"kernels need jax >= 0.11.2"):
-        linear_attention(*[np.zeros((1, 3, 1, 4), np.float32)] * 3, implementation="pallas_gpu")
+    listed = (kernel("pallas_gpu", "cuda", ("sm_90",), "nowhere"), *package.IMPLEMENTATIONS[2:])  # not even imported
+    monkeypatch.setattr(package, "IMPLEMENTATIONS", listed)
+    with pytest.raises(NotImplementedError, match=r"kernels need jax >= 0.11.2, this is "):
+        choose(OP, FINE, "pallas_gpu")
+    see(monkeypatch, devices.NAMED["h200"])
+    assert names(choose(OP, FINE)) == [(None, "xla")]
 
 
-BRANCHES = {"xla": lambda x: x + 11.0, "pallas_gpu": lambda x: x + 22.0, "pallas_tpu": lambda x: x + 33.0}
+# ---------------------------------------------------------------------------------------------------------------------
+# The device in sight
 
 
-def lowered(branches, platform, name=None):
-    program = jax.jit(lambda x: dispatch.by_platform(name, branches, x))
-    text = program.trace(jax.ShapeDtypeStruct((), jnp.float32)).lower(lowering_platforms=(platform,)).as_text()
-    return {number for number in ("11", "22", "33") if f"{number[0]}.{number[1]}00000e+01" in text}
+@needs_kernels
+@pytest.mark.parametrize(
+    "device, wanted, reason",
+    [
+        (devices.NAMED["h100"], "pallas_gpu", None),
+        (devices.NAMED["h200"], "pallas_gpu", None),
+        (devices.NAMED["b200"], "xla", r"compute capability 9.0 \(sm_90\), this is NVIDIA B200"),
+        (devices.Device("cuda", "NVIDIA A100", "sm_80"), "xla", r"\(sm_90\), this is NVIDIA A100"),
+        (devices.Device("cuda", "NVIDIA New", None), "xla", "the architecture of 'NVIDIA New' is not known"),
+        (devices.NAMED["v5e"], "pallas_tpu", None),
+        (devices.Device("tpu", "TPU v99", None), "xla", "the architecture of 'TPU v99' is not known"),
+        (devices.NAMED["cpu"], "xla", None),
+    ],
+)
+def test_a_kernel_takes_part_where_its_architecture_is_in_sight(monkeypatch, device, wanted, reason):
+    see(monkeypatch, device)
+    assert names(choose(OP, FINE))[0] == (
+        {"cuda": "cuda", "tpu": "tpu"}[device.platform] if wanted != "xla" else None,
+        wanted,
+    )
+    if reason is not None:
+        with pytest.raises(NotImplementedError, match=reason):
+            choose(OP, FINE, {"cuda": "pallas_gpu", "tpu": "pallas_tpu"}[device.platform])
 
 
-@pytest.mark.parametrize("platform, wanted", [("cpu", "11"), ("cuda", "22"), ("tpu", "33"), ("rocm", "11")])
-def test_the_choice_is_made_when_lowering(platform, wanted):
-    assert lowered(BRANCHES, platform) == {wanted}
-    assert lowered({"xla": BRANCHES["xla"]}, platform) == {"11"}
+@needs_kernels
+def test_two_kinds_of_gpu_in_a_process_leave_no_kernel(monkeypatch):
+    see(monkeypatch, devices.NAMED["h200"], devices.Device("cuda", "NVIDIA A100", "sm_80"))
+    assert names(choose(OP, FINE)) == [(None, "xla")]
 
 
-def test_an_explicit_name_is_the_only_branch():
-    assert lowered(BRANCHES, "cpu", "pallas_tpu") == {"33"}
+@pytest.mark.parametrize(
+    "platform, kind, capability, wanted",
+    [
+        ("gpu", "NVIDIA H100 80GB HBM3", None, ("cuda", "sm_90")),
+        ("cuda", "NVIDIA GH200 480GB", None, ("cuda", "sm_90")),
+        ("gpu", "NVIDIA GB200", None, ("cuda", "sm_100")),
+        ("cuda", "NVIDIA A100-SXM4-80GB", None, ("cuda", "sm_80")),
+        ("cuda", "NVIDIA Quadro", "7.5", ("cuda", "sm_75")),
+        ("cuda", "NVIDIA B200", "10.0", ("cuda", "sm_100")),
+        ("gpu", "AMD Instinct MI300X", None, ("rocm", None)),
+        ("tpu", "TPU v5 lite", None, ("tpu", "v5e")),
+        ("tpu", "TPU v5p", None, ("tpu", "v5p")),
+        ("tpu", "TPU v6 lite", None, ("tpu", "v6e")),
+        ("cpu", "cpu", None, ("cpu", None)),
+    ],
+)
+def test_architectures_by_kind(platform, kind, capability, wanted):
+    device = devices._device(platform, kind, capability)
+    assert (device.platform, device.architecture) == wanted
 
 
-FINE = dispatch.Shapes(2, 128, 2, 2, 64, 64, 64, np.dtype(jnp.bfloat16), "scalar", False)
+@needs_kernels
+def test_the_mesh_says_which_device_is_in_sight():
+    assert not {device.platform for device in devices.in_sight()} - {"cuda", "tpu"}
+    abstract = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+        assert devices.in_sight() == (devices.NAMED["h200"],)
+        assert names(choose(OP, FINE, "pallas_gpu")) == [(None, "pallas_gpu")]
+        with pytest.raises(NotImplementedError, match="it needs a TPU, this is NVIDIA H200"):
+            choose(OP, FINE, "pallas_tpu")
+    for name, device in devices.NAMED.items():
+        with devices.use(device):
+            assert devices.in_sight() == (device,), name
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))):
+        assert devices.in_sight() == (devices.NAMED["cpu"],)  # the mesh's device, whatever else the process has
+
+
+@needs_kernels
+def test_a_topology_mesh_counts_as_in_sight():
+    """Its devices are no devices of this process; a stand-in has what a topology's device has."""
+
+    class Described:
+        platform, device_kind, process_index, id, num_cores = "tpu", "TPU v5 lite", 0, 0, 1
+
+    mesh = Mesh(np.array([Described()], object), ("data",), axis_types=(AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        assert devices.in_sight() == (devices.NAMED["v5e"],)
+        assert names(choose(OP, FINE)) == [("tpu", "pallas_tpu"), (None, "xla")]
 
 
 def test_a_kernel_out_of_sight_is_neither_imported_nor_traced(monkeypatch):
-    monkeypatch.setattr(dispatch, "load", None)  # would raise
-    assert set(dispatch.unsupported_kernels("linear_attention", FINE)) == set(dispatch.KERNELS)
+    monkeypatch.setattr(dispatch.Later, "load", None)  # would raise
+    assert names(choose(OP, FINE)) == [(None, "xla")]
 
 
-class Device:
-    def __init__(self, kind, capability):
-        self.device_kind, self.compute_capability = kind, capability
+# ---------------------------------------------------------------------------------------------------------------------
+# A kernel is one file and one line
 
+SECOND = """
+    import jax.numpy as jnp
+    from engrax.pallas_kernels.passes import Passes
 
-@needs_kernels
-def test_the_gpu_kernel_is_for_compute_capability_9_alone(monkeypatch):
-    monkeypatch.setattr(dispatch, "_devices", lambda platform: (Device("NVIDIA A100", "8.0"),))
-    assert "NVIDIA A100" in dispatch.unsupported_kernels("linear_attention", FINE)["pallas_gpu"]
-    with pytest.raises(NotImplementedError, match=r"\(sm_90\), this is NVIDIA A100"):
-        dispatch.choose("pallas_gpu", {})
-    monkeypatch.setattr(dispatch, "_devices", lambda platform: (Device("NVIDIA H200", "9.0"),))
-    assert "pallas_gpu" not in dispatch.unsupported_kernels("linear_attention", FINE)
-    assert dispatch.choose("pallas_gpu", {}) == "pallas_gpu"
+    MARK = {mark}
 
+    def unsupported(shapes):
+        return "{name} takes one head" if shapes.heads != 1 else None
 
-@needs_kernels
-def test_an_abstract_device_counts_as_one():
-    from jax.sharding import AbstractDevice
+    def _forward(plan, inputs):
+        return (jnp.full_like(inputs.v, MARK), inputs.state), ()
 
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        assert dispatch.choose("pallas_gpu", {}) == "pallas_gpu"
-        with pytest.raises(NotImplementedError):
-            dispatch.choose("pallas_tpu", {})
+    def _backward(plan, inputs, residuals, cotangents):
+        return inputs._replace(v=jnp.full_like(inputs.v, MARK + 1), layout=None)
 
-
-def test_debug_mode_reports_positive_gates(caplog):
-    q, g = np.zeros((1, 3, 1, 4), np.float32), np.zeros((1, 3, 1), np.float32)
-    g[0, 1] = 0.5
-    try:
-        with caplog.at_level(logging.WARNING, logger="engrax"):
-            jax.block_until_ready(linear_attention(q, q, q, g=g))
-            assert not caplog.messages  # off: nothing is looked at
-            debug_checks(True)
-            jax.block_until_ready(jax.jit(lambda g: linear_attention(q, q, q, g=g))(-jnp.abs(g)))
-            jax.effects_barrier()
-            assert not caplog.messages
-            jax.block_until_ready(jax.jit(lambda g: linear_attention(q, q, q, g=g))(g))
-            jax.effects_barrier()
-            assert caplog.messages == ["1 values of g are positive (largest 0.5): a log-decay gate must be <= 0."]
-    finally:
-        debug_checks(False)
-
-
-def test_checks_name_what_is_wrong():
-    with pytest.raises(ValueError, match="x must be an array of shape .B., got list"):
-        validation.check_array("x", [1.0], "[B]", (1,))
-    with pytest.raises(ValueError, match="unknown colour 'gren'; did you mean 'green'"):
-        validation.check_option("colour", "gren", ("red", "green"))
-    for bad in (0, True, 1.0, "3"):
-        with pytest.raises(ValueError, match="wanted an integer of at least 1"):
-            validation.check_positive_int("n", bad)
-
-
-GATES = np.random.default_rng(0).choice([0.0, -1e-4, -0.3, -50.0, -np.inf], p=[0.1, 0.5, 0.3, 0.07, 0.03], size=(64, 5))
-
-
-def exact_products(g):
-    """exp of the sums of the gates between two tokens, summed one by one in float64."""
-    wanted = np.zeros((*g.shape[:1], *g.shape))
-    for i in range(g.shape[0]):
-        for j in range(i + 1):
-            wanted[i, j] = np.exp(g[j + 1 : i + 1].astype(np.float64).sum(axis=0))
-    return wanted
-
-
-def test_split_sums_lose_nothing():
-    """In float32, with gates of -50, -1e-4 and -inf side by side: as accurate as adding gate by gate."""
-    g = GATES.astype(np.float32)
-    decay = cumulative_decay(jnp.asarray(g), 0)
-    assert decay.lo.dtype == jnp.float32 and np.abs(decay.lo).max() < 0.3
-    distance = difference(jax.tree.map(lambda x: x[:, None], decay), jax.tree.map(lambda x: x[None], decay))
-    lower = np.tril(np.ones((64, 64), bool))[..., None]
-    error = np.abs(np.where(lower, np.exp(np.minimum(distance, 0)) - exact_products(g), 0)).max()
-    assert error < 1e-7  # a plain cumulative sum errs by 1e-4 here, without the -inf
-    gone = lower & (exact_products(g) == 0)
-    assert gone.any() and np.all(np.exp(np.minimum(distance, 0))[gone] == 0)  # exactly
-
-
-def test_decay_has_the_gradient_of_a_cumulative_sum():
-    g = jnp.asarray(np.where(np.isinf(GATES), -np.inf, GATES), jnp.float32)[None]
-    pull = jax.vjp(lambda g: chunk_decay(g, 16), g)[1]
-    bar = jnp.asarray(np.random.default_rng(1).normal(size=g.shape), jnp.float32)
-    (got,) = pull(Decay(jnp.full_like(bar, 7.0), bar))
-    later = np.cumsum(np.asarray(bar).reshape(1, 4, 16, 5)[:, :, ::-1], axis=2)[:, :, ::-1].reshape(g.shape)
-    np.testing.assert_allclose(got, np.where(np.isinf(g), 0, later), rtol=1e-5, atol=1e-5)
-
-
-def test_sums_of_segments_let_no_rounding_of_a_gradient_pass(x64):
-    """Sums that begin anew at every boundary give the same products, and gradients that are 0 beyond it, exactly."""
-    g = jnp.asarray(GATES)
-    decay = cumulative_decay(g, 0, segments=True)
-    distance = difference(jax.tree.map(lambda x: x[:, None], decay), jax.tree.map(lambda x: x[None], decay))
-    lower = np.tril(np.ones((64, 64), bool))[..., None]
-    np.testing.assert_allclose(np.where(lower, np.exp(np.minimum(distance, 0)), 0), exact_products(GATES), atol=1e-12)
-    segment, bar = jnp.cumsum(jnp.isinf(g), axis=0), jnp.asarray(np.random.default_rng(1).normal(size=g.shape))
-    for last in range(int(segment.max()) + 1):
-        own = segment == last
-        total = lambda g, own=own: jnp.sum(jnp.where(own, bar * cumulative_decay(g, 0, segments=True).lo, 0))  # noqa: E731
-        grad = jax.grad(total)(g)
-        assert not np.any(np.where(own, 0, grad)), "a gradient passes a boundary"
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 5, 16, 24, 64])
-def test_channel_scores(tokens, x64):
-    rng = np.random.default_rng(tokens)
-    q, p, k = (rng.normal(size=(tokens, 5)) for _ in range(3))
-    g = GATES[:tokens]
-    scores = jax.jit(lambda q, p, k, g: channel_scores((q, p), k, cumulative_decay(g, 0), jnp.float64))(q, p, k, g)
-    for x, got in zip((q, p), scores, strict=True):
-        wanted = np.einsum("ic,jc,ijc->ij", x, k, exact_products(g))
-        np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-12)
-
-
-def test_products_round_their_operands_and_those_of_the_derivative():
-    rng = np.random.default_rng(0)
-    a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 3), (7, 5)))
-    bar = jnp.asarray(rng.normal(size=(3, 7)), jnp.float32)
-    assert on_cpu(jnp.float32) == jnp.float32 and on_cpu(jnp.bfloat16) == EmulatedPrecision(jnp.bfloat16)
-    got, pull = jax.vjp(lambda a, b: dot(a, b, ROWS, COLUMNS, on_cpu(jnp.bfloat16)), a, b)
-    a16, b16, bar16 = (np.asarray(x.astype(jnp.bfloat16), np.float32) for x in (a, b, bar))
-    np.testing.assert_allclose(got, a16.T @ b16.T, rtol=1e-6, atol=1e-6)
-    assert not np.allclose(got, a.T @ b.T, rtol=1e-6, atol=1e-6)
-    a_bar, b_bar = pull(bar)
-    np.testing.assert_allclose(a_bar, b16.T @ bar16.T, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(b_bar, bar16.T @ a16.T, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("axis_a", [ROWS, COLUMNS])
-@pytest.mark.parametrize("axis_b", [ROWS, COLUMNS])
-def test_products_along_any_axis(axis_a, axis_b, x64):
-    rng = np.random.default_rng(0)
-    a, b = jnp.asarray(rng.normal(size=(4, 4))), jnp.asarray(rng.normal(size=(4, 4)))
-    left, right = (a.T if axis_a == ROWS else a), (b if axis_b == ROWS else b.T)
-    got, pull = jax.vjp(lambda a, b: dot(a, b, axis_a, axis_b, jnp.float64), a, b)
-    wanted, plain = jax.vjp(lambda a, b: (a.T if axis_a == ROWS else a) @ (b if axis_b == ROWS else b.T), a, b)
-    np.testing.assert_allclose(got, left @ right, rtol=1e-12)
-    for x, y in zip(pull(a), plain(a)):
-        np.testing.assert_allclose(x, y, rtol=1e-12)
-
-
-IDS = np.array([[-1, 0, 0, 0, 2, 2, -1, 3, 3, 3, 3, 3], [1] * 12, [-1] * 12, [0, 1, 2, 3] + [-1] * 8], np.int32)
-
-
-def test_segment_starts():
-    wanted = np.zeros_like(IDS, bool)
-    wanted[0, [4, 7]] = wanted[3, 1:4] = True
-    assert np.array_equal(segment_starts(jnp.asarray(IDS)), wanted)
-
-
-def segment_firsts(ids):
-    return {int(np.nonzero(ids == segment)[0][0]) for segment in set(ids[ids >= 0])}
-
-
-def test_segments_begin_at_chunk_boundaries():
-    layout = aligned_layout(jnp.asarray(IDS), 4, 4)
-    token = np.asarray(layout.token).reshape(4, -1, 4)
-    assert token.shape[1] == (12 + 4 * 3) // 4
-    for row in range(4):
-        for segment in range(4):
-            mine = np.nonzero(IDS[row] == segment)[0]
-            chunks = token[row, np.asarray(layout.segment)[row] == segment]
-            assert chunks[chunks < 12].tolist() == mine.tolist()  # in order, none lost
-            assert len(mine) == 0 or chunks[0, 0] == mine[0]
-            assert bool(layout.has_tokens[row, segment]) == (len(mine) > 0)
-            if len(mine):
-                assert mine[-1] in token[row, layout.last_chunk[row, segment]]
-        begins = [n for n, chunk in enumerate(token[row]) if chunk[0] in segment_firsts(IDS[row])]
-        assert np.nonzero(layout.first[row])[0].tolist() == begins
-    x = jnp.arange(48.0).reshape(4, 12, 1) + 1
-    np.testing.assert_array_equal(from_slots(to_slots(x, layout), layout), np.where(IDS[..., None] >= 0, x, 0))
-    y = jnp.asarray(np.random.default_rng(0).normal(size=(4, 24, 1)), jnp.float32)
-    (pulled,) = jax.vjp(lambda x: to_slots(x, layout), x)[1](y)
-    np.testing.assert_array_equal(pulled, from_slots(y, layout))
-
-
-MESH_PROGRAM = """
-    import jax, jax.numpy as jnp, numpy as np
-    from jax.sharding import AxisType, PartitionSpec as P
-    from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
-    seen = []
-    def kernel(tokens, state):
-        seen.append((tokens[0].shape, tokens[1], state.shape, jax.sharding.get_abstract_mesh().manual_axes))
-        return tokens[0] * 2 + state[:, None], state.sum(2)
-    def call(tokens, state):
-        return shard_over_batch_and_heads(kernel, (("BTHK", None), "BHK"), ("BTHK", "BH"))(tokens, state)
-    x, state = jnp.arange(4 * 3 * 2 * 5.0).reshape(4, 3, 2, 5), jnp.ones((4, 2, 5))
-    wanted = call((x, None), state)
-    assert seen.pop()[0] == (4, 3, 2, 5)
-    auto = (AxisType.Auto,)
-    for shape, names, local in (
-        ((2, 2, 2), ("data", "fsdp", "tensor"), (1, 3, 1, 5)),
-        ((4, 2), ("data", "sequence"), (1, 3, 2, 5)),
-        ((8,), ("other",), (4, 3, 2, 5)),
-    ):
-        with jax.set_mesh(jax.make_mesh(shape, names, axis_types=auto * len(shape))):
-            got = jax.jit(call)((x, None), state)
-            jax.tree.map(np.testing.assert_array_equal, got, wanted)
-            shape_seen, _, _, manual = seen.pop()
-            assert shape_seen == local, shape_seen
-            assert set(manual) == set(names), manual  # none is left to the partitioner
-            text = jax.jit(call).lower((x, None), state).compile().as_text()
-    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "tensor"), axis_types=auto * 2)):
-        try:
-            jax.jit(call)((x, None), state)
-        except ValueError as error:
-            assert str(error) == "2 heads do not divide over the 4 devices of mesh axes tensor.", error
-        else:
-            raise AssertionError("sizes that do not divide were accepted")
-        seen.clear()
-        inner = jax.shard_map(lambda x, s: call((x, None), s), in_specs=(P("data"), P("data")),
-                              out_specs=(P("data"), P("data")), axis_names={"data", "tensor"}, check_vma=False)
-        jax.tree.map(np.testing.assert_array_equal, jax.jit(inner)(x, state), wanted)
-        assert seen.pop()[0] == (2, 3, 2, 5)  # manual already: left alone
-    print("all meshes agree")
+    passes = Passes(_forward, _backward)
 """
 
 
-def test_kernels_run_on_their_own_rows_and_heads(run_python):
-    assert "all meshes agree" in run_python(textwrap.dedent(MESH_PROGRAM), devices=8)
+@pytest.fixture
+def second_kernels(tmp_path, monkeypatch):
+    """Two more CUDA kernels, a file and a line each: one for the B200, one for the H200 before today's."""
+    package = importlib.import_module("engrax.pallas_kernels.linear_attention")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, mark in (("kernel_of_a_b200", 22), ("another_of_a_h200", 44)):
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(SECOND).format(name=name, mark=mark))
+    monkeypatch.setattr(
+        package,
+        "IMPLEMENTATIONS",
+        (
+            kernel("gpu_b200", "cuda", ("sm_100",), "kernel_of_a_b200"),
+            kernel("gpu_one_head", "cuda", ("sm_90",), "another_of_a_h200"),
+            *package.IMPLEMENTATIONS,
+        ),
+    )
+    yield
+    for name in ("kernel_of_a_b200", "another_of_a_h200"):
+        sys.modules.pop(name, None)
+
+
+@needs_kernels
+def test_kernels_of_one_platform_stand_side_by_side(second_kernels, monkeypatch):
+    one_head = FINE._replace(heads=1, query_heads=1)
+    for device, shapes, wanted in (
+        ("b200", one_head, [("cuda", "gpu_b200"), (None, "xla")]),
+        ("b200", FINE, [(None, "xla")]),
+        ("h200", one_head, [("cuda", "gpu_one_head"), (None, "xla")]),
+        ("h200", FINE, [("cuda", "pallas_gpu"), (None, "xla")]),  # the next one of its platform
+        ("v5e", FINE, [("tpu", "pallas_tpu"), (None, "xla")]),
+    ):
+        see(monkeypatch, devices.NAMED[device])
+        assert names(choose(OP, shapes)) == wanted, device
+    see(monkeypatch, devices.NAMED["h200"])
+    for name in ("gpu_one_head", "pallas_gpu"):  # both by name, on the device that both are for
+        assert names(choose(OP, one_head, name)) == [(None, name)]
+    with pytest.raises(NotImplementedError, match="'gpu_b200' cannot run: .* 10.0 .sm_100., this is NVIDIA H200"):
+        choose(OP, one_head, "gpu_b200")
+    with pytest.raises(NotImplementedError, match="gpu_one_head' cannot run: another_of_a_h200 takes one head"):
+        choose(OP, FINE, "gpu_one_head")
+
+
+def numbers(text):
+    """The marks in the text of a program."""
+    return {mark for mark in (22, 23, 44, 45) if f"{mark / 10:.6f}e+01" in text}
+
+
+@needs_kernels
+@pytest.mark.parametrize("device, mark", [("b200", 22), ("h200", 44)])
+def test_the_platform_is_chosen_when_lowering(second_kernels, device, mark):
+    """One trace; the kernel for its own platform, forwards and backwards, the XLA form for all others."""
+    x = jnp.ones((1, 8, 1, 4))
+
+    def loss(x):
+        return jnp.sum(linear_attention(x, x, x)[0] ** 2)
+
+    with devices.use(devices.NAMED[device]):
+        traced = jax.jit(jax.value_and_grad(loss)).trace(x)
+    assert numbers(traced.lower(lowering_platforms=("cuda",)).as_text()) == {mark, mark + 1}
+    for platform in ("cpu", "tpu", "rocm"):
+        assert numbers(traced.lower(lowering_platforms=(platform,)).as_text()) == set(), platform
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", [op for op in dispatch.OPERATIONS if op != "linear_cross_entropy"])
+def test_a_program_traced_beside_a_kernel_runs_elsewhere(op):
+    """The table's last branch: values and gradients of the XLA form alone, though the kernel is in the program."""
+    if op == "neural_memory":
+        arrays, static = neural_memory_problems.make_problem(batch=1, heads=1, length=16, chunk=8)
+        arrays = jax.tree.map(lambda x: jnp.asarray(x, x.dtype if x.dtype == jnp.int32 else jnp.float32), arrays)
+
+        def run(arrays, name):
+            out, state = neural_memory_problems.call(arrays, static, implementation=name)
+            return out, state[:3]
+    elif op == "hopfield_retrieval":
+        state, stored, values = (x.astype(jnp.float32) for x in hopfield_problems.make_problem(4, 5, 8, 8, False)[0])
+        arrays = {"state": state, "stored": stored, "values": values}
+
+        def run(arrays, name):
+            call = importlib.import_module("engrax.pallas_kernels").hopfield_retrieval
+            return call(**arrays, beta=0.5, steps=3, implementation=name)
+    else:
+        case = dict(batch=1, length=32, heads=1, key=8, value=8, chunk=16, gate="scalar")
+        arrays, static = op_problems.make_problem(op, **case)
+        arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
+
+        def run(arrays, name):
+            return op_problems.call(op, arrays, static, implementation=name)
+
+    def both(name, arrays):
+        outputs, pull = jax.vjp(lambda arrays: run(arrays, name), arrays)
+        return outputs, pull(jax.tree.map(jnp.ones_like, outputs))
+
+    with devices.use(devices.NAMED["v5e"]), dispatch.recorded_calls() as calls:
+        lowered = jax.jit(lambda arrays: both(None, arrays)).trace(arrays).lower(lowering_platforms=("cpu",))
+    assert {explain(call, devices.NAMED["v5e"]).by for call in calls} == {"pallas_tpu"}
+    got, wanted = lowered.compile()(arrays), jax.jit(lambda arrays: both("xla", arrays))(arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is recorded and explained
+
+
+@needs_kernels
+def test_calls_are_recorded_and_explained():
+    x = jnp.ones((1, 8, 1, 4))
+    with dispatch.recorded_calls() as calls:
+        jax.eval_shape(linear_attention, x, x, x)
+        with dispatch.recorded_calls() as inner:
+            jax.eval_shape(lambda x: linear_attention(x, x, x, implementation="xla"), x)
+    jax.eval_shape(linear_attention, x, x, x)  # outside
+    assert [call.asked for call in calls] == [None] and [call.asked for call in inner] == ["xla"]
+    assert calls[0].op == OP and calls[0].shapes.length == 8
+    by, others = explain(dispatch.Call(OP, FINE, None), devices.NAMED["h200"])
+    assert by == "pallas_gpu" and list(others) == ["pallas_tpu", "xla", "reference"]
+    assert others["xla"] == "'pallas_gpu' comes first" and "this is NVIDIA H200" in others["pallas_tpu"]
+    by, others = explain(calls[0], devices.NAMED["h200"])
+    assert by == "xla" and "bfloat16" in others["pallas_gpu"]
+    by, others = explain(inner[0], devices.NAMED["h200"])
+    assert by == "xla" and others["pallas_gpu"] == "the caller asks for 'xla'"
+
+
+def test_the_core_by_hand():
+    """`Choice.run` is the core itself: what `api` does around it is its own."""
+    x, state = jnp.ones((1, 16, 1, 4)), jnp.zeros((1, 1, 4, 4))
+    out, _ = choose(OP, FINE).run(LogDecayPlan(16, 0.5), LinearInputs(x, x, x, None, state, None))
+    np.testing.assert_allclose(out, linear_attention(x, x, x)[0], rtol=1e-6)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from engrax.pallas_kernels import available, gated_delta_rule
-from engrax.pallas_kernels.dispatch import Plan
+from engrax.pallas_kernels.common.log_decay import LogDecayPlan
 from engrax.pallas_kernels.gated_delta_rule import cost, xla
-from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs
+from engrax.pallas_kernels.gated_delta_rule.vjp import DeltaInputs
 from engrax.tests import op_problems as problems
 from engrax.tests.op_problems import call, make_problem, values_and_grads
 
@@ -205,9 +205,9 @@ def test_temporary_memory_with_a_gate_per_channel():
 def test_cost_counts_the_matrix_products():
     """One chunk, so that XLA's own count sees every product; XLA also counts elementwise work."""
     sizes = dict(batch=2, seq=64, heads=4, query_heads=2, key=64, value=96)
-    plan = Plan(64, 1.0, "xla", ("xla",))
+    plan = LogDecayPlan(64, 1.0)
     q, v, beta = jnp.ones((2, 64, 2, 64)), jnp.ones((2, 64, 4, 96)), jnp.ones((2, 64, 4))
-    inputs = Inputs(q, q, v, beta, None, jnp.ones((2, 4, 64, 96)), None)
+    inputs = DeltaInputs(q, q, v, beta, None, jnp.ones((2, 4, 64, 96)), None)
     inverses, cotangents = jnp.ones((2, 64, 4, 64)), (v, inputs.state)
     counted = cost.flops(**sizes)
     forward = jax.jit(lambda inputs: xla.forward(plan, inputs)[0])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engrax.pallas_kernels.common.decay import Decay, cumulative_decay
-from engrax.pallas_kernels.gated_delta_rule.chunk import Form, Tokens, chunk
+from engrax.pallas_kernels.gated_delta_rule.chunk import DeltaForm, DeltaTokens, chunk
 from engrax.pallas_kernels.gated_delta_rule.inverse import ladder_inverse, unit_lower_inverse
 from engrax.pallas_kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from engrax.pallas_kernels.linear_attention.chunk import ScalarDecay
@@ -72,7 +72,7 @@ def test_one_chunk_and_its_derivative(gate, invert, x64):
         if gate != "none":
             decay = cumulative_decay(g, 0)
             decay = decay if gate == "channel" else ScalarDecay(decay, Decay(*(x.T for x in decay)))
-        return chunk(Form(0.5, q.dtype), Tokens(q, k, v, beta, decay), state, inverse, invert)
+        return chunk(DeltaForm(0.5, q.dtype), DeltaTokens(q, k, v, beta, decay), state, inverse, invert)
 
     def tokens(q, k, v, beta, g, state):
         batch = (x[None, :, None] for x in (q, k, v, beta[:, 0], g[:, 0] if gate == "scalar" else g))

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, Shapes, interpreted_kernels
-from engrax.pallas_kernels.neural_memory.types import Shapes as MemoryShapes
+from engrax.pallas_kernels.common.log_decay import LogDecayShapes
+from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, interpreted_kernels
+from engrax.pallas_kernels.neural_memory.types import MemoryShapes
 from engrax.tests import neural_memory_problems, op_problems
 
 pytestmark = pytest.mark.skipif(
@@ -171,7 +172,7 @@ def test_an_h200_gets_the_kernels_and_no_loop(op, devices, implementation, gate)
 @pytest.mark.parametrize("op", OPS)
 def test_what_the_kernel_cannot_serve_is_said(op):
     unsupported = importlib.import_module(f"engrax.pallas_kernels.{op}.gpu").unsupported
-    fine = Shapes(2, 128, 2, 4, 64, 128, 64, np.dtype(jnp.bfloat16), "scalar", False)
+    fine = LogDecayShapes(2, 128, 2, 4, 64, 128, 64, np.dtype(jnp.bfloat16), "scalar", False)
     assert all(unsupported(fine._replace(gate=gate)) is None for gate in ("none", "scalar", "channel"))
     for change, word in (
         (dict(segments=True), "per segment"),

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, Shapes, interpreted_kernels
+from engrax.pallas_kernels import dispatch
+from engrax.pallas_kernels.common.log_decay import LogDecayShapes
+from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, interpreted_kernels
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, with_derivatives
 from engrax.tests import neural_memory_problems, op_problems
 
@@ -172,10 +174,8 @@ def kernel_names(text):
 
 @pytest.mark.parametrize("op", ["linear_attention", "gated_delta_rule"])
 def test_what_the_kernels_cannot_serve_is_said(op):
-    from engrax.pallas_kernels.dispatch import load
-
-    unsupported = load(op, "pallas_tpu").unsupported
-    fine = Shapes(2, 128, 2, 4, 64, 128, 64, np.dtype(jnp.bfloat16), "channel", True)
+    unsupported = dispatch.implementation(op, "pallas_tpu").supports
+    fine = LogDecayShapes(2, 128, 2, 4, 64, 128, 64, np.dtype(jnp.bfloat16), "channel", True)
     for gate in ("none", "scalar", "channel"):
         assert unsupported(fine._replace(gate=gate)) is None
     for change, word in (
@@ -268,11 +268,11 @@ def test_neural_memory_lowers_for_tpu(segments, devices):
 
 
 def test_what_the_neural_memory_kernel_cannot_serve_is_said():
-    from engrax.pallas_kernels.neural_memory.tpu import Shapes, unsupported
+    from engrax.pallas_kernels.neural_memory.tpu import MemoryShapes, unsupported
 
     float32 = np.dtype(np.float32)
     sizes = dict(layers=((64, 256), (256, 64)), slots=64, group=4, batch=2, heads=2, blocks=8)
-    fine = Shapes(dtype=float32, tokens=float32, aligned=True, segments=False, **sizes)
+    fine = MemoryShapes(dtype=float32, tokens=float32, aligned=True, segments=False, **sizes)
     assert unsupported(fine) is None and unsupported(fine._replace(layers=((128, 128),))) is None
     for change, word in (
         (dict(dtype=np.dtype(np.float64)), "float64"),

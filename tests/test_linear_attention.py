@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from engrax.pallas_kernels import available, linear_attention
-from engrax.pallas_kernels.dispatch import Plan
+from engrax.pallas_kernels.common.log_decay import LogDecayPlan
 from engrax.pallas_kernels.linear_attention import cost, xla
-from engrax.pallas_kernels.linear_attention.vjp import Inputs
+from engrax.pallas_kernels.linear_attention.vjp import LinearInputs
 from engrax.tests import op_problems as problems
 from engrax.tests.neural_memory_problems import assert_close
 from engrax.tests.op_problems import call, make_problem, values, values_and_grads
@@ -240,9 +240,9 @@ def test_vmap_equals_a_loop():
 def test_cost_counts_the_matrix_products():
     """One chunk, so that XLA's own count sees every product; XLA also counts elementwise work."""
     sizes = dict(batch=2, seq=64, heads=4, query_heads=2, key=64, value=96)
-    plan = Plan(64, 1.0, "xla", ("xla",))
+    plan = LogDecayPlan(64, 1.0)
     q, v = jnp.ones((2, 64, 2, 64)), jnp.ones((2, 64, 4, 96))
-    inputs = Inputs(q, q, v, None, jnp.ones((2, 4, 64, 96)), None)
+    inputs = LinearInputs(q, q, v, None, jnp.ones((2, 4, 64, 96)), None)
     counted = cost.flops(**sizes)
     cotangents = (v, inputs.state)
     forward = jax.jit(lambda inputs: xla.forward(plan, inputs)[0])

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from engrax.pallas_kernels.common.log_decay import LogDecayShapes
 from engrax.pallas_kernels.common.segments import (
-    Layout,
+    SegmentLayout,
     aligned_layout,
     from_slots,
     mask_tokens,
@@ -13,7 +14,6 @@ from engrax.pallas_kernels.common.segments import (
     segment_gates,
     to_slots,
 )
-from engrax.pallas_kernels.dispatch import Shapes
 
 AnyArray = Array | np.ndarray  # what a caller may give
 
@@ -28,14 +28,14 @@ def token_dtype(q: AnyArray, k: AnyArray, v: AnyArray, *others: AnyArray | None)
 
 def call_shapes(
     q: AnyArray, v: AnyArray, g: AnyArray | None, dtype: DTypeLike, chunk_size: int, num_segments: int | None
-) -> Shapes:
+) -> LogDecayShapes:
     """Returns the sizes that a kernel would get."""
     batch, length, query_heads, key = q.shape
     chunk = min(length, chunk_size)
     chunks = max_chunks(length, chunk, num_segments)
     gate = "none" if g is None else ("scalar" if g.ndim == 3 else "channel")
     sizes = (batch, chunks * chunk, query_heads, v.shape[2], key, v.shape[3], chunk, np.dtype(dtype))
-    return Shapes(*sizes, gate, num_segments is not None)
+    return LogDecayShapes(*sizes, gate, num_segments is not None)
 
 
 def lay_out(
@@ -44,7 +44,7 @@ def lay_out(
     segment_ids: Int[Array, "B T"] | None,
     num_segments: int | None,
     chunk: int,
-) -> tuple[tuple[Float[Array, "B L ..."], ...], Float[Array, "B L *D"] | None, Layout | None]:
+) -> tuple[tuple[Float[Array, "B L ..."], ...], Float[Array, "B L *D"] | None, SegmentLayout | None]:
     """Returns tokens, gates and layout with L a multiple of the chunk; what is no real token is zero in all of them.
 
     Segments without states of their own become gates of -inf: `g` None must not meet those.
@@ -65,7 +65,7 @@ def lay_out(
 
 
 def take_back(
-    out: Float[Array, "B L HV V"], length: int, segment_ids: Int[Array, "B T"] | None, layout: Layout | None
+    out: Float[Array, "B L HV V"], length: int, segment_ids: Int[Array, "B T"] | None, layout: SegmentLayout | None
 ) -> Float[Array, "B T HV V"]:
     """Returns the outputs of the call's tokens in their order, zero at padding."""
     if layout is not None:

@@ -31,7 +31,7 @@ def segment_gates(g: Float[Array, "B T *D"], segment_ids: Int[Array, "B T"]) -> 
     return mask_tokens(segment_ids >= 0, jnp.where(begins, -jnp.inf, g))
 
 
-class Layout(NamedTuple):
+class SegmentLayout(NamedTuple):
     """Tokens laid out so that every segment begins at a chunk boundary.
 
     token: the token in every slot, T where a slot is empty. slot: the slot of every token, L for padding.
@@ -53,7 +53,7 @@ def max_chunks(length: int, chunk: int, num_segments: int | None) -> int:
     return (length + begun * (chunk - 1)) // chunk
 
 
-def aligned_layout(segment_ids: Int[Array, "B T"], num_segments: int, chunk: int) -> Layout:
+def aligned_layout(segment_ids: Int[Array, "B T"], num_segments: int, chunk: int) -> SegmentLayout:
     """Returns the layout of rows with segments 0 .. num_segments - 1.
 
     The number of chunks is static: the most that T tokens in that many segments can take. Chunks after a row's last
@@ -80,17 +80,17 @@ def aligned_layout(segment_ids: Int[Array, "B T"], num_segments: int, chunk: int
     has_tokens = count > 0
     starts = jnp.take_along_axis(first_chunk, segment, axis=1) == index
     first = starts & jnp.take_along_axis(has_tokens, segment, axis=1)
-    return Layout(token, slot, segment, first, end - 1, has_tokens)
+    return SegmentLayout(token, slot, segment, first, end - 1, has_tokens)
 
 
 @jax.custom_vjp
-def to_slots(x: Shaped[Array, "B T *D"], layout: Layout) -> Shaped[Array, "B L *D"]:
+def to_slots(x: Shaped[Array, "B T *D"], layout: SegmentLayout) -> Shaped[Array, "B L *D"]:
     """Lays tokens out in slots; empty slots hold zeros."""
     return _take(x, layout.token)
 
 
 @jax.custom_vjp
-def from_slots(x: Shaped[Array, "B L *D"], layout: Layout) -> Shaped[Array, "B T *D"]:
+def from_slots(x: Shaped[Array, "B L *D"], layout: SegmentLayout) -> Shaped[Array, "B T *D"]:
     """Returns the tokens in their order; padding holds zeros."""
     return _take(x, layout.slot)
 

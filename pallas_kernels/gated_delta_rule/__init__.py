@@ -7,5 +7,12 @@ the triangular system in it; `vjp` what is saved and what recomputed; `xla` chun
 bytes.
 """
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu")
+from engrax.pallas_kernels.dispatch import everywhere, kernel
+
+IMPLEMENTATIONS = (
+    kernel("pallas_gpu", "cuda", ("sm_90",), f"{__name__}.gpu"),
+    kernel("pallas_tpu", "tpu", None, f"{__name__}.tpu"),
+    everywhere("xla", f"{__name__}.xla"),
+    everywhere("reference", f"{__name__}.reference", "gated_delta_rule_reference"),
+)
 MISSING: dict[str, str] = {}

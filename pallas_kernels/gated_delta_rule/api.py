@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from engrax.pallas_kernels.common.canonicalize import call_shapes, lay_out, take_back, token_dtype
 from engrax.pallas_kernels.common.decay import chunk_decay
+from engrax.pallas_kernels.common.log_decay import LogDecayPlan
 from engrax.pallas_kernels.common.matmul import accumulator
 from engrax.pallas_kernels.common.validation import (
     check_array,
@@ -17,9 +18,9 @@ from engrax.pallas_kernels.common.validation import (
     check_segments,
     check_tokens,
 )
-from engrax.pallas_kernels.dispatch import KERNELS, Plan, choose, interpreting, unsupported_kernels
+from engrax.pallas_kernels.dispatch import choose
 from engrax.pallas_kernels.gated_delta_rule.reference import gated_delta_rule_reference
-from engrax.pallas_kernels.gated_delta_rule.vjp import OP, Inputs, apply_rule
+from engrax.pallas_kernels.gated_delta_rule.vjp import OP, DeltaInputs
 
 
 @no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked
@@ -78,13 +79,12 @@ def gated_delta_rule(
     scale = check_scale(scale, q.shape[3])
     dtype = token_dtype(q, k, v, beta, g, initial_state)
     shapes = call_shapes(q, v, g, dtype, int(chunk_size), num_segments)
-    unsupported = unsupported_kernels(OP, shapes, implementation)
-    name = choose(implementation, unsupported)
+    choice = choose(OP, shapes, implementation)
     arrays = (q, k, v, beta, g, initial_state, segment_ids)
-    if name == "reference":
+    if choice.reference:
         return _by_tokens(scale, dtype, num_segments, *arrays)
-    candidates = ("xla", *(kernel for kernel in KERNELS if kernel not in unsupported))
-    return _by_chunks(Plan(shapes.chunk, scale, name, candidates, interpreting()), dtype, num_segments, *arrays)
+    plan = LogDecayPlan(shapes.chunk, scale, choice.interpret)
+    return _by_chunks(choice, plan, dtype, num_segments, *arrays)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -96,8 +96,8 @@ def _by_tokens(scale, dtype, num_segments, q, k, v, beta, g, initial_state, segm
     return out.astype(v.dtype), state
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _by_chunks(plan, dtype, num_segments, q, k, v, beta, g, initial_state, segment_ids):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _by_chunks(choice, plan, dtype, num_segments, q, k, v, beta, g, initial_state, segment_ids):
     """The chunkwise form: segments become gates or a layout, T a multiple of the chunk."""
     sums = accumulator(dtype)
     state = _state(q, v, initial_state, num_segments, sums)
@@ -107,7 +107,7 @@ def _by_chunks(plan, dtype, num_segments, q, k, v, beta, g, initial_state, segme
     tokens = (*(x.astype(dtype) for x in (q, k, v)), beta.astype(sums))
     tokens, g, layout = lay_out(tokens, g, segment_ids, num_segments, plan.chunk)
     decay = None if g is None else chunk_decay(g, plan.chunk, segments=segment_ids is not None)
-    out, state = apply_rule(plan, Inputs(*tokens, decay, state, layout))
+    out, state = choice.run(plan, DeltaInputs(*tokens, decay, state, layout))
     return take_back(out, q.shape[1], segment_ids, layout).astype(v.dtype), state
 
 

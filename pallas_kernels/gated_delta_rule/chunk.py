@@ -28,8 +28,8 @@ from engrax.pallas_kernels.gated_delta_rule.inverse import unit_lower_inverse
 from engrax.pallas_kernels.linear_attention.chunk import ChunkDecay, ScalarDecay, causal, decay_matrix
 
 
-class Form(NamedTuple):
-    """What is static. operands: of the matrix products, the dtype of q, k and v (or `dots.EmulatedPrecision` to it)."""
+class DeltaForm(NamedTuple):
+    """What is static. operands: of the matrix products, the dtype of q, k and v (or `EmulatedPrecision` to it)."""
 
     scale: float
     operands: Operands
@@ -92,7 +92,7 @@ def _gram_bwd(form, k, bar):
 _gram.defvjp(lambda form, k: (_gram(form, k), k), _gram_bwd)
 
 
-class Tokens(NamedTuple):
+class DeltaTokens(NamedTuple):
     """The tokens of a chunk; decay None: no gate, `ScalarDecay`, or hi and lo `[C, K]`."""
 
     q: Float[Array, "C K"]
@@ -118,14 +118,14 @@ class Adjoint(NamedTuple):
     state_bar: Float[Array, "K V"]
 
 
-def widen(tokens: Tokens) -> Tokens:
+def widen(tokens: DeltaTokens) -> DeltaTokens:
     """Returns the tokens with q, k and v in the dtype of the states."""
     q, k, v = (x.astype(tokens.beta.dtype) for x in tokens[:3])
     return tokens._replace(q=q, k=k, v=v)
 
 
 def pair_scores(
-    form: Form, tokens: Tokens, by_channel=channel_scores
+    form: DeltaForm, tokens: DeltaTokens, by_channel=channel_scores
 ) -> tuple[Float[Array, "C C"], Float[Array, "C C"]]:
     """Returns the scores of queries with keys, 0 above the diagonal, and A."""
     q, k, decay, size = tokens.q, tokens.k, tokens.decay, tokens.k.shape[0]
@@ -159,7 +159,7 @@ def _until_end(decay):
     return jnp.exp(difference(Decay(columns.hi[-1:], columns.lo[-1:]), columns))
 
 
-def from_state(form: Form, decay: ChunkDecay, rows: Float[Array, "C K"], state: Float[Array, "K V"]):
+def from_state(form: DeltaForm, decay: ChunkDecay, rows: Float[Array, "C K"], state: Float[Array, "K V"]):
     """Returns exp(G) rows S: what rows read from the state before the chunk."""
     if decay is None:
         return form.matmul(rows, state)
@@ -168,7 +168,7 @@ def from_state(form: Form, decay: ChunkDecay, rows: Float[Array, "C K"], state: 
     return _since_start(decay) * form.matmul(rows, state)
 
 
-def to_start(form: Form, decay: ChunkDecay, rows: Float[Array, "C K"], values: Float[Array, "C V"]):
+def to_start(form: DeltaForm, decay: ChunkDecay, rows: Float[Array, "C K"], values: Float[Array, "C V"]):
     """Returns (exp(G) rows)^T values, the transpose of `from_state`."""
     if decay is None:
         return form.matmul_left(rows, values)
@@ -177,7 +177,7 @@ def to_start(form: Form, decay: ChunkDecay, rows: Float[Array, "C K"], values: F
     return form.matmul_left(rows, _since_start(decay) * values)
 
 
-def to_state(form: Form, decay: ChunkDecay, k: Float[Array, "C K"], written: Float[Array, "C V"]):
+def to_state(form: DeltaForm, decay: ChunkDecay, k: Float[Array, "C K"], written: Float[Array, "C V"]):
     """Returns (exp(G_C - G) K)^T written: what the chunk adds to the state."""
     if decay is None:
         return form.matmul_left(k, written)
@@ -186,7 +186,7 @@ def to_state(form: Form, decay: ChunkDecay, k: Float[Array, "C K"], written: Flo
     return form.matmul_left(k, _until_end(decay) * written)
 
 
-def from_end(form: Form, decay: ChunkDecay, k: Float[Array, "C K"], state_bar: Float[Array, "K V"]):
+def from_end(form: DeltaForm, decay: ChunkDecay, k: Float[Array, "C K"], state_bar: Float[Array, "K V"]):
     """Returns exp(G_C - G) K S', the transpose of `to_state`."""
     if decay is None:
         return form.matmul(k, state_bar)
@@ -226,8 +226,8 @@ _solve.defvjp(_solve_fwd, _solve_bwd)
 
 
 def local(
-    form: Form,
-    tokens: Tokens,
+    form: DeltaForm,
+    tokens: DeltaTokens,
     inverse: Float[Array, "C C"] | None = None,
     invert=unit_lower_inverse,
     by_channel=channel_scores,
@@ -249,33 +249,35 @@ def local(
     return Local(scores, inverse, w, u)
 
 
-def advance(form: Form, tokens: Tokens, part: Local, state: Float[Array, "K V"]):
+def advance(form: DeltaForm, tokens: DeltaTokens, part: Local, state: Float[Array, "K V"]):
     """Returns (S', written)."""
     written = part.u - form.matmul(part.w, state)
     return decayed(tokens.decay, state) + to_state(form, tokens.decay, widen(tokens).k, written), written
 
 
-def output(form: Form, tokens: Tokens, scores: Float[Array, "C C"], written: Float[Array, "C V"], state):
+def output(form: DeltaForm, tokens: DeltaTokens, scores: Float[Array, "C C"], written: Float[Array, "C V"], state):
     """Returns out, in the dtype of the states."""
     read = from_state(form, tokens.decay, widen(tokens).q, state)
     return form.scale * (read + form.matmul(scores, written))
 
 
-def adjoint(form: Form, tokens: Tokens, scores: Float[Array, "C C"], out_bar: Float[Array, "C V"]) -> Adjoint:
+def adjoint(form: DeltaForm, tokens: DeltaTokens, scores: Float[Array, "C C"], out_bar: Float[Array, "C V"]) -> Adjoint:
     """Returns what of a chunk's derivative by its state does not depend on the cotangent of S'."""
     out_bar = form.scale * out_bar
     return Adjoint(form.matmul_left(scores, out_bar), to_start(form, tokens.decay, widen(tokens).q, out_bar))
 
 
-def retreat(form: Form, tokens: Tokens, w: Float[Array, "C K"], part: Adjoint, state_bar: Float[Array, "K V"]):
+def retreat(
+    form: DeltaForm, tokens: DeltaTokens, w: Float[Array, "C K"], part: Adjoint, state_bar: Float[Array, "K V"]
+):
     """Returns the cotangent of S, given that of S'."""
     written_bar = part.written_bar + from_end(form, tokens.decay, widen(tokens).k, state_bar)
     return part.state_bar + decayed(tokens.decay, state_bar) - form.matmul_left(w, written_bar)
 
 
 def chunk(
-    form: Form,
-    tokens: Tokens,
+    form: DeltaForm,
+    tokens: DeltaTokens,
     state: Float[Array, "K V"],
     inverse: Float[Array, "C C"] | None = None,
     invert=unit_lower_inverse,

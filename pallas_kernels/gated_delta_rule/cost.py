@@ -23,7 +23,7 @@ def flops(
     and the cotangents of X, scores and values C (4 K + 12 V), of q and k through the scores 6 C K; per query head
     scores again 4 C K. Nothing is inverted.
     Not counted is what one gate per channel adds: scores by value head and by halvings of the chunk, and in the GPU
-    kernels the sums of the gates (`gpu_channel`).
+    kernels the sums of the gates (`mosaic_gpu.channel`).
     """
     chunk, queries = min(seq, chunk_size), query_heads or heads
     forward = heads * (6 * key * value + chunk * (2 * key + 4 * value) + inverse_flops(chunk) / chunk)

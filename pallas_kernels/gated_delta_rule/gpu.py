@@ -5,8 +5,8 @@ Backwards, with W what the tokens write, R = beta (v - decay k S), W = X R:
 
     states   forwards again: W and the states S before each chunk
     dv       backwards: dW, dR = X^T dW, dv = beta dR, and dS
-    dq       a sweep (`gpu_sweep`) forwards with S^T, (W, k) written: do reads dq, and dR reads the part of dk from keys
-             as readers of the state, -beta dR S^T
+    dq       a sweep (`mosaic_gpu.scan`) forwards with S^T, (W, k) written: do reads dq, and dR reads the part of dk
+             from keys as readers of the state, -beta dR S^T
     dk       two sweeps backwards: W reads the parts of dk from keys that are written, of a dS^T that comes from queries
              (do, q) and of one that comes from later keys (-beta dR, k); the registers do not hold both at once
 
@@ -15,9 +15,9 @@ decay of a chunk, dG_i = q_i . dq_i + k_i . (dk_i as a reader - dk_i as written)
 reads before its own token's write).
 
 Under one gate per channel the scores' sums over channels hold the decay, and what needs no state is done for all chunks
-at once (`gpu_channel`): scores, inverses and decayed tokens before the walk along the chunks (`gpu_channel_walks`), and
-the gradients of q, k and the gates after the walks of S and dS: first those of do as it reads (q; k, W), then those of
--beta dR as it reads (k; k, W).
+at once (`mosaic_gpu.channel`): scores, inverses and decayed tokens before the walk along the chunks (`channel_scan`),
+and the gradients of q, k and the gates after the walks of S and dS: first those of do as it reads (q; k, W), then those
+of -beta dR as it reads (k; k, W).
 """
 
 from functools import partial
@@ -26,46 +26,50 @@ import jax
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.log_decay import LogDecayOutputs, LogDecayPlan, LogDecayShapes
 from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
-from engrax.pallas_kernels.dispatch import Plan, Shapes
 from engrax.pallas_kernels.gated_delta_rule.gpu_kernels import backward_states, forward_states, inverses
-from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs, Outputs, Residuals
+from engrax.pallas_kernels.gated_delta_rule.vjp import DeltaInputs, Residuals
 from engrax.pallas_kernels.mosaic_gpu.channel import by_channel, channel_gates, prepare, token_gradients
 from engrax.pallas_kernels.mosaic_gpu.channel_scan import backward_states as walk_backwards
 from engrax.pallas_kernels.mosaic_gpu.channel_scan import forward_states as walk_forwards
 from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, pack_gates, unsupported_sizes
 from engrax.pallas_kernels.mosaic_gpu.scan import Read, Write, decay_cotangent, sum_groups, sweep
+from engrax.pallas_kernels.passes import Passes
 
 NAME = "gated_delta_rule"
-_INPUTS = Inputs("BTHK", "BTHK", "BTHV", "BTH", "BTH", "BHKV", None)  # axes, for `shard_over_batch_and_heads`
+_INPUTS = DeltaInputs("BTHK", "BTHK", "BTHV", "BTH", "BTH", "BHKV", None)  # axes, for `shard_over_batch_and_heads`
 _OUTPUTS = ("BTHV", "BHKV")
 _INVERSES = "BTHC"
 
 
-def unsupported(shapes: Shapes) -> str | None:
+def unsupported(shapes: LogDecayShapes) -> str | None:
     """Returns why the kernels cannot serve a call of these sizes, None where they can."""
     return unsupported_sizes(shapes)
 
 
-def forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, Residuals]:
+def forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, Residuals]:
     """Returns (out, final state) and the inverses."""
     run = _forward_by_channel if by_channel(inputs.decay) else _forward
     return shard_over_batch_and_heads(partial(run, plan), (_INPUTS,), (_OUTPUTS, _INVERSES))(inputs)
 
 
-def backward(plan: Plan, inputs: Inputs, residuals: Residuals, cotangents: Outputs) -> Inputs:
+def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cotangents: LogDecayOutputs) -> DeltaInputs:
     """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
     dims = (_INPUTS, _INVERSES, _OUTPUTS)
     run = _backward_by_channel if by_channel(inputs.decay) else _backward
     return shard_over_batch_and_heads(partial(run, plan), dims, _INPUTS)(inputs, residuals, cotangents)
 
 
-def _decay(inputs: Inputs) -> Decay:
+passes = Passes(forward, backward)
+
+
+def _decay(inputs: DeltaInputs) -> Decay:
     """The decay, that of gates which are 0 where there are none."""
     return Decay(jnp.zeros_like(inputs.beta), jnp.zeros_like(inputs.beta)) if inputs.decay is None else inputs.decay
 
 
-def _forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, Residuals]:
+def _forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, Residuals]:
     gates = pack_gates(_decay(inputs), factor=inputs.beta)
     x = inverses(f"{NAME}_inverse", inputs.k, gates, plan.interpret)
     arrays = (*inputs[:3], x, gates, inputs.state)
@@ -73,7 +77,7 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, Residuals]:
     return (found.out, found.final), x
 
 
-def _backward(plan: Plan, inputs: Inputs, x: Residuals, cotangents: Outputs) -> Inputs:
+def _backward(plan: LogDecayPlan, inputs: DeltaInputs, x: Residuals, cotangents: LogDecayOutputs) -> DeltaInputs:
     q, k, v, beta, _, state, _ = inputs
     out_bar, final_bar = cotangents
     decay, interpret = _decay(inputs), plan.interpret
@@ -105,7 +109,7 @@ def _backward(plan: Plan, inputs: Inputs, x: Residuals, cotangents: Outputs) -> 
         decay_bar = decay_cotangent(decay, by_token, carried, back.matches, gates)
     q_bar = sum_groups(readers.outs[0], q)
     k_bar = sum_groups(readers.outs[1] + for_queries.outs[0] + for_keys.outs[0], k)
-    return Inputs(q_bar, k_bar, back.v_bar, beta_bar.astype(beta.dtype), decay_bar, back.start_bar, None)
+    return DeltaInputs(q_bar, k_bar, back.v_bar, beta_bar.astype(beta.dtype), decay_bar, back.start_bar, None)
 
 
 def _by_chunk(beta: jax.Array) -> jax.Array:
@@ -113,7 +117,7 @@ def _by_chunk(beta: jax.Array) -> jax.Array:
     return beta.reshape(beta.shape[0], -1, CHUNK, beta.shape[2]).transpose(0, 3, 1, 2)
 
 
-def _forward_by_channel(plan: Plan, inputs: Inputs) -> tuple[Outputs, Residuals]:
+def _forward_by_channel(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, Residuals]:
     q, k, v, beta, decay, state, _ = inputs
     gates, factors = channel_gates(decay), dict(beta=_by_chunk(beta), interpret=plan.interpret)
     tokens = prepare(f"{NAME}_forward_tokens", q, k, gates, readers=True, **factors)
@@ -122,7 +126,9 @@ def _forward_by_channel(plan: Plan, inputs: Inputs) -> tuple[Outputs, Residuals]
     return (found.out, found.final), tokens.inverse
 
 
-def _backward_by_channel(plan: Plan, inputs: Inputs, x: Residuals, cotangents: Outputs) -> Inputs:
+def _backward_by_channel(
+    plan: LogDecayPlan, inputs: DeltaInputs, x: Residuals, cotangents: LogDecayOutputs
+) -> DeltaInputs:
     q, k, v, beta, decay, state, _ = inputs
     out_bar, final_bar = cotangents
     gates, interpret = channel_gates(decay), plan.interpret
@@ -143,7 +149,9 @@ def _backward_by_channel(plan: Plan, inputs: Inputs, x: Residuals, cotangents: O
     gates_bar = of_q.gates + of_reader.gates
     decay_bar = Decay(jnp.zeros_like(decay.hi), gates_bar.astype(decay.lo.dtype))
     k_bar = sum_groups(of_q.keys + of_reader.keys + beta[..., None] * of_reader.rows, k)
-    return Inputs(sum_groups(of_q.rows, q), k_bar, back.v, beta_bar.astype(beta.dtype), decay_bar, back.start, None)
+    return DeltaInputs(
+        sum_groups(of_q.rows, q), k_bar, back.v, beta_bar.astype(beta.dtype), decay_bar, back.start, None
+    )
 
 
 def _dots(a: jax.Array, b: jax.Array) -> jax.Array:

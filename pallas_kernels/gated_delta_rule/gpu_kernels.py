@@ -1,4 +1,4 @@
-"""Mosaic GPU kernels (sm_90) of the gated delta rule that are not sweeps of `gpu_sweep`: they solve a system per chunk.
+"""Mosaic GPU kernels (sm_90) of the gated delta rule that are not sweeps (`mosaic_gpu.scan`): a system per chunk.
 
 The inverse X = (I + A)^-1 of every chunk is computed by the ladder (`inverse.py`) in a kernel without any order between
 chunks. The two others carry a state along the chunks, 64 of its columns per program as in a sweep: forwards S, with
@@ -37,7 +37,7 @@ from engrax.pallas_kernels.mosaic_gpu.parts import (
     transposed,
     visible,
 )
-from engrax.pallas_kernels.mosaic_gpu.pipeline import Walk, run_kernel, walk_chunks
+from engrax.pallas_kernels.mosaic_gpu.pipeline import StateWalk, run_kernel, walk_chunks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The inverse
@@ -81,7 +81,7 @@ def _invert(group: int, inputs, outputs, scratch):
 # The state forwards
 
 
-class Advanced(NamedTuple):
+class DeltaStates(NamedTuple):
     """What `forward_states` returns; the parts that were not asked for are None."""
 
     out: Any  # [B, T, HV, V] bfloat16
@@ -92,13 +92,13 @@ class Advanced(NamedTuple):
 
 def forward_states(
     name: str, q, k, v, x, gates, start, *, scale: float = 1.0, interpret: bool = False, stages: int = 2
-) -> Advanced:
+) -> DeltaStates:
     """Runs the rule forwards: with q for its outputs, without (None) for what is written and the states.
 
     x: `inverses`; gates `[B, HV, N, 6, C]` with beta as the factor; start `[B, HV, K, V]` float32.
     """
     (batch, length), (heads, inner, outer) = k.shape[:2], start.shape[1:]
-    plan = Walk(scale, batch, heads, length // CHUNK, inner, outer)
+    plan = StateWalk(scale, batch, heads, length // CHUNK, inner, outer)
     tokens = jax.ShapeDtypeStruct((batch, length, heads, outer), jnp.bfloat16)
     out_types = {"final": jax.ShapeDtypeStruct(start.shape, jnp.float32)}
     if q is not None:
@@ -118,10 +118,10 @@ def forward_states(
     inputs = {"k": k, "v": v, "x": x, "gates": gates, "start": start} | ({} if q is None else {"q": q})
     body = partial(_advance_all, plan, min(stages, plan.chunks))
     found = run_kernel(name, body, out_types, scratch, plan.grid, interpret, inputs)
-    return Advanced(found.get("out"), found["final"], found.get("written"), found.get("states"))
+    return DeltaStates(found.get("out"), found["final"], found.get("written"), found.get("states"))
 
 
-def _arrivals(plan: Walk, inputs, full, columns) -> dict:
+def _arrivals(plan: StateWalk, inputs, full, columns) -> dict:
     """Returns by name the blocks that arrive for every chunk: of all features (`full`), of one block of columns."""
     batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
     found = {n: token_block(inputs[n], plan, batch, head, inputs[n].shape[3]) for n in full if n in inputs}
@@ -132,7 +132,7 @@ def _arrivals(plan: Walk, inputs, full, columns) -> dict:
     return found
 
 
-def _advance_all(plan: Walk, stages: int, inputs, outputs, scratch):
+def _advance_all(plan: StateWalk, stages: int, inputs, outputs, scratch):
     batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
     columns = pl.ds(column * COLUMNS, COLUMNS)
 
@@ -172,7 +172,7 @@ def _written(blocks, scratch):
     return written
 
 
-def _output(plan: Walk, blocks, scratch):
+def _output(plan: StateWalk, blocks, scratch):
     """Returns the buffer with the outputs of a chunk, given what is written in the scratch."""
     (buffer,) = scratch["scores"]
     (scores,) = products((blocks["q"], transposed(blocks["k"])))
@@ -191,7 +191,7 @@ def _output(plan: Walk, blocks, scratch):
 # The state's cotangent backwards
 
 
-class Retreated(NamedTuple):
+class DeltaCotangents(NamedTuple):
     """What `backward_states` returns, with R = beta (v - decay k S), the right-hand side of a chunk's system."""
 
     rows_bar: jax.Array  # [B, T, HV, V] bfloat16, dR
@@ -203,10 +203,10 @@ class Retreated(NamedTuple):
 
 def backward_states(
     name: str, q, k, v, x, out_bar, gates, final_bar, states, *, scale: float, interpret: bool = False, stages: int = 2
-) -> Retreated:
+) -> DeltaCotangents:
     """Runs the cotangent of the state backwards. gates: packed for it (reverse), with beta as the factor."""
     (batch, length), (heads, inner, outer) = k.shape[:2], final_bar.shape[1:]
-    plan = Walk(scale, batch, heads, length // CHUNK, inner, outer, reverse=True)
+    plan = StateWalk(scale, batch, heads, length // CHUNK, inner, outer, reverse=True)
     shape, blocks = jax.ShapeDtypeStruct, outer // COLUMNS
     out_types = {
         "rows_bar": shape((batch, length, heads, outer), jnp.bfloat16),
@@ -227,10 +227,10 @@ def backward_states(
     body = partial(_retreat_all, plan, min(stages, plan.chunks))
     found = run_kernel(name, body, out_types, scratch, plan.grid, interpret, inputs)
     dots, matches = found["dots"].sum(0).transpose(0, 2, 1), found["matches"].sum((0, -1))
-    return Retreated(found["rows_bar"], found["v_bar"], found["final"], dots, matches)
+    return DeltaCotangents(found["rows_bar"], found["v_bar"], found["final"], dots, matches)
 
 
-def _retreat_all(plan: Walk, stages: int, inputs, outputs, scratch):
+def _retreat_all(plan: StateWalk, stages: int, inputs, outputs, scratch):
     batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
     columns = pl.ds(column * COLUMNS, COLUMNS)
 
@@ -269,7 +269,7 @@ def _retreat_all(plan: Walk, stages: int, inputs, outputs, scratch):
     walk_chunks(plan, stages, arrivals, inputs["start"], outputs["final"], scratch, step)
 
 
-def _rows_bar(plan: Walk, blocks, scratch):
+def _rows_bar(plan: StateWalk, blocks, scratch):
     """Returns X^T times the cotangent of what is written."""
     (scores,) = products((blocks["k"], transposed(blocks["q"])))
     gates = (blocks["by_row"], blocks["by_column"])

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.common.decay import Decay
-from engrax.pallas_kernels.dispatch import Plan, Shapes
-from engrax.pallas_kernels.gated_delta_rule.chunk import Form, Tokens, advance, chunk, local, output
+from engrax.pallas_kernels.common.log_decay import LogDecayOutputs, LogDecayPlan, LogDecayShapes
+from engrax.pallas_kernels.gated_delta_rule.chunk import DeltaForm, DeltaTokens, advance, chunk, local, output
 from engrax.pallas_kernels.gated_delta_rule.inverse import ladder_inverse
-from engrax.pallas_kernels.gated_delta_rule.vjp import OP, Inputs, Outputs, Residuals
+from engrax.pallas_kernels.gated_delta_rule.vjp import OP, DeltaInputs, Residuals
 from engrax.pallas_kernels.linear_attention.chunk import ScalarDecay
 from engrax.pallas_kernels.mosaic_tpu.channel import channel_scores
 from engrax.pallas_kernels.mosaic_tpu.chunks import (
-    Walk,
+    ChunkKernels,
     load_decay,
     pack_decay,
     store_decay_bar,
@@ -27,14 +27,15 @@ from engrax.pallas_kernels.mosaic_tpu.chunks import (
     walk_backward,
     walk_forward,
 )
+from engrax.pallas_kernels.passes import Passes
 
 
-def unsupported(shapes: Shapes) -> str | None:
+def unsupported(shapes: LogDecayShapes) -> str | None:
     """Returns why the kernels cannot serve a call of these sizes, None where they can."""
     return unsupported_sizes(shapes)
 
 
-def forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, Residuals]:
+def forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, Residuals]:
     """Returns (out in v's dtype, final state) and the inverses."""
     walk, tokens = _prepare(plan, inputs)
     more = jax.ShapeDtypeStruct((plan.chunk, plan.chunk), jnp.float32)
@@ -42,7 +43,7 @@ def forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, Residuals]:
     return (to_tokens(out), final), to_tokens(inverses)
 
 
-def backward(plan: Plan, inputs: Inputs, residuals: Residuals, cotangents: Outputs) -> Inputs:
+def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cotangents: LogDecayOutputs) -> DeltaInputs:
     """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
     walk, tokens = _prepare(plan, inputs)
     tokens["inverse"] = to_chunks(residuals, plan.chunk)
@@ -50,25 +51,28 @@ def backward(plan: Plan, inputs: Inputs, residuals: Residuals, cotangents: Outpu
     bars, state_bar = walk_backward(walk, tokens, inputs.state, inputs.layout, out_bar, cotangents[1])
     qkv_bar = (to_tokens(bars[name]) for name in "qkv")
     beta_bar = to_tokens(bars["beta"][:, :, :, 0])
-    return Inputs(*qkv_bar, beta_bar, unpack_decay_bar(bars, inputs.decay), state_bar, None)
+    return DeltaInputs(*qkv_bar, beta_bar, unpack_decay_bar(bars, inputs.decay), state_bar, None)
 
 
-def _prepare(plan: Plan, inputs: Inputs):
+passes = Passes(forward, backward)
+
+
+def _prepare(plan: LogDecayPlan, inputs: DeltaInputs):
     tokens = {name: to_chunks(getattr(inputs, name), plan.chunk) for name in "qkv"}
     tokens["beta"] = to_chunks(inputs.beta, plan.chunk)[:, :, :, None]  # a row: a column would take the room of 128
     tokens |= pack_decay(inputs.decay, plan.chunk)
-    form = Form(plan.scale, inputs.q.dtype)
+    form = DeltaForm(plan.scale, inputs.q.dtype)
     wrt = tuple(name for name in tokens if name != "hi")
-    return Walk(OP, partial(_step, form), partial(_pull, form), wrt, plan.interpret), tokens
+    return ChunkKernels(OP, partial(_step, form), partial(_pull, form), wrt, plan.interpret), tokens
 
 
-def _tokens(his, q, k, v, beta, los) -> Tokens:
+def _tokens(his, q, k, v, beta, los) -> DeltaTokens:
     """The parts of the decay apart: only `lo` has a cotangent."""
     decay = tuple(Decay(hi, lo) for hi, lo in zip(his, los))
-    return Tokens(q, k, v, beta, ScalarDecay(*decay) if len(decay) == 2 else (decay[0] if decay else None))
+    return DeltaTokens(q, k, v, beta, ScalarDecay(*decay) if len(decay) == 2 else (decay[0] if decay else None))
 
 
-def _chunk(form: Form, inverse, tokens: Tokens, state):
+def _chunk(form: DeltaForm, inverse, tokens: DeltaTokens, state):
     return chunk(form, tokens, state, inverse, ladder_inverse, channel_scores)
 
 

@@ -19,11 +19,21 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.log_decay import LogDecayOutputs, LogDecayPlan
 from engrax.pallas_kernels.common.matmul import emulated_on_cpu
-from engrax.pallas_kernels.dispatch import Plan
-from engrax.pallas_kernels.gated_delta_rule.chunk import Form, Tokens, adjoint, advance, chunk, local, output, retreat
-from engrax.pallas_kernels.gated_delta_rule.vjp import Inputs, Outputs, Residuals
+from engrax.pallas_kernels.gated_delta_rule.chunk import (
+    DeltaForm,
+    DeltaTokens,
+    adjoint,
+    advance,
+    chunk,
+    local,
+    output,
+    retreat,
+)
+from engrax.pallas_kernels.gated_delta_rule.vjp import DeltaInputs, Residuals
 from engrax.pallas_kernels.linear_attention.chunk import ScalarDecay
+from engrax.pallas_kernels.passes import Passes
 
 GROUP_CPU, GROUP = 32, 2048  # chunks times rows times value heads of a group: what fits a cache, what fills a GPU
 
@@ -33,7 +43,7 @@ Segments = Int[Array, "BM"] | None
 
 
 class Stream(NamedTuple):
-    """The tokens of a group, still without the columns and rows of `chunk.Tokens`."""
+    """The tokens of a group, still without the columns and rows of `chunk.DeltaTokens`."""
 
     q: Float[Array, "BM H C K"]
     k: Float[Array, "BM H C K"]
@@ -42,7 +52,7 @@ class Stream(NamedTuple):
     decay: Decay | None
 
 
-class Grid(NamedTuple):
+class GroupGrid(NamedTuple):
     """How tokens are cut: `groups` groups of whole chunks of `chunk` tokens of `rows` rows.
 
     heads: H as above; copies: for how many of them a query head is repeated (1: for none).
@@ -55,19 +65,22 @@ class Grid(NamedTuple):
     copies: int
 
 
-def forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, Residuals]:
+def forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, Residuals]:
     """Returns (out, final state) and the inverses."""
     return _by_device(_forward, plan, inputs)
 
 
-def backward(plan: Plan, inputs: Inputs, residuals: Residuals, cotangents: Outputs) -> Inputs:
+def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cotangents: LogDecayOutputs) -> DeltaInputs:
     """Returns the cotangents of the inputs; that of the decay is with respect to the cumulative sum."""
     return _by_device(_backward, plan, inputs, residuals, cotangents)
 
 
+passes = Passes(forward, backward)
+
+
 def _by_device(f, plan, inputs, *more):
     def branch(group, operands):
-        return partial(f, Form(plan.scale, operands), _grid(plan, group, inputs))
+        return partial(f, DeltaForm(plan.scale, operands), _grid(plan, group, inputs))
 
     dtype = inputs.q.dtype
     return lax.platform_dependent(
@@ -116,7 +129,7 @@ def _backward(form, grid, inputs, inverses, cotangents):
     bars = jax.tree.map(jnp.zeros_like, Stream(*tokens[:5]))
     (state_bar, bars), _ = _walk(grid, step, (state_bar, bars), before)
     bars = jax.tree.map(lambda x: x[:, :length], bars)
-    return Inputs(*bars, state_bar.reshape(inputs.state.shape), None)
+    return DeltaInputs(*bars, state_bar.reshape(inputs.state.shape), None)
 
 
 def _walk(grid, step, carry, *xs):
@@ -223,13 +236,13 @@ def _place(states, segment, state):
 
 
 def _map(f, stream: Stream, *more):
-    """Applies f, which takes the `Tokens` of one chunk of one head, over the axes (BM or B, H, R) of the arrays."""
+    """Applies f, which takes the `DeltaTokens` of one chunk of one head, over the axes (BM or B, H, R)."""
 
     def one(q, k, v, beta, decay, *more):
         if decay is not None and decay.hi.ndim == 1:
             column, row = (Decay(*(jnp.expand_dims(x, axis) for x in decay)) for axis in (1, 0))
             decay = ScalarDecay(column, row)
-        return f(Tokens(q, k, v, beta[:, None], decay), *more)
+        return f(DeltaTokens(q, k, v, beta[:, None], decay), *more)
 
     mapped = jax.vmap(one, in_axes=(None, None, *[0] * (3 + len(more))))  # value heads share q and k
     for _ in range(stream.q.ndim - 2):
@@ -241,7 +254,7 @@ def _map(f, stream: Stream, *more):
 # Layouts
 
 
-def _grid(plan: Plan, group: int, inputs: Inputs) -> Grid:
+def _grid(plan: LogDecayPlan, group: int, inputs: DeltaInputs) -> GroupGrid:
     """Returns groups of about `group` chunks, of all rows and heads together; of a size that divides where one does."""
     batch, length, heads, _ = inputs.v.shape
     chunks, most = length // plan.chunk, max(1, group // (batch * heads))
@@ -249,10 +262,10 @@ def _grid(plan: Plan, group: int, inputs: Inputs) -> Grid:
     groups = chunks // whole[-1] if whole else -(-chunks // most)
     by_channel = inputs.decay is not None and inputs.decay.hi.ndim == 4
     mapped, copies = (heads, heads // inputs.q.shape[2]) if by_channel else (inputs.q.shape[2], 1)
-    return Grid(groups, plan.chunk, batch, mapped, copies)
+    return GroupGrid(groups, plan.chunk, batch, mapped, copies)
 
 
-def _padded(grid: Grid, inputs: Inputs) -> Inputs:
+def _padded(grid: GroupGrid, inputs: DeltaInputs) -> DeltaInputs:
     """Returns the inputs with tokens for whole groups; chunks that are not there write nothing and do not decay.
 
     Of the layout only the segments of the chunks are left.
@@ -262,7 +275,7 @@ def _padded(grid: Grid, inputs: Inputs) -> Inputs:
     if layout is not None:
         missing = -layout.segment.shape[1] % grid.groups
         layout = jnp.pad(layout.segment, ((0, 0), (0, missing)), mode="edge")
-    return Inputs(*tokens, inputs.state, layout)
+    return DeltaInputs(*tokens, inputs.state, layout)
 
 
 def _pad_tokens(grid, x):
@@ -270,7 +283,7 @@ def _pad_tokens(grid, x):
     return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
 
 
-def _segments(grid: Grid, n, tokens: Inputs) -> Segments:
+def _segments(grid: GroupGrid, n, tokens: DeltaInputs) -> Segments:
     """Returns the segment of every chunk of group n."""
     if tokens.layout is None:
         return None
@@ -299,23 +312,23 @@ def _apart(x):
     return lax.optimization_barrier(x)
 
 
-def _take(grid: Grid, n, x):
+def _take(grid: GroupGrid, n, x):
     """Returns what group n holds of an array by value heads, `[BM, H, R, C, ...]`."""
     return _split(grid, _slice(grid, n, x), grid.heads, x.shape[2] // grid.heads)
 
 
-def _stream(grid: Grid, n, tokens: Inputs) -> Stream:
+def _stream(grid: GroupGrid, n, tokens: DeltaInputs) -> Stream:
     q, k = (_split(grid, _slice(grid, n, x), x.shape[2]) for x in tokens[:2])
     if grid.copies > 1:
         q, k = (jnp.repeat(x, grid.copies, axis=1) for x in (q, k))
     return Stream(q, k, *jax.tree.map(partial(_take, grid, n), tokens[2:5]))
 
 
-def _of_group(grid: Grid, n, tokens: Inputs) -> tuple[Stream, Segments]:
+def _of_group(grid: GroupGrid, n, tokens: DeltaInputs) -> tuple[Stream, Segments]:
     return _stream(grid, n, tokens), _segments(grid, n, tokens)
 
 
-def _put(grid: Grid, n, whole, part):
+def _put(grid: GroupGrid, n, whole, part):
     """Puts `[BM, heads, C, ...]` of group n in its place among the tokens, in their dtype."""
     heads = part.ndim - whole.ndim + 1
     part = jnp.moveaxis(part, 1 + heads, 1)
@@ -325,6 +338,6 @@ def _put(grid: Grid, n, whole, part):
     return lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), n * part.shape[1], axis=1)
 
 
-def _split_heads(grid: Grid, state):
+def _split_heads(grid: GroupGrid, state):
     """Splits the value heads of states by query head."""
     return state.reshape(*state.shape[:-3], grid.heads, -1, *state.shape[-2:])

@@ -6,5 +6,12 @@ backward passes; `gpu` and `tpu` keep the patterns on chip; `energy` is what the
 FLOPs and bytes.
 """
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu")
+from engrax.pallas_kernels.dispatch import everywhere, kernel
+
+IMPLEMENTATIONS = (
+    kernel("pallas_gpu", "cuda", ("sm_90",), f"{__name__}.gpu"),
+    kernel("pallas_tpu", "tpu", None, f"{__name__}.tpu"),
+    everywhere("xla", f"{__name__}.xla"),
+    everywhere("reference", f"{__name__}.reference", "hopfield_retrieval_reference"),
+)
 MISSING: dict[str, str] = {}

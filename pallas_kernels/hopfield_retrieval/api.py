@@ -10,13 +10,12 @@ import numpy as np
 
 from engrax.pallas_kernels.common.matmul import accumulator
 from engrax.pallas_kernels.common.validation import check_array, check_option, check_positive_int, check_rank
-from engrax.pallas_kernels.dispatch import KERNELS, by_platform, choose, interpreting, load, unsupported_kernels
+from engrax.pallas_kernels.dispatch import Choice, choose
 from engrax.pallas_kernels.hopfield_retrieval.energy import WITH_ENERGY, pull
 from engrax.pallas_kernels.hopfield_retrieval.reference import hopfield_retrieval_reference
 from engrax.pallas_kernels.hopfield_retrieval.separation import SEPARATIONS
 from engrax.pallas_kernels.hopfield_retrieval.similarity import SIMILARITIES, half_square
-from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
-from engrax.pallas_kernels.hopfield_retrieval.xla import hopfield_retrieval_xla
+from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalInputs, RetrievalShapes
 
 OP = "hopfield_retrieval"
 GRADIENTS = ("unrolled", "implicit")
@@ -92,14 +91,12 @@ def hopfield_retrieval(
         steps = 1
     dtype = jnp.result_type(state, stored, *(() if values is None else (values,)))
     options = (separation, _power(separation, alpha), similarity, gradient)
-    form = Form(steps, float(tolerance), int(max_steps), *options, jnp.dtype(dtype))
+    form = RetrievalForm(steps, float(tolerance), int(max_steps), *options, jnp.dtype(dtype))
     (batch, states, heads, key), read = state.shape, stored if values is None else values
     sizes = (batch, heads, states, stored.shape[1], key, read.shape[3])
-    shapes = Shapes(steps, separation, similarity, *sizes, form.operands, getattr(mask, "ndim", 2) == 3)
-    unsupported = unsupported_kernels(OP, shapes, implementation)
-    name = choose(implementation, unsupported)
-    kernels = tuple(kernel for kernel in KERNELS if kernel not in unsupported)
-    return _run(name, kernels, interpreting(), form, state, stored, values, beta, mask)
+    shapes = RetrievalShapes(steps, separation, similarity, *sizes, form.operands, getattr(mask, "ndim", 2) == 3)
+    choice = choose(OP, shapes, implementation)
+    return _run(choice, form._replace(interpret=choice.interpret), state, stored, values, beta, mask)
 
 
 @no_type_check
@@ -172,23 +169,21 @@ def _prepare(dtype, state, stored, values, beta, mask):
     return state.astype(dtype), stored.astype(dtype), stored if values is None else values, beta, mask
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run(name, kernels, interpret, form, state, stored, values, beta, mask):
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(choice: Choice, form, state, stored, values, beta, mask):
     dtype = form.operands
     state, stored, values, beta, mask = _prepare(dtype, state, stored, values, beta, mask)
     plain = form.steps == 1 and form.separation == "softmax" and form.similarity == "dot"
-    if name != "reference" and plain and dtype in (jnp.float32, jnp.bfloat16):
+    if not choice.reference and plain and dtype in (jnp.float32, jnp.bfloat16):
         return _attention(state, stored, values.astype(dtype), beta, mask)
     wide = accumulator(dtype)
     arrays = [jnp.swapaxes(x, 1, 2) for x in (state, stored, values)]
-    if name == "reference":
+    if choice.reference:
         visible = jnp.ones((1, 1, 1), bool) if mask is None else mask
         visible = jnp.broadcast_to(visible, (*state.shape[:2], stored.shape[1]))
         out = hopfield_retrieval_reference(form, *(x.astype(wide) for x in arrays), beta, visible)
     else:
-        branches = {"xla": partial(hopfield_retrieval_xla, form)}
-        branches |= {kernel: partial(load(OP, kernel).retrieve, form, interpret) for kernel in kernels}
-        out = by_platform(name, branches, *arrays, beta, mask)
+        out = choice.run(form, RetrievalInputs(*arrays, beta, mask))
     return jnp.swapaxes(out, 1, 2).astype(dtype)
 
 

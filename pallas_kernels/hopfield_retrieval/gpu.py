@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
-from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, differentiable, unserved
-from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
+from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, passes_of, unserved
+from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalShapes
 from engrax.pallas_kernels.mosaic_gpu.parts import (
     BY_ROW,
     CHUNK,
@@ -40,7 +40,7 @@ PARTS = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 3}  # bfloat16 matr
 STAGES = 2  # blocks of values in SMEM at a time
 
 
-def unsupported(shapes: Shapes) -> str | None:
+def unsupported(shapes: RetrievalShapes) -> str | None:
     """Returns why this kernel cannot serve a call, None if it can."""
     reason = unserved("GPU", shapes)
     if reason is not None:
@@ -57,20 +57,20 @@ def unsupported(shapes: Shapes) -> str | None:
     return None
 
 
-def _smem_bytes(shapes: Shapes) -> int:
+def _smem_bytes(shapes: RetrievalShapes) -> int:
     blocks, parts = -(-shapes.patterns // CHUNK), PARTS[jnp.dtype(shapes.dtype)]
     columns = shapes.key * (blocks + 1) + CHUNK + STAGES * shapes.value  # of patterns and states, weights, values
     return 2 * CHUNK * parts * columns + 4 * CHUNK * blocks
 
 
-def _run(form: Form, interpret: bool, state, stored, values, beta, hidden):
+def _run(form: RetrievalForm, state, stored, values, beta, hidden):
     run = shard_over_batch_and_heads(
-        partial(_forward, form.steps, interpret), ("BHND", "BHMD", "BHMV", "Hx", "BM"), "BHNV"
+        partial(_forward, form.steps, form.interpret), ("BHND", "BHMD", "BHMV", "Hx", "BM"), "BHNV"
     )
     return run(state, stored, values, jnp.broadcast_to(beta[:, None], (len(beta), CHUNK)), hidden)
 
 
-retrieve = differentiable(_run)
+passes = passes_of(_run)
 
 
 def _forward(steps, interpret, state, stored, values, beta, hidden):

@@ -1,19 +1,18 @@
 """What the kernels of all devices share: what they serve, and the derivative, which is the XLA form's."""
 
 from collections.abc import Callable
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 
-from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
+from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalInputs, RetrievalShapes
 from engrax.pallas_kernels.hopfield_retrieval.xla import hopfield_retrieval_xla
+from engrax.pallas_kernels.passes import Passes, pull_back
 
 MOST_STEPS = 8  # on TPU they are written out: loops of few patterns end in an error of the compiler for v6e
 HIDDEN = -1e30  # added to the score of what is hidden
 
 
-def unserved(device: str, shapes: Shapes) -> str | None:
+def unserved(device: str, shapes: RetrievalShapes) -> str | None:
     """Returns why no kernel can serve a call, None if one can; `device` is named in the sentence."""
     if shapes.steps is None or not 2 <= shapes.steps <= MOST_STEPS:
         return f"the {device} kernel makes a fixed number of updates, 2 to {MOST_STEPS} (one is attention)"
@@ -26,27 +25,20 @@ def unserved(device: str, shapes: Shapes) -> str | None:
     return None
 
 
-def differentiable(forward: Callable) -> Callable:
-    """Returns retrieve(form, interpret, state, stored, values, beta, visible).
+def passes_of(forward: Callable) -> Passes:
+    """Returns the passes of a kernel.
 
-    `forward(form, interpret, state, stored, values, beta, hidden)` runs the kernel, with hidden [B, M] float32 to be
-    added to the scores. Hidden patterns and their values are zeros: where nothing is visible, all weigh the same and
-    their mean is 0.
+    `forward(form, state, stored, values, beta, hidden)` runs the kernel, with hidden [B, M] float32 to be added to the
+    scores. Hidden patterns and their values are zeros: where nothing is visible, all weigh the same: their mean is 0.
     """
 
-    @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-    def retrieve(form: Form, interpret: bool, state, stored, values, beta, visible):
-        """Returns what every state retrieves, as `hopfield_retrieval_xla`."""
-        shown = jnp.ones((len(state), 1, stored.shape[2]), bool) if visible is None else visible
+    def run(form: RetrievalForm, inputs: RetrievalInputs):
+        *arrays, visible = inputs
+        shown = jnp.ones((len(inputs.state), 1, inputs.stored.shape[2]), bool) if visible is None else visible
         hidden = jnp.where(shown[:, 0], 0, HIDDEN).astype(jnp.float32)
-        return forward(form, interpret, state, stored, values, beta, hidden)
+        return forward(form, *arrays, hidden), ()
 
-    def save(form, interpret, *arrays):
-        return retrieve(form, interpret, *arrays), arrays
+    def pull(form: RetrievalForm, inputs: RetrievalInputs, residuals, cotangent) -> RetrievalInputs:
+        return pull_back(lambda inputs: hopfield_retrieval_xla(form, *inputs), inputs, cotangent)
 
-    def pull_back(form, interpret, arrays, bar):
-        *floats, visible = arrays
-        return *jax.vjp(lambda *floats: hopfield_retrieval_xla(form, *floats, visible), *floats)[1](bar), None
-
-    retrieve.defvjp(save, pull_back)
-    return retrieve
+    return Passes(run, pull)

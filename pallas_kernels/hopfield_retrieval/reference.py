@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from engrax.pallas_kernels.hopfield_retrieval.separation import separate
 from engrax.pallas_kernels.hopfield_retrieval.similarity import SHORTEST
-from engrax.pallas_kernels.hopfield_retrieval.types import Form
+from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm
 
 _SIMILARITY = {
     "dot": lambda x, xi: x @ xi,
@@ -22,7 +22,7 @@ _SIMILARITY = {
 
 
 def hopfield_retrieval_reference(
-    form: Form,
+    form: RetrievalForm,
     state: Float[Array, "B H N D"],
     stored: Float[Array, "B H M D"],
     values: Float[Array, "B H M V"],
@@ -46,7 +46,7 @@ def hopfield_retrieval_reference(
         return jax.vmap(over_heads, in_axes=(0, 0, 0, None, 0))(state, stored, values, beta, visible)
 
 
-def _last_state(form: Form, update, xi, x, b, seen):
+def _last_state(form: RetrievalForm, update, xi, x, b, seen):
     """The state before the last association."""
     if form.steps is not None:
         for _ in range(form.steps - 1):

@@ -13,14 +13,14 @@ from jax.experimental import pallas as pl
 
 from engrax.pallas_kernels.common.matmul import accumulator, precision
 from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
-from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, differentiable, unserved
-from engrax.pallas_kernels.hopfield_retrieval.types import Form, Shapes
+from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, passes_of, unserved
+from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalShapes
 from engrax.pallas_kernels.mosaic_tpu.parts import LANES, VMEM_BYTES, call, tiled_bytes
 
 ROWS, MOST_ROWS = 16, 256  # a block of states: a multiple of a tile's rows in bfloat16, and what it holds at most
 
 
-def unsupported(shapes: Shapes) -> str | None:
+def unsupported(shapes: RetrievalShapes) -> str | None:
     """Returns why this kernel cannot serve a call, None if it can."""
     reason = unserved("TPU", shapes)
     if reason is not None:
@@ -38,15 +38,15 @@ def _rows(states: int) -> int:
     return min(MOST_ROWS, states + -states % ROWS)
 
 
-def _run(form: Form, interpret: bool, state, stored, values, beta, hidden):
-    run = shard_over_batch_and_heads(partial(_forward, form, interpret), ("BHND", "BHMD", "BHMV", "Hxx", "BxM"), "BHNV")
+def _run(form: RetrievalForm, state, stored, values, beta, hidden):
+    run = shard_over_batch_and_heads(partial(_forward, form), ("BHND", "BHMD", "BHMV", "Hxx", "BxM"), "BHNV")
     return run(state, stored, values, beta[:, None, None], hidden[:, None])
 
 
-retrieve = differentiable(_run)
+passes = passes_of(_run)
 
 
-def _forward(form, interpret, state, stored, values, beta, hidden):
+def _forward(form, state, stored, values, beta, hidden):
     batch, heads, count, width = state.shape
     rows, missing = _rows(count), -stored.shape[2] % LANES
     state = jnp.pad(state, [(0, 0), (0, 0), (0, -count % rows), (0, 0)])
@@ -76,7 +76,7 @@ def _forward(form, interpret, state, stored, values, beta, hidden):
         outputs=(out,),
         out_specs=(block(values.shape[3]),),
         scratch=(),
-        interpret=interpret,
+        interpret=form.interpret,
     )
     return out[:, :, :count]
 

@@ -3,15 +3,17 @@
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from engrax.pallas_kernels.common.matmul import Operands
 
 
-class Form(NamedTuple):
+class RetrievalForm(NamedTuple):
     """steps: updates, None = until the state rests; at most `max_steps`. gradient: "unrolled" or "implicit".
 
     A state rests once an update moves it by no more than `tolerance` times the length of its longest visible pattern.
-    operands: of the matrix products. scores: how many are worked on at once, None = all.
+    operands: of the matrix products. scores: how many are worked on at once, None = all. interpret: kernels are
+    interpreted.
     """
 
     steps: int | None
@@ -23,9 +25,20 @@ class Form(NamedTuple):
     gradient: str
     operands: Operands
     scores: int | None = None
+    interpret: bool = False
 
 
-class Shapes(NamedTuple):
+class RetrievalInputs(NamedTuple):
+    """What every implementation of retrieval gets; `visible` has a middle axis of N or 1."""
+
+    state: Float[Array, "B H N D"]
+    stored: Float[Array, "B H M D"]
+    values: Float[Array, "B H M V"]
+    beta: Float[Array, " H"]
+    visible: Bool[Array, "B _ M"] | None
+
+
+class RetrievalShapes(NamedTuple):
     """What a kernel is asked to serve."""
 
     steps: int | None

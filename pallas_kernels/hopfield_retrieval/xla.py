@@ -17,14 +17,15 @@ from jaxtyping import Array, Bool, Float
 from engrax.pallas_kernels.common.matmul import accumulator, emulated_on_cpu
 from engrax.pallas_kernels.hopfield_retrieval.separation import exponentials, separate
 from engrax.pallas_kernels.hopfield_retrieval.similarity import product, similarities
-from engrax.pallas_kernels.hopfield_retrieval.types import Form
+from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalInputs
+from engrax.pallas_kernels.passes import Passes
 
 CACHED_SCORES = 2**19  # 2 MiB
 UNROLLED = 8  # updates that are written out: a loop copies its states
 
 
 def hopfield_retrieval_xla(
-    form: Form,
+    form: RetrievalForm,
     state: Float[Array, "B H N D"],
     stored: Float[Array, "B H M D"],
     values: Float[Array, "B H M V"],
@@ -35,6 +36,13 @@ def hopfield_retrieval_xla(
     on_a_cpu = form._replace(operands=emulated_on_cpu(form.operands), scores=CACHED_SCORES)
     branches = {"cpu": partial(_by_blocks, on_a_cpu), "default": partial(_by_blocks, form)}
     return lax.platform_dependent(state, stored, values, beta, visible, **branches)
+
+
+def _retrieve_all(form: RetrievalForm, inputs: RetrievalInputs) -> Float[Array, "B H N V"]:
+    return hopfield_retrieval_xla(form, *inputs)
+
+
+passes = Passes.of(_retrieve_all)
 
 
 def _by_blocks(form, state, stored, values, beta, visible):

@@ -6,5 +6,12 @@ Files: `api` validates and chooses; `reference` the token-by-token oracle; `chun
 saved and what recomputed; `xla` all chunks at once; `cost` counts FLOPs and bytes.
 """
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu")
+from engrax.pallas_kernels.dispatch import everywhere, kernel
+
+IMPLEMENTATIONS = (
+    kernel("pallas_gpu", "cuda", ("sm_90",), f"{__name__}.gpu"),
+    kernel("pallas_tpu", "tpu", None, f"{__name__}.tpu"),
+    everywhere("xla", f"{__name__}.xla"),
+    everywhere("reference", f"{__name__}.reference", "linear_attention_reference"),
+)
 MISSING: dict[str, str] = {}

@@ -19,7 +19,7 @@ def flops(
     Backward, per value head: states again, their cotangents and those of q, k and v through them, 10 K V; cotangents
     of scores and values 4 C V; per query head scores again and the cotangents of q and k through them, 6 C K.
     Not counted is what one gate per channel adds: scores by value head and by halvings of the chunk, and in the GPU
-    kernels the sums of the gates (`gpu_channel`).
+    kernels the sums of the gates (`mosaic_gpu.channel`).
     """
     chunk, queries = min(seq, chunk_size), query_heads or heads
     forward = heads * (4 * key * value + 2 * chunk * value) + queries * 2 * chunk * key

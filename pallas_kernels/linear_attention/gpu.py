@@ -9,7 +9,7 @@ a chunk, dG_i = q_i . dq_i - k_i . dk_i, and the chunk's last token adds the sta
 leaves the chunks' states (bfloat16) to the sweep of dk. Without gates no state leaves the chip.
 
 Under one gate per channel the decay is part of the scores' sums over channels, and what needs no state is done for all
-chunks at once (`gpu_channel`): scores and decayed tokens before the walk along the chunks (`gpu_channel_walks`), and
+chunks at once (`mosaic_gpu.channel`): scores and decayed tokens before the walk along the chunks (`channel_scan`), and
 the gradients of q, k and the gates after the walks of S and dS, which leave the states of all chunks for it.
 """
 
@@ -18,46 +18,50 @@ from functools import partial
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.log_decay import LogDecayOutputs, LogDecayPlan, LogDecayShapes
 from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
-from engrax.pallas_kernels.dispatch import Plan, Shapes
-from engrax.pallas_kernels.linear_attention.vjp import Inputs, Outputs
+from engrax.pallas_kernels.linear_attention.vjp import LinearInputs
 from engrax.pallas_kernels.mosaic_gpu.channel import by_channel, channel_gates, prepare, token_gradients
 from engrax.pallas_kernels.mosaic_gpu.channel_scan import backward_states, forward_states
 from engrax.pallas_kernels.mosaic_gpu.parts import pack_gates, unsupported_sizes
 from engrax.pallas_kernels.mosaic_gpu.scan import Read, Write, decay_cotangent, sum_groups, sweep
+from engrax.pallas_kernels.passes import Passes
 
 NAME = "linear_attention"
 
 
-def unsupported(shapes: Shapes) -> str | None:
+def unsupported(shapes: LogDecayShapes) -> str | None:
     """Returns why the kernels cannot serve a call of these sizes, None where they can."""
     return unsupported_sizes(shapes)
 
 
-def forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, tuple]:
+def forward(plan: LogDecayPlan, inputs: LinearInputs) -> tuple[LogDecayOutputs, tuple]:
     """Returns ((out in v's dtype, final state), no residuals)."""
     run = _forward_by_channel if by_channel(inputs.decay) else _forward
     return shard_over_batch_and_heads(partial(run, plan), (_INPUTS,), _OUTPUTS)(inputs), ()
 
 
-def backward(plan: Plan, inputs: Inputs, residuals: tuple, cotangents: Outputs) -> Inputs:
+def backward(plan: LogDecayPlan, inputs: LinearInputs, residuals: tuple, cotangents: LogDecayOutputs) -> LinearInputs:
     """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
     run = _backward_by_channel if by_channel(inputs.decay) else _backward
     return shard_over_batch_and_heads(partial(run, plan), (_INPUTS, _OUTPUTS), _INPUTS)(inputs, cotangents)
 
 
-_INPUTS = Inputs("BTHK", "BTHK", "BTHV", "BTH", "BHKV", None)  # axes, for `shard_over_batch_and_heads`
+passes = Passes(forward, backward)
+
+
+_INPUTS = LinearInputs("BTHK", "BTHK", "BTHV", "BTH", "BHKV", None)  # axes, for `shard_over_batch_and_heads`
 _OUTPUTS = ("BTHV", "BHKV")
 
 
-def _forward(plan: Plan, inputs: Inputs) -> Outputs:
+def _forward(plan: LogDecayPlan, inputs: LinearInputs) -> LogDecayOutputs:
     q, k, v, decay, state, _ = inputs
     reads, write = [Read(q, plan.scale)], Write(k, v)
     swept = sweep(f"{NAME}_forward", reads, write, pack_gates(decay), state, interpret=plan.interpret)
     return swept.outs[0], swept.final
 
 
-def _backward(plan: Plan, inputs: Inputs, cotangents: Outputs) -> Inputs:
+def _backward(plan: LogDecayPlan, inputs: LinearInputs, cotangents: LogDecayOutputs) -> LinearInputs:
     q, k, v, decay, state, _ = inputs
     out_bar, final_bar = cotangents
     gates, gates_back = pack_gates(decay), pack_gates(decay, reverse=True)
@@ -96,10 +100,10 @@ def _backward(plan: Plan, inputs: Inputs, cotangents: Outputs) -> Inputs:
         local, carried = of_q.local_dots[0] - of_k.local_dots[0], of_q.carried_dots[0] - of_k.carried_dots[0]
         decay_bar = decay_cotangent(decay, local + carried, of_k.carried_dots[0], of_k.matches, gates)
     q_bar, k_bar = (sum_groups(x, q) for x in (of_q.outs[0], of_k.outs[0]))
-    return Inputs(q_bar, k_bar, of_v.outs[0], decay_bar, of_v.final, None)
+    return LinearInputs(q_bar, k_bar, of_v.outs[0], decay_bar, of_v.final, None)
 
 
-def _forward_by_channel(plan: Plan, inputs: Inputs) -> Outputs:
+def _forward_by_channel(plan: LogDecayPlan, inputs: LinearInputs) -> LogDecayOutputs:
     q, k, v, decay, state, _ = inputs
     gates = channel_gates(decay)
     tokens = prepare(f"{NAME}_forward_tokens", q, k, gates, interpret=plan.interpret)
@@ -108,7 +112,7 @@ def _forward_by_channel(plan: Plan, inputs: Inputs) -> Outputs:
     return found.out, found.final
 
 
-def _backward_by_channel(plan: Plan, inputs: Inputs, cotangents: Outputs) -> Inputs:
+def _backward_by_channel(plan: LogDecayPlan, inputs: LinearInputs, cotangents: LogDecayOutputs) -> LinearInputs:
     q, k, v, decay, state, _ = inputs
     out_bar, final_bar = cotangents
     gates, interpret = channel_gates(decay), plan.interpret
@@ -125,4 +129,6 @@ def _backward_by_channel(plan: Plan, inputs: Inputs, cotangents: Outputs) -> Inp
         interpret=interpret,
     )
     decay_bar = Decay(jnp.zeros_like(decay.hi), of_tokens.gates.astype(decay.lo.dtype))
-    return Inputs(sum_groups(of_tokens.rows, q), sum_groups(of_tokens.keys, k), back.v, decay_bar, back.start, None)
+    return LinearInputs(
+        sum_groups(of_tokens.rows, q), sum_groups(of_tokens.keys, k), back.v, decay_bar, back.start, None
+    )

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.log_decay import LogDecayOutputs, LogDecayPlan, LogDecayShapes
 from engrax.pallas_kernels.common.matmul import COLUMNS, ROWS, dot
-from engrax.pallas_kernels.dispatch import Plan, Shapes
 from engrax.pallas_kernels.linear_attention.chunk import ScalarDecay, chunk, write
-from engrax.pallas_kernels.linear_attention.vjp import OP, Inputs, Outputs
+from engrax.pallas_kernels.linear_attention.vjp import OP, LinearInputs
 from engrax.pallas_kernels.mosaic_tpu.channel import channel_scores
 from engrax.pallas_kernels.mosaic_tpu.chunks import (
-    Walk,
+    ChunkKernels,
     load_decay,
     pack_decay,
     store_decay_bar,
@@ -23,35 +23,39 @@ from engrax.pallas_kernels.mosaic_tpu.chunks import (
     walk_backward,
     walk_forward,
 )
+from engrax.pallas_kernels.passes import Passes
 
 
-def unsupported(shapes: Shapes) -> str | None:
+def unsupported(shapes: LogDecayShapes) -> str | None:
     """Returns why the kernels cannot serve a call of these sizes, None where they can."""
     return unsupported_sizes(shapes)
 
 
-def forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, tuple]:
+def forward(plan: LogDecayPlan, inputs: LinearInputs) -> tuple[LogDecayOutputs, tuple]:
     """Returns ((out in v's dtype, final state), no residuals)."""
     walk, tokens = _prepare(plan, inputs)
     out, final, _ = walk_forward(walk, tokens, inputs.state, inputs.layout)
     return (to_tokens(out), final), ()
 
 
-def backward(plan: Plan, inputs: Inputs, residuals: tuple, cotangents: Outputs) -> Inputs:
+def backward(plan: LogDecayPlan, inputs: LinearInputs, residuals: tuple, cotangents: LogDecayOutputs) -> LinearInputs:
     """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
     walk, tokens = _prepare(plan, inputs)
     out_bar = to_chunks(cotangents[0], plan.chunk)
     bars, state_bar = walk_backward(walk, tokens, inputs.state, inputs.layout, out_bar, cotangents[1])
     qkv_bar = (to_tokens(bars[name]) for name in "qkv")
-    return Inputs(*qkv_bar, unpack_decay_bar(bars, inputs.decay), state_bar, None)
+    return LinearInputs(*qkv_bar, unpack_decay_bar(bars, inputs.decay), state_bar, None)
 
 
-def _prepare(plan: Plan, inputs: Inputs):
+passes = Passes(forward, backward)
+
+
+def _prepare(plan: LogDecayPlan, inputs: LinearInputs):
     decay = pack_decay(inputs.decay, plan.chunk)
     tokens = {name: to_chunks(getattr(inputs, name), plan.chunk) for name in "qkv"} | decay
     run = partial(_chunk, plan.scale, inputs.q.dtype)
     wrt = tuple(name for name in tokens if name != "hi")
-    return Walk(OP, partial(_step, run), partial(_pull, run), wrt, plan.interpret), tokens
+    return ChunkKernels(OP, partial(_step, run), partial(_pull, run), wrt, plan.interpret), tokens
 
 
 def _chunk(scale, dtype, his, q, k, v, los, state):

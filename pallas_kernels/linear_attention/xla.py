@@ -16,16 +16,17 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.log_decay import LogDecayOutputs, LogDecayPlan
 from engrax.pallas_kernels.common.matmul import Operands, accumulator, emulated_on_cpu
-from engrax.pallas_kernels.dispatch import Plan
 from engrax.pallas_kernels.linear_attention.chunk import ScalarDecay, read, write
-from engrax.pallas_kernels.linear_attention.vjp import Inputs, Outputs
+from engrax.pallas_kernels.linear_attention.vjp import LinearInputs
+from engrax.pallas_kernels.passes import Passes
 
 GROUP_CPU, GROUP = 32, 2048  # chunks times rows times value heads of a group
 UNROLL = 8  # chunks per step of the scan over states: a step is a handful of elementwise operations
 
 
-class Form(NamedTuple):
+class LinearForm(NamedTuple):
     """What is static. group: chunks times rows times value heads; operands: of the matrix products."""
 
     chunk: int
@@ -38,19 +39,22 @@ State = Float[Array, "B *NH K V"]
 States = Float[Array, "M B *H K V"]
 
 
-def forward(plan: Plan, inputs: Inputs) -> tuple[Outputs, tuple]:
+def forward(plan: LogDecayPlan, inputs: LinearInputs) -> tuple[LogDecayOutputs, tuple]:
     """Returns (out, final state) and no residuals."""
     return _by_device(_forward, plan, inputs), ()
 
 
-def backward(plan: Plan, inputs: Inputs, residuals: tuple, cotangents: Outputs) -> Inputs:
+def backward(plan: LogDecayPlan, inputs: LinearInputs, residuals: tuple, cotangents: LogDecayOutputs) -> LinearInputs:
     """Returns the cotangents of the inputs; that of the decay is with respect to the cumulative sum."""
     return _by_device(_backward, plan, inputs, cotangents)
 
 
+passes = Passes(forward, backward)
+
+
 def _by_device(f, plan, inputs, *args):
-    cpu = Form(plan.chunk, plan.scale, GROUP_CPU, emulated_on_cpu(inputs.q.dtype))
-    other = Form(plan.chunk, plan.scale, GROUP, inputs.q.dtype)
+    cpu = LinearForm(plan.chunk, plan.scale, GROUP_CPU, emulated_on_cpu(inputs.q.dtype))
+    other = LinearForm(plan.chunk, plan.scale, GROUP, inputs.q.dtype)
     return lax.platform_dependent(inputs, *args, cpu=partial(f, cpu), default=partial(f, other))
 
 
@@ -171,7 +175,7 @@ def _group_backward(form, inputs, out_bar, final_bar):
     if decay is not None:
         lo_bar = _to_tokens(decay_bar.lo + decay_more.lo, heads, inputs.decay.lo)
         decay_bar = Decay(jnp.zeros_like(lo_bar), lo_bar)
-    return Inputs(q_bar, k_bar, v_bar, decay_bar, state_bar.reshape(inputs.state.shape), None)
+    return LinearInputs(q_bar, k_bar, v_bar, decay_bar, state_bar.reshape(inputs.state.shape), None)
 
 
 def _carry(keep, update: States, state: State, segments: Int[Array, "M B"] | None) -> tuple[States, State]:
@@ -232,7 +236,7 @@ def _columns_and_rows(decay: Decay | None):
     return ScalarDecay(Decay(decay.hi[:, None], decay.lo[:, None]), Decay(decay.hi[None], decay.lo[None]))
 
 
-def _over_heads(f, form: Form, inputs: Inputs):
+def _over_heads(f, form: LinearForm, inputs: LinearInputs):
     """Returns f, which takes one chunk of one head, mapped over chunks, rows and heads."""
     f, heads = partial(f, form), len(_heads(inputs))
 
@@ -248,7 +252,7 @@ def _over_heads(f, form: Form, inputs: Inputs):
 # Layouts
 
 
-def _heads(inputs: Inputs) -> tuple[int, ...]:
+def _heads(inputs: LinearInputs) -> tuple[int, ...]:
     """Returns the sizes of the axes of heads: (H, R) where the R value heads of a query head share its scores, which
     a gate per channel makes their own, else (HV,).
     """
@@ -257,7 +261,7 @@ def _heads(inputs: Inputs) -> tuple[int, ...]:
     return (heads, value_heads // heads) if shares else (value_heads,)
 
 
-def _to_chunks(form: Form, inputs: Inputs):
+def _to_chunks(form: LinearForm, inputs: LinearInputs):
     """Returns q, k, v and decay `[M, B, H, C, ...]`, in the accumulator's dtype."""
     heads = _heads(inputs)
     own = heads[0] // inputs.q.shape[2]  # 1, or how often the queries of a head are repeated

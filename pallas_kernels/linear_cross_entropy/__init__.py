@@ -4,7 +4,12 @@ Files: `api` validates and chooses; `reference` makes the logits; `xla` walks ov
 pass; `cost` counts FLOPs and bytes.
 """
 
-IMPLEMENTATIONS = ("reference", "xla")
+from engrax.pallas_kernels.dispatch import everywhere
+
+IMPLEMENTATIONS = (
+    everywhere("xla", f"{__name__}.xla", "linear_cross_entropy_xla"),
+    everywhere("reference", f"{__name__}.reference", "linear_cross_entropy_reference"),
+)
 MISSING = {
     "pallas_gpu": "there is no kernel: matrix products bind this operation, and XLA's are as fast",
     "pallas_tpu": "there is no kernel: matrix products bind this operation, and XLA's are as fast",

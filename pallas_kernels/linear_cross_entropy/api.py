@@ -1,18 +1,30 @@
 """The public operation `linear_cross_entropy`: its contract, its validation and the choice of an implementation."""
 
 from functools import partial
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from engrax.pallas_kernels.common.matmul import accumulator
 from engrax.pallas_kernels.common.segments import mask_tokens
 from engrax.pallas_kernels.common.validation import check_array, check_positive_int, check_rank
 from engrax.pallas_kernels.dispatch import choose
-from engrax.pallas_kernels.linear_cross_entropy import MISSING
 from engrax.pallas_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from engrax.pallas_kernels.linear_cross_entropy.xla import linear_cross_entropy_xla
+
+OP = "linear_cross_entropy"
+
+
+class CrossEntropyShapes(NamedTuple):
+    """The sizes of a call, as `dispatch.Call` records them."""
+
+    batch: int
+    length: int
+    features: int
+    vocabulary: int
+    dtype: np.dtype
 
 
 @no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked
@@ -50,7 +62,6 @@ def linear_cross_entropy(hidden, embedding, labels, *, soft_cap=None, chunk_size
 def linear_cross_entropy_terms(hidden, embedding, labels, *, soft_cap=None, chunk_size=1024, implementation=None):
     """Returns `linear_cross_entropy`'s (nats, correct) and log sum_v exp(z_v) `[B, T]`, 0 where there is no label: what
     a z-loss (arXiv 2204.02311) is made of."""
-    name = choose(implementation, MISSING)
     check_rank("hidden", hidden, "[B, T, D]")
     check_rank("embedding", embedding, "[V, D]")
     check_array("hidden", hidden, "[B, T, D]", hidden.shape)
@@ -60,14 +71,16 @@ def linear_cross_entropy_terms(hidden, embedding, labels, *, soft_cap=None, chun
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap is {soft_cap!r}, wanted a number above 0 or None.")
     cap = None if soft_cap is None else float(soft_cap)
-    return _run(name, int(chunk_size), cap, hidden, embedding, labels)
+    sizes = CrossEntropyShapes(*hidden.shape, embedding.shape[0], jnp.dtype(jnp.result_type(hidden, embedding)))
+    choice = choose(OP, sizes, implementation)
+    return _run(choice.reference, int(chunk_size), cap, hidden, embedding, labels)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(name, chunk_size, soft_cap, hidden, embedding, labels):
+def _run(reference, chunk_size, soft_cap, hidden, embedding, labels):
     dtype = jnp.result_type(hidden, embedding)
     hidden = mask_tokens(labels >= 0, hidden)
-    if name == "reference":
+    if reference:
         wide = (x.astype(accumulator(dtype)) for x in (hidden, embedding))
         return linear_cross_entropy_reference(*wide, labels, soft_cap=soft_cap)
     hidden, embedding = hidden.astype(dtype), embedding.astype(dtype)

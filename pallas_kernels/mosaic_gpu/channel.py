@@ -12,7 +12,7 @@ halves and k times its own in left ones, x x^T holds the scores of all pairs tha
 of q in right halves and of k in left ones are the factor times M x, M the symmetric matrix of the scores' cotangents.
 
 `prepare` computes the scores (and for the delta rule the inverse) and multiplies tokens by their decays to the ends of
-the chunk; the walks of `gpu_channel_walks` carry the states; `token_gradients` differentiates. While the backward pass
+the chunk; the walks of `channel_scan` carry the states; `token_gradients` differentiates. While the backward pass
 runs, the states and their cotangents of every chunk lie in memory as bfloat16: 4 K V bytes for each chunk and head.
 """
 
@@ -283,7 +283,7 @@ def token_gradients(
     """Differentiates out_i = scale factor_i rows_i S_i by rows, keys and gates; S_i is the state after token i.
 
     rows, keys `[B, T, H, K]`; values, out_bar `[B, T, HV, V]`; states `[B, HV, N, K, V]` bfloat16: before each chunk,
-    states_bar: the cotangents of those after it, matches: of `gpu_channel_walks.Advanced`; None: what keys write into
+    states_bar: the cotangents of those after it, matches: of `channel_scan.ChannelStates`; None: what keys write into
     the state is left out.
     factor `[B, HV, N, C]` float32 or None; the gradient of rows comes without it. strict: S_i without token i's write.
     """

@@ -1,6 +1,6 @@
 """The states under one gate per channel on GPUs of compute capability 9.0: two walks along the chunks.
 
-With S the state before a chunk, and what `gpu_channel.prepare` leaves: q and k as decayed, P the scores, and for the
+With S the state before a chunk, and what `channel.prepare` leaves: q and k as decayed, P the scores, and for the
 delta rule X, beta and the keys as readers r,
 
     forwards     written = v,  or X beta (v - r S)
@@ -37,10 +37,10 @@ from engrax.pallas_kernels.mosaic_gpu.parts import (
     token_block,
     transposed,
 )
-from engrax.pallas_kernels.mosaic_gpu.pipeline import Walk, run_kernel, walk_chunks
+from engrax.pallas_kernels.mosaic_gpu.pipeline import StateWalk, run_kernel, walk_chunks
 
 
-class Advanced(NamedTuple):
+class ChannelStates(NamedTuple):
     """What `forward_states` returns; the parts that were not asked for are None."""
 
     out: Any  # [B, T, HV, V] bfloat16
@@ -50,7 +50,7 @@ class Advanced(NamedTuple):
     matches: Any  # [B, HV, N, K] float32, by channel: what the chunk keeps of that state . match_with
 
 
-class Retreated(NamedTuple):
+class ChannelCotangents(NamedTuple):
     """What `backward_states` returns."""
 
     v: jax.Array  # [B, T, HV, V] bfloat16
@@ -70,12 +70,13 @@ def forward_states(
     scale: float = 1.0,
     beta=None,
     interpret: bool = False,
-) -> Advanced:
+) -> ChannelStates:
     """Walks forwards: for the outputs, or for the states, what is written and the matches.
 
     whole `[B, HV, N, K]`, start `[B, HV, K, V]`, beta `[B, HV, N, C]` (the delta rule's; None: linear attention).
-    match_with: the cotangents of the states after each chunk, of `Retreated`; None: the outputs are wanted. Every gate
-    of a chunk owes to the matches, whose sides grow with the length: they are taken here, where the state is exact.
+    match_with: the cotangents of the states after each chunk, of `ChannelCotangents`; None: the outputs are wanted.
+    Every gate of a chunk owes to the matches, whose sides grow with the length: they are taken here, where the state is
+    exact.
     """
     walk, shape = _walk(scale, v, start), jax.ShapeDtypeStruct
     out_types = {"final": shape(start.shape, jnp.float32)}
@@ -95,12 +96,12 @@ def forward_states(
     found = run_kernel(name, partial(_advance, walk), out_types, scratch, walk.grid, interpret, inputs)
     if "matches" in found:
         found["matches"] = found["matches"].sum(0) * whole
-    return Advanced(**dict.fromkeys(Advanced._fields) | found)
+    return ChannelStates(**dict.fromkeys(ChannelStates._fields) | found)
 
 
 def backward_states(
     name: str, tokens: Prepared, out_bar, whole, final_bar, *, scale: float, beta=None, interpret: bool = False
-) -> Retreated:
+) -> ChannelCotangents:
     """Walks backwards with the cotangent of the state, final_bar `[B, HV, K, V]` at first."""
     walk, shape = _walk(scale, out_bar, final_bar)._replace(reverse=True), jax.ShapeDtypeStruct
     out_types = {"v": shape(out_bar.shape, jnp.bfloat16), "final": shape(final_bar.shape, jnp.float32)}
@@ -111,15 +112,15 @@ def backward_states(
         out_types["rows"] = out_types["v"]
     scratch = _scratch(walk, beta is not None)
     found = run_kernel(name, partial(_retreat, walk), out_types, scratch, walk.grid, interpret, inputs)
-    return Retreated(found["v"], found["final"], found["states"], found.get("rows"))
+    return ChannelCotangents(found["v"], found["final"], found["states"], found.get("rows"))
 
 
-def _walk(scale: float, v, start) -> Walk:
+def _walk(scale: float, v, start) -> StateWalk:
     batch, length, heads, outer = v.shape
-    return Walk(scale, batch, heads, length // CHUNK, start.shape[2], outer)
+    return StateWalk(scale, batch, heads, length // CHUNK, start.shape[2], outer)
 
 
-def _scratch(walk: Walk, solves: bool) -> dict:
+def _scratch(walk: StateWalk, solves: bool) -> dict:
     return {
         "state": matrix(walk.inner, COLUMNS),
         "exact_state": [],
@@ -129,7 +130,7 @@ def _scratch(walk: Walk, solves: bool) -> dict:
     }
 
 
-def _run(walk: Walk, inputs, outputs, scratch, step):
+def _run(walk: StateWalk, inputs, outputs, scratch, step):
     """Walks with `step(blocks by name, state, place) -> state`, place(array): the chunk's part of the output."""
     batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
     columns = pl.ds(column * COLUMNS, COLUMNS)
@@ -165,7 +166,7 @@ def _run(walk: Walk, inputs, outputs, scratch, step):
     walk_chunks(walk, min(2, walk.chunks), arrivals, inputs["start"], outputs["final"], scratch, at)
 
 
-def _advance(walk: Walk, inputs, outputs, scratch):
+def _advance(walk: StateWalk, inputs, outputs, scratch):
     def step(blocks, state, send):
         written = blocks["v"]
         if "inverse" in blocks:
@@ -211,7 +212,7 @@ def _solve(blocks, scratch):
     return scratch["written"]
 
 
-def _retreat(walk: Walk, inputs, outputs, scratch):
+def _retreat(walk: StateWalk, inputs, outputs, scratch):
     def step(blocks, state, send):
         out_bar = blocks["v"]
         read, carried = products((transposed(blocks["scores"]), out_bar), (blocks["k"], scratch["state"]))

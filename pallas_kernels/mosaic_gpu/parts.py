@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from engrax.pallas_kernels.common.decay import Decay
-from engrax.pallas_kernels.dispatch import Shapes
+from engrax.pallas_kernels.common.log_decay import LogDecayShapes
 
 CHUNK = 64  # tokens of a chunk: the rows of one instruction of the matrix unit
 COLUMNS = 64  # columns of a state per program
@@ -26,7 +26,7 @@ MATRIX = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)  # vectors that go along the rows or along the columns
 
 
-def unsupported_sizes(shapes: Shapes) -> str | None:
+def unsupported_sizes(shapes: LogDecayShapes) -> str | None:
     """Returns why the kernels of the log-decay operations cannot serve a call of these sizes, None where they can."""
     if shapes.segments:
         return "the GPU kernel has no states per segment"

@@ -23,7 +23,7 @@ def run_kernel(name: str, body, out_types: dict, scratch: dict, grid, interpret:
     return kernel(inputs)[0]
 
 
-class Walk(NamedTuple):
+class StateWalk(NamedTuple):
     """What is static about a walk: a state `[inner, outer]` along the chunks of every row and head."""
 
     scale: float
@@ -43,7 +43,7 @@ class Walk(NamedTuple):
         return self.batch, self.heads, self.outer // COLUMNS
 
 
-def walk_chunks(walk: Walk, stages: int, arrivals: dict, start, final, scratch, step):
+def walk_chunks(walk: StateWalk, stages: int, arrivals: dict, start, final, scratch, step):
     """Runs `step(chunk, blocks by name, state) -> state` over all chunks for one block of columns of one head.
 
     arrivals: by name what arrives for every chunk, as `token_block` returns it. stages: chunks that are in SMEM at a

@@ -85,7 +85,7 @@ class Swept(NamedTuple):
     matches: jax.Array | None  # [B, H, N] float32, the dot product of that state with match_with
 
 
-class _Plan(NamedTuple):
+class SweepPlan(NamedTuple):
     """What is static about a sweep. Reads and the write hold positions in `tokens` in the place of arrays."""
 
     reads: tuple
@@ -144,7 +144,7 @@ def sweep(
 
     reads = tuple(r._replace(rows=position(r.rows, inner), dot_with=position(r.dot_with, COLUMNS)) for r in reads)
     write = write._replace(keys=position(write.keys, inner), values=position(write.values, COLUMNS))
-    plan = _Plan(reads, write, batch, heads, length // CHUNK, inner, outer, reverse, jnp.dtype(out_dtype))
+    plan = SweepPlan(reads, write, batch, heads, length // CHUNK, inner, outer, reverse, jnp.dtype(out_dtype))
     arrays, widths = zip(*tokens)
     inputs = {"tokens": list(arrays), "start": start, "gates": gates, "match_with": match_with}
     inputs = {key: value for key, value in inputs.items() if value is not None}
@@ -185,7 +185,7 @@ def sum_groups(gradient: jax.Array, like: jax.Array) -> jax.Array:
     return groups[:, :, :, 0].astype(like.dtype) if groups.shape[3] == 1 else groups.sum(3).astype(like.dtype)
 
 
-def _outputs(plan: _Plan, save_states: bool, match: bool) -> dict:
+def _outputs(plan: SweepPlan, save_states: bool, match: bool) -> dict:
     """Returns the types of the outputs, those of dots and matches by block of columns."""
     batch, heads, chunks, inner, outer = plan[2:7]
     shape, blocks = jax.ShapeDtypeStruct, outer // COLUMNS
@@ -203,11 +203,11 @@ def _outputs(plan: _Plan, save_states: bool, match: bool) -> dict:
     return types
 
 
-def _crowded(plan: _Plan) -> bool:
+def _crowded(plan: SweepPlan) -> bool:
     return plan.dots > 1 or (plan.dots == 1 and plan.inner > 64)
 
 
-def _scratch(plan: _Plan) -> dict:
+def _scratch(plan: SweepPlan) -> dict:
     return {
         "state": matrix(plan.inner, COLUMNS),
         # The exact state, of 128 rows or beside two reads, does not fit into the registers with the dot products.
@@ -217,7 +217,7 @@ def _scratch(plan: _Plan) -> dict:
     }
 
 
-def _program(plan: _Plan, widths, stages: int, inputs, outputs, scratch):
+def _program(plan: SweepPlan, widths, stages: int, inputs, outputs, scratch):
     """The sweep over all chunks for one block of columns of one head; arguments are trees of references."""
     batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "column"))
     columns = pl.ds(column * COLUMNS, COLUMNS)
@@ -263,7 +263,7 @@ def _program(plan: _Plan, widths, stages: int, inputs, outputs, scratch):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _read_chunk(plan: _Plan, tokens, gates, scratch, outputs, place):
+def _read_chunk(plan: SweepPlan, tokens, gates, scratch, outputs, place):
     """Computes the outputs of one chunk and lets them leave."""
     batch, head, chunk, column = place
     here = pl.ds(chunk * CHUNK, CHUNK)
@@ -291,7 +291,7 @@ def _read_chunk(plan: _Plan, tokens, gates, scratch, outputs, place):
         plgpu.copy_smem_to_gmem(buffer, target)
 
 
-def _scores(plan: _Plan, tokens, gates, target, read: Read):
+def _scores(plan: SweepPlan, tokens, gates, target, read: Read):
     """Puts the decayed scores of one read into the target. Returns its local dots, if it asks for them.
 
     They are taken from float32 scores: out_i . d_i = sum_j scores_ij (values_j . d_i), which needs no rounded output.
@@ -315,7 +315,7 @@ def _scores(plan: _Plan, tokens, gates, target, read: Read):
     return sum_columns(apart) * write.coefficient
 
 
-def _write_chunk(plan: _Plan, tokens, gates, scratch, state):
+def _write_chunk(plan: SweepPlan, tokens, gates, scratch, state):
     """Returns the state after the chunk's writes; the values are decayed where they lie."""
     write = plan.write
     keys, values = tokens[write.keys], tokens[write.values]

@@ -24,16 +24,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.log_decay import LogDecayShapes
 from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
-from engrax.pallas_kernels.common.segments import Layout
-from engrax.pallas_kernels.dispatch import Shapes
+from engrax.pallas_kernels.common.segments import SegmentLayout
 from engrax.pallas_kernels.mosaic_tpu.parts import call, load, store
 
 GROUP = 8  # chunks between two states in memory
 Tree = Any
 
 
-class Walk(NamedTuple):
+class ChunkKernels(NamedTuple):
     """How an operation walks its chunks. name: of its kernels in a profile; wrt: the tokens that have cotangents."""
 
     name: str
@@ -52,7 +52,7 @@ class Ends(NamedTuple):
     last: Int[Array, "B M"]
 
 
-def ends_of(layout: Layout | None) -> Ends | None:
+def ends_of(layout: SegmentLayout | None) -> Ends | None:
     """Returns where the segments of a layout begin and end."""
     if layout is None:
         return None
@@ -61,7 +61,7 @@ def ends_of(layout: Layout | None) -> Ends | None:
     return Ends(*(x.astype(jnp.int32) for x in (layout.segment, layout.first, last)))
 
 
-def unsupported_sizes(shapes: Shapes) -> str | None:
+def unsupported_sizes(shapes: LogDecayShapes) -> str | None:
     """Returns why the kernels cannot serve a call of these sizes, None where they can."""
     if shapes.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the TPU kernel takes float32 or bfloat16 q, k and v, not {shapes.dtype}"
@@ -135,7 +135,7 @@ def _last(ends: Ends | None, n, chunks):
     return n == chunks - 1 if ends is None else ends.last[pl.program_id(0), n] == 1
 
 
-def _forward_kernel(walk: Walk, group: int, ends, tokens, state, out, final, more, starts, scratch):
+def _forward_kernel(walk: ChunkKernels, group: int, ends, tokens, state, out, final, more, starts, scratch):
     """Grid (B, H, M). out and more: None where only states are wanted; starts: None, or that before every group."""
     n = pl.program_id(2)
 
@@ -167,7 +167,7 @@ def _chunk_of_step(group: int, i):
 
 
 def _backward_kernel(
-    walk: Walk,
+    walk: ChunkKernels,
     chunks: int,
     group: int,
     ends,
@@ -255,7 +255,7 @@ def _kernel(body, ends: Ends | None):
     return lambda segment, first, last, *refs: body(Ends(segment, first, last), *refs)
 
 
-def _forward(walk: Walk, more, group: int | None, tokens, state, ends: Ends | None):
+def _forward(walk: ChunkKernels, more, group: int | None, tokens, state, ends: Ends | None):
     """Returns (out, final state, more, starts): all but starts None if a group is given, else starts None."""
     v = tokens["v"]
     batch, heads, chunks = v.shape[:3]
@@ -293,7 +293,7 @@ def _forward(walk: Walk, more, group: int | None, tokens, state, ends: Ends | No
     )
 
 
-def _backward(walk: Walk, group: int, tokens, state, starts, ends: Ends | None, out_bar, final_bar):
+def _backward(walk: ChunkKernels, group: int, tokens, state, starts, ends: Ends | None, out_bar, final_bar):
     """Returns the cotangents of the tokens, by heads of the state, and of the state."""
     batch, heads, chunks = out_bar.shape[:3]
     groups, steps = starts.shape[2], 2 * group - 1
@@ -335,16 +335,18 @@ def _backward(walk: Walk, group: int, tokens, state, starts, ends: Ends | None, 
 _CHUNKS = "BHMCD"  # the axes of tokens, for `shard_over_batch_and_heads`
 
 
-def _state_dims(layout: Layout | None) -> str:
+def _state_dims(layout: SegmentLayout | None) -> str:
     return "BHKV" if layout is None else "BNHKV"
 
 
-def _of_segments(layout: Layout | None, new, old):
+def _of_segments(layout: SegmentLayout | None, new, old):
     """Returns `new`, for segments without tokens `old`."""
     return new if layout is None else jnp.where(layout.has_tokens[:, :, None, None, None], new, old)
 
 
-def walk_forward(walk: Walk, tokens: Tree, state: Float[Array, "B *N H K V"], layout: Layout | None, more=None):
+def walk_forward(
+    walk: ChunkKernels, tokens: Tree, state: Float[Array, "B *N H K V"], layout: SegmentLayout | None, more=None
+):
     """Returns (out `[B, H, M, C, V]`, final state, what `step` saves).
 
     tokens: a dict of arrays `[B, H or fewer, M, ., .]` with "v" of H heads; more: what `step` saves of one chunk, a
@@ -359,7 +361,12 @@ def walk_forward(walk: Walk, tokens: Tree, state: Float[Array, "B *N H K V"], la
 
 
 def walk_backward(
-    walk: Walk, tokens: Tree, state: Float[Array, "B *N H K V"], layout: Layout | None, out_bar, final_bar
+    walk: ChunkKernels,
+    tokens: Tree,
+    state: Float[Array, "B *N H K V"],
+    layout: SegmentLayout | None,
+    out_bar,
+    final_bar,
 ):
     """Returns the cotangents of tokens and state."""
     dims, ends = _state_dims(layout), ends_of(layout)

@@ -5,5 +5,12 @@ Files: `api` validates and chooses; `types` the state and the axis letters; `ref
 forward and backward pass; `gpu` and `tpu` the same scan as kernels; `cost` counts FLOPs and bytes.
 """
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu")
+from engrax.pallas_kernels.dispatch import everywhere, kernel
+
+IMPLEMENTATIONS = (
+    kernel("pallas_gpu", "cuda", ("sm_90",), f"{__name__}.gpu"),
+    kernel("pallas_tpu", "tpu", None, f"{__name__}.tpu"),
+    everywhere("xla", f"{__name__}.xla"),
+    everywhere("reference", f"{__name__}.reference", "neural_memory_reference"),
+)
 MISSING: dict[str, str] = {}

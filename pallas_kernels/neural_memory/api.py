@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from engrax.pallas_kernels.common.validation import check_array, check_option, check_positive_int, check_rank
-from engrax.pallas_kernels.dispatch import KERNELS, choose, interpreting, unsupported_kernels
+from engrax.pallas_kernels.dispatch import choose
 from engrax.pallas_kernels.neural_memory.reference import neural_memory_reference
-from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, GRADIENT_AT, NeuralMemoryState, Shapes
+from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, GRADIENT_AT, OP, MemoryShapes, NeuralMemoryState
 from engrax.pallas_kernels.neural_memory.vjp import group_size
 from engrax.pallas_kernels.neural_memory.xla import neural_memory_xla
 
@@ -86,31 +86,30 @@ def neural_memory(
     options = dict(activation=activation, gradient_at=gradient_at, chunk_size=int(chunk_size))
     tokens = jnp.result_type(q, k, v)
     shapes = _shapes(q, state, dtype, tokens, int(chunk_size), int(save_every), aligned, segment_ids is not None)
-    unsupported = unsupported_kernels("neural_memory", shapes, implementation)
-    name = choose(implementation, unsupported)
-    if name is None:  # by the device in sight: a kernel keeps other things for its backward pass than the XLA form
-        name = next((kernel for kernel in KERNELS if kernel not in unsupported), "xla")
-    if name == "reference":
+    choice = choose(OP, shapes, implementation)
+    if choice.reference:
         out, state = _reference(*args, **options)
     else:
-        more = dict(save_every=int(save_every), aligned=aligned, implementation=name, interpret=interpreting())
+        more = dict(save_every=int(save_every), aligned=aligned, choice=choice)
         out, state = _by_chunks(*args, **options, **more)
     return out.astype(v.dtype), state
 
 
 _reference = partial(jax.jit, static_argnames=("activation", "gradient_at", "chunk_size"))(neural_memory_reference)
-_OPTIONS = ("activation", "gradient_at", "chunk_size", "save_every", "aligned", "implementation", "interpret")
+_OPTIONS = ("activation", "gradient_at", "chunk_size", "save_every", "aligned", "choice")
 _by_chunks = partial(jax.jit, static_argnames=_OPTIONS)(neural_memory_xla)
 
 
-def _shapes(q, state, dtype, tokens, chunk_size: int, save_every: int, aligned: bool, segments: bool) -> Shapes:
+def _shapes(q, state, dtype, tokens, chunk_size: int, save_every: int, aligned: bool, segments: bool) -> MemoryShapes:
     """Returns what a kernel would be asked to serve."""
     batch, length, heads = q.shape[:3]
     slots = min(length, chunk_size)
     blocks = -(-length // slots) + (not aligned and length > 1)
     layers = tuple(w.shape[2:] for w in state.weights)
     group = group_size(blocks, slots, save_every)
-    return Shapes(jnp.dtype(dtype), layers, slots, group, jnp.dtype(tokens), batch, heads, blocks, aligned, segments)
+    return MemoryShapes(
+        jnp.dtype(dtype), layers, slots, group, jnp.dtype(tokens), batch, heads, blocks, aligned, segments
+    )
 
 
 @no_type_check

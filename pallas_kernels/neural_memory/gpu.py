@@ -2,7 +2,7 @@
 
 Products take bfloat16 operands and add in float32, so the kernels serve calls whose q, k and v are bfloat16; weights,
 momentum, gates and their gradients are float32. Four kernels for one layer, in `gpu_kernels` and `gpu_chunks` (those
-for two layers: `gpu_deep`):
+for two layers: `gpu_two_layers`):
 
     forward            weights and momentum stay on the chip from the first chunk to the last
     backward_states    the same again, without queries: the errors, and the matrices that every chunk begins with
@@ -15,21 +15,25 @@ matrices of every chunk, with what rounding took from them, and their cotangents
 for each chunk and head of a memory of one layer.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, MOST_PROGRAMS, SIZES
-from engrax.pallas_kernels.neural_memory import gpu_deep
+from engrax.pallas_kernels.neural_memory import gpu_kernels, gpu_two_layers
 from engrax.pallas_kernels.neural_memory.gpu_chunks import chunk_gradients
-from engrax.pallas_kernels.neural_memory.gpu_deep_kernels import TILE
-from engrax.pallas_kernels.neural_memory.gpu_kernels import Tokens, backward, forward, states
-from engrax.pallas_kernels.neural_memory.gpu_scan import State, differentiable
-from engrax.pallas_kernels.neural_memory.types import Shapes
-from engrax.pallas_kernels.neural_memory.vjp import Blocks, Carry, Plan, Reset
+from engrax.pallas_kernels.neural_memory.gpu_kernels import PackedTokens
+from engrax.pallas_kernels.neural_memory.gpu_scan import FinalMatrices, MatrixPasses, sharded
+from engrax.pallas_kernels.neural_memory.gpu_two_layers_kernels import TILE
+from engrax.pallas_kernels.neural_memory.types import MemoryShapes
+from engrax.pallas_kernels.neural_memory.vjp import Blocks, Carry, ScanInputs, ScanOutputs, ScanPlan
 from engrax.pallas_kernels.neural_memory.vjp import scan_blocks as xla_scan_blocks
+from engrax.pallas_kernels.passes import Passes, pull_back
 
 
-def unsupported(shapes: Shapes) -> str | None:
+def unsupported(shapes: MemoryShapes) -> str | None:
     """Returns why these kernels cannot serve a call, None if they can."""
     if len(shapes.layers) > 2:
         return f"the GPU kernel takes memories of 1 or 2 layers, not {len(shapes.layers)}"
@@ -52,42 +56,90 @@ def unsupported(shapes: Shapes) -> str | None:
     return None
 
 
-def scan_blocks(plan: Plan, blocks: Blocks, carry: Carry, reset: Reset, *, interpret: bool = False):
-    """Runs all blocks as `vjp.scan_blocks`. Returns (out `[N, B, H, S, V]`, the carry)."""
-    if reset is not None:
-        raise NotImplementedError("the GPU kernel takes no segments (see `unsupported`).")
+def forward(plan: ScanPlan, inputs: ScanInputs) -> tuple[ScanOutputs, list[Carry]]:
+    """Returns (out, the carry) and the carries before all parts but the first."""
+    blocks, carry, _ = inputs
+    outs, carries = [], []
+    for part, run in _parts(blocks):
+        out, carry = run.forward(plan, _part(blocks, part), carry)
+        outs.append(out)
+        carries.append(carry)
+    return (jnp.concatenate(outs) if len(outs) > 1 else outs[0], carry), carries[:-1]
+
+
+def backward(plan: ScanPlan, inputs: ScanInputs, carries: list[Carry], cotangents: ScanOutputs) -> ScanInputs:
+    """Returns the cotangents of the inputs."""
+    blocks, carry, _ = inputs
+    (out_bar, carry_bar), bars = cotangents, []
+    for (part, run), start in zip(reversed(_parts(blocks)), reversed([carry, *carries])):
+        bar, carry_bar = run.backward(plan, _part(blocks, part), start, (out_bar[part], carry_bar))
+        bars.insert(0, bar)
+    blocks_bar = jax.tree.map(lambda *x: jnp.concatenate(x), *bars) if len(bars) > 1 else bars[0]
+    return ScanInputs(blocks_bar, carry_bar, None)
+
+
+passes = Passes(forward, backward)
+
+
+class _Run(NamedTuple):
+    """forward(plan, blocks, carry) -> (out, carry); backward(plan, blocks, carry, cotangents) -> those of both."""
+
+    forward: Callable
+    backward: Callable
+
+
+def _parts(blocks: Blocks) -> list[tuple[slice, _Run]]:
+    """Returns which blocks the kernels run and which the XLA form, in order."""
     if blocks.fresh is None:
-        return _scan_fresh(plan.activation, blocks, carry, interpret)
-    outs = []
-
-    def run(function, first: int, last: int, carry: Carry) -> Carry:
-        if first < last:
-            out, carry = function(jax.tree.map(lambda x: x[first:last], blocks), carry)
-            outs.append(out)
-        return carry
-
-    def by_kernel(part, carry):
-        return _scan_fresh(plan.activation, part, carry, interpret)
-
-    def by_xla(part, carry):
-        return xla_scan_blocks(plan._replace(group=1), part, carry, None)
-
+        return [(slice(None), BY_KERNEL)]
     count = blocks.k.shape[0]
-    carry = run(by_xla, 0, 1, carry)
-    carry = run(by_kernel, 1, count - 1, carry)
-    carry = run(by_xla, max(1, count - 1), count, carry)
-    return jnp.concatenate(outs), carry
+    parts = [(0, 1, BY_XLA), (1, count - 1, BY_KERNEL), (max(1, count - 1), count, BY_XLA)]
+    return [(slice(first, last), run) for first, last, run in parts if first < last]
 
 
-def _scan_fresh(activation: str, blocks: Blocks, carry: Carry, interpret: bool):
+def _part(blocks: Blocks, part: slice) -> Blocks:
+    return jax.tree.map(lambda x: x[part], blocks)
+
+
+def _xla_forward(plan: ScanPlan, blocks: Blocks, carry: Carry) -> ScanOutputs:
+    return xla_scan_blocks(plan._replace(group=1), blocks, carry, None)
+
+
+def _xla_backward(plan: ScanPlan, blocks: Blocks, carry: Carry, cotangents: ScanOutputs) -> tuple[Blocks, Carry]:
+    return pull_back(lambda inputs: _xla_forward(plan, *inputs), (blocks, carry), cotangents)
+
+
+def _kernel_forward(plan: ScanPlan, blocks: Blocks, carry: Carry) -> ScanOutputs:
     """Runs blocks that all begin their chunks, so that every block's anchor is its first weights."""
-    weights, momentum, _ = carry
-    if len(weights) > 1:
-        out, carry = gpu_deep.scan(gpu_deep.Form(activation, interpret), _pack(blocks), weights, momentum)
-    else:
-        out, state = _scan(interpret, _pack(blocks), *weights, *momentum)
-        carry = tuple((matrix,) for matrix in state)
-    return _to_blocks(out).astype(blocks.v.dtype), carry
+    run, layout = _of_depth(carry)
+    out, final = run.forward(plan, _pack(blocks), *(layout.pack(layers) for layers in carry[:2]))
+    return _to_blocks(out).astype(blocks.v.dtype), tuple(layout.unpack(matrices) for matrices in final)
+
+
+def _kernel_backward(plan: ScanPlan, blocks: Blocks, carry: Carry, cotangents: ScanOutputs) -> tuple[Blocks, Carry]:
+    run, layout = _of_depth(carry)
+    out_bar, bars = cotangents
+    matrices = (layout.pack(layers) for layers in carry[:2])
+    bars = FinalMatrices(*(layout.pack(layers) for layers in bars))
+    tokens_bar, *matrices_bar = run.backward(plan, _pack(blocks), *matrices, _to_tokens(out_bar), bars)
+    anchor_bar = jax.tree.map(jnp.zeros_like, carry[2])
+    return pull_back(_pack, blocks, tokens_bar), (*(layout.unpack(bar) for bar in matrices_bar), anchor_bar)
+
+
+BY_XLA, BY_KERNEL = _Run(_xla_forward, _xla_backward), _Run(_kernel_forward, _kernel_backward)
+
+
+class _MatrixLayout(NamedTuple):
+    """How the layers' matrices lie for a kernel. Both ways move entries, so they also move cotangents."""
+
+    pack: Callable
+    unpack: Callable
+
+
+def _of_depth(carry: Carry) -> tuple[MatrixPasses, _MatrixLayout]:
+    if len(carry[0]) > 1:
+        return gpu_two_layers.passes, _MatrixLayout(gpu_two_layers.to_tiles, gpu_two_layers.from_tiles)
+    return _one_layer, _MatrixLayout(lambda layers: layers[0], lambda matrix: (matrix,))
 
 
 def _to_blocks(x):
@@ -96,33 +148,35 @@ def _to_blocks(x):
     return x.reshape(batch, length // CHUNK, CHUNK, heads, features).transpose(1, 0, 3, 2, 4)
 
 
-def _pack(blocks: Blocks) -> Tokens:
+def _to_tokens(x):
+    """Undoes `_to_blocks`, in bfloat16."""
+    blocks, batch, heads, slots, features = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(batch, blocks * slots, heads, features).astype(jnp.bfloat16)
+
+
+def _pack(blocks: Blocks) -> PackedTokens:
+    """Returns what the kernels read. It undoes the grid's layout: XLA drops the pair."""
     c = blocks.coefficients
-
-    def tokens(x):  # undoes the grid's layout; XLA drops the pair
-        blocks, batch, heads, slots, features = x.shape
-        return x.transpose(1, 0, 3, 2, 4).reshape(batch, blocks * slots, heads, features).astype(jnp.bfloat16)
-
     a, b = c.read_weights[..., 0], c.read_momentum[..., 0]
     anchor = jnp.ones_like(a) if c.anchor is None else c.anchor[..., 0]
     last = jnp.stack([a[..., -1], b[..., -1], c.last_momentum[..., 0]], axis=-1)
     last = jnp.pad(last, [(0, 0)] * 3 + [(0, CHUNK - last.shape[-1])])
     table = jnp.stack([a, b, anchor, c.write[..., -1, :], c.last_write, last], axis=-2)
-    return Tokens(tokens(blocks.q), tokens(blocks.k), tokens(blocks.v), c.write, table)
+    return PackedTokens(*(_to_tokens(x) for x in (blocks.q, blocks.k, blocks.v)), c.write, table)
 
 
-def _forward(interpret: bool, tokens: Tokens, weights, momentum):
-    found = forward(tokens, weights, momentum, interpret=interpret)
-    return found["out"], State(found["weights"], found["momentum"], found["anchor"])
+def _one_layer_forward(plan: ScanPlan, tokens: PackedTokens, weights, momentum):
+    found = gpu_kernels.forward(tokens, weights, momentum, interpret=plan.interpret)
+    return found["out"], FinalMatrices(found["weights"], found["momentum"], found["anchor"])
 
 
-def _backward(interpret: bool, tokens: Tokens, weights, momentum, out_bar, bars: State):
+def _one_layer_backward(plan: ScanPlan, tokens: PackedTokens, weights, momentum, out_bar, bars: FinalMatrices):
     """Returns the cotangents of the tokens, the weights and the momentum."""
-    again = states(tokens, weights, momentum, interpret=interpret)
-    back = backward(tokens, again, out_bar, bars, interpret=interpret)
-    found = chunk_gradients(tokens, out_bar, again, back, interpret=interpret)
-    tokens_bar = Tokens(found["q_bar"], found["k_bar"], back["v_bar"], found["write_bar"], found["table_bar"])
+    again = gpu_kernels.states(tokens, weights, momentum, interpret=plan.interpret)
+    back = gpu_kernels.backward(tokens, again, out_bar, bars, interpret=plan.interpret)
+    found = chunk_gradients(tokens, out_bar, again, back, interpret=plan.interpret)
+    tokens_bar = PackedTokens(found["q_bar"], found["k_bar"], back["v_bar"], found["write_bar"], found["table_bar"])
     return tokens_bar, back["weights"], back["momentum"]
 
 
-_scan = differentiable(_forward, _backward, "BHKV")
+_one_layer = sharded(_one_layer_forward, _one_layer_backward, "BHKV")

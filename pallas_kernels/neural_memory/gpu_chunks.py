@@ -37,14 +37,14 @@ from engrax.pallas_kernels.neural_memory.gpu_kernels import (
     READ_WEIGHTS,
     TABLE_ROWS,
     WRITE,
-    Sizes,
-    Tokens,
+    MemorySizes,
+    PackedTokens,
     sizes_of,
 )
 
 
-def chunk_gradients(tokens: Tokens, out_bar, again: dict, back: dict, *, interpret: bool = False) -> dict:
-    """Returns "q_bar" and "k_bar" `[B, T, H, K]` bfloat16, "write_bar" and "table_bar", those of the `Tokens`.
+def chunk_gradients(tokens: PackedTokens, out_bar, again: dict, back: dict, *, interpret: bool = False) -> dict:
+    """Returns "q_bar" and "k_bar" `[B, T, H, K]` bfloat16, "write_bar" and "table_bar", those of the `PackedTokens`.
 
     again, back: what `states` and `backward` return. One program serves 64 of the K features of a chunk of one head.
     """
@@ -80,7 +80,7 @@ def chunk_gradients(tokens: Tokens, out_bar, again: dict, back: dict, *, interpr
     return tokens_bar | {"write_bar": found["write_bar"].sum(0), "table_bar": table_bar}
 
 
-def _differentiate(plan: Sizes, inputs, outputs, scratch):
+def _differentiate(plan: MemorySizes, inputs, outputs, scratch):
     batch, head, part = (lax.axis_index(name) for name in ("batch", "head", "part"))
     tiles_of_key = plan.key // 64
     chunk, tile = lax.div(part, tiles_of_key), lax.rem(part, tiles_of_key)

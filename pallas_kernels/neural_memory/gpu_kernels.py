@@ -45,7 +45,7 @@ TABLE_ROWS = 6
 MATRICES = ("weights", "momentum")
 
 
-class Tokens(NamedTuple):
+class PackedTokens(NamedTuple):
     """What the kernels read, T a multiple of `CHUNK`."""
 
     q: jax.Array  # [B, T, H, K] bfloat16
@@ -55,7 +55,7 @@ class Tokens(NamedTuple):
     table: jax.Array  # [N, B, H, 6, C] float32
 
 
-class Sizes(NamedTuple):
+class MemorySizes(NamedTuple):
     """What is static."""
 
     batch: int
@@ -83,13 +83,13 @@ class Sizes(NamedTuple):
         return jax.ShapeDtypeStruct((self.batch, self.heads, self.chunks, self.key, self.value), jnp.bfloat16)
 
 
-def sizes_of(tokens: Tokens, reverse: bool = False) -> Sizes:
+def sizes_of(tokens: PackedTokens, reverse: bool = False) -> MemorySizes:
     """Returns the sizes of a call; reverse: the chunks are visited from the last to the first."""
     batch, length, heads, key = tokens.k.shape
-    return Sizes(batch, heads, length // CHUNK, key, tokens.v.shape[3], reverse)
+    return MemorySizes(batch, heads, length // CHUNK, key, tokens.v.shape[3], reverse)
 
 
-def forward(tokens: Tokens, weights, momentum, *, stages: int = 2, interpret: bool = False) -> dict:
+def forward(tokens: PackedTokens, weights, momentum, *, stages: int = 2, interpret: bool = False) -> dict:
     """Returns "out" `[B, T, H, V]` bfloat16 and, `[B, H, K, V]` float32, "weights", "momentum" and "anchor", the
     weights at the start of the last chunk."""
     plan = sizes_of(tokens)
@@ -99,7 +99,7 @@ def forward(tokens: Tokens, weights, momentum, *, stages: int = 2, interpret: bo
     return run_kernel("neural_memory_forward", body, out_types, _scratch(plan), plan.grid, interpret, inputs)
 
 
-def states(tokens: Tokens, weights, momentum, *, stages: int = 2, interpret: bool = False) -> dict:
+def states(tokens: PackedTokens, weights, momentum, *, stages: int = 2, interpret: bool = False) -> dict:
     """Runs forwards again. Returns, all bfloat16, "delta" and what rounding took from it, "rest", `[B, T, H, V]`, and
     the "weights_at" and "momentum_at" that every chunk begins with, `[B, H, N, K, V]`, with "weights_rest" and
     "momentum_rest"."""
@@ -112,7 +112,7 @@ def states(tokens: Tokens, weights, momentum, *, stages: int = 2, interpret: boo
     return run_kernel("neural_memory_backward_states", body, out_types, scratch, plan.grid, interpret, inputs)
 
 
-def backward(tokens: Tokens, again: dict, out_bar, bars, *, stages: int = 2, interpret: bool = False) -> dict:
+def backward(tokens: PackedTokens, again: dict, out_bar, bars, *, stages: int = 2, interpret: bool = False) -> dict:
     """Runs the cotangents of the matrices backwards. bars: those of `forward`'s weights, momentum and anchor; again:
     what `states` returns.
 
@@ -134,7 +134,7 @@ def backward(tokens: Tokens, again: dict, out_bar, bars, *, stages: int = 2, int
     return found | {"matches": found["matches"].sum((0, -1))}
 
 
-def _scratch(plan: Sizes) -> dict:
+def _scratch(plan: MemorySizes) -> dict:
     def state(exact: bool):
         exact_state = [matrix(plan.key, COLUMNS, jnp.float32)] if exact else []
         return {"state": matrix(plan.key, COLUMNS), "exact_state": exact_state}
@@ -143,7 +143,7 @@ def _scratch(plan: Sizes) -> dict:
     return {"weights": state(True), "momentum": state(plan.key > 64), "square": matrix(CHUNK, CHUNK)}
 
 
-class _Place(NamedTuple):
+class MemoryProgram(NamedTuple):
     """Where a program is, and what it reads and writes there; all but the numbers are trees of references."""
 
     batch: jax.Array
@@ -186,12 +186,12 @@ class _Place(NamedTuple):
         return {name: self.scratch[name]["state"] for name in MATRICES}
 
 
-def _sweep(plan: Sizes, stages: int, step, full, columns, inputs, outputs, scratch):
+def _sweep(plan: MemorySizes, stages: int, step, full, columns, inputs, outputs, scratch):
     """Runs `step(plan, place, chunk, blocks by name, momentum) -> momentum` over all chunks.
 
     full, columns: the tokens that arrive with all their features, and with the program's columns.
     """
-    place = _Place(*(lax.axis_index(name) for name in ("batch", "head", "part")), inputs, outputs, scratch)
+    place = MemoryProgram(*(lax.axis_index(name) for name in ("batch", "head", "part")), inputs, outputs, scratch)
     momentum = _begin(plan, place)
 
     def body(indices, *blocks_and_momentum):
@@ -227,7 +227,7 @@ def chunk_block(array, sweep, batch, head):
     return array.at[:, batch, head], spec
 
 
-def _begin(plan: Sizes, place: _Place) -> tuple:
+def _begin(plan: MemorySizes, place: MemoryProgram) -> tuple:
     """Fetches the matrices. Returns the momentum as far as it is kept in registers."""
     momentum = ()
     for row in range(0, plan.key, 64):
@@ -238,7 +238,7 @@ def _begin(plan: Sizes, place: _Place) -> tuple:
     return momentum
 
 
-def _finish(plan: Sizes, place: _Place, momentum: tuple):
+def _finish(plan: MemorySizes, place: MemoryProgram, momentum: tuple):
     """Lets the last matrices leave, if they are asked for."""
     if "weights" in place.outputs:
         for row in range(0, plan.key, 64):
@@ -247,7 +247,7 @@ def _finish(plan: Sizes, place: _Place, momentum: tuple):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _forward_chunk(plan: Sizes, place: _Place, chunk, blocks, momentum):
+def _forward_chunk(plan: MemorySizes, place: MemoryProgram, chunk, blocks, momentum):
     outputs, scratch = place.outputs, place.scratch
 
     @pl.when(chunk == plan.chunks - 1)
@@ -266,7 +266,7 @@ def _forward_chunk(plan: Sizes, place: _Place, chunk, blocks, momentum):
     return _carry(plan, blocks, scratch, momentum, delta)
 
 
-def _states_chunk(plan: Sizes, place: _Place, chunk, blocks, momentum):
+def _states_chunk(plan: MemorySizes, place: MemoryProgram, chunk, blocks, momentum):
     for row in range(0, plan.key, 64):
         rows = pl.ds(row, 64), slice(None)
         for name, values in (("weights", ()), ("momentum", momentum)):
@@ -304,7 +304,7 @@ def _read(tokens, table, scratch, of_weights: int, of_momentum: int):
     return by_weights * along_rows(table.at[of_weights]) + by_momentum * along_rows(table.at[of_momentum])
 
 
-def _carry(plan: Sizes, blocks, scratch, momentum, delta):
+def _carry(plan: MemorySizes, blocks, scratch, momentum, delta):
     """Brings weights and momentum to the end of the chunk, through the room of what has left. Returns the momentum."""
     table, after = blocks["table"], ()
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -320,7 +320,7 @@ def _carry(plan: Sizes, blocks, scratch, momentum, delta):
     return after
 
 
-def _backward_chunk(plan: Sizes, place: _Place, chunk, blocks, momentum):
+def _backward_chunk(plan: MemorySizes, place: MemoryProgram, chunk, blocks, momentum):
     """Here `weights` and `momentum` are the cotangents of the matrices."""
     scratch, table, out_bar = place.scratch, blocks["table"], blocks["out_bar"]
     square = scratch["square"]
@@ -358,7 +358,7 @@ def _backward_chunk(plan: Sizes, place: _Place, chunk, blocks, momentum):
     return after
 
 
-def _matches(plan: Sizes, place: _Place, chunk, momentum):
+def _matches(plan: MemorySizes, place: MemoryProgram, chunk, momentum):
     """Writes the inner products of the matrices with their cotangents, by row.
 
     These are sums that cancel: unlike others they need more of the matrices than bfloat16 holds.

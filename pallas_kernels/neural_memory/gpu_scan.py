@@ -1,17 +1,18 @@
-"""What the GPU kernels of one layer and of two are wrapped in: one differentiable function of tokens and matrices."""
+"""What the GPU kernels of one layer and of two are wrapped in: two passes, split over a mesh."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 
 from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
-from engrax.pallas_kernels.neural_memory.gpu_kernels import Tokens
+from engrax.pallas_kernels.neural_memory.gpu_kernels import PackedTokens
 
-_TOKENS, _OUT = Tokens("BTHK", "BTHK", "BTHV", "NBHCC", "NBHRC"), "BTHV"  # axes, for `shard_over_batch_and_heads`
+_TOKENS, _OUT = PackedTokens("BTHK", "BTHK", "BTHV", "NBHCC", "NBHRC"), "BTHV"  # axes, for `shard_over_batch_and_heads`
 
 
-class State(NamedTuple):
+class FinalMatrices(NamedTuple):
     """Matrices as a kernel has them: `[B, H, K, V]`, or as tiles `[B, H, 2 tiles, 64, 64]`."""
 
     weights: jax.Array
@@ -19,23 +20,25 @@ class State(NamedTuple):
     anchor: jax.Array
 
 
-def differentiable(forward, backward, matrix: str):
-    """Returns `scan(form, tokens, weights, momentum) -> (out, State)`, split over a mesh by rows and heads.
+class MatrixPasses(NamedTuple):
+    """The passes of the kernels over chunks that begin with their anchors.
 
-    forward: the same for one device; backward(form, tokens, weights, momentum, out_bar, bars): the cotangents of the
-    tokens, the weights and the momentum. form: what is static; matrix: the axes of a matrix. Only inputs are saved.
+    forward(plan, tokens, weights, momentum) -> (out, FinalMatrices); backward(plan, tokens, weights, momentum, out_bar,
+    bars) -> the cotangents of the tokens, the weights and the momentum. Only inputs are saved.
     """
-    inputs, outputs = (_TOKENS, matrix, matrix), (_OUT, State(matrix, matrix, matrix))
 
-    @partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def scan(form, tokens: Tokens, weights, momentum):
-        return shard_over_batch_and_heads(partial(forward, form), inputs, outputs)(tokens, weights, momentum)
+    forward: Callable
+    backward: Callable
 
-    def scan_fwd(form, tokens: Tokens, weights, momentum):
-        return scan(form, tokens, weights, momentum), (tokens, weights, momentum)
 
-    def scan_bwd(form, residuals, cotangents):
-        return shard_over_batch_and_heads(partial(backward, form), (*inputs, *outputs), inputs)(*residuals, *cotangents)
+def sharded(forward: Callable, backward: Callable, matrix: str) -> MatrixPasses:
+    """Returns the passes, given those for one device, split over a mesh by rows and heads; matrix: a matrix's axes."""
+    inputs, outputs = (_TOKENS, matrix, matrix), (_OUT, FinalMatrices(matrix, matrix, matrix))
 
-    scan.defvjp(scan_fwd, scan_bwd)
-    return scan
+    def run(plan, *arrays):
+        return shard_over_batch_and_heads(partial(forward, plan), inputs, outputs)(*arrays)
+
+    def run_backward(plan, *arrays):
+        return shard_over_batch_and_heads(partial(backward, plan), (*inputs, *outputs), inputs)(*arrays)
+
+    return MatrixPasses(run, run_backward)

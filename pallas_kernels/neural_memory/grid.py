@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
-class Grid(NamedTuple):
+class ChunkGrid(NamedTuple):
     """Where the tokens of each row lie.
 
     token: the token in every slot, row by row, None where rows are plainly cut into blocks (all at phase 0).
@@ -32,15 +32,15 @@ class Grid(NamedTuple):
         return self.holds.shape[0], self.holds.shape[3]
 
 
-def aligned_grid(batch: int, length: int, chunk_size: int) -> Grid:
+def aligned_grid(batch: int, length: int, chunk_size: int) -> ChunkGrid:
     """Returns the grid of rows that all begin at phase 0."""
     slots = min(length, chunk_size)
     blocks = -(-length // slots)
     holds = (jnp.arange(blocks * slots) < length).reshape(blocks, 1, 1, slots)
-    return Grid(None, None, jnp.broadcast_to(holds, (blocks, batch, 1, slots)), None)
+    return ChunkGrid(None, None, jnp.broadcast_to(holds, (blocks, batch, 1, slots)), None)
 
 
-def phased_grid(phase: Int[Array, " B"], length: int, chunk_size: int) -> Grid:
+def phased_grid(phase: Int[Array, " B"], length: int, chunk_size: int) -> ChunkGrid:
     """Returns the grid of rows that begin at any phase."""
     slots = min(length, chunk_size)
     blocks = 1 + (length + chunk_size - 2) // chunk_size  # reached by a row at phase chunk_size - 1
@@ -54,14 +54,14 @@ def phased_grid(phase: Int[Array, " B"], length: int, chunk_size: int) -> Grid:
     slot = own * slots + t - jnp.where(own == 0, 0, own * chunk_size - phase[:, None])
     fresh = ((block > 0) | (phase[:, None] == 0)) & (start < length)
     token = jnp.clip(token, 0, length - 1).reshape(phase.shape[0], blocks * slots)
-    return Grid(token, slot, holds.transpose(1, 0, 2)[:, :, None], fresh.T)
+    return ChunkGrid(token, slot, holds.transpose(1, 0, 2)[:, :, None], fresh.T)
 
 
 def _take(x: Shaped[Array, "B L ..."], index: Int[Array, "B M"]) -> Shaped[Array, "B M ..."]:
     return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)
 
 
-def to_blocks(grid: Grid, x: Shaped[Array, "B T H *D"]) -> Shaped[Array, "N B H S *D"]:
+def to_blocks(grid: ChunkGrid, x: Shaped[Array, "B T H *D"]) -> Shaped[Array, "N B H S *D"]:
     """Lays tokens out in blocks; empty slots hold zeros or copies of other tokens."""
     blocks, slots = grid.shape
     if grid.token is None:
@@ -73,7 +73,7 @@ def to_blocks(grid: Grid, x: Shaped[Array, "B T H *D"]) -> Shaped[Array, "N B H 
     return x.transpose(1, 0, 3, 2, *range(4, x.ndim))
 
 
-def from_blocks(grid: Grid, x: Float[Array, "N B H S V"], length: int) -> Float[Array, "B T H V"]:
+def from_blocks(grid: ChunkGrid, x: Float[Array, "N B H S V"], length: int) -> Float[Array, "B T H V"]:
     """Returns the tokens of the call in their order."""
     x = x.transpose(1, 0, 3, 2, 4)
     x = x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -16,17 +16,18 @@ from jax.experimental import pallas as pl
 from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
 from engrax.pallas_kernels.mosaic_tpu.parts import LANES, SUBLANES, VMEM_BYTES, call, scratch_like, tiled_bytes
 from engrax.pallas_kernels.neural_memory.tpu_kernels import (
-    Form,
-    Tokens,
+    MemoryForm,
+    PackedBlocks,
     backward_kernel,
     block_of_step,
     forward_kernel,
 )
-from engrax.pallas_kernels.neural_memory.types import Shapes
-from engrax.pallas_kernels.neural_memory.vjp import Blocks, Carry, Plan, Reset
+from engrax.pallas_kernels.neural_memory.types import MemoryShapes
+from engrax.pallas_kernels.neural_memory.vjp import Blocks, Carry, Reset, ScanInputs, ScanOutputs, ScanPlan
+from engrax.pallas_kernels.passes import Passes, pull_back
 
 
-def unsupported(shapes: Shapes) -> str | None:
+def unsupported(shapes: MemoryShapes) -> str | None:
     """Returns why these kernels cannot serve a call, None if they can."""
     if shapes.dtype != jnp.float32:
         return f"the TPU kernel computes in float32, not {jnp.dtype(shapes.dtype)}"
@@ -40,7 +41,7 @@ def unsupported(shapes: Shapes) -> str | None:
     return None
 
 
-def _vmem_bytes(shapes: Shapes) -> int:
+def _vmem_bytes(shapes: MemoryShapes) -> int:
     """Returns about what the backward kernel needs; of inputs and outputs one copy moves while one is used."""
     matrix = sum(tiled_bytes(i, o) for i, o in shapes.layers)  # one copy of the weights
     rows = sum(tiled_bytes(shapes.slots, i) + tiled_bytes(shapes.slots, o) for i, o in shapes.layers)
@@ -50,21 +51,50 @@ def _vmem_bytes(shapes: Shapes) -> int:
     return matrix * (2 * moved + scratch + values) + 16 * rows + 12 * tiled_bytes(shapes.slots, shapes.slots)
 
 
-def scan_blocks(plan: Plan, blocks: Blocks, carry: Carry, reset: Reset, *, interpret: bool = False):
-    """Runs all blocks, a multiple of `plan.group`, as `vjp.scan_blocks`. Returns (out `[N, B, H, S, V]`, the carry)."""
-    form = Form(
+def scan(plan: ScanPlan, inputs: ScanInputs) -> ScanOutputs:
+    """Runs all blocks, a multiple of `plan.group`. Returns (out, the carry)."""
+    blocks, carry, reset = inputs
+    out, carry = _scan(_form(plan, inputs), _pack(blocks), carry, reset)
+    return _own_slots(blocks, out), carry
+
+
+def forward(plan: ScanPlan, inputs: ScanInputs) -> tuple[ScanOutputs, Carry]:
+    """Returns (out, the carry) and the carries at the starts of groups."""
+    blocks, carry, reset = inputs
+    (out, carry), (_, starts, _) = _scan_fwd(_form(plan, inputs), _pack(blocks), carry, reset)
+    return (_own_slots(blocks, out), carry), starts
+
+
+def backward(plan: ScanPlan, inputs: ScanInputs, starts: Carry, cotangents: ScanOutputs) -> ScanInputs:
+    """Returns the cotangents of the inputs."""
+    blocks, _, reset = inputs
+    out_bar, bars = cotangents
+    out_bar = jnp.pad(out_bar, [(0, 0)] * 3 + [(-blocks.k.shape[3] % SUBLANES, 0), (0, 0)])
+    residuals = (_pack(blocks), starts, reset)
+    tokens_bar, carry_bar, reset_bar = _scan_bwd(_form(plan, inputs), residuals, (out_bar, bars))
+    return ScanInputs(pull_back(_pack, blocks, tokens_bar), carry_bar, reset_bar)
+
+
+passes = Passes(forward, backward, scan)
+
+
+def _form(plan: ScanPlan, inputs: ScanInputs) -> MemoryForm:
+    return MemoryForm(
         activation=plan.activation,
-        bases=1 if reset is None else 2,
-        scaled=blocks.coefficients.anchor is not None,
-        phased=blocks.fresh is not None,
+        bases=1 if inputs.reset is None else 2,
+        scaled=inputs.blocks.coefficients.anchor is not None,
+        phased=inputs.blocks.fresh is not None,
         group=plan.group,
-        interpret=interpret,
+        interpret=plan.interpret,
     )
-    out, carry = _scan(form, _pack(blocks), carry, reset)
-    return out[..., out.shape[3] - blocks.k.shape[3] :, :], carry
 
 
-def _pack(blocks: Blocks) -> Tokens:
+def _own_slots(blocks: Blocks, out):
+    """Returns the outputs without those of the slots that `_pack` puts in front."""
+    return out[..., out.shape[3] - blocks.k.shape[3] :, :]
+
+
+def _pack(blocks: Blocks) -> PackedBlocks:
     """Lays the coefficients of a block out as a table, since a column in memory would take the room of 128."""
     c, slots = blocks.coefficients, blocks.k.shape[3]
     padding = -slots % SUBLANES
@@ -86,7 +116,7 @@ def _pack(blocks: Blocks) -> Tokens:
     columns = [rows(x) for x in (c.anchor, c.read_weights, c.read_momentum)]
     table = jnp.concatenate([*columns, pad(c.last_write, 3)[..., None, :], rest[..., None, :]], axis=-2)
     squares = [pad(x, 3, 4) for x in (c.write, blocks.first_scores)]
-    return Tokens(table, *squares, *(pad(x, 3) for x in (blocks.q, blocks.k, blocks.v)))
+    return PackedBlocks(table, *squares, *(pad(x, 3) for x in (blocks.q, blocks.k, blocks.v)))
 
 
 _TOKENS, _STATE = (
@@ -96,13 +126,13 @@ _TOKENS, _STATE = (
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(form: Form, tokens: Tokens, carry: Carry, reset: Reset):
+def _scan(form: MemoryForm, tokens: PackedBlocks, carry: Carry, reset: Reset):
     run = shard_over_batch_and_heads(partial(_forward, form, False), (_TOKENS, _STATE, _STATE), (_TOKENS, _STATE, None))
     out, final, _ = run(tokens, carry, reset)
     return out, final
 
 
-def _scan_fwd(form: Form, tokens: Tokens, carry: Carry, reset: Reset):
+def _scan_fwd(form: MemoryForm, tokens: PackedBlocks, carry: Carry, reset: Reset):
     run = shard_over_batch_and_heads(
         partial(_forward, form, True), (_TOKENS, _STATE, _STATE), (_TOKENS, _STATE, _TOKENS)
     )
@@ -110,7 +140,7 @@ def _scan_fwd(form: Form, tokens: Tokens, carry: Carry, reset: Reset):
     return (out, final), (tokens, starts, reset)
 
 
-def _scan_bwd(form: Form, residuals, cotangents):
+def _scan_bwd(form: MemoryForm, residuals, cotangents):
     dims = (_TOKENS, _TOKENS, _STATE, _TOKENS, _STATE)
     return shard_over_batch_and_heads(partial(_backward, form), dims, (_TOKENS, _STATE, _STATE))(
         *residuals, *cotangents
@@ -136,7 +166,7 @@ def _like(tree, *lead):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), tree)
 
 
-def _forward(form: Form, save: bool, tokens: Tokens, carry: Carry, reset: Reset):
+def _forward(form: MemoryForm, save: bool, tokens: PackedBlocks, carry: Carry, reset: Reset):
     """Returns (out, final carry, carries at the starts of groups or None)."""
     count, batch, heads = tokens.q.shape[:3]
 
@@ -162,7 +192,7 @@ def _forward(form: Form, save: bool, tokens: Tokens, carry: Carry, reset: Reset)
     )
 
 
-def _backward(form: Form, tokens: Tokens, starts, reset: Reset, out_bar, bars: Carry):
+def _backward(form: MemoryForm, tokens: PackedBlocks, starts, reset: Reset, out_bar, bars: Carry):
     """Returns the cotangents of (tokens, carry, reset)."""
     count, batch, heads = tokens.q.shape[:3]
     groups, steps = count // form.group, 2 * form.group - 1

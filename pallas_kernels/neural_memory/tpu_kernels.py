@@ -22,7 +22,7 @@ ANCHOR, WEIGHTS, MOMENTUM, LAST_WRITE, REST = 0, 2, 4, 6, 7
 FRESH, BEGINS = 2, 3
 
 
-class Form(NamedTuple):
+class MemoryForm(NamedTuple):
     """What is known when the kernels are traced.
 
     bases: 1, or 2 with a reset state; scaled: gradients are taken at multiples of the anchor; phased: blocks need not
@@ -37,7 +37,7 @@ class Form(NamedTuple):
     interpret: bool
 
 
-class Tokens(NamedTuple):
+class PackedBlocks(NamedTuple):
     """What differs from block to block; padded slots come first, so that a block's last slot is the last one."""
 
     table: Float[Array, "N B H 8 P"]
@@ -48,7 +48,7 @@ class Tokens(NamedTuple):
     v: Float[Array, "N B H P V"]
 
 
-def block_of_step(form: Form, i):
+def block_of_step(form: MemoryForm, i):
     """Returns which block of its group the backward kernel's step i works on: all but the last forward, then back."""
     return jnp.where(i < form.group, i, 2 * form.group - 2 - i)
 
@@ -57,7 +57,7 @@ def block_of_step(form: Form, i):
 
 
 @jax.default_matmul_precision("highest")
-def forward_kernel(form: Form, tokens, carry, reset, out, final, starts, scratch):
+def forward_kernel(form: MemoryForm, tokens, carry, reset, out, final, starts, scratch):
     """Grid (B, H, N). starts: None, or the carry before every group of blocks."""
     n = pl.program_id(2)
 
@@ -80,7 +80,9 @@ def forward_kernel(form: Form, tokens, carry, reset, out, final, starts, scratch
 
 
 @jax.default_matmul_precision("highest")
-def backward_kernel(form: Form, tokens, starts, reset, out_bar, bars, tokens_bar, bars_out, reset_bar, states, carry):
+def backward_kernel(
+    form: MemoryForm, tokens, starts, reset, out_bar, bars, tokens_bar, bars_out, reset_bar, states, carry
+):
     """Grid (B, H, groups, steps), the groups from the last to the first.
 
     states: scratch memory for the carry before every block of the group; carry: for the cotangents of the carry.
@@ -138,7 +140,7 @@ def _choose(flag, new, old):
     return jax.tree.map(lambda a, b: jnp.where(jnp.broadcast_to(flag, b.shape) > 0, a, b), new, old)
 
 
-def _load_block(form: Form, tokens: Refs):
+def _load_block(form: MemoryForm, tokens: Refs):
     """Returns the coefficients, the other inputs of `chunk_forward` and the flags (fresh, begins) of one block."""
     table, write, *rows = load(tokens)
     columns = table.T
@@ -157,7 +159,7 @@ def _load_block(form: Form, tokens: Refs):
     return c, rows, [table[REST : REST + 1, i : i + 1] for i in (FRESH, BEGINS)]
 
 
-def _store_table_bar(form: Form, c: Coefficients, table: Refs) -> None:
+def _store_table_bar(form: MemoryForm, c: Coefficients, table: Refs) -> None:
     """Writes the coefficients' cotangents in the places of the table."""
     store_zeros(table)
     for row, x in ((ANCHOR, c.anchor), (WEIGHTS, c.read_weights), (MOMENTUM, c.read_momentum)):
@@ -167,14 +169,14 @@ def _store_table_bar(form: Form, c: Coefficients, table: Refs) -> None:
     table[REST : REST + 1, : form.bases] = c.last_momentum[None]
 
 
-def _bases(form: Form, carry, reset, fresh) -> Bases:
+def _bases(form: MemoryForm, carry, reset, fresh) -> Bases:
     weights, momentum, anchor = carry
     anchor = _choose(fresh, weights, anchor) if form.phased else None
     more = ((), ()) if reset is None else ((reset[0],), (reset[1],))
     return Bases((weights, *more[0]), (momentum, *more[1]), anchor)
 
 
-def _run_block(form: Form, tokens: Refs, carry, reset):
+def _run_block(form: MemoryForm, tokens: Refs, carry, reset):
     """Returns the carry after one block, its output, and the anchor that its last token had."""
     c, rows, (fresh, begins) = _load_block(form, tokens)
     bases = _bases(form, carry, reset, fresh)
@@ -185,7 +187,7 @@ def _run_block(form: Form, tokens: Refs, carry, reset):
     return (weights, momentum, anchor if form.phased else ()), out, anchor
 
 
-def _run_block_bwd(form: Form, tokens, state, reset, out_bar, tokens_bar: Tokens, reset_bar, carry) -> None:
+def _run_block_bwd(form: MemoryForm, tokens, state, reset, out_bar, tokens_bar: PackedBlocks, reset_bar, carry) -> None:
     """The derivative of `_run_block`, as `vjp._run_bwd`: `carry` goes from the cotangents after it to those before."""
     c, (first_scores, q, k, v), (fresh, begins) = _load_block(form, tokens)
     weights_bar, momentum_bar, anchor_bar = load(carry)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
+OP = "neural_memory"
 Layers = tuple[Float[Array, "..."], ...]  # one matrix [..., I, O] per layer of the memory
 
 
@@ -111,12 +112,12 @@ def _derivative(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
     return lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
 
 
-class Shapes(NamedTuple):
+class MemoryShapes(NamedTuple):
     """What a kernel is asked to serve.
 
     dtype: of the computation; tokens: of q, k and v as the caller has them. layers: (I, O) of each layer; group: as in
-    `vjp.Plan`. blocks: of the chunk grid; aligned: rows are known to be at phase 0; segments: tokens may start from the
-    reset state.
+    `vjp.ScanPlan`. blocks: of the chunk grid; aligned: rows are known to be at phase 0; segments: tokens may start from
+    the reset state.
     """
 
     dtype: DTypeLike

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from engrax.pallas_kernels.dispatch import Choice
 from engrax.pallas_kernels.neural_memory.chunk import Bases, Saved, chunk_backward, chunk_forward, chunk_replay, outer
 from engrax.pallas_kernels.neural_memory.gates import Coefficients
 from engrax.pallas_kernels.neural_memory.types import Layers
@@ -36,17 +37,32 @@ class Blocks(NamedTuple):
     begins: Bool[Array, "N B"] | None
 
 
+class ScanInputs(NamedTuple):
+    """What every implementation of the scan gets."""
+
+    blocks: Blocks
+    carry: Carry
+    reset: Reset
+
+
+ScanOutputs = tuple[Float[Array, "N B H S V"], Carry]
+
+
 def _outer(x, y):
     """Returns x^T y; XLA's CPU product with a transposed left side takes twice the time of making the transpose."""
     return lax.platform_dependent(x, y, cpu=lambda x, y: lax.optimization_barrier(x.T) @ y, default=outer)
 
 
-class Plan(NamedTuple):
-    """How the blocks are run: `group` blocks between two kept states; keep_rows: see above."""
+class ScanPlan(NamedTuple):
+    """How the blocks are run: `group` blocks between two kept states; keep_rows: see above.
+
+    interpret: kernels are interpreted.
+    """
 
     activation: str
     group: int
     keep_rows: bool
+    interpret: bool = False
 
     @property
     def straight(self) -> bool:
@@ -84,7 +100,7 @@ def _next_carry(weights, momentum, bases: Bases, block: Blocks) -> Carry:
     return weights, momentum, anchor
 
 
-def _run(plan: Plan, reset: Reset, carry: Carry, block: Blocks):
+def _run(plan: ScanPlan, reset: Reset, carry: Carry, block: Blocks):
     """Runs one block of all rows and heads. Returns the next carry, the block's output and what is saved."""
     bases = _bases(carry, reset, block.fresh)
     arrays = (block.coefficients, block.first_scores, block.q, block.k, block.v)
@@ -92,14 +108,14 @@ def _run(plan: Plan, reset: Reset, carry: Carry, block: Blocks):
     return _next_carry(weights, momentum, bases, block), out, saved
 
 
-def _replay(plan: Plan, reset: Reset, carry: Carry, block: Blocks, saved: Saved) -> Carry:
+def _replay(plan: ScanPlan, reset: Reset, carry: Carry, block: Blocks, saved: Saved) -> Carry:
     """Returns the next carry from what was saved of the block."""
     bases = _bases(carry, reset, block.fresh)
     weights, momentum = plan.heads(chunk_replay)(block.coefficients, block.k, bases, saved)
     return _next_carry(weights, momentum, bases, block)
 
 
-def _run_bwd(plan: Plan, reset: Reset, bars: Carry, reset_bar, carry: Carry, block: Blocks, saved: Saved, out_bar):
+def _run_bwd(plan: ScanPlan, reset: Reset, bars: Carry, reset_bar, carry: Carry, block: Blocks, saved: Saved, out_bar):
     """Derivative of `_run`: cotangents of the carry before it, of the reset state so far, and of the block."""
     weights_bar, momentum_bar, anchor_bar = bars
     if block.begins is not None:
@@ -121,7 +137,7 @@ def _run_bwd(plan: Plan, reset: Reset, bars: Carry, reset_bar, carry: Carry, blo
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scan_blocks(plan: Plan, blocks: Blocks, carry: Carry, reset: Reset):
+def scan_blocks(plan: ScanPlan, blocks: Blocks, carry: Carry, reset: Reset):
     """Runs all blocks, a multiple of `plan.group`. Returns (out `[N, B, H, S, V]`, the final carry)."""
 
     def body(carry, block):
@@ -140,25 +156,25 @@ def _part(tree, blocks: slice):
     return jax.tree.map(lambda x: x[blocks], tree)
 
 
-def _split(plan: Plan, tree):
+def _split(plan: ScanPlan, tree):
     """Returns the blocks by groups, `[N / group, ...]` per block of the group or `[N / group, group, ...]`."""
     if plan.straight:
         return tuple(_part(tree, slice(i, None, plan.group)) for i in range(plan.group))
     return jax.tree.map(lambda x: x.reshape(-1, plan.group, *x.shape[1:]), tree)
 
 
-def _merge(plan: Plan, trees):
+def _merge(plan: ScanPlan, trees):
     """Undoes `_split`."""
     if plan.straight:
         return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *trees)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), trees)
 
 
-def _zip(plan: Plan, *trees):
+def _zip(plan: ScanPlan, *trees):
     return tuple(zip(*trees)) if plan.straight else trees
 
 
-def _scan_group(plan: Plan, body, carry, xs, reverse: bool = False):
+def _scan_group(plan: ScanPlan, body, carry, xs, reverse: bool = False):
     """`lax.scan` over the blocks of one group."""
     if not plan.straight:
         return lax.scan(body, carry, xs, reverse=reverse)
@@ -168,7 +184,7 @@ def _scan_group(plan: Plan, body, carry, xs, reverse: bool = False):
     return carry, tuple(ys)
 
 
-def _scan_fwd(plan: Plan, blocks: Blocks, carry: Carry, reset: Reset):
+def _scan_fwd(plan: ScanPlan, blocks: Blocks, carry: Carry, reset: Reset):
     def body(carry, block):
         carry, out, saved = _run(plan, reset, carry, block)
         return carry, (out, saved if plan.keep_rows else None)
@@ -183,7 +199,7 @@ def _scan_fwd(plan: Plan, blocks: Blocks, carry: Carry, reset: Reset):
     return (_merge(plan, out), final), (blocks, starts, saved, reset)
 
 
-def _scan_bwd(plan: Plan, residuals, cotangents):
+def _scan_bwd(plan: ScanPlan, residuals, cotangents):
     blocks, starts, saved, reset = residuals
     out_bar, bars = cotangents
 
@@ -221,16 +237,16 @@ def group_size(count: int, slots: int, save_every: int) -> int:
     return max(n for n in range(1, most + 1) if count % n == 0)
 
 
-def run_blocks(blocks: Blocks, carry: Carry, reset: Reset, *, activation: str, save_every: int, scan=scan_blocks):
-    """Runs any number of blocks. Returns (out `[N, B, H, S, V]`, the final carry).
-
-    scan: `scan_blocks`, or a kernel that takes its place.
-    """
+def run_blocks(
+    blocks: Blocks, carry: Carry, reset: Reset, *, activation: str, save_every: int, choice: Choice
+) -> ScanOutputs:
+    """Runs any number of blocks by the implementations of the choice. Returns (out, the final carry)."""
     count, slots = blocks.k.shape[0], blocks.k.shape[3]
-    plan = Plan(activation, group_size(count, slots, save_every), save_every == 1)
+    plan = ScanPlan(activation, group_size(count, slots, save_every), save_every == 1, choice.interpret)
     whole = count - count % plan.group
-    out, carry = scan(plan, _part(blocks, slice(whole)), carry, reset)
+    out, carry = choice.run(plan, ScanInputs(_part(blocks, slice(whole)), carry, reset))
     if whole == count:
         return out, carry
-    more, carry = scan(plan._replace(group=count - whole), _part(blocks, slice(whole, None)), carry, reset)
+    rest = ScanInputs(_part(blocks, slice(whole, None)), carry, reset)
+    more, carry = choice.run(plan._replace(group=count - whole), rest)
     return jnp.concatenate([out, more]), carry

@@ -1,17 +1,26 @@
 """The neural memory in its exact dual form: chunk by chunk, matrix products only, no per-token copy of the weights."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from engrax.pallas_kernels.common.segments import segment_starts
-from engrax.pallas_kernels.dispatch import load
+from engrax.pallas_kernels.dispatch import Choice, choose
 from engrax.pallas_kernels.neural_memory.gates import coefficients
 from engrax.pallas_kernels.neural_memory.grid import aligned_grid, from_blocks, phased_grid, to_blocks
-from engrax.pallas_kernels.neural_memory.types import Layers, NeuralMemoryState
-from engrax.pallas_kernels.neural_memory.vjp import Blocks, Carry, Reset, run_blocks, scan_blocks
+from engrax.pallas_kernels.neural_memory.types import OP, Layers, MemoryShapes, NeuralMemoryState
+from engrax.pallas_kernels.neural_memory.vjp import (
+    Blocks,
+    Carry,
+    Reset,
+    ScanInputs,
+    ScanOutputs,
+    ScanPlan,
+    group_size,
+    run_blocks,
+    scan_blocks,
+)
+from engrax.pallas_kernels.passes import Passes
 
 
 def neural_memory_xla(
@@ -30,13 +39,12 @@ def neural_memory_xla(
     chunk_size: int,
     save_every: int,
     aligned: bool,
-    implementation: str = "xla",
-    interpret: bool = False,
+    choice: Choice,
 ) -> tuple[Float[Array, "B T H V"], NeuralMemoryState]:
     """Runs `neural_memory` chunk by chunk; all arrays in the dtype of the computation.
 
     aligned: every row is known to be at phase 0, so that the rows are plainly cut into chunks.
-    implementation: what walks over the chunks, "xla" or a kernel; interpret: kernels are interpreted.
+    choice: what walks over the chunks.
     """
     batch, length = q.shape[:2]
     phase = jnp.asarray(state.phase, jnp.int32)
@@ -61,8 +69,7 @@ def neural_memory_xla(
         activation=activation,
         gradient_at=gradient_at,
         save_every=save_every,
-        implementation=implementation,
-        interpret=interpret,
+        choice=choice,
     )
     return from_blocks(grid, out, length), NeuralMemoryState(*carry, (phase + length) % chunk_size)
 
@@ -83,20 +90,34 @@ def run_grid(
     activation: str,
     gradient_at: str = "anchor",
     save_every: int = 1,
-    implementation: str = "xla",
-    interpret: bool = False,
+    choice: Choice | None = None,
 ) -> tuple[Float[Array, "N B H S V"], Carry]:
     """Runs blocks that somebody laid out, each inside one chunk.
 
     carry: (weights, momentum, anchor), `[B, H, I, O]` per layer; reset: the first two of the reset state, for every
     row; None without segments. real: the slot holds a token; start: a segment begins at it (None: none does);
-    fresh: the block begins its chunk (None: all do). Slots that are not real give 0.
+    fresh: the block begins its chunk (None: all do). Slots that are not real give 0. choice: what walks over the
+    blocks; None: the XLA form.
     """
+    if choice is None:
+        choice = choose(OP, _shapes(q, carry[0], save_every, start is not None), "xla")
     table = coefficients(lr, momentum, forget, real, start, gradient_at)
     begins = None if start is None else jnp.any(start, axis=(2, 3))  # [N, B]: a segment begins in the block
     first_scores = table.write * jnp.einsum("nbhtk,nbhsk->nbhts", q, k)
-    blocks, scan = Blocks(table, first_scores, q, k, v, fresh, begins), scan_blocks
-    if implementation != "xla":
-        scan = partial(load("neural_memory", implementation).scan_blocks, interpret=interpret)
-    out, carry = run_blocks(blocks, carry, reset, activation=activation, save_every=save_every, scan=scan)
+    blocks = Blocks(table, first_scores, q, k, v, fresh, begins)
+    out, carry = run_blocks(blocks, carry, reset, activation=activation, save_every=save_every, choice=choice)
     return jnp.where(real[..., None], out, 0), carry
+
+
+def _shapes(q, weights: Layers, save_every: int, segments: bool) -> MemoryShapes:
+    """Returns the sizes of a call whose caller laid out the blocks."""
+    count, batch, heads, slots, _ = q.shape
+    layers, group, dtype = tuple(w.shape[2:] for w in weights), group_size(count, slots, save_every), jnp.dtype(q.dtype)
+    return MemoryShapes(dtype, layers, slots, group, dtype, batch, heads, count, False, segments)
+
+
+def _scan(plan: ScanPlan, inputs: ScanInputs) -> ScanOutputs:
+    return scan_blocks(plan, *inputs)
+
+
+passes = Passes.of(_scan)

@@ -40,7 +40,7 @@ from engrax.pallas_kernels.neural_memory.gpu_kernels import (
     READ_MOMENTUM,
     READ_WEIGHTS,
     WRITE,
-    Tokens,
+    PackedTokens,
     chunk_block,
 )
 from engrax.pallas_kernels.neural_memory.types import with_derivatives
@@ -48,7 +48,7 @@ from engrax.pallas_kernels.neural_memory.types import with_derivatives
 TILE = 64  # rows and columns of a tile; K and V are one tile
 
 
-class Sizes(NamedTuple):
+class TwoLayerSizes(NamedTuple):
     """What is static. tiles: of the hidden features."""
 
     batch: int
@@ -77,13 +77,13 @@ class Sizes(NamedTuple):
         return jax.ShapeDtypeStruct((self.batch, self.heads, self.chunks, tiles, TILE, TILE), dtype)
 
 
-def sizes_of(tokens: Tokens, tiles: int, activation: str = "", reverse: bool = False) -> Sizes:
+def sizes_of(tokens: PackedTokens, tiles: int, activation: str = "", reverse: bool = False) -> TwoLayerSizes:
     """Returns the sizes of a call; reverse: the chunks are visited from the last to the first."""
     batch, length, heads, _ = tokens.k.shape
-    return Sizes(batch, heads, length // CHUNK, tiles, activation, reverse)
+    return TwoLayerSizes(batch, heads, length // CHUNK, tiles, activation, reverse)
 
 
-def forward(tokens: Tokens, weights, momentum, activation: str, *, interpret: bool = False) -> dict:
+def forward(tokens: PackedTokens, weights, momentum, activation: str, *, interpret: bool = False) -> dict:
     """Returns "out" `[B, T, H, V]` bfloat16 and, as tiles in float32, "weights", "momentum" and "anchor", the weights
     at the start of the last chunk."""
     plan = sizes_of(tokens, weights.shape[2] // 2, activation)
@@ -92,7 +92,7 @@ def forward(tokens: Tokens, weights, momentum, activation: str, *, interpret: bo
     return _run("neural_memory_forward", plan, _forward_chunk, ("q", "k", "v"), out_types, inputs, interpret)
 
 
-def states(tokens: Tokens, weights, momentum, activation: str, *, interpret: bool = False) -> dict:
+def states(tokens: PackedTokens, weights, momentum, activation: str, *, interpret: bool = False) -> dict:
     """Runs forwards again without queries. Returns the "weights_at" and "momentum_at" that every chunk begins with,
     tiles in bfloat16 and after them what rounding took from each, `[B, H, N, 4 tiles, 64, 64]`."""
     plan = sizes_of(tokens, weights.shape[2] // 2, activation)
@@ -101,7 +101,7 @@ def states(tokens: Tokens, weights, momentum, activation: str, *, interpret: boo
     return _run("neural_memory_backward_states", plan, _states_chunk, ("k", "v"), out_types, inputs, interpret)
 
 
-def _run(name: str, plan: Sizes, step, arriving, out_types: dict, inputs: dict, interpret: bool) -> dict:
+def _run(name: str, plan: TwoLayerSizes, step, arriving, out_types: dict, inputs: dict, interpret: bool) -> dict:
     """Runs `step(chunk)` for all chunks of all heads; arriving: the names of the tokens it finds in SMEM."""
     counts = {"left": 1, "right": 1, "x": plan.tiles}
     if "q" in arriving:
@@ -111,18 +111,18 @@ def _run(name: str, plan: Sizes, step, arriving, out_types: dict, inputs: dict, 
     return run_kernel(name, body, out_types, scratch, grid, interpret, inputs)
 
 
-def matrices_scratch(plan: Sizes) -> dict:
+def matrices_scratch(plan: TwoLayerSizes) -> dict:
     """Returns the room in SMEM of "weights" and "momentum", or their cotangents: tiles in float32."""
     exact = [matrix(TILE, TILE, jnp.float32)] * (2 * plan.tiles)
     return {"weights": exact, "momentum": exact, "matrices_arrived": plgpu.Barrier(num_arrivals=4 * plan.tiles)}
 
 
 def tiles_scratch(counts: dict):
-    """Returns the room in SMEM of tiles in bfloat16; counts: how many of each name (see `Chunk.tile`)."""
+    """Returns the room in SMEM of tiles in bfloat16; counts: how many of each name (see `TwoLayerChunk.tile`)."""
     return plgpu.SMEM((sum(counts.values()), TILE, TILE), jnp.bfloat16, transforms=tiles(jnp.bfloat16))
 
 
-class Place(NamedTuple):
+class TwoLayerProgram(NamedTuple):
     """Where a program is, and what it reads and writes there; all but the numbers are trees of references."""
 
     batch: jax.Array
@@ -156,14 +156,14 @@ class Place(NamedTuple):
         return load_global(self.inputs["write"].at[chunk, self.batch, self.head])
 
 
-class Chunk(NamedTuple):
+class TwoLayerChunk(NamedTuple):
     """A chunk of a program: its number, its part of the table and what else has arrived of it in SMEM.
 
     counts: how many tiles in bfloat16 of each name there are in the scratch "tiles", in their order.
     """
 
-    plan: Sizes
-    place: Place
+    plan: TwoLayerSizes
+    place: TwoLayerProgram
     counts: dict
     number: jax.Array
     table: Any
@@ -214,7 +214,7 @@ def put(*pairs):
     plgpu.commit_smem()
 
 
-def begin(place: Place):
+def begin(place: TwoLayerProgram):
     """Fetches the matrices, or their cotangents, from inputs "weights" and "momentum"."""
     for name in ("weights", "momentum"):
         for number, tile in enumerate(place.scratch[name]):
@@ -223,7 +223,7 @@ def begin(place: Place):
     plgpu.barrier_wait(place.scratch["matrices_arrived"])
 
 
-def finish(place: Place):
+def finish(place: TwoLayerProgram):
     """Lets the last matrices leave, if they are asked for."""
     plgpu.commit_smem()
     for name in ("weights", "momentum"):
@@ -232,14 +232,14 @@ def finish(place: Place):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _sweep(plan: Sizes, counts: dict, step, arriving, inputs, outputs, scratch):
-    place = Place(lax.axis_index("batch"), lax.axis_index("head"), inputs, outputs, scratch)
+def _sweep(plan: TwoLayerSizes, counts: dict, step, arriving, inputs, outputs, scratch):
+    place = TwoLayerProgram(lax.axis_index("batch"), lax.axis_index("head"), inputs, outputs, scratch)
     begin(place)
     arrivals = {"table": chunk_block(inputs["table"], plan, place.batch, place.head)}
     arrivals |= {name: token_block(inputs[name], plan, place.batch, place.head, TILE) for name in arriving}
 
     def body(indices, table, *blocks):
-        step(Chunk(plan, place, counts, plan.at(indices[0]), table, dict(zip(arriving, blocks))))
+        step(TwoLayerChunk(plan, place, counts, plan.at(indices[0]), table, dict(zip(arriving, blocks))))
         plgpu.commit_smem()  # all threads have read the inputs, new ones may come
 
     refs, specs = zip(*arrivals.values())
@@ -247,7 +247,7 @@ def _sweep(plan: Sizes, counts: dict, step, arriving, inputs, outputs, scratch):
     finish(place)
 
 
-def _forward_chunk(chunk: Chunk):
+def _forward_chunk(chunk: TwoLayerChunk):
     plan, place = chunk.plan, chunk.place
 
     @pl.when(chunk.number == plan.chunks - 1)
@@ -265,7 +265,7 @@ def _forward_chunk(chunk: Chunk):
     _carry(chunk)
 
 
-def _states_chunk(chunk: Chunk):
+def _states_chunk(chunk: TwoLayerChunk):
     count = 2 * chunk.plan.tiles
     for number in range(count):
         for name in ("weights", "momentum"):
@@ -279,7 +279,7 @@ def _states_chunk(chunk: Chunk):
     _carry(chunk)
 
 
-def _keys(chunk: Chunk):
+def _keys(chunk: TwoLayerChunk):
     """Leaves x, and e in the place of v."""
     f, _, _ = with_derivatives(chunk.plan.activation)
     for tile in range(chunk.plan.tiles):
@@ -289,7 +289,7 @@ def _keys(chunk: Chunk):
     put((chunk.blocks["v"], _error(chunk)))
 
 
-def _error(chunk: Chunk):
+def _error(chunk: TwoLayerChunk):
     """Returns e, for which v is fetched: where that was, e is."""
     read = 0.0
     for tile in range(chunk.plan.tiles):
@@ -299,7 +299,7 @@ def _error(chunk: Chunk):
     return read * chunk.row(ANCHOR) - chunk.tokens("v")
 
 
-def _delta(chunk: Chunk, tile: int):
+def _delta(chunk: TwoLayerChunk, tile: int):
     """Returns a tile of delta."""
     _, df, _ = with_derivatives(chunk.plan.activation)
     first, second = (chunk.matrix("weights", number) for number in (tile, chunk.plan.tiles + tile))
@@ -309,7 +309,7 @@ def _delta(chunk: Chunk, tile: int):
     return r * chunk.row(ANCHOR) * df(z * chunk.row(ANCHOR))
 
 
-def _read(chunk: Chunk):
+def _read(chunk: TwoLayerChunk):
     """Returns what the queries read; the scores of the layers lie to the right."""
     f, _, _ = with_derivatives(chunk.plan.activation)
     hidden = range(chunk.plan.tiles)
@@ -335,7 +335,7 @@ def _read(chunk: Chunk):
     return out - local
 
 
-def _carry(chunk: Chunk):
+def _carry(chunk: TwoLayerChunk):
     """Brings weights and momentum to the end of the chunk; delta and e are computed anew: registers are scarce."""
     tiles = range(chunk.plan.tiles)
     for tile in tiles:
@@ -343,7 +343,7 @@ def _carry(chunk: Chunk):
     _write(chunk, {chunk.plan.tiles + tile: partial(chunk.tile, "x", tile) for tile in tiles}, _error(chunk))
 
 
-def _write(chunk: Chunk, inputs: dict, delta):
+def _write(chunk: TwoLayerChunk, inputs: dict, delta):
     """Writes tokens into tiles of weights and momentum; inputs: by number of a tile, what goes in; delta: the gradient
     of what comes out."""
     put((chunk.tile("left"), delta * chunk.row(WRITE)), (chunk.tile("right"), delta * chunk.row(LAST_WRITE)))

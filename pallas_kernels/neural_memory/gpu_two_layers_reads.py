@@ -1,7 +1,7 @@
 """The Mosaic GPU kernel (sm_90) that differentiates what the queries of a two-layer memory read, all chunks at once.
 
 With the matrices at a chunk's start, and x, e, delta, g and y (before the activation: g = f(y)) computed again as in
-`gpu_deep_kernels`, no chunk needs another:
+`gpu_two_layers_kernels`, no chunk needs another:
 
     D_2 = C (g x^T),  G_2 = -(d out) e^T      dg = A (d out) W_2^T + B (d out) S_2^T + (C o G_2) x,   dy = dg f'(y)
     D_1 = C (q k^T),  G_1 = -dy delta^T       dq = A dy W_1^T + B dy S_1^T + (C o G_1) k
@@ -9,7 +9,8 @@ With the matrices at a chunk's start, and x, e, delta, g and y (before the activ
 
 and what the reads add to the cotangents of the keys' side: d delta = -D_1^T dy, de = -D_2^T d out,
 dx = (C o G_2)^T g, dk = (C o G_1)^T q. Those of A and B are inner products of g with the terms of dg and of q with
-those of dq. `gpu_deep_carry` does the rest; all that is elementwise is done here, where all chunks share the work.
+those of dq. `gpu_two_layers_carry` does the rest; all that is elementwise is done here, where all chunks share
+the work.
 """
 
 from functools import partial
@@ -21,17 +22,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, load_matrix, matrix, products, sum_columns, transposed
 from engrax.pallas_kernels.mosaic_gpu.pipeline import run_kernel
-from engrax.pallas_kernels.neural_memory.gpu_deep_kernels import (
+from engrax.pallas_kernels.neural_memory.gpu_kernels import (
+    ANCHOR,
+    READ_MOMENTUM,
+    READ_WEIGHTS,
+    TABLE_ROWS,
+    PackedTokens,
+)
+from engrax.pallas_kernels.neural_memory.gpu_two_layers_kernels import (
     TILE,
-    Chunk,
-    Place,
-    Sizes,
+    TwoLayerChunk,
+    TwoLayerProgram,
+    TwoLayerSizes,
     load_global,
     put,
     sizes_of,
     tiles_scratch,
 )
-from engrax.pallas_kernels.neural_memory.gpu_kernels import ANCHOR, READ_MOMENTUM, READ_WEIGHTS, TABLE_ROWS, Tokens
 from engrax.pallas_kernels.neural_memory.types import with_derivatives
 
 # Where in "exact" and in "rounded" the tiles of each quantity begin, in tiles of the hidden features after the first
@@ -42,13 +49,13 @@ X, READ = range(2)
 _READS = (("weights", READ_WEIGHTS), ("momentum", READ_MOMENTUM))
 
 
-def exact_tile(plan: Sizes, quantity: int, tile: int) -> int:
+def exact_tile(plan: TwoLayerSizes, quantity: int, tile: int) -> int:
     """Returns the place of a tile of DELTA, ..., READ_BAR in "exact"."""
     return 3 + quantity * plan.tiles + tile
 
 
-def read_gradients(tokens: Tokens, again: dict, out_bar, activation: str, *, interpret: bool = False) -> dict:
-    """Returns what the reads give and what `gpu_deep_carry` needs. again: what `states` returns.
+def read_gradients(tokens: PackedTokens, again: dict, out_bar, activation: str, *, interpret: bool = False) -> dict:
+    """Returns what the reads give and what `gpu_two_layers_carry` needs. again: what `states` returns.
 
     "q_bar" `[B, T, H, K]` bfloat16, "write_bar" `[N, B, H, C, C]` and "rows_bar" `[N, B, H, 2, C]`, those of C, A and
     B. By chunk, as tiles `[B, H, N, ..., 64, 64]`: "rounded" in bfloat16 has x and g; "exact" in float32 has e, the
@@ -76,13 +83,13 @@ def read_gradients(tokens: Tokens, again: dict, out_bar, activation: str, *, int
     return run_kernel("neural_memory_backward_reads", body, out_types, scratch, grid, interpret, inputs)
 
 
-def _counts(plan: Sizes) -> dict:
+def _counts(plan: TwoLayerSizes) -> dict:
     single = dict.fromkeys(("q", "k", "v", "out_bar", "scores", "square"), 1)
     matrices = dict.fromkeys(("weights", "momentum"), 2 * plan.tiles)
     return single | matrices | dict.fromkeys(("x", "delta", "read"), plan.tiles)
 
 
-class _Chunk(Chunk):
+class ReadsChunk(TwoLayerChunk):
     """A chunk of which the tokens and the tiles of weights and momentum at its start arrive."""
 
     def store(self, quantity: int, value, tile: int | None = None):
@@ -103,9 +110,9 @@ class _Chunk(Chunk):
         return value * self.place.write(self.number)
 
 
-def _differentiate(plan: Sizes, inputs, outputs, scratch):
-    place = Place(lax.axis_index("batch"), lax.axis_index("head"), inputs, outputs, scratch)
-    chunk = _Chunk(plan, place, _counts(plan), lax.axis_index("part"), scratch["table"], {})
+def _differentiate(plan: TwoLayerSizes, inputs, outputs, scratch):
+    place = TwoLayerProgram(lax.axis_index("batch"), lax.axis_index("head"), inputs, outputs, scratch)
+    chunk = ReadsChunk(plan, place, _counts(plan), lax.axis_index("part"), scratch["table"], {})
     _fetch(chunk)
     _keys(chunk)
     _queries(chunk)
@@ -115,7 +122,7 @@ def _differentiate(plan: Sizes, inputs, outputs, scratch):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _fetch(chunk: _Chunk):
+def _fetch(chunk: ReadsChunk):
     place, arrived, tiles = chunk.place, chunk.place.scratch["arrived"], chunk.place.scratch["tiles"]
     for name in ("q", "k", "v", "out_bar"):
         source = place.tokens(place.inputs[name], chunk.number)
@@ -128,7 +135,7 @@ def _fetch(chunk: _Chunk):
     plgpu.barrier_wait(arrived)
 
 
-def _keys(chunk: _Chunk):
+def _keys(chunk: ReadsChunk):
     """Leaves x and delta, and e in the place of v; writes these, f'(z) and r f''(z)."""
     f, df, d2f = with_derivatives(chunk.plan.activation)
     hidden, second, read = range(chunk.plan.tiles), chunk.plan.tiles, 0.0
@@ -156,7 +163,7 @@ def _keys(chunk: _Chunk):
         put((chunk.tile("delta", tile), delta))
 
 
-def _queries(chunk: _Chunk):
+def _queries(chunk: ReadsChunk):
     """Leaves y, g and D_1; writes g."""
     f, _, _ = with_derivatives(chunk.plan.activation)
     (scores,) = products((chunk.tile("q"), transposed(chunk.tile("k"))))
@@ -173,7 +180,7 @@ def _queries(chunk: _Chunk):
         chunk.send(READ, "read", tile)
 
 
-def _second_layer(chunk: _Chunk):
+def _second_layer(chunk: ReadsChunk):
     """Leaves dy in the place of S_2, and G_2 o (g x^T); writes dy and the parts of de and dx.
 
     Returns the parts of dA and dB.
@@ -205,7 +212,7 @@ def _second_layer(chunk: _Chunk):
     return rows
 
 
-def _first_layer(chunk: _Chunk, rows):
+def _first_layer(chunk: ReadsChunk, rows):
     """Writes dq, dC and the parts of d delta and dk. Returns dA and dB, of which rows are a part."""
     place, hidden, found = chunk.place, range(chunk.plan.tiles), []
 

@@ -1,7 +1,7 @@
 """The Mosaic GPU kernel (sm_90) that carries the cotangents of a two-layer memory's matrices from the last chunk back.
 
 A program owns one head. With the cotangents dW and dS at a chunk's end, which stay in SMEM in float32, and what
-`gpu_deep_reads` left of the chunk, where "..." is what the reads add:
+`gpu_two_layers_reads` left of the chunk, where "..." is what the reads add:
 
     d delta = ... - C_last k dW_1 - E_last k dS_1,    dr = d delta f'(z)
     de = ... - C_last x dW_2 - E_last x dS_2 + anchor dr W_2,    dv = -de
@@ -25,11 +25,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, load_matrix, products, sum_columns, transposed
 from engrax.pallas_kernels.mosaic_gpu.pipeline import run_kernel
-from engrax.pallas_kernels.neural_memory.gpu_deep_kernels import (
+from engrax.pallas_kernels.neural_memory.gpu_kernels import (
+    ANCHOR,
+    LAST,
+    LAST_WRITE,
+    READ_MOMENTUM,
+    READ_WEIGHTS,
+    TABLE_ROWS,
+    WRITE,
+    PackedTokens,
+)
+from engrax.pallas_kernels.neural_memory.gpu_two_layers_kernels import (
     TILE,
-    Chunk,
-    Place,
-    Sizes,
+    TwoLayerChunk,
+    TwoLayerProgram,
+    TwoLayerSizes,
     begin,
     finish,
     load_global,
@@ -39,7 +49,7 @@ from engrax.pallas_kernels.neural_memory.gpu_deep_kernels import (
     sizes_of,
     tiles_scratch,
 )
-from engrax.pallas_kernels.neural_memory.gpu_deep_reads import (
+from engrax.pallas_kernels.neural_memory.gpu_two_layers_reads import (
     BEND,
     DELTA,
     DELTA_BAR,
@@ -53,16 +63,6 @@ from engrax.pallas_kernels.neural_memory.gpu_deep_reads import (
     X,
     exact_tile,
 )
-from engrax.pallas_kernels.neural_memory.gpu_kernels import (
-    ANCHOR,
-    LAST,
-    LAST_WRITE,
-    READ_MOMENTUM,
-    READ_WEIGHTS,
-    TABLE_ROWS,
-    WRITE,
-    Tokens,
-)
 
 # Rows of "rows_bar": of each quantity one for each tile of the matrices, then one more of the first.
 OF_ANCHOR, OF_C, OF_E, OF_A, OF_B, OF_P = range(6)
@@ -72,7 +72,7 @@ _ROOMS = {"k_bar": 0, "error_bar": 1, "z_bar": 2}
 _WRITES = ((OF_C, WRITE, "weights"), (OF_E, LAST_WRITE, "momentum"))
 
 
-def carry_gradients(tokens: Tokens, again: dict, reads: dict, out_bar, bars, *, interpret: bool = False) -> dict:
+def carry_gradients(tokens: PackedTokens, again: dict, reads: dict, out_bar, bars, *, interpret: bool = False) -> dict:
     """Returns "k_bar" and "error_bar", minus that of v, `[B, T, H, 64]` bfloat16, the cotangents of the first "weights"
     and "momentum" as tiles in float32, and "rows_bar" `[N, B, H, 6, C]`: those of what scales the anchor and of C and E
     of the last slot, then three rows whose sums are those of A, B and P of the last slot.
@@ -103,12 +103,12 @@ def carry_gradients(tokens: Tokens, again: dict, reads: dict, out_bar, bars, *, 
     return found | {"rows_bar": rows.at[..., OF_ANCHOR, :].add(found["rows_bar"][..., count, :])}
 
 
-def _counts(plan: Sizes) -> dict:
+def _counts(plan: TwoLayerSizes) -> dict:
     single = dict.fromkeys(("k", "error", "left"), 1)
     return single | dict.fromkeys(("first", "second", "x", "r_bar"), plan.tiles)
 
 
-class _Chunk(Chunk):
+class CarryChunk(TwoLayerChunk):
     """A chunk of which k, x and, as first and second, the tiles of W_1 and W_2 at its start arrive."""
 
     def exact(self, quantity: int, tile: int | None = None):
@@ -132,12 +132,12 @@ class _Chunk(Chunk):
         target[quantity * 2 * self.plan.tiles + number] = value
 
 
-def _sweep(plan: Sizes, inputs, outputs, scratch):
-    place = Place(lax.axis_index("batch"), lax.axis_index("head"), inputs, outputs, scratch)
+def _sweep(plan: TwoLayerSizes, inputs, outputs, scratch):
+    place = TwoLayerProgram(lax.axis_index("batch"), lax.axis_index("head"), inputs, outputs, scratch)
     begin(place)
 
     def step(step, carry):
-        _chunk(_Chunk(plan, place, _counts(plan), plan.at(step), scratch["table"], {}))
+        _chunk(CarryChunk(plan, place, _counts(plan), plan.at(step), scratch["table"], {}))
         plgpu.commit_smem()  # all threads have read the inputs, new ones may come
         return carry
 
@@ -145,7 +145,7 @@ def _sweep(plan: Sizes, inputs, outputs, scratch):
     finish(place)
 
 
-def _fetch(chunk: _Chunk):
+def _fetch(chunk: CarryChunk):
     place, arrived = chunk.place, chunk.place.scratch["arrived"]
     weights, x = (place.inputs[name].at[place.batch, place.head, chunk.number] for name in ("weights_at", "rounded"))
     copies = {("k", 0): place.tokens(place.inputs["k"], chunk.number)}
@@ -158,7 +158,7 @@ def _fetch(chunk: _Chunk):
     plgpu.barrier_wait(arrived)
 
 
-def _chunk(chunk: _Chunk):
+def _chunk(chunk: CarryChunk):
     place = chunk.place
     _fetch(chunk)
     _matches(chunk)
@@ -175,7 +175,7 @@ def _chunk(chunk: _Chunk):
             target[...] = load_matrix(target) + place.load("anchor", tile)
 
 
-def _matches(chunk: _Chunk):
+def _matches(chunk: CarryChunk):
     """Writes the inner products of the matrices with their cotangents, by row: those of A, B and P of the last slot.
 
     These are sums that cancel: unlike others they need more of the matrices than bfloat16 holds.
@@ -188,7 +188,7 @@ def _matches(chunk: _Chunk):
             chunk.add_row(quantity, number, sum_columns(chunk.matrix(name, number) * matrix))
 
 
-def _of_deltas(chunk: _Chunk):
+def _of_deltas(chunk: CarryChunk):
     """Leaves dr, and the parts of dz and dk that come from d delta and delta; writes those of dC and dE.
 
     Each cotangent is rounded anew for dk and for d delta: registers do not hold both sums.
@@ -211,7 +211,7 @@ def _of_deltas(chunk: _Chunk):
         put((chunk.tile("r_bar", tile), delta_bar * chunk.exact(SLOPE, tile)))
 
 
-def _of_errors(chunk: _Chunk):
+def _of_errors(chunk: CarryChunk):
     """Leaves de to the left and anchor de in the place of e, adds to dz what the carry gives through x.
 
     Writes -dv, the rest of dC and dE, and the part of the anchor's scale that comes from r.
@@ -239,7 +239,7 @@ def _of_errors(chunk: _Chunk):
     chunk.place.send_tokens("error_bar", chunk.tile("left"), chunk.number)
 
 
-def _of_keys(chunk: _Chunk):
+def _of_keys(chunk: CarryChunk):
     """Leaves anchor dz in the place of W_2; writes dk and the rest of the cotangent of what scales the anchor."""
     tiles = range(chunk.plan.tiles)
     for tile in tiles:
@@ -258,7 +258,7 @@ def _of_keys(chunk: _Chunk):
     sent()
 
 
-def _update_second(chunk: _Chunk):
+def _update_second(chunk: CarryChunk):
     """Brings dW_2 and dS_2 to the chunk's start; g takes the place of W_1."""
     place, arrived = chunk.place, chunk.place.scratch["read_arrived"]
     plgpu.commit_smem()  # all threads' products have read W_1
@@ -277,7 +277,7 @@ def _update_second(chunk: _Chunk):
         _add_to_weights(chunk, chunk.plan.tiles + tile, ("r_bar", tile), ("error", 0))
 
 
-def _update_first(chunk: _Chunk):
+def _update_first(chunk: CarryChunk):
     """Brings dW_1 and dS_1 to the chunk's start; q takes the place of e."""
     place, arrived = chunk.place, chunk.place.scratch["q_arrived"]
     plgpu.commit_smem()  # all threads' products have read e
@@ -291,22 +291,22 @@ def _update_first(chunk: _Chunk):
         _add_to_weights(chunk, tile, ("k", 0), ("second", tile))
 
 
-def _product(chunk: _Chunk, rows, columns):
+def _product(chunk: CarryChunk, rows, columns):
     (found,) = products((transposed(chunk.tile(*rows)), chunk.tile(*columns)))
     return found
 
 
-def _update_momentum(chunk: _Chunk, number: int, rows, columns):
+def _update_momentum(chunk: CarryChunk, number: int, rows, columns):
     weights, momentum = (chunk.place.scratch[name][number] for name in ("weights", "momentum"))
     more = _product(chunk, rows, columns) + load_matrix(weights) * chunk.table[LAST, 1]
     momentum[...] = more + load_matrix(momentum) * chunk.table[LAST, 2]
 
 
-def _update_weights(chunk: _Chunk, number: int, rows, columns):
+def _update_weights(chunk: CarryChunk, number: int, rows, columns):
     weights = chunk.place.scratch["weights"][number]
     weights[...] = load_matrix(weights) * chunk.table[LAST, 0] + _product(chunk, rows, columns)
 
 
-def _add_to_weights(chunk: _Chunk, number: int, rows, columns):
+def _add_to_weights(chunk: CarryChunk, number: int, rows, columns):
     weights = chunk.place.scratch["weights"][number]
     weights[...] = load_matrix(weights) + _product(chunk, rows, columns)

@@ -1,0 +1,31 @@
+"""What the log-decay operations (`linear_attention`, `gated_delta_rule`) tell an implementation about a call."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float
+
+LogDecayOutputs = tuple[Float[Array, "B T HV V"], Float[Array, "B *N HV K V"]]  # out in v's dtype, final state
+
+
+class LogDecayShapes(NamedTuple):
+    """The sizes of a call; `length` is a multiple of `chunk`."""
+
+    batch: int
+    length: int
+    query_heads: int
+    heads: int
+    key: int
+    value: int
+    chunk: int
+    dtype: np.dtype  # of q, k and v as the kernel gets them
+    gate: str  # "none", "scalar" or "channel"
+    segments: bool  # states per segment: a chunk may begin from another state than its predecessor's
+
+
+class LogDecayPlan(NamedTuple):
+    """The static settings of a call. interpret: kernels are interpreted (`dispatch.interpreted_kernels`)."""
+
+    chunk: int
+    scale: float
+    interpret: bool = False

@@ -1,0 +1,117 @@
+"""An implementation's forward and backward pass, and their choice by the platform that a program is lowered for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The core of an operation: `passes(plan, inputs) -> outputs`, differentiable.
+
+    forward(plan, inputs) -> (outputs, residuals): what the backward pass needs beside the inputs.
+    backward(plan, inputs, residuals, cotangents) -> cotangents of the inputs, None where they are no floats.
+    alone(plan, inputs) -> outputs: the same, differentiable by itself; None: it is made of the two. It serves where the
+    program holds no other implementation: it may keep residuals that the others have no room for, and run forwards
+    without them. plan: static, hashable; inputs, outputs, residuals: trees of arrays.
+    """
+
+    forward: Callable
+    backward: Callable
+    alone: Callable | None = None
+
+    def __call__(self, plan: Any, inputs: Any) -> Any:
+        if self.alone is not None:
+            return self.alone(plan, inputs)
+        return run_by_platform(((None, self),), plan, inputs)
+
+    @classmethod
+    def of(cls, function: Callable) -> "Passes":
+        """Returns the passes of a differentiable `function(plan, inputs)`; without `alone` nothing is kept."""
+
+        def forward(plan, inputs):
+            return function(plan, inputs), ()
+
+        def backward(plan, inputs, residuals, cotangents):
+            return pull_back(partial(function, plan), inputs, cotangents)
+
+        return cls(forward, backward, function)
+
+
+Branches = tuple[tuple[str | None, Passes], ...]  # by platform; the last one is for all others
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def run_by_platform(branches: Branches, plan: Any, inputs: Any) -> Any:
+    """Returns the outputs of the branch for the platform that the program is lowered for.
+
+    `jax.lax.platform_dependent` traces every branch: the caller leaves out those that cannot serve the call.
+    """
+    if len(branches) == 1:
+        return branches[0][1].forward(plan, inputs)[0]
+    return _choose([platform for platform, _ in branches], [partial(passes, plan) for _, passes in branches], inputs)
+
+
+def _forward(branches: Branches, plan, inputs):
+    """Kernels have a slot each for their residuals; the last branch, beside kernels, keeps none and runs again."""
+    if len(branches) == 1:
+        outputs, residuals = branches[0][1].forward(plan, inputs)
+        return outputs, (inputs, residuals)
+    *kernels, (_, last) = branches
+    runs = [jax.jit(partial(passes.forward, plan)) for _, passes in kernels]  # jit: each is traced once
+    slots = [jax.eval_shape(run, inputs)[1] for run in runs]
+
+    def with_slots(i, inputs):
+        outputs, residuals = runs[i](inputs)
+        return outputs, [residuals if i == j else _zeros(slot) for j, slot in enumerate(slots)]
+
+    def without(inputs):
+        return last.forward(plan, inputs)[0], [_zeros(slot) for slot in slots]
+
+    calls = [*(partial(with_slots, i) for i in range(len(kernels))), without]
+    outputs, residuals = _choose([platform for platform, _ in branches], calls, inputs)
+    return outputs, (inputs, residuals)
+
+
+def _backward(branches: Branches, plan, saved, cotangents):
+    inputs, residuals = saved
+    if len(branches) == 1:
+        return (branches[0][1].backward(plan, inputs, residuals, cotangents),)
+    *kernels, (_, last) = branches
+
+    def with_slots(i, inputs, residuals, cotangents):
+        return kernels[i][1].backward(plan, inputs, residuals[i], cotangents)
+
+    def without(inputs, residuals, cotangents):
+        return last.backward(plan, inputs, last.forward(plan, inputs)[1], cotangents)
+
+    calls = [*(partial(with_slots, i) for i in range(len(kernels))), without]
+    return (_choose([platform for platform, _ in branches], calls, inputs, residuals, cotangents),)
+
+
+run_by_platform.defvjp(_forward, _backward)
+
+
+def _choose(platforms: list[str | None], calls: list[Callable], *args) -> Any:
+    return jax.lax.platform_dependent(*args, default=calls[-1], **dict(zip(platforms[:-1], calls)))
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+
+def pull_back(function: Callable, inputs: Any, cotangents: Any) -> Any:
+    """Returns the cotangents of the inputs of `function(inputs)`, None where they are no floats."""
+    leaves, structure = jax.tree.flatten(inputs)
+    is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+
+    def of_floats(*floats):
+        rest = iter(floats)
+        return function(structure.unflatten([next(rest) if f else x for f, x in zip(is_float, leaves)]))
+
+    bars = iter(jax.vjp(of_floats, *(x for f, x in zip(is_float, leaves) if f))[1](cotangents))
+    return structure.unflatten([next(bars) if f else None for f in is_float])
