@@ -19,6 +19,7 @@ DATASETS = Registry("data", "engrax.data", word="data set")
 SPLITS = ("train", "validation")
 
 IGNORE = -1  # in targets: no loss here; in segment_ids: padding
+FILLER = -2  # in segment_ids: no token, but a place in the row; brings the next document to a multiple of `align`
 
 
 TokenArray = Integer[np.ndarray, "..."]  # the tokens of one document, of any length
@@ -29,7 +30,7 @@ class Batch(TypedDict):
 
     tokens: Int32[np.ndarray, "B T"]
     targets: Int32[np.ndarray, "B T"]  # -1 where no loss is taken
-    segment_ids: Int32[np.ndarray, "B T"]  # 0, 1, 2, ... within a row; -1 at padding
+    segment_ids: Int32[np.ndarray, "B T"]  # 0, 1, 2, ... within a row; -1 at padding, -2 at filler
 
 
 @runtime_checkable

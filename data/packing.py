@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from engrax.data import hashing
-from engrax.data.config import Batch, TokenArray
+from engrax.data.config import FILLER, Batch, TokenArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +86,17 @@ def _best_fit(need: Int64[np.ndarray, "P"], capacity: int, rows: int) -> tuple[I
 
 
 def write_row(batch: Batch, i: int, plan: Plan, row: int, documents: list[TokenArray]) -> None:
-    """Writes row `row` of the plan into row i of a batch of padding.
+    """Writes row `row` of the plan into row i of a batch of padding, and filler between its pieces.
 
     A token's target is the next token of its document: for the last token of a piece that goes on in another row too;
     the last token of a document has none (-1).
     """
+    end = 0
     for segment, p in enumerate(range(plan.first[row], plan.first[row + 1])):
         tokens, start, length, offset = documents[plan.document[p]], plan.start[p], plan.length[p], plan.offset[p]
         following = tokens[start + 1 : start + length + 1]
         batch["tokens"][i, offset : offset + length] = tokens[start : start + length]
         batch["targets"][i, offset : offset + len(following)] = following
+        batch["segment_ids"][i, end:offset] = FILLER
         batch["segment_ids"][i, offset : offset + length] = segment
+        end = offset + length

@@ -10,7 +10,7 @@ from typing import Any
 import grain
 
 from engrax.data import hashing
-from engrax.data.config import Batch, Documents, Share, TokenArray, padding_batch, require
+from engrax.data.config import FILLER, Batch, Documents, Share, TokenArray, padding_batch, require
 from engrax.errors import UserError
 
 
@@ -62,13 +62,15 @@ class StreamedText(grain.DatasetIterator):
             empty = 0 if len(tokens) else empty + 1
             require(empty <= len(self._documents), "the data set has no text: every document is empty.")
             length = min(len(tokens) - begin, self._seq_len - at)
+            done = begin + length == len(tokens)
+            room = -(-length // self._align) * self._align if done else length  # the next document's start, from `at`
             if 0 <= mine < self._share.rows:
                 following = tokens[begin + 1 : begin + length + 1]
                 batch["tokens"][mine, at : at + length] = tokens[begin : begin + length]
                 batch["targets"][mine, at : at + len(following)] = following
                 batch["segment_ids"][mine, at : at + length] = count
-            done = begin + length == len(tokens)
-            at += -(-length // self._align) * self._align if done else length
+                batch["segment_ids"][mine, at + length : at + room] = FILLER
+            at += room
             self._position[row] = [count + 1, 0] if done else [count, begin + length]
 
     def _read(self, row: int, index: int) -> TokenArray:

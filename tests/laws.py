@@ -277,13 +277,13 @@ def padding_is_ignored(s: Subject, deep: bool = False):
 
 @law("packing.apart")
 def packed_segments_equal_segments_alone(s: Subject, deep: bool = False):
-    """Each segment alone stands at its own place of the row, everything else being padding of other content."""
+    """Each segment alone stands at its own place of the row, everything else being filler of other content."""
     ids = np.asarray(s.ids)
     packed, _ = s.run(s.params, s.x, None, s.ids)
     ranks = np.stack([np.searchsorted(np.unique(row[row >= 0]), row) for row in ids])
     for rank in range(ranks.max() + 1):
         own = (ranks == rank) & (ids >= 0)
-        alone, _ = s.run(s.params, s.changed(s.x, ~own), None, np.where(own, s.ids, -1))
+        alone, _ = s.run(s.params, s.changed(s.x, ~own), None, np.where(own, s.ids, -2))
         close(np.asarray(alone)[own], np.asarray(packed)[own], f"segment {rank} of each row, packed against alone")
     start = 2 * s.chunk  # row 2's second segment begins on the chunk grid: it equals a run of its own
     ids = np.where(np.arange(s.length) < s.length - start, s.one_segment, -1).astype(np.int32)

@@ -164,10 +164,11 @@ def is_float(leaf) -> bool:
 
 
 def packed_ids(chunk: int, length: int):
-    """Segment ids [ROWS, length]: boundaries on and off the chunk grid, padding before, between, inside, after."""
+    """Segment ids [ROWS, length]: boundaries on and off the chunk grid, filler (-2) before, between and inside, padding
+    (-1) after."""
     rows = (
         [(0, chunk + 3), (1, 1), (2, chunk - 1), (6, None), (-1, 2)],
-        [(-1, 2), (0, chunk - 2), (4, chunk - 1), (-1, 3), (5, 2), (-1, 1), (5, None)],
+        [(-2, 2), (0, chunk - 2), (4, chunk - 1), (-2, 3), (5, 2), (-2, 1), (5, None)],
         [(3, 2 * chunk), (9, None)],
     )
     ids = []

@@ -101,6 +101,9 @@ def test_segments_start_at_multiples_of_align(align):
         real = ids[ids >= 0]
         assert (np.diff(real) >= 0).all()
         assert set(real) == set(range(len(set(real))))
+        end = np.flatnonzero(ids >= 0).max(initial=-1) + 1
+        assert not (ids[:end] == -1).any() and (ids[end:] == -1).all()  # filler (-2) between documents, then padding
+    assert align == 1 or align == 32 or (batch["segment_ids"] == -2).any()
 
 
 def test_rows_are_well_filled():

@@ -54,6 +54,7 @@ def test_rows_go_on_from_batch_to_batch(text, align):
             np.testing.assert_array_equal(targets[row, where], [*tokens[row, where[1:]], -1])
             whole += 1
     assert whole > len(known)
+    assert set(ids[ids < 0]) == ({-2} if align > 1 else set())  # filler, at the end of a batch too
 
 
 def test_a_stream_continues_from_its_position_and_is_shared_by_processes(text):

@@ -20,8 +20,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from engrax.errors import UserError
 from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import projection, rms_norm
-from engrax.layers.common.segments import last_segment_after, starts_anew
+from engrax.layers.common.segments import last_segment_after, newest, starts_anew
 from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
+from engrax.pallas_kernels.common.segments import mask_tokens, row_lengths
 
 SMALLEST_BLOCK = 32  # tokens of a sliding window's block, at least
 
@@ -36,7 +37,7 @@ class AttentionState(NamedTuple):
     values: Float[Array, "B C G K"]
     segments: Int[Array, "B C"]  # segment id of each slot, -1 = empty or padding
     tail: Float[Array, "B W N"]  # the last conv_width - 1 projected tokens (q, k and v side by side)
-    position: Int[Array, " B"]  # tokens of the row seen so far
+    position: Int[Array, " B"]  # tokens of the row seen so far, filler (-2) included
     last_segment: Int[Array, " B"]
 
 
@@ -273,14 +274,17 @@ class Attention(Mixer):
             )
         fresh = state is None
         state = self.init_state(B) if fresh else state
+        lengths = None if segment_ids is None else row_lengths(segment_ids)
         if segment_ids is None:
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
         position_BT = state.position[:, None] + jnp.arange(T)
-        q, k, v, state = self._project(x_BTD, state, segment_ids)
+        q, k, v, state = self._project(x_BTD, state, None if lengths is None else segment_ids)
         plain_q = q
         if c.rope_base is not None:
             q, k = (rotate(y, position_BT, c.rope_base, c.rope_scaling) for y in (q, k))
-        *slots, state = self._extend(state, k, v, segment_ids, position_BT, fresh)
+        *slots, state = self._extend(state, k, v, segment_ids, position_BT, fresh, lengths)
+        if c.window is None:
+            position_BT = jnp.minimum(position_BT, c.capacity - 1)  # padding may stand behind the last slot
         tokens, slots = in_blocks(c.window, [q, plain_q, segment_ids, position_BT], slots)
         (q, plain_q, ids, position), (keys, values, segments, slot_position) = tokens, slots
         age = position[:, :, None] - slot_position[:, None, :]
@@ -295,15 +299,17 @@ class Attention(Mixer):
         y = jnp.where((segment_ids >= 0)[..., None, None], y, 0)
         if c.window is None:
             y = jnp.where((state.position <= c.capacity)[:, None, None, None], y, jnp.nan)
-        return self.out(y.reshape(B, T, -1)), state
+        y = self.out(y.reshape(B, T, -1))
+        return (y if c.bias != "all" else mask_tokens(segment_ids >= 0, y)), state
 
     def _project(self, x_BTD, state: AttentionState, segment_ids):
         """q [B, T, H, K], k and v [B, T, G, K], convolved where the config says so, and the state with the new tail."""
         c = self.config
         q_k_v = [self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)]
         if c.conv_width > 1:
-            anew = starts_anew(state.last_segment, segment_ids)
-            tail = jnp.where(anew[:, None, None], 0, state.tail)
+            tail = state.tail
+            if segment_ids is not None:
+                tail = jnp.where(starts_anew(state.last_segment, segment_ids)[:, None, None], 0, tail)
             mixed, tail = self.conv(jnp.concatenate(q_k_v, axis=-1), tail, segment_ids)
             widths = [q_k_v[0].shape[-1], q_k_v[0].shape[-1] + q_k_v[1].shape[-1]]
             q_k_v, state = jnp.split(mixed, widths, axis=-1), state._replace(tail=tail)
@@ -328,18 +334,25 @@ class Attention(Mixer):
         ]
         return jnp.concatenate([q, plain_q], axis=-1), *joined, jnp.concatenate([seen, visible], axis=2)
 
-    def _extend(self, state: AttentionState, k, v, segment_ids, position_BT, fresh: bool):
-        """Returns the keys, values, segments and positions to attend to [B, S, ...], and the state after the call."""
+    def _extend(self, state: AttentionState, k, v, segment_ids, position_BT, fresh: bool, lengths=None):
+        """Returns the keys, values, segments and positions to attend to [B, S, ...], and the state after the call.
+
+        lengths [B]: how many of the call's tokens are kept (`row_lengths`); None: all.
+        """
         T, slots = k.shape[1], state.keys.shape[1]
         new = state._replace(
-            position=state.position + T, last_segment=last_segment_after(state.last_segment, segment_ids)
+            position=state.position + (T if lengths is None else lengths),
+            last_segment=last_segment_after(state.last_segment, segment_ids),
         )
         if self.config.window is None:
-            write = jax.vmap(lambda cache, x, start: jax.lax.dynamic_update_slice_in_dim(cache, x, start, axis=0))
             k, v = k.astype(state.keys.dtype), v.astype(state.values.dtype)
+            write = jax.vmap(lambda cache, x, start: jax.lax.dynamic_update_slice_in_dim(cache, x, start, axis=0))
+            at = state.position
+            if lengths is not None:
+                write = jax.vmap(lambda cache, x, slot: cache.at[slot].set(x, mode="drop"))
+                at = jnp.where(jnp.arange(T) < lengths[:, None], position_BT, slots)  # padding is dropped
             cache = [
-                write(old, x, state.position)
-                for old, x in ((state.keys, k), (state.values, v), (state.segments, segment_ids))
+                write(old, x, at) for old, x in ((state.keys, k), (state.values, v), (state.segments, segment_ids))
             ]
             new = new._replace(keys=cache[0], values=cache[1], segments=cache[2])
             if fresh:  # nothing is cached yet: attend to the call's own tokens, not to the whole capacity
@@ -349,7 +362,8 @@ class Attention(Mixer):
             jnp.concatenate([old.astype(x.dtype), x], axis=1)
             for old, x in ((state.keys, k), (state.values, v), (state.segments, segment_ids))
         ]
-        tail = [x[:, T:].astype(old.dtype) for x, old in zip(queue, (state.keys, state.values, state.segments))]
+        old = (state.keys, state.values, state.segments)
+        tail = [newest(x, slots, lengths).astype(o.dtype) for x, o in zip(queue, old)]
         new = new._replace(keys=tail[0], values=tail[1], segments=tail[2])
         if fresh:
             return k, v, segment_ids, position_BT, new

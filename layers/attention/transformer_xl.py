@@ -23,6 +23,7 @@ from engrax.layers.common.modules import projection
 from engrax.layers.common.segment_blocks import BlockIndex, block_index
 from engrax.layers.common.segments import last_segment_after, select_rows
 from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
+from engrax.pallas_kernels.common.segments import row_lengths
 
 
 class Inputs(NamedTuple):
@@ -126,10 +127,11 @@ class TransformerXL(Mixer):
         that are left out."""
         B, T, _ = x_BTD.shape
         state = self.init_state(B) if state is None else state
+        lengths = None if segment_ids is None else row_lengths(segment_ids)
         if segment_ids is None:
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
         x_BTD = jnp.where((segment_ids >= 0)[..., None], x_BTD, 0)  # padding may hold anything, NaN included
-        places = block_index(state.place, T, self.config.segment_length)
+        places = block_index(state.place, T, self.config.segment_length, lengths)
         blocks = (places.blocks, places.to_blocks(x_BTD), places.to_blocks(segment_ids))
 
         def body(carry, block):
@@ -137,7 +139,7 @@ class TransformerXL(Mixer):
 
         carry, y = jax.lax.scan(body, (state.before, state.segment, state.memory), blocks)
         before, segment, memory = carry
-        place = (jnp.asarray(state.place) + T) % self.config.segment_length
+        place = (jnp.asarray(state.place) + (T if lengths is None else lengths)) % self.config.segment_length
         last = last_segment_after(state.last_segment, segment_ids)
         return places.from_blocks(y), TransformerXLState(before, segment, memory, place.astype(jnp.int32), last)
 

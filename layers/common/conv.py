@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from engrax.layers.common.segments import first_real_segment
+from engrax.layers.common.segments import first_real_segment, newest
+from engrax.pallas_kernels.common.segments import row_lengths
 
 
 class ShortConv(nnx.Module):
@@ -32,8 +33,8 @@ class ShortConv(nnx.Module):
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B tail C"]]:
         """Returns the convolved tokens and the new tail.
 
-        The tail given must belong to the segment of the row's first token (zeros where it starts anew); the one
-        returned holds the last W - 1 inputs, zero where they are not of the row's last segment.
+        The tail given must belong to the segment of the row's first token (zeros where it starts anew). The new one
+        holds the last W - 1 inputs before the padding at the row's end, zero where they are not of the last segment.
         """
         W, T = self.width, x_BTC.shape[1]
         kernel_WC = self.kernel[...]
@@ -52,9 +53,10 @@ class ShortConv(nnx.Module):
                     (jax.lax.slice_in_dim(ids, W - 1 - j, W - 1 - j + T, axis=1) == segment_ids)[..., None], past, 0
                 )
             y_BTC = y_BTC + kernel_WC[j] * past
-        tail = jax.lax.slice_in_dim(padded, T, T + W - 1, axis=1)
+        lengths = None if segment_ids is None else row_lengths(segment_ids)
+        tail = newest(padded, W - 1, lengths)
         if ids is not None:
-            tail_ids = jax.lax.slice_in_dim(ids, T, T + W - 1, axis=1)
+            tail_ids = newest(ids, W - 1, lengths)
             last = jnp.max(ids, axis=1, keepdims=True)
             tail = jnp.where((tail_ids == last)[..., None], tail, 0)
         return y_BTC, tail.astype(tail_BWC.dtype)

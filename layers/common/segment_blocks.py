@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from engrax.layers.common.conv import ShortConv
+from engrax.layers.common.segments import first_real_segment
 
 
 class BlockIndex(NamedTuple):
@@ -30,7 +31,8 @@ class BlockIndex(NamedTuple):
             b = b.astype(a.dtype)
             if b.shape[1] == a.shape[1]:
                 return jnp.where(self.holds.reshape(*self.holds.shape, *[1] * (b.ndim - 2)), b, a)
-            return a.at[jnp.arange(len(a)), self.place[:, 0]].set(b[:, 0])
+            at = jnp.where(self.holds[:, 0], self.place[:, 0], a.shape[1])  # a hole is dropped
+            return a.at[jnp.arange(len(a)), at].set(b[:, 0], mode="drop")
 
         return jax.tree.map(one, old, new)
 
@@ -58,8 +60,10 @@ class BlockLayout(NamedTuple):
         return x[:, : self.length] if self.index is None else x[jnp.arange(len(x))[:, None], self.index]
 
 
-def block_index(place: Int[Array | np.ndarray, " B"], length: int, size: int) -> BlockLayout:
-    """Lays out `length` tokens of rows whose first token stands at `place`.
+def block_index(
+    place: Int[Array | np.ndarray, " B"], length: int, size: int, lengths: Int[Array, " B"] | None = None
+) -> BlockLayout:
+    """Lays out `length` tokens of rows whose first token stands at `place`; `lengths`: how many count (None: all).
 
     A NumPy array of zeros is known when a program is traced and saves a block.
     """
@@ -67,12 +71,13 @@ def block_index(place: Int[Array | np.ndarray, " B"], length: int, size: int) ->
     place, t = jnp.asarray(place, jnp.int32), jnp.arange(length)
     if length == 1:
         one = jnp.ones((1, len(place), 1), jnp.int32)
-        blocks = BlockIndex(one > 0, place[None, :, None], 0 * one[..., 0], place[None], one[..., 0])
+        held = one if lengths is None else lengths[None, :, None]
+        blocks = BlockIndex(held > 0, place[None, :, None], 0 * one[..., 0], place[None], held[..., 0])
         return BlockLayout(blocks, 1, None, None)
     count = -(-length // size) if aligned else 1 + -(-(length - 1) // size)
     n, s = jnp.arange(count)[:, None, None], jnp.arange(size)
     token = n * size + s - place[:, None]
-    holds = (token >= 0) & (token < length)
+    holds = (token >= 0) & (token < (length if lengths is None else lengths[:, None]))
     first = jnp.where(n[..., 0] == 0, place, 0)
     where = jnp.broadcast_to(s, holds.shape)
     blocks = BlockIndex(holds, where, first, first, jnp.sum(holds, axis=-1, dtype=jnp.int32))
@@ -91,7 +96,7 @@ def conv_in_block(
     W, _S = tail.shape[1], x.shape[1]
     if W == 0:
         return conv(x, tail, ids)
-    first_id = jnp.take_along_axis(ids, jnp.argmax(ids >= 0, axis=1)[:, None], axis=1)
+    first_id = first_real_segment(ids)[:, None]
     put = jax.vmap(lambda row, piece, at: jax.lax.dynamic_update_slice_in_dim(row, piece, at, axis=0))
     cut = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, W, axis=0))
     blank = jnp.zeros((len(x), W, x.shape[-1]), x.dtype)

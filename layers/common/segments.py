@@ -1,18 +1,19 @@
 """Packed rows: what a mixer needs to know where one segment ends and the next begins.
 
-`segment_ids [B, T]` are int32, non-decreasing over the real tokens of a row, -1 on padding. A mixer's state carries
+`segment_ids [B, T]` are int32, non-decreasing over the real tokens of a row, -1 on padding, which stands after a row's
+last token, and -2 on the packer's filler (see `engrax.pallas_kernels.common.segments`). A mixer's state carries
 `last_segment [B]`, the id of the row's last real token (-1: none yet), so that a cut exactly at a boundary resets too.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 
 def first_real_segment(segment_ids: Int[Array, "B T"]) -> Int[Array, " B"]:
-    """The id of each row's first real token, -1 where the row is all padding."""
+    """The id of each row's first real token, -1 where the row has none."""
     first = jnp.argmax(segment_ids >= 0, axis=1)
-    return jnp.take_along_axis(segment_ids, first[:, None], axis=1)[:, 0]
+    return jnp.maximum(jnp.take_along_axis(segment_ids, first[:, None], axis=1)[:, 0], -1)
 
 
 def starts_anew(last_segment: Int[Array, " B"], segment_ids: Int[Array, "B T"]) -> Bool[Array, " B"]:
@@ -24,6 +25,18 @@ def starts_anew(last_segment: Int[Array, " B"], segment_ids: Int[Array, "B T"]) 
 def last_segment_after(last_segment: Int[Array, " B"], segment_ids: Int[Array, "B T"]) -> Int[Array, " B"]:
     """The id of the last real token seen so far."""
     return jnp.maximum(last_segment, segment_ids.max(axis=1))  # ids do not decrease, padding is -1
+
+
+def newest(
+    joined: Shaped[Array, "B _ *D"], width: int, lengths: Int[Array, " B"] | None
+) -> Shaped[Array, "B width *D"]:
+    """The newest `width` entries of rows that hold `width` older ones and then a call's T.
+
+    lengths: how many of the T count in each row (`row_lengths`), as padding does not; None: all do.
+    """
+    if lengths is None:
+        return joined[:, joined.shape[1] - width :]
+    return jax.vmap(lambda row, n: jax.lax.dynamic_slice_in_dim(row, n, width, axis=0))(joined, lengths)
 
 
 def select_rows(rows: Bool[Array, " B"], when_true, when_false):

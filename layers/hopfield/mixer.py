@@ -16,6 +16,7 @@ from engrax.errors import UserError
 from engrax.layers.attention.attention import Attention, AttentionState, in_blocks, out_of_blocks
 from engrax.layers.hopfield.association import AssociationConfig, Hopfield, Norm
 from engrax.layers.mixer import MIXERS, MixerConfig
+from engrax.pallas_kernels.common.segments import row_lengths
 
 
 @MIXERS.register("hopfield")
@@ -123,11 +124,12 @@ class CausalHopfield(Attention):
             )
         fresh = state is None
         state = self.init_state(B) if fresh else state
+        lengths = None if segment_ids is None else row_lengths(segment_ids)
         if segment_ids is None:
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
         position_BT = state.position[:, None] + jnp.arange(T)
         q, k, v = a.spaces(x_BTD, None, None)
-        *slots, state = self._extend(state, k, v, segment_ids, position_BT, fresh)
+        *slots, state = self._extend(state, k, v, segment_ids, position_BT, fresh, lengths)
         tokens, slots = in_blocks(c.window, [q, segment_ids, position_BT], slots)
         (q, ids, position), (keys, values, segments, place) = tokens, slots
         age = position[:, :, None] - place[:, None, :]

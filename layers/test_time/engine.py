@@ -24,7 +24,7 @@ from engrax.layers.test_time.coefficients import Coefficients, Gates, coefficien
 from engrax.layers.test_time.losses import inner_loss
 from engrax.layers.test_time.retention import effective, newton_schulz, retain
 from engrax.layers.test_time.structures import Extra, Structure
-from engrax.pallas_kernels.common.segments import mask_tokens, segment_starts
+from engrax.pallas_kernels.common.segments import mask_tokens, row_lengths, segment_starts
 from engrax.pallas_kernels.neural_memory.grid import aligned_grid, from_blocks, phased_grid, to_blocks
 
 Matrices = dict[str, Float[Array, "..."]]  # one matrix [..., I, O] by name
@@ -159,7 +159,8 @@ def run(
     aligned = isinstance(state.position, np.ndarray) and not state.position.any()
     position = jnp.asarray(state.position, jnp.int32)
     phase = position % size
-    grid = aligned_grid(batch, length, size) if aligned else phased_grid(phase, length, size)
+    lengths = None if segment_ids is None else row_lengths(segment_ids)
+    grid = aligned_grid(batch, length, size, lengths) if aligned else phased_grid(phase, length, size, lengths)
     held = jnp.sum(grid.holds[:, :, 0], axis=-1)  # [N, B]
     begin = position + jnp.cumsum(held, axis=0) - held
     places = begin[..., None] + jnp.cumsum(grid.holds[:, :, 0], axis=-1)  # tokens up to and with the slot
@@ -196,7 +197,7 @@ def run(
     carry, reset = (s and s._replace(position=(), previous=()) for s in (state, reset))
     carry, out = jax.lax.scan(jax.checkpoint(body), carry, blocks)
     out = from_blocks(grid, jnp.where(real[:, :, None, :, None], out, 0), length)
-    position = (position + length) % (size * max(rule.reset_every, 1))
+    position = (position + (length if lengths is None else lengths)) % (size * max(rule.reset_every, 1))
     return out, carry._replace(previous=state.previous, position=position)
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from engrax.errors import UserError
+from engrax.layers.common.segments import newest
 from engrax.layers.mixer import MIXERS, MixerConfig
 from engrax.layers.test_time import engine
 from engrax.layers.test_time.base import TestTimeMixerBase, default_lr_bound, logit
@@ -25,7 +26,7 @@ from engrax.layers.test_time.features import feature_count, polynomial_features
 from engrax.layers.test_time.losses import LOSSES
 from engrax.layers.test_time.retention import RETENTIONS
 from engrax.layers.test_time.structures import KINDS, Structure, initial_matrices
-from engrax.pallas_kernels.common.segments import segment_starts
+from engrax.pallas_kernels.common.segments import row_lengths, segment_starts
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS
 from engrax.registry import did_you_mean
 
@@ -349,11 +350,13 @@ def _previous_key(k, gates: Gates, memory: engine.MemoryState, segment_ids):
     A segment's first token, and one after padding, writes nothing; a periodic reset begins no segment.
     """
     before, real = memory.previous, jnp.ones(k.shape[:2], bool)
-    begins = jnp.zeros(k.shape[:2], bool)
+    begins, lengths = jnp.zeros(k.shape[:2], bool), None
     if segment_ids is not None:
-        real, begins = segment_ids >= 0, segment_starts(segment_ids)
-    there = jnp.concatenate([jnp.asarray(before.there)[:, None], real[:, :-1]], axis=1) & ~begins
-    shifted = jnp.concatenate([before.k[:, None], k[:, :-1]], axis=1)
+        real, begins, lengths = segment_ids >= 0, segment_starts(segment_ids), row_lengths(segment_ids)
+    real = jnp.concatenate([jnp.asarray(before.there)[:, None], real], axis=1)
+    keys = jnp.concatenate([before.k[:, None], k], axis=1)
+    there = real[:, :-1] & ~begins
     lr, weight = (jnp.where(there[..., None], gate, 0) for gate in (gates.lr, gates.weight))
     gates = gates._replace(lr=lr, weight=weight)
-    return shifted, gates, memory._replace(previous=engine.Previous(k[:, -1], real[:, -1]))
+    last = engine.Previous(*(newest(x, 1, lengths)[:, 0] for x in (keys, real)))
+    return keys[:, :-1], gates, memory._replace(previous=last)

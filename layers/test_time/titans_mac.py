@@ -30,7 +30,7 @@ from engrax.layers.common.segments import last_segment_after, select_rows, start
 from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
 from engrax.layers.test_time.titans import TitansConfig
 from engrax.pallas_kernels import NeuralMemoryState
-from engrax.pallas_kernels.common.segments import segment_starts
+from engrax.pallas_kernels.common.segments import row_lengths, segment_starts
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, Layers
 from engrax.pallas_kernels.neural_memory.xla import run_grid
 
@@ -165,6 +165,7 @@ class MAC(Mixer):
         memory reads that are left out, what was retrieved and the gate."""
         B, T, _ = x_BTD.shape
         packed = segment_ids is not None
+        lengths = row_lengths(segment_ids) if packed else None
         start = self.init_state(B) if packed or state is None else None
         if packed and state is not None:
             state = self._anew(state, start, segment_ids)
@@ -173,9 +174,10 @@ class MAC(Mixer):
             x_BTD = jnp.where((segment_ids >= 0)[..., None], x_BTD, 0)  # padding may hold anything, NaN included
         else:
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
-        places = block_index(state.place, T, self.config.chunk_size)
+        places = block_index(state.place, T, self.config.chunk_size, lengths)
         inner = self.config.heads * self.config.head_dim
-        mixed, tail = self.conv(jnp.concatenate([self.qkv(x_BTD), self.query(x_BTD)], axis=-1), state.tail, segment_ids)
+        projected = jnp.concatenate([self.qkv(x_BTD), self.query(x_BTD)], axis=-1)
+        mixed, tail = self.conv(projected, state.tail, segment_ids if packed else None)
         q, k, v, query = jnp.split(mixed, [inner, 2 * inner, 3 * inner], axis=-1)
         arrays = [self._heads(y) for y in (q, k, v)] + [self._queries(query), segment_ids]
         arrays.append(segment_starts(segment_ids) if packed else None)
@@ -189,7 +191,7 @@ class MAC(Mixer):
         carry = (memory, state.frozen, state.segment, state.memory_tail, state.last_segment)
         carry, out = jax.lax.scan(body, carry, (places.blocks, *blocks))
         (memory, frozen, segment, memory_tail, last), chunk = carry, self.config.memory.chunk_size
-        place = (jnp.asarray(state.place) + T) % self.config.chunk_size
+        place = (jnp.asarray(state.place) + (lengths if packed else T)) % self.config.chunk_size
         state = MACState(
             memory=NeuralMemoryState(*memory, place % chunk),
             frozen=frozen,

@@ -1,6 +1,8 @@
 """Segments packed into rows: their gates for the simple form, and the layout that gives each segment its own state.
 
-`segment_ids [B, T]` do not decrease along a row; -1 is padding, anywhere.
+`segment_ids [B, T]` do not decrease along a row's real tokens. -1 is padding and -2 is filler: neither is written, and
+both give 0. Padding after a row's last token counts nowhere (`row_lengths`). Filler, and padding before a row's last
+token, count in the row's chunk grid.
 """
 
 from typing import NamedTuple
@@ -9,6 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
+
+PADDING, FILLER = -1, -2  # in segment_ids
+
+
+def row_lengths(segment_ids: Int[Array, "B T"]) -> Int[Array, " B"]:
+    """Returns how many positions of each row count: all up to its last token or filler, so 0 where all is padding."""
+    counts = jnp.arange(1, segment_ids.shape[1] + 1, dtype=jnp.int32)
+    return jnp.max(jnp.where(segment_ids != PADDING, counts, 0), axis=1)
 
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:

@@ -2,7 +2,7 @@
 
 A row at phase p holds its first chunk_size - p tokens in block 0 and then one chunk per block. Blocks have
 min(T, chunk_size) slots; slots that hold no token are empty: no write, no decay. Rows at different phases need one
-block more than rows known to be at phase 0.
+block more than rows known to be at phase 0. Padding after a row's last token has no slot.
 """
 
 from typing import NamedTuple
@@ -32,27 +32,32 @@ class ChunkGrid(NamedTuple):
         return self.holds.shape[0], self.holds.shape[3]
 
 
-def aligned_grid(batch: int, length: int, chunk_size: int) -> ChunkGrid:
-    """Returns the grid of rows that all begin at phase 0."""
+def aligned_grid(batch: int, length: int, chunk_size: int, lengths: Int[Array, " B"] | None = None) -> ChunkGrid:
+    """Returns the grid of rows that all begin at phase 0. lengths: how many tokens count (None: all)."""
     slots = min(length, chunk_size)
     blocks = -(-length // slots)
-    holds = (jnp.arange(blocks * slots) < length).reshape(blocks, 1, 1, slots)
-    return ChunkGrid(None, None, jnp.broadcast_to(holds, (blocks, batch, 1, slots)), None)
+    ends = jnp.full(batch, length) if lengths is None else lengths
+    holds = (jnp.arange(blocks * slots)[:, None] < ends).reshape(blocks, slots, batch)
+    fresh = None if lengths is None else holds[:, 0]
+    return ChunkGrid(None, None, holds.transpose(0, 2, 1)[:, :, None], fresh)
 
 
-def phased_grid(phase: Int[Array, " B"], length: int, chunk_size: int) -> ChunkGrid:
-    """Returns the grid of rows that begin at any phase."""
+def phased_grid(
+    phase: Int[Array, " B"], length: int, chunk_size: int, lengths: Int[Array, " B"] | None = None
+) -> ChunkGrid:
+    """Returns the grid of rows that begin at any phase. lengths: how many tokens count (None: all)."""
     slots = min(length, chunk_size)
     blocks = 1 + (length + chunk_size - 2) // chunk_size  # reached by a row at phase chunk_size - 1
     block = jnp.arange(blocks)[None, :]
     start = jnp.where(block == 0, 0, block * chunk_size - phase[:, None])  # first token of each block, [B, N]
-    end = jnp.minimum((block + 1) * chunk_size - phase[:, None], length)
+    ends = jnp.full_like(phase, length) if lengths is None else lengths
+    end = jnp.minimum((block + 1) * chunk_size - phase[:, None], ends[:, None])
     token = start[:, :, None] + jnp.arange(slots)
     holds = token < end[:, :, None]
     t = jnp.arange(length)[None, :]
     own = (phase[:, None] + t) // chunk_size  # block of each token, [B, T]
     slot = own * slots + t - jnp.where(own == 0, 0, own * chunk_size - phase[:, None])
-    fresh = ((block > 0) | (phase[:, None] == 0)) & (start < length)
+    fresh = ((block > 0) | (phase[:, None] == 0)) & (start < ends[:, None])
     token = jnp.clip(token, 0, length - 1).reshape(phase.shape[0], blocks * slots)
     return ChunkGrid(token, slot, holds.transpose(1, 0, 2)[:, :, None], fresh.T)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from engrax.pallas_kernels.common.segments import row_lengths
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, Layers, NeuralMemoryState
 
 Tree = jax.tree_util
@@ -55,6 +56,7 @@ def neural_memory_reference(
     """Runs the recurrence of `neural_memory` token by token; all arrays in the dtype of the computation."""
     batch = q.shape[0]
     ids = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    counts = jnp.arange(q.shape[1])[:, None] < row_lengths(ids)  # padding takes no place in a chunk
 
     def update_head(*args):
         return _update_head(*args, activation=activation, gradient_at=gradient_at)
@@ -67,20 +69,20 @@ def neural_memory_reference(
 
     def token(carry, inputs):
         (weights, mom_state, anchor, phase), last_id = carry
-        q_t, k_t, v_t, lr_t, mom_t, forget_t, id_t = inputs
+        q_t, k_t, v_t, lr_t, mom_t, forget_t, id_t, counts_t = inputs
         real = id_t >= 0
         q_t, k_t, v_t = (jnp.where(real[:, None, None], x, 0) for x in (q_t, k_t, v_t))  # padding may hold anything
         if reset is not None:
             starts = real & (last_id >= 0) & (id_t != last_id)
             weights, mom_state, anchor = choose(starts, (*reset, reset[0]), (weights, mom_state, anchor))
-        anchor = choose(phase == 0, weights, anchor)
+        anchor = choose((phase == 0) & counts_t, weights, anchor)
         written = update(weights, mom_state, anchor, k_t, v_t, lr_t, mom_t, forget_t)
         weights, mom_state = choose(real, written, (weights, mom_state))
         out = jnp.where(real[:, None, None], read(weights, q_t), 0)
         last_id = jnp.where(real, id_t, last_id)
-        return (NeuralMemoryState(weights, mom_state, anchor, (phase + 1) % chunk_size), last_id), out
+        return (NeuralMemoryState(weights, mom_state, anchor, (phase + counts_t) % chunk_size), last_id), out
 
     state = state._replace(phase=jnp.asarray(state.phase, jnp.int32))
-    inputs = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, lr, momentum, forget, ids))
+    inputs = (*(jnp.moveaxis(x, 1, 0) for x in (q, k, v, lr, momentum, forget, ids)), counts)
     (state, _), out = jax.lax.scan(token, (state, jnp.full(batch, -1, ids.dtype)), inputs)
     return jnp.moveaxis(out, 0, 1), state

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from engrax.pallas_kernels.common.segments import segment_starts
+from engrax.pallas_kernels.common.segments import row_lengths, segment_starts
 from engrax.pallas_kernels.dispatch import Choice, choose
 from engrax.pallas_kernels.neural_memory.gates import coefficients
 from engrax.pallas_kernels.neural_memory.grid import aligned_grid, from_blocks, phased_grid, to_blocks
@@ -48,7 +48,9 @@ def neural_memory_xla(
     """
     batch, length = q.shape[:2]
     phase = jnp.asarray(state.phase, jnp.int32)
-    grid = aligned_grid(batch, length, chunk_size) if aligned else phased_grid(phase, length, chunk_size)
+    lengths = None if segment_ids is None else row_lengths(segment_ids)
+    place = (length, chunk_size, lengths)
+    grid = aligned_grid(batch, *place) if aligned else phased_grid(phase, *place)
     real, start = grid.holds, None
     if segment_ids is not None:
         token_real = (segment_ids >= 0)[:, :, None, None]
@@ -71,7 +73,8 @@ def neural_memory_xla(
         save_every=save_every,
         choice=choice,
     )
-    return from_blocks(grid, out, length), NeuralMemoryState(*carry, (phase + length) % chunk_size)
+    phase = (phase + (length if lengths is None else lengths)) % chunk_size
+    return from_blocks(grid, out, length), NeuralMemoryState(*carry, phase)
 
 
 def run_grid(
