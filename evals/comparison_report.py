@@ -124,7 +124,8 @@ def _notes(head: dict[str, Any], lines: list[verdicts.TableRow]) -> str:
     notes = [
         f"{head['date']}, {head['device']}, jax {head['versions'].get('jax')}; {head['steps']} steps of "
         f"{head['batch_size']} x {head['seq_len']} tokens; learning rates {grid} with seed 0, judged at the best "
-        f"with seeds {head['seeds'][0]} to {head['seeds'][-1]}; 95 % intervals by bootstrap over seeds and rows.",
+        f"with seeds {head['seeds'][0]} to {head['seeds'][-1]}; 95 % intervals by bootstrap over seeds and rows; "
+        "verdicts corrected for their number in a table (Holm).",
     ]
     if any(line.at_edge for line in lines):
         notes.append("`*`: the best learning rate ends the grid.")

@@ -16,7 +16,7 @@ from flax import nnx
 
 from engrax.data import MQAR, TextFolder
 from engrax.errors import UserError
-from engrax.evals import evaluate, evaluation, scoring, statistics, streaming, token_type_breakdown
+from engrax.evals import evaluate, evaluation, scoring, streaming, token_type_breakdown
 from engrax.layers import AttentionConfig, TitansConfig
 from engrax.models import LanguageModelConfig, RMTConfig
 from engrax.train import CheckpointConfig, EvalConfig, Experiment, LogConfig, ParallelConfig, cost, metrics, runs
@@ -342,35 +342,7 @@ def test_bits_per_byte_of_a_json_tokenizer(text_folder, tmp_path):
     assert found["baselines"]["unit"] == "tokens"
 
 
-# Statistics, diagnostics, costs.
-
-
-def test_by_position_is_the_plain_mean_of_each_bin():
-    rng = np.random.default_rng(0)
-    values, counts = rng.random((7, 20)), (rng.random((7, 20)) < 0.7).astype(float)
-    positions = np.broadcast_to(np.arange(20), (7, 20))
-    edges = statistics.log_bins(20)
-    assert edges[0] == 0 and edges[-1] == 20 and (np.diff(edges) > 0).all()
-    for b in statistics.by_position(values * counts, counts, positions, edges):
-        inside = slice(b["from"], b["to"])
-        assert b["value"] == pytest.approx((values * counts)[:, inside].sum() / counts[:, inside].sum())
-        assert b["tokens"] == counts[:, inside].sum()
-
-
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    """Rows of unequal length whose tokens share a row effect: an interval over tokens would cover far less."""
-    rng, covered = np.random.default_rng(0), 0
-    for _ in range(400):
-        counts = (np.arange(30) < rng.integers(10, 31, (60, 1))).astype(float)
-        values = (rng.normal(0, 1, (60, 1)) + rng.normal(0, 1, (60, 30))) * counts
-        found = statistics.mean(values, counts)
-        covered += found.low <= 0 <= found.high
-    assert 0.91 <= covered / 400 <= 0.98
-
-
-def test_context_positions_start_anew_with_each_segment():
-    segments = np.array([[0, 0, 0, 1, 1, 2], [4, 4, 4, 4, -1, -1]])
-    np.testing.assert_array_equal(statistics.context_positions(segments), [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 1]])
+# Diagnostics, costs.
 
 
 class Reporter(nnx.Module):
