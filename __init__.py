@@ -7,27 +7,48 @@
     print(engrax.generate("runs/quickstart", "def "))
     model, step = engrax.load("runs/quickstart")
 
-Importing engrax is light: wandb, TFDS and matplotlib load when used.
+Importing engrax is light: its parts, jax and Flax load when used.
 """
 
-import sys
-import types
+from typing import TYPE_CHECKING
 
-import engrax.train as _package
+from engrax import lazy
 from engrax.errors import UserError
-from engrax.layers.mixer import MixerConfig
-from engrax.layers.mixer import register_mixer as register
+from engrax.registry import register
+
+if TYPE_CHECKING:
+    from engrax import configs, data, evals, layers, models, pallas_kernels, train
+    from engrax.data.config import DataConfig
+    from engrax.evals.evaluator import EvaluatorConfig
+    from engrax.layers.mixer import MixerConfig
+    from engrax.models.model import ModelConfig
 
 __version__ = "0.1.0"
-__all__ = ["MixerConfig", "UserError", "evaluate", "export", "generate", "load", "register", "train"]
+__all__ = [
+    "DataConfig",
+    "EvaluatorConfig",
+    "MixerConfig",
+    "ModelConfig",
+    "UserError",
+    "configs",
+    "data",
+    "evals",
+    "evaluate",
+    "export",
+    "generate",
+    "layers",
+    "load",
+    "models",
+    "pallas_kernels",
+    "register",
+    "train",
+]
+
+__getattr__ = lazy.attach(__name__)
 
 
 def _train(config, run_dir, *, source=None, progress=True, **fields):
-    """Trains a config (an Experiment, a name, or the path of a .py file) in `run_dir`; resumes the run that is there.
-
-    `fields` replace fields of the experiment, dots written as double underscores: `optimizer__learning_rate=1e-3`.
-    Returns `engrax.train.loop.Result`. Raises UserError for a mistake that the user can mend.
-    """
+    """What calling `engrax.train` does; see there."""
     from engrax import configs
     from engrax.train import experiment as experiments
     from engrax.train import loop
@@ -38,16 +59,6 @@ def _train(config, run_dir, *, source=None, progress=True, **fields):
         config, source = found.experiment, found.path
     experiment = experiments.replace(config, {name.replace("__", "."): value for name, value in fields.items()})
     return loop.train(experiment, run_dir, source=source, progress=progress)
-
-
-class _CallablePackage(types.ModuleType):
-    """`engrax.train` is the package of the loop and, called, the function that runs it."""
-
-    __call__ = staticmethod(_train)
-
-
-train = sys.modules[_package.__name__]
-train.__class__ = _CallablePackage
 
 
 def load(run, step=None, plugins=()):

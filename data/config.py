@@ -14,7 +14,7 @@ from engrax.data.token_types import TokenTypes, frequent_types
 from engrax.errors import UserError
 from engrax.registry import Registry
 
-DATASETS = Registry("data set")
+DATASETS = Registry("data", "engrax.data", word="data set")
 
 SPLITS = ("train", "validation")
 
@@ -83,9 +83,10 @@ class Share:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(abc.ABC):
-    """Base of every data set's config."""
+    """Base of every data set's config. A subclass is a frozen dataclass, registered with `@engrax.register(name)`."""
 
-    registered_name: ClassVar[str]
+    registry: ClassVar[Registry] = DATASETS
+    registered_name: ClassVar[str] = ""
 
     seq_len: int = 512  # tokens per row
 

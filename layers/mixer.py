@@ -21,13 +21,14 @@ from flax import nnx
 
 from engrax.registry import Registry
 
-MIXERS = Registry("mixer")
+MIXERS = Registry("mixer", "engrax.layers")
 
 
 @dataclasses.dataclass(frozen=True)
 class MixerConfig:
-    """Base of every mixer's settings. A subclass is a frozen dataclass, registered with `@MIXERS.register(name)`."""
+    """Base of every mixer's settings. A subclass is a frozen dataclass, registered with `@engrax.register(name)`."""
 
+    registry: ClassVar[Registry] = MIXERS
     registered_name: ClassVar[str] = ""
     exempt_from: ClassVar[
         dict[str, str]
@@ -47,11 +48,3 @@ class MixerConfig:
     def flops_per_token(self, dim: int, seq_len: int) -> float:
         """Forward FLOPs per token of a row of `seq_len` tokens (a multiply-add is 2), the memory update included."""
         raise NotImplementedError(f"{type(self).__name__} must define flops_per_token(dim, seq_len).")
-
-
-def register_mixer(name: str):
-    """Class decorator that makes a mixer's config known under `name`, as `@engrax.register("name")`.
-
-    The laws, the cost table, the evaluation and the configs then find it; raises UserError where the name is taken.
-    """
-    return MIXERS.register(name)

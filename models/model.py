@@ -16,13 +16,14 @@ from flax import nnx
 
 from engrax.registry import Registry
 
-MODELS = Registry("model")
+MODELS = Registry("model", "engrax.models")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Base of every model's settings. A subclass is a frozen dataclass, registered with `@MODELS.register(name)`."""
+    """Base of every model's settings. A subclass is a frozen dataclass, registered with `@engrax.register(name)`."""
 
+    registry: ClassVar[Registry] = MODELS
     registered_name: ClassVar[str] = ""
     exempt_from: ClassVar[dict[str, str]] = {}  # {law or law.part: reason}, as for mixers
 

@@ -10,14 +10,12 @@ import types
 import typing
 from typing import Any, Literal
 
-from engrax.data import DATASETS, DataConfig
+from engrax.data.config import DataConfig
 from engrax.errors import UserError
-from engrax.layers import MIXERS
-from engrax.models import MODELS, ModelConfig
-from engrax.registry import did_you_mean
+from engrax.models.model import ModelConfig
+from engrax.registry import KINDS, did_you_mean, find_registry
 
 FORMAT_VERSION = 1  # of config.json
-REGISTRIES = {"mixer": MIXERS, "model": MODELS, "data": DATASETS}
 
 
 def _at_least(group: str, config: Any, **bounds: float) -> None:
@@ -160,16 +158,16 @@ def to_dict(config: Any) -> Any:
     """A JSON-able tree; registered configs carry {"type": "kind:name"}."""
     if dataclasses.is_dataclass(config):
         fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
-        for kind, registry in REGISTRIES.items():
-            name = getattr(type(config), "registered_name", "")
-            if name in registry and registry[name] is type(config):
-                return {"type": f"{kind}:{name}"} | fields
-        if hasattr(type(config), "registered_name"):
+        registry = getattr(type(config), "registry", None)
+        if registry is None:
+            return fields
+        name = type(config).registered_name
+        if name not in registry or registry[name] is not type(config):
             raise UserError(
-                f"{type(config).__name__} is not registered, or was registered anew since; "
-                "register it, then build the config again."
+                f"{type(config).__name__} is not registered, or was registered anew since; put "
+                f'@engrax.register("name") above it, then build the {registry.word} again.'
             )
-        return fields
+        return {"type": f"{registry.kind}:{name}"} | fields
     if isinstance(config, (tuple, list)):
         return [to_dict(item) for item in config]
     if isinstance(config, (str, int, float, bool, type(None))):
@@ -185,9 +183,9 @@ def from_dict(data: Any, annotation: Any = Experiment, path: str = "config") -> 
         cls = annotation
         if "type" in data:
             kind, _, name = str(data["type"]).partition(":")
-            if kind not in REGISTRIES:
-                raise UserError(f"{path}.type={data['type']!r} names no registry (known: {', '.join(REGISTRIES)}).")
-            cls = REGISTRIES[kind][name]
+            if kind not in KINDS:
+                raise UserError(f"{path}.type={data['type']!r} names no registry (known: {', '.join(KINDS)}).")
+            cls = find_registry(kind)[name]
         if not dataclasses.is_dataclass(cls):
             raise UserError(f"{path} holds a group of fields where {cls} is expected.")
         hints = typing.get_type_hints(cls)
