@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from engrax.evals import plots, verdicts
+from engrax.evals import plots, scoring, verdicts
 from engrax.evals.comparison import LEARNT, Comparison, Row, kind, run
 from engrax.train import runs
 from engrax.train.cost import quantity, size
@@ -68,7 +68,7 @@ def _head(comparison: Comparison, command: str) -> dict[str, Any]:
         "versions": here["versions"],
         "commit": here["commit"],
         "data_digest": here["data_digest"],
-        "unit": verdicts.UNITS[kind(comparison)],
+        "unit": scoring.UNITS[kind(comparison)],
         "steps": experiment.steps,
         "batch_size": experiment.batch_size,
         "seq_len": experiment.data.seq_len,
@@ -80,7 +80,7 @@ def _head(comparison: Comparison, command: str) -> dict[str, Any]:
 def _title(comparison: Comparison) -> str:
     experiment = next(iter(comparison.experiments.values()))
     tokens = experiment.steps * experiment.batch_size * experiment.data.seq_len
-    return f"{verdicts.UNITS[kind(comparison)].capitalize()} after {quantity(tokens, 'tokens')}, 95 % intervals"
+    return f"{scoring.UNITS[kind(comparison)].capitalize()} after {quantity(tokens, 'tokens')}, 95 % intervals"
 
 
 def _markdown(comparison: Comparison, head: dict[str, Any], lines: list[verdicts.TableRow], claims) -> str:

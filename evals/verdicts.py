@@ -25,7 +25,6 @@ from engrax.evals.comparison import Claim, Comparison, Row, kind
 DRAWS = 4000
 LEVEL = 0.05  # chance of a wrong verdict in a table whose experiments are all equal, at most
 Verdict = Literal["better", "worse", "inconclusive"]
-UNITS = {"text": "bits per byte", "tokens": "bits per token", "task": "accuracy"}
 
 
 @dataclasses.dataclass(frozen=True)
