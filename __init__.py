@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from engrax.evals.evaluator import EvaluatorConfig
     from engrax.layers.mixer import MixerConfig
     from engrax.models.model import ModelConfig
+    from engrax.train.optimizers.base import OptimizerConfig
+    from engrax.train.schedules.base import ScheduleConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "EvaluatorConfig",
     "MixerConfig",
     "ModelConfig",
+    "OptimizerConfig",
+    "ScheduleConfig",
     "UserError",
     "configs",
     "data",

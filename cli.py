@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engrax.errors import UserError
-from engrax.registry import did_you_mean
+from engrax.registry import KINDS, did_you_mean, find_registry
 
 EXAMPLES = {
     "train": "engrax train quickstart --run-dir runs/quickstart --steps 500 --model.mixers.0.heads 8",
@@ -207,11 +207,10 @@ def _compare(args: list[str]) -> int:
 
 
 def _list(args: list[str]) -> int:
-    _parser("list", "Lists configs, mixers, models and data sets.").parse_args(args)
+    _parser("list", "Lists configs, comparisons and all that is registered: mixers, models, data sets, ...").parse_args(
+        args
+    )
     from engrax import configs
-    from engrax.data import DATASETS
-    from engrax.layers import MIXERS
-    from engrax.models import MODELS
 
     print("configs:")
     for name in configs.names():
@@ -219,8 +218,9 @@ def _list(args: list[str]) -> int:
     print("comparisons:")
     for name in configs.comparison_names():
         print(f"  {name:24} {configs.summary(name)}")
-    for title, registry in (("mixers", MIXERS), ("models", MODELS), ("data sets", DATASETS)):
-        print(f"{title}:")
+    for kind in KINDS:
+        registry = find_registry(kind)
+        print(f"{registry.word}s:")
         for name, cls in registry.items():
             print(f"  {name:24} {(cls.__doc__ or '').strip().splitlines()[0]}")
     return 0
@@ -302,6 +302,12 @@ def override(experiment: Any, args: list[str], prog: str) -> Any:
         name = arg.split("=")[0].removeprefix("--").replace("_", "-")
         if arg.startswith("--") and name != "help" and name not in known and name.replace(".no-", ".") not in known:
             raise UserError(f"{prog.split()[-1]} has no field --{name}{did_you_mean(name, known)}.")
+        inside = [field for field in known if field.startswith(f"{name}.")]
+        if arg.startswith("--") and inside:
+            raise UserError(
+                f"--{name} is a group of fields: flags change its fields, such as --{inside[0]}; "
+                "what stands there is chosen in a config file."
+            )
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

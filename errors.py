@@ -1,5 +1,7 @@
 """The exceptions for a user's mistake."""
 
+from typing import Any
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: one sentence that says what is wrong and what to do.
@@ -14,3 +16,10 @@ class UnknownName(UserError):
 
 class Diverged(UserError):
     """A training whose loss or gradient is not finite any more."""
+
+
+def require_at_least(group: str, config: Any, **bounds: float) -> None:
+    """Raises UserError for the first field of `config` below its bound; `group` is the config's own place."""
+    for name, bound in bounds.items():
+        if getattr(config, name) < bound:
+            raise UserError(f"{group}.{name}={getattr(config, name)} must be at least {bound}.")

@@ -24,6 +24,8 @@ KINDS = {
     "mixer": ("engrax.layers.mixer", "MixerConfig"),
     "model": ("engrax.models.model", "ModelConfig"),
     "data": ("engrax.data.config", "DataConfig"),
+    "optimizer": ("engrax.train.optimizers.base", "OptimizerConfig"),
+    "schedule": ("engrax.train.schedules.base", "ScheduleConfig"),
     "evaluator": ("engrax.evals.evaluator", "EvaluatorConfig"),
 }
 

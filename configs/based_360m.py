@@ -10,7 +10,7 @@ trained by us, so no figure stands here.
 from engrax.data import TextFolder
 from engrax.layers import AttentionConfig, BasedConfig, GatedConvolutionConfig
 from engrax.models import LanguageModelConfig
-from engrax.train import CheckpointConfig, EvalConfig, Experiment, OptimizerConfig
+from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig, Experiment
 
 
 def config() -> Experiment:
@@ -33,7 +33,7 @@ def config() -> Experiment:
         data=TextFolder(path="corpus", seq_len=2048),
         steps=20_000,
         batch_size=256,
-        optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=200, weight_decay=0.1),
+        optimizer=AdamWConfig(learning_rate=8e-4, weight_decay=0.1, schedule=CosineConfig(warmup_steps=200)),
         checkpoint=CheckpointConfig(every=1000),
         eval=EvalConfig(every=1000, batches=20),
     )

@@ -12,7 +12,7 @@ three, docs/hmt.md has what it found.
 from engrax.data import TextFolder
 from engrax.layers import AttentionConfig
 from engrax.models import HMTConfig, LanguageModelConfig, ModelConfig
-from engrax.train import CheckpointConfig, EvalConfig, Experiment, OptimizerConfig
+from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig, Experiment
 
 SEGMENT, SEGMENTS = 128, 8
 
@@ -31,7 +31,7 @@ def experiment(model: ModelConfig) -> Experiment:
         steps=250,
         batch_size=4,
         align=SEGMENT,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
+        optimizer=AdamWConfig(learning_rate=2e-3, schedule=CosineConfig(warmup_steps=50)),
         checkpoint=CheckpointConfig(every=125),
         eval=EvalConfig(every=125, batches=8),
     )

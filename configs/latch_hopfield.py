@@ -9,7 +9,7 @@ loss 9e-4 nats. Measured 2026-11-21, jax 0.12.0.1.
 from engrax.data import Latch
 from engrax.layers import HopfieldConfig
 from engrax.models import LanguageModelConfig
-from engrax.train import CheckpointConfig, EvalConfig, Experiment, OptimizerConfig
+from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig, Experiment
 
 
 def config() -> Experiment:
@@ -24,7 +24,7 @@ def config() -> Experiment:
         data=Latch(seq_len=32),
         steps=200,
         batch_size=32,
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20, weight_decay=0.01),
+        optimizer=AdamWConfig(learning_rate=3e-3, weight_decay=0.01, schedule=CosineConfig(warmup_steps=20)),
         checkpoint=CheckpointConfig(every=200),
         eval=EvalConfig(every=50, batches=16),
     )

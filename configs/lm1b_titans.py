@@ -9,7 +9,7 @@
 from engrax.data import TfdsText
 from engrax.layers import AttentionConfig, TitansConfig
 from engrax.models import LanguageModelConfig
-from engrax.train import CheckpointConfig, EvalConfig, Experiment, OptimizerConfig
+from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig, Experiment
 
 
 def config() -> Experiment:
@@ -28,7 +28,7 @@ def config() -> Experiment:
         data=TfdsText(name="lm1b", train_split="train", validation_split="test", seq_len=1024),
         steps=20_000,
         batch_size=64,
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=500),
+        optimizer=AdamWConfig(learning_rate=1e-3, schedule=CosineConfig(warmup_steps=500)),
         checkpoint=CheckpointConfig(every=1000),
         eval=EvalConfig(every=1000, batches=20),
     )

@@ -8,7 +8,7 @@
 from engrax.data import TextFolder
 from engrax.layers import AttentionConfig, GatedDeltaNetConfig, MoMConfig
 from engrax.models import LanguageModelConfig
-from engrax.train import CheckpointConfig, EvalConfig, Experiment, OptimizerConfig
+from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig, Experiment
 
 
 def config() -> Experiment:
@@ -27,7 +27,7 @@ def config() -> Experiment:
         data=TextFolder(path="corpus", seq_len=2048),
         steps=28_600,
         batch_size=256,
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=1024, weight_decay=0.01),
+        optimizer=AdamWConfig(learning_rate=3e-4, weight_decay=0.01, schedule=CosineConfig(warmup_steps=1024)),
         checkpoint=CheckpointConfig(every=1000),
         eval=EvalConfig(every=1000, batches=20),
     )

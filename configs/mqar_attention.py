@@ -9,7 +9,7 @@ Chance is 1.6 %; a model that knows which tokens are values reaches 25 %. Measur
 from engrax.data import MQAR
 from engrax.layers import AttentionConfig
 from engrax.models import LanguageModelConfig
-from engrax.train import CheckpointConfig, EvalConfig, Experiment, OptimizerConfig
+from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig, Experiment
 
 
 def config() -> Experiment:
@@ -24,7 +24,7 @@ def config() -> Experiment:
         data=MQAR(seq_len=64, num_pairs=4, vocab_size=128),
         steps=800,
         batch_size=32,
-        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=50, weight_decay=0.01),
+        optimizer=AdamWConfig(learning_rate=5e-3, weight_decay=0.01, schedule=CosineConfig(warmup_steps=50)),
         checkpoint=CheckpointConfig(every=400),
         eval=EvalConfig(every=100, batches=16),
     )

@@ -9,7 +9,7 @@ Measured 2026-11-29, Python 3.13 (the text differs between Pythons), jax 0.12.0.
 from engrax.data import StdlibText
 from engrax.layers import AttentionConfig, TitansConfig
 from engrax.models import LanguageModelConfig
-from engrax.train import CheckpointConfig, EvalConfig, Experiment, LogConfig, OptimizerConfig
+from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig, Experiment, LogConfig
 
 
 def config() -> Experiment:
@@ -27,7 +27,7 @@ def config() -> Experiment:
         data=StdlibText(seq_len=256),
         steps=300,
         batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50),
+        optimizer=AdamWConfig(learning_rate=4e-3, schedule=CosineConfig(warmup_steps=50)),
         checkpoint=CheckpointConfig(every=150),
         eval=EvalConfig(every=50, batches=4),
         log=LogConfig(every=10),

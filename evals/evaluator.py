@@ -12,6 +12,7 @@ class MyMeasureConfig(engrax.EvaluatorConfig):
 `context` is an `engrax.evals.Context`: the run, its model, the validation rows and their scores.
 """
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -51,7 +52,7 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluatorConfig:
+class EvaluatorConfig(abc.ABC):
     """Base of every evaluator's settings. A subclass is a frozen dataclass under `@engrax.register(name)`.
 
     Every field needs a default. The evaluator runs in each `engrax evaluate` that does not choose others (`--only`).
@@ -69,6 +70,6 @@ class EvaluatorConfig:
         """
         return None
 
+    @abc.abstractmethod
     def run(self, context: Any) -> Evaluation:
         """Measures the checkpoint that `context` holds."""
-        raise NotImplementedError(f"{type(self).__name__} must define run(context).")

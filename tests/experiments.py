@@ -5,7 +5,7 @@ import dataclasses
 from engrax.data import MQAR
 from engrax.layers import AttentionConfig, TitansConfig
 from engrax.models import LanguageModelConfig
-from engrax.train import CheckpointConfig, EvalConfig, Experiment, LogConfig, OptimizerConfig
+from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig, Experiment, LogConfig
 
 TITANS = TitansConfig(heads=2, head_dim=4, hidden=8, chunk_size=8)
 
@@ -24,7 +24,7 @@ def tiny(**fields) -> Experiment:
         steps=8,
         batch_size=8,
         compute_dtype="float32",
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        optimizer=AdamWConfig(learning_rate=1e-2, schedule=CosineConfig(warmup_steps=2)),
         checkpoint=CheckpointConfig(every=4),
         eval=EvalConfig(every=0, batches=2),
         log=LogConfig(every=1),

@@ -15,7 +15,7 @@ from engrax.evals import Claim, Comparison, comparison, verdicts
 from engrax.evals.comparison import Row, Score
 from engrax.layers import LinearAttentionConfig
 from engrax.models import LanguageModelConfig
-from engrax.train import CheckpointConfig, EvalConfig, Experiment, LogConfig, OptimizerConfig, runs
+from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig, Experiment, LogConfig, runs
 
 COSTS = {"parameters": {"total": 10}, "state_bytes_per_sequence": {"total": 8}, "flops_per_token": {"forward": 5.0}}
 RATES = (1e-3, 1e-2, 3e-2)
@@ -29,7 +29,7 @@ def tiny(heads: int = 1, **fields) -> Experiment:
         data=MQAR(seq_len=16, num_pairs=2, vocab_size=16, train_examples=64, validation_examples=16),
         steps=2,
         batch_size=4,
-        optimizer=OptimizerConfig(warmup_steps=0),
+        optimizer=AdamWConfig(schedule=CosineConfig(warmup_steps=0)),
         checkpoint=CheckpointConfig(every=0),
         eval=EvalConfig(every=1, batches=1),
         log=LogConfig(every=1),

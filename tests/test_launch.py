@@ -16,9 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
 
 # Attention alone compiles fastest; the scripts are what is tested. A constant rate lets a run go on for longer.
+CONFIG = ROOT / "tests" / "constant_rate.py"
 TINY = (
-    *("mqar_attention", "--batch-size", "4", "--data.seq-len", "32", "--model.dim", "32", "--model.repeat", "1"),
-    *("--optimizer.schedule", "constant", "--optimizer.warmup-steps", "2", "--eval.batches", "1", "--log.every", "1"),
+    *(str(CONFIG), "--batch-size", "4", "--data.seq-len", "32", "--model.dim", "32", "--model.repeat", "1"),
+    *("--eval.batches", "1", "--log.every", "1"),
 )
 
 # Starts two processes the way SLURM does on one node, and ends the other when one fails (--kill-on-bad-exit).

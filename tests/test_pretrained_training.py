@@ -17,9 +17,10 @@ from engrax.layers.common.lora import LoraConfig
 from engrax.models import imported
 from engrax.tests import pretrained_numpy as oracle
 from engrax.tests.experiments import tiny
-from engrax.train import optimizer, runs, train_step
-from engrax.train.experiment import CheckpointConfig, OptimizerConfig
+from engrax.train import AdamWConfig, ConstantConfig, runs, train_step
+from engrax.train.experiment import CheckpointConfig
 from engrax.train.loop import train
+from engrax.train.optimizers import base as optimizers
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def folder(tmp_path):
 
 def experiment(folder, **fields):
     model = dataclasses.replace(imported.read_config(folder), lora=LoraConfig(rank=2, targets=("q", "v")), frozen=True)
-    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, schedule="constant")
+    optimizer = AdamWConfig(learning_rate=1e-2, schedule=ConstantConfig(warmup_steps=2))
     return tiny(model=model, init_from=str(folder), optimizer=optimizer, checkpoint=CheckpointConfig(every=2), **fields)
 
 
@@ -65,7 +66,7 @@ def test_a_folder_that_does_not_fit_is_refused_before_anything_is_written(folder
 def test_an_update_keeps_the_bits_of_what_is_frozen():
     """Without a compiler between, adding an update of 0 turns -0 into 0."""
     params = nnx.State({"still": nnx.Param(jnp.array([-0.0, 1.0]), frozen=True), "moves": nnx.Param(jnp.ones(2))})
-    tx = optimizer.build(OptimizerConfig(), 10, params)
+    tx = optimizers.build(AdamWConfig(), 10, params)
     grads = jax.tree.map(jnp.ones_like, params)
     new, _ = train_step.apply_gradient(tx, {"opt_state": tx.init(params)}, params, grads, jnp.float32(1.0), 1.0)
     assert np.asarray(new["still"][...]).tobytes() == np.float32([-0.0, 1.0]).tobytes()

@@ -114,7 +114,7 @@ def test_the_pmap_program_shows_its_collectives(layouts, name):
 REAL_PMAP = """
 import functools, jax.numpy as jnp, optax
 from flax import nnx
-from engrax.train import optimizer, train_step
+from engrax.train import train_step
 e = small()
 trainer = Trainer(e)
 loss = train_step.loss_sum(trainer.graphdef, jnp.float32)

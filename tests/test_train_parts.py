@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -15,10 +16,22 @@ from engrax.errors import UserError
 from engrax.layers import LinearAttentionConfig, MoMConfig
 from engrax.models import LanguageModelConfig, RMTConfig
 from engrax.tests.experiments import small, tiny
-from engrax.train import CheckpointConfig, LogConfig, OptimizerConfig, metrics, optimizer, train_step
+from engrax.train import (
+    AdamWConfig,
+    CheckpointConfig,
+    ConstantConfig,
+    CosineConfig,
+    LionConfig,
+    LogConfig,
+    SGDConfig,
+    WSDConfig,
+    metrics,
+    train_step,
+)
 from engrax.train import experiment as experiments
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.loop import train
+from engrax.train.optimizers import base as optimizers
 from engrax.train.trainer import Trainer, check
 
 
@@ -45,33 +58,71 @@ def test_replace_refuses_unknown_fields():
 
 
 def test_schedules():
-    cosine = optimizer.schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1), 110)
+    cosine = CosineConfig(warmup_steps=10, final_fraction=0.1).rate(1.0, 110)
     assert float(cosine(0)) == pytest.approx(1 / 11) and float(cosine(9)) == pytest.approx(10 / 11)
     assert float(cosine(60)) == pytest.approx(0.55) and float(cosine(110)) == pytest.approx(0.1)
-    wsd_config = OptimizerConfig(
-        learning_rate=1.0, schedule="wsd", warmup_steps=10, decay_fraction=0.2, final_fraction=0.0
-    )
-    wsd = optimizer.schedule(wsd_config, 100)
+    wsd = WSDConfig(warmup_steps=10, decay_fraction=0.2, final_fraction=0.0).rate(1.0, 100)
     assert [float(wsd(s)) for s in (10, 50, 80)] == [1.0, 1.0, 1.0]
     assert float(wsd(90)) == pytest.approx(0.5) and float(wsd(100)) == pytest.approx(0.0, abs=1e-6)
+    constant = ConstantConfig(warmup_steps=1).rate(2.0, 5)
+    assert [float(constant(s)) for s in (0, 1, 9)] == [1.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize(
-    "old, new, done, allowed",
-    [(100, 200, 80, True), (100, 200, 81, False), (200, 100, 80, True), (200, 100, 90, False)],
+    "config, old, new, done, allowed",
+    [
+        (WSDConfig(warmup_steps=10), 100, 200, 80, True),
+        (WSDConfig(warmup_steps=10), 100, 200, 82, False),
+        (WSDConfig(warmup_steps=10), 200, 100, 80, True),
+        (WSDConfig(warmup_steps=10), 200, 100, 90, False),
+        (WSDConfig(warmup_steps=10), 100, 5, 1, False),
+        (CosineConfig(warmup_steps=10), 100, 200, 10, True),
+        (CosineConfig(warmup_steps=10), 100, 200, 12, False),
+        (CosineConfig(warmup_steps=10), 100, 100, 90, True),
+        (ConstantConfig(warmup_steps=10), 100, 200, 100, True),
+    ],
 )
-def test_wsd_may_change_its_steps_until_it_decays(old, new, done, allowed):
-    config = OptimizerConfig(schedule="wsd", warmup_steps=10, decay_fraction=0.2)
-    assert optimizer.steps_may_change(config, old, new, done) == allowed
-    if allowed:
-        before, after = (optimizer.schedule(config, n) for n in (old, new))
-        assert all(float(before(s)) == float(after(s)) for s in range(done))
-    assert not optimizer.steps_may_change(OptimizerConfig(), old, new, 1)
+def test_steps_may_change_while_the_rates_do_not(config, old, new, done, allowed):
+    assert config.steps_may_change(old, new, done) == allowed
+    before, after = (config.rate(1.0, n) for n in (old, new))
+    assert all(float(before(s)) == float(after(s)) for s in range(done)) == allowed
+
+
+RATE = dict(learning_rate=1e-2, schedule=CosineConfig(warmup_steps=2))
+
+
+@pytest.mark.parametrize(
+    "config, peer",
+    [
+        (AdamWConfig(**RATE, b2=0.9), lambda rate, **kw: optax.adamw(rate, b2=0.9, weight_decay=0.1, **kw)),
+        (LionConfig(**RATE, weight_decay=0.3), lambda rate, **kw: optax.lion(rate, weight_decay=0.3, **kw)),
+        (SGDConfig(**RATE, nesterov=True), lambda rate, **_: optax.sgd(rate, momentum=0.9, nesterov=True)),
+        (SGDConfig(**RATE, momentum=0.0), lambda rate, **_: optax.sgd(rate)),
+    ],
+)
+def test_optimizers_are_optax_own(config, peer):
+    """To the bit, after five steps on a matrix that decays and a bias that does not."""
+    arrays = {"x": (("embed", "mlp"), (3, 4)), "bias": ((None,), (4,))}
+    params = nnx.State(
+        {
+            n: nnx.Param(jnp.asarray(np.random.randn(*size), jnp.float32), axes=axes)
+            for n, (axes, size) in arrays.items()
+        }
+    )
+    found = []
+    for tx in (optimizers.build(config, 5, params), peer(config.rate(5), mask=optimizers.decay_mask(params))):
+        x, state = params, tx.init(params)
+        for _ in range(5):
+            updates, state = tx.update(jax.tree.map(jnp.sin, x), state, x)
+            x = optax.apply_updates(x, updates)
+        found.append(jax.tree.leaves(x))
+    for own, other in zip(*found):
+        np.testing.assert_array_equal(own, other)
 
 
 def test_weight_decay_touches_matrices_only():
     params = nnx.state(tiny().model.build(rngs=nnx.Rngs(0)), nnx.Param)
-    mask = nnx.to_pure_dict(optimizer.decay_mask(params))
+    mask = nnx.to_pure_dict(optimizers.decay_mask(params))
     block = mask["blocks"][1]
     assert mask["embedding"] and block["mixer"]["qkv"]["kernel"] and block["mlp"]["up"]["kernel"]
     assert not block["mixer"]["gate_bias"] and not block["mixer"]["conv"]["kernel"] and not block["mixer_norm"]["scale"]
@@ -89,8 +140,6 @@ def test_the_loss_counts_labelled_tokens_only():
 
 def test_clipping_bounds_the_update_by_the_global_norm():
     grads, params = {"a": jnp.full(4, 3.0), "b": jnp.full(9, 4.0)}, {"a": jnp.zeros(4), "b": jnp.zeros(9)}
-    import optax
-
     tx = optax.sgd(1.0)
     norm = optax.tree.norm(grads)
     new, _ = train_step.apply_gradient(tx, {"opt_state": tx.init(params)}, params, grads, norm, 0.5)

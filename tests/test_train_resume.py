@@ -13,12 +13,13 @@ import pytest
 TRAIN = """
 import dataclasses, json, sys
 from engrax.tests.experiments import small
-from engrax.train import CheckpointConfig, EvalConfig, OptimizerConfig
+from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig
 from engrax.train.loop import train
 fields = json.loads(sys.argv[2])
 every = fields.pop("checkpoint_every", 5)
 settings = dict(checkpoint=CheckpointConfig(every=every), eval=EvalConfig(every=10, batches=1))
-optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=2)  # higher rates amplify the rounding of other layouts
+# Higher rates amplify the rounding of other layouts.
+optimizer = AdamWConfig(learning_rate=3e-3, schedule=CosineConfig(warmup_steps=2))
 experiment = small(**settings, optimizer=optimizer, **fields)
 result = train(experiment, sys.argv[1])
 print(result.step, result.finished)

@@ -17,7 +17,7 @@ from engrax.layers import AttentionConfig, HopfieldConfig, MoMConfig
 from engrax.models import HMTConfig, LanguageModelConfig, RMTConfig
 from engrax.models.block_style import BlockStyleConfig
 from engrax.tests.experiments import tiny
-from engrax.train import CheckpointConfig, OptimizerConfig, loop, runs
+from engrax.train import AdamWConfig, CheckpointConfig, ConstantConfig, CosineConfig, loop, runs
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.loop import train
 from engrax.train.trainer import Trainer, check
@@ -130,9 +130,9 @@ def test_the_memory_goes_with_the_checkpoint(text, tmp_path):
 
 @pytest.mark.slow
 def test_a_second_stage_begins_with_the_first_ones_parameters(text, tmp_path):
-    second = experiment(text, steps=1, optimizer=OptimizerConfig(learning_rate=0.0))
+    second = experiment(text, steps=1, optimizer=AdamWConfig(learning_rate=0.0))
     first = dataclasses.replace(second, steps=2, model=dataclasses.replace(second.model, recall="last"))
-    first = dataclasses.replace(first, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1))
+    first = dataclasses.replace(first, optimizer=AdamWConfig(learning_rate=1e-2, schedule=CosineConfig(warmup_steps=1)))
     train(first, tmp_path / "first", progress=False)
     train(dataclasses.replace(second, start_from=str(tmp_path / "first")), tmp_path / "second", progress=False)
     wanted = state_of(tmp_path / "first", first, 2)["params"]
@@ -143,11 +143,10 @@ def test_a_second_stage_begins_with_the_first_ones_parameters(text, tmp_path):
 
 def test_a_second_stage_that_lost_its_beginning_begins_with_the_same_parameters(text, tmp_path, monkeypatch):
     """When it was killed before its first checkpoint and the first stage went on, then it begins where it had begun."""
-    constant = OptimizerConfig(
-        learning_rate=1e-2, warmup_steps=1, schedule="constant"
-    )  # so that the first stage can go on
+    # A constant rate, so that the first stage can go on.
+    constant = AdamWConfig(learning_rate=1e-2, schedule=ConstantConfig(warmup_steps=1))
     first = experiment(text, steps=1, optimizer=constant, checkpoint=CheckpointConfig(every=1, keep_last=3))
-    second = experiment(text, steps=1, optimizer=OptimizerConfig(learning_rate=0.0), start_from=str(tmp_path / "first"))
+    second = experiment(text, steps=1, optimizer=AdamWConfig(learning_rate=0.0), start_from=str(tmp_path / "first"))
     train(first, tmp_path / "first", progress=False)
 
     def killed(*_):
@@ -165,7 +164,7 @@ def test_a_second_stage_that_lost_its_beginning_begins_with_the_same_parameters(
     assert same == [True, False]
 
 
-@pytest.mark.parametrize("optimizer", [OptimizerConfig(accumulate=2)])
+@pytest.mark.parametrize("optimizer", [AdamWConfig(accumulate=2)])
 def test_what_a_carried_memory_does_not_do_is_said(text, optimizer):
     with pytest.raises(UserError, match="carry_memory needs"):
         experiment(text, optimizer=optimizer)

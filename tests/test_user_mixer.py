@@ -69,7 +69,7 @@ from my_mixer import RunningMeanConfig
 
 from engrax.data import MQAR
 from engrax.models import LanguageModelConfig
-from engrax.train import EvalConfig, Experiment, OptimizerConfig
+from engrax.train import AdamWConfig, CosineConfig, EvalConfig, Experiment
 
 
 def config():
@@ -78,7 +78,7 @@ def config():
         data=MQAR(seq_len=16, num_pairs=2, vocab_size=32, train_examples=64, validation_examples=16),
         steps=9,
         batch_size=4,
-        optimizer=OptimizerConfig(warmup_steps=1),
+        optimizer=AdamWConfig(schedule=CosineConfig(warmup_steps=1)),
         eval=EvalConfig(every=0),
     )
 '''

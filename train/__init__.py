@@ -12,11 +12,28 @@ if TYPE_CHECKING:
         EvalConfig,
         Experiment,
         LogConfig,
-        OptimizerConfig,
         ParallelConfig,
     )
+    from engrax.train.optimizers import OPTIMIZERS, AdamWConfig, LionConfig, OptimizerConfig, SGDConfig
+    from engrax.train.schedules import SCHEDULES, ConstantConfig, CosineConfig, ScheduleConfig, WSDConfig
 
-__all__ = ["CheckpointConfig", "EvalConfig", "Experiment", "LogConfig", "OptimizerConfig", "ParallelConfig"]
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "AdamWConfig",
+    "CheckpointConfig",
+    "ConstantConfig",
+    "CosineConfig",
+    "EvalConfig",
+    "Experiment",
+    "LionConfig",
+    "LogConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "SGDConfig",
+    "ScheduleConfig",
+    "WSDConfig",
+]
 
 __getattr__ = lazy.attach(__name__)
 

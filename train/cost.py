@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from engrax.train import optimizer, sharding
+from engrax.train import sharding
 from engrax.train.experiment import Experiment, ParallelConfig
+from engrax.train.optimizers import base as optimizers
 from engrax.train.train_step import cast, resolve_dtype
 
 
@@ -106,7 +107,7 @@ def _bytes(tree: Any) -> int:
 def _device_bytes(experiment: Experiment, params: nnx.State, devices: int) -> dict[str, int]:
     """Bytes of the training state on one device, sharded leaf by leaf as the trainer does it."""
     mesh = _mesh(experiment.parallel, devices)
-    tx = optimizer.build(experiment.optimizer, experiment.steps, params)
+    tx = optimizers.build(experiment.optimizer, experiment.steps, params)
     specs = sharding.state_specs(tx, params, experiment.parallel, mesh)
     opt_state = jax.eval_shape(tx.init, params)
     return {

@@ -8,57 +8,16 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from engrax.data.config import DataConfig
-from engrax.errors import UserError
+from engrax.errors import UserError, require_at_least
 from engrax.models.model import ModelConfig
 from engrax.registry import KINDS, did_you_mean, find_registry
+from engrax.train.optimizers import AdamWConfig, OptimizerConfig
 
 FORMAT_VERSION = 1  # of config.json
-
-
-def _at_least(group: str, config: Any, **bounds: float) -> None:
-    """Raises UserError for the first field below its bound."""
-    for name, bound in bounds.items():
-        if getattr(config, name) < bound:
-            raise UserError(f"{group}.{name}={getattr(config, name)} must be at least {bound}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) under a warmup schedule."""
-
-    learning_rate: float = 3e-3  # peak
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warmup; wsd = stable, then linear decay
-    warmup_steps: int = 50  # steps of linear warmup from 0
-    decay_fraction: float = 0.2  # wsd: the part of all steps that decays
-    final_fraction: float = 0.1  # last learning rate / peak
-    b1: float = 0.9  # decay of the gradient's mean
-    b2: float = 0.95  # decay of the gradient's square
-    eps: float = 1e-8  # added to the root of the second moment
-    weight_decay: float = (
-        0.1  # per step, times the learning rate, on matrices (not on norms, gates' biases, kernels of convolutions)
-    )
-    clip_norm: float = 1.0  # largest global gradient norm; 0 = no clipping
-    accumulate: int = 1  # microbatches per step
-
-    def __post_init__(self):
-        _at_least(
-            "optimizer",
-            self,
-            accumulate=1,
-            learning_rate=0,
-            warmup_steps=0,
-            weight_decay=0,
-            clip_norm=0,
-            final_fraction=0,
-        )
-        if not 0 <= self.decay_fraction <= 1:
-            raise UserError(f"optimizer.decay_fraction={self.decay_fraction} must lie between 0 and 1.")
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +49,7 @@ class CheckpointConfig:
     keep_best: int = 1  # checkpoints kept for the lowest validation loss
 
     def __post_init__(self):
-        _at_least("checkpoint", self, every=0, keep_last=1, keep_best=0)
+        require_at_least("checkpoint", self, every=0, keep_last=1, keep_best=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +60,7 @@ class EvalConfig:
     batches: int = 8  # validation batches at each
 
     def __post_init__(self):
-        _at_least("eval", self, every=0, batches=1)
+        require_at_least("eval", self, every=0, batches=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +73,7 @@ class LogConfig:
     tensorboard: bool = False  # event files in RUN/tensorboard
 
     def __post_init__(self):
-        _at_least("log", self, every=1)
+        require_at_least("log", self, every=1)
 
 
 RUN_TIME_FIELDS = ("parallel", "checkpoint", "eval", "log")
@@ -135,7 +94,7 @@ class Experiment:
     allow_future: bool = False  # train a model that sees the tokens it should predict
     start_from: str | None = None  # run folder whose newest parameters this run begins with (a second stage)
     carry_memory: bool = False  # the memory after a batch is the one before the next; rows are streams of documents
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = AdamWConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
@@ -209,6 +168,30 @@ def from_dict(data: Any, annotation: Any = Experiment, path: str = "config") -> 
         item = (typing.get_args(_not_none(annotation)) or (Any,))[0]
         return tuple(from_dict(value, item, f"{path}.{i}") for i, value in enumerate(data))
     return _checked(data, annotation, path)
+
+
+def check_saveable(experiment: Experiment) -> None:
+    """Raises UserError where config.json cannot bring the experiment back: an unregistered class, a value unlike its
+    annotation, an object that JSON cannot carry."""
+    for path, cls in _other_classes(experiment, from_dict(to_dict(experiment), Experiment, "experiment")):
+        raise UserError(
+            f"{path} is a {cls.__name__}, which a saved run would not bring back: it belongs to no registry; "
+            "use engrax's own class there."
+        )
+
+
+def _other_classes(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, type]]:
+    """(place, class in `old`) of the dataclasses that are of another class in `new`."""
+    if dataclasses.is_dataclass(old):
+        if type(old) is not type(new):
+            yield path, type(old)
+            return
+        for field in dataclasses.fields(old):
+            place = f"{path}.{field.name}" if path else field.name
+            yield from _other_classes(getattr(old, field.name), getattr(new, field.name), place)
+    elif isinstance(old, (tuple, list)):
+        for i, (a, b) in enumerate(zip(old, new)):
+            yield from _other_classes(a, b, f"{path}.{i}")
 
 
 def _not_none(annotation: Any) -> Any:

@@ -56,6 +56,7 @@ def train(
     clock = metrics.Clock()
     keep_freed_memory()
     run_dir = runs.folder(run_dir)
+    experiments.check_saveable(experiment)  # before data and devices are touched
     trainer = Trainer(experiment)
     mesh = trainer.mesh  # refuses a mesh or batch that does not divide, before anything is written
     saved = _latest_step(run_dir)

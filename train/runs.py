@@ -26,7 +26,6 @@ from engrax.train import experiment as experiments
 from engrax.train import sharding
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.experiment import Experiment
-from engrax.train.optimizer import steps_may_change
 
 
 def folder(path: epath.PathLike) -> epath.Path:
@@ -143,12 +142,11 @@ def refuse_differences(old: Experiment, new: Experiment, steps_done: int, direct
     """Raises UserError where two experiments differ in more than run-time fields."""
     names = experiments.differences(experiments.to_dict(old), experiments.to_dict(new))
     names = [n for n in names if n.split(".")[0] not in experiments.RUN_TIME_FIELDS]
-    if "steps" in names and steps_may_change(new.optimizer, old.steps, new.steps, steps_done):
+    if "steps" in names and new.optimizer.schedule.steps_may_change(old.steps, new.steps, steps_done):
         names.remove("steps")
     if names:
-        hint = (
-            f" (the learning rates of the {new.optimizer.schedule} schedule depend on it)" if "steps" in names else ""
-        )
+        schedule = new.optimizer.schedule.registered_name
+        hint = f" (the learning rates of the {schedule} schedule depend on it)" if "steps" in names else ""
         raise UserError(
             f"{directory} holds another experiment: it differs in {', '.join(names)}{hint}; choose another --run-dir."
         )

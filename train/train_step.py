@@ -19,8 +19,9 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from engrax.train import optimizer, sharding
+from engrax.train import sharding
 from engrax.train.experiment import Experiment
+from engrax.train.optimizers import base as optimizers
 
 Batch = dict[str, Array]
 State = dict[str, Any]  # {"params": nnx.State, "opt_state": ..., "step": int32 []}, and {"memory": ...} if carried
@@ -51,7 +52,7 @@ def loss_sum(graphdef: nnx.GraphDef, dtype: Any) -> Callable[[Any, Batch], Float
     """Returns f(params, batch) = sum over the batch's labelled tokens of the loss: nats, and what mixers add."""
 
     def compute(params, batch):
-        model = nnx.merge(graphdef, cast(optimizer.stop_frozen(params), dtype))
+        model = nnx.merge(graphdef, cast(optimizers.stop_frozen(params), dtype))
         tokens, ids, added = batch["tokens"], batch["segment_ids"], 0.0
         if hasattr(model, "with_losses"):
             hidden, losses = model.with_losses(tokens, segment_ids=ids)
@@ -67,7 +68,7 @@ def carried_loss_sum(graphdef: nnx.GraphDef, dtype: Any) -> Callable[[Any, Batch
     """Returns f(params, batch, memory) -> (sum of losses, the memory after the batch); no gradient through either."""
 
     def compute(params, batch, memory):
-        model = nnx.merge(graphdef, cast(optimizer.stop_frozen(params), dtype))
+        model = nnx.merge(graphdef, cast(optimizers.stop_frozen(params), dtype))
         memory = jax.lax.stop_gradient(memory)
         if hasattr(model, "on_grid"):
             memory = model.on_grid(memory, batch["tokens"].shape[1])
@@ -101,7 +102,7 @@ def apply_gradient(tx, state: State, params: Any, grads: Any, norm: Array, clip_
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
         grads = jax.tree.map(lambda g: g * scale, grads)
     updates, opt_state = tx.update(grads, state["opt_state"], params)
-    return optimizer.keep_frozen(params, optax.apply_updates(params, updates)), opt_state
+    return optimizers.keep_frozen(params, optax.apply_updates(params, updates)), opt_state
 
 
 def labelled(batch: Batch) -> Array:
@@ -111,7 +112,7 @@ def labelled(batch: Batch) -> Array:
 
 def pjit_step(experiment: Experiment, loss: Callable, tx: Any, mesh: Mesh, specs: State) -> Callable:
     """The jitted step(state, batch) -> (state, metrics) over global arrays; the state is donated."""
-    rate = optimizer.schedule(experiment.optimizer, experiment.steps)
+    rate = experiment.optimizer.rate(experiment.steps)
 
     def gradient(state, batch, count):
         """(loss, gradient, what the new state holds besides)."""
@@ -142,7 +143,7 @@ def pmap_step(experiment: Experiment, loss: Callable, tx: Any, mesh: Mesh, specs
 
     A leaf whose moments are sharded has its gradient reduce-scattered, and its new value gathered where replicated.
     """
-    rate = optimizer.schedule(experiment.optimizer, experiment.steps)
+    rate = experiment.optimizer.rate(experiment.steps)
     axes = sharding.BATCH
     owned = specs["moments"]  # how each parameter's optimizer state is split
 

@@ -18,9 +18,10 @@ from engrax.errors import UserError
 from engrax.models import imported
 from engrax.models.block_style import BlockStyleConfig
 from engrax.models.segment_config import SegmentRecurrentConfig
-from engrax.train import optimizer, runs, sharding, train_step
+from engrax.train import runs, sharding, train_step
 from engrax.train.checkpoint import flatten, unflatten
 from engrax.train.experiment import Experiment
+from engrax.train.optimizers import base as optimizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Trainer:
     @cached_property
     def tx(self) -> optax.GradientTransformation:
         """The optimizer."""
-        return optimizer.build(self.experiment.optimizer, self.experiment.steps, self._abstract[1])
+        return optimizers.build(self.experiment.optimizer, self.experiment.steps, self._abstract[1])
 
     @cached_property
     def specs(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from engrax.data import MQAR
 from engrax.evals import Claim, Comparison
 from engrax.layers import MIXERS
 from engrax.models import LanguageModelConfig
-from engrax.train import CheckpointConfig, EvalConfig, Experiment, LogConfig, OptimizerConfig
+from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig, Experiment, LogConfig
 
 CONV = dict(conv_width=4)
 SQUARE = dict(heads=2, head_dim=32, value_dim=32) | CONV  # 2 x 32 x 32 = 2048 numbers
@@ -54,7 +54,7 @@ def experiment(mixer) -> Experiment:
         data=MQAR(seq_len=128, num_pairs=16, vocab_size=64),
         steps=800,
         batch_size=16,
-        optimizer=OptimizerConfig(warmup_steps=100, weight_decay=0.01),
+        optimizer=AdamWConfig(weight_decay=0.01, schedule=CosineConfig(warmup_steps=100)),
         checkpoint=CheckpointConfig(every=0, keep_last=1, keep_best=0),
         eval=EvalConfig(every=50, batches=4),
         log=LogConfig(every=100),

@@ -12,7 +12,7 @@ from engrax.data import StdlibText
 from engrax.evals import Claim, Comparison
 from engrax.layers import AttentionConfig, MACConfig, MAGConfig, MALConfig, TitansConfig
 from engrax.models import LanguageModelConfig
-from engrax.train import CheckpointConfig, EvalConfig, Experiment, LogConfig, OptimizerConfig
+from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig, Experiment, LogConfig
 
 PAPER = {  # language-modelling perplexity of table 5
     "LMM": 27.01,
@@ -35,7 +35,7 @@ def experiment(mixer) -> Experiment:
         data=StdlibText(seq_len=256),
         steps=200,
         batch_size=8,
-        optimizer=OptimizerConfig(warmup_steps=50),
+        optimizer=AdamWConfig(schedule=CosineConfig(warmup_steps=50)),
         checkpoint=CheckpointConfig(every=0, keep_last=1, keep_best=0),
         eval=EvalConfig(every=100, batches=16),
         log=LogConfig(every=50),

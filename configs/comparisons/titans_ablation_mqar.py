@@ -14,7 +14,7 @@ from engrax.data import MQAR
 from engrax.evals import Comparison
 from engrax.layers import TitansConfig
 from engrax.models import LanguageModelConfig
-from engrax.train import EvalConfig, Experiment, OptimizerConfig
+from engrax.train import AdamWConfig, CosineConfig, EvalConfig, Experiment
 
 
 def experiment(mixer) -> Experiment:
@@ -25,7 +25,7 @@ def experiment(mixer) -> Experiment:
         data=MQAR(seq_len=64, num_pairs=16, vocab_size=64),
         steps=600,
         batch_size=16,
-        optimizer=OptimizerConfig(warmup_steps=100, weight_decay=0.01),
+        optimizer=AdamWConfig(weight_decay=0.01, schedule=CosineConfig(warmup_steps=100)),
         eval=EvalConfig(every=50, batches=4),
     )
 

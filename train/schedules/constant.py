@@ -1,0 +1,20 @@
+"""A constant learning rate."""
+
+import dataclasses
+import math
+
+import optax
+
+from engrax.train.schedules.base import SCHEDULES, ScheduleConfig
+
+
+@SCHEDULES.register("constant")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConstantConfig(ScheduleConfig):
+    """Warmup, then the peak; a run may be continued for any number of steps."""
+
+    def after_warmup(self, peak: float, steps: int, warmup: int) -> optax.Schedule:
+        return optax.constant_schedule(peak)
+
+    def decay_start(self, steps: int) -> float:
+        return math.inf
