@@ -75,16 +75,17 @@ def load(run, step=None, plugins=()):
     return _open(run, plugins, runs).load(step)
 
 
-def evaluate(run, *, step=None, batches=None, stream=None, plugins=(), progress=True):
-    """Evaluates a checkpoint of a run folder and writes RUN/evals/step_N/; returns `engrax.evals.Results`.
+def evaluate(run, *, step=None, only=None, batches=None, stream=None, plugins=(), progress=True):
+    """Evaluates a checkpoint of a run folder and writes a new folder in RUN/evals; returns `engrax.evals.Results`.
 
-    `stream`: also read that many tokens of long validation documents through the carried memory.
+    `only`: names of evaluators to run, all that apply where it is None. `stream`: also read that many tokens of long
+    validation documents through the carried memory. `plugins`: files that register the user's own mixers or evaluators.
     """
     from engrax import evals
     from engrax.train import runs
 
     _open(run, plugins, runs)
-    return evals.evaluate(run, step=step, batches=batches, stream=stream, progress=progress)
+    return evals.evaluate(run, step=step, only=only, batches=batches, stream=stream, progress=progress)
 
 
 def generate(run, prompt, *, tokens=200, temperature=0.8, seed=0, step=None, plugins=()):

@@ -19,7 +19,7 @@ from engrax.registry import KINDS, did_you_mean, find_registry
 
 EXAMPLES = {
     "train": "engrax train quickstart --run-dir runs/quickstart --steps 500 --model.mixers.0.heads 8",
-    "evaluate": "engrax evaluate runs/quickstart --step best --stream 16384",
+    "evaluate": "engrax evaluate runs/quickstart --step best --only validation,stream",
     "generate": 'engrax generate runs/quickstart --prompt "def " --tokens 200',
     "export": "engrax export runs/tuned exported --step best",
     "describe": "engrax describe quickstart --model.dim 512",
@@ -108,18 +108,24 @@ def _train(args: list[str]) -> int:
 
 def _evaluate(args: list[str]) -> int:
     parser = _parser(
-        "evaluate", "Evaluates a checkpoint; writes results.json, CSV, plots and report.html into RUN/evals."
+        "evaluate",
+        "Evaluates a checkpoint. Writes results.json, CSV, plots and report.html into a new folder: RUN/evals/step_N, "
+        "then step_N-2, step_N-3, ...",
     )
     parser.add_argument("run", help="the run folder")
     parser.add_argument("--step", default=None, help="a step's number, or best (default: the newest)")
-    parser.add_argument("--batches", type=int, default=None, help="validation batches (default: all)")
+    parser.add_argument("--only", metavar="NAMES", help="evaluators to run, with commas between (default: all)")
+    parser.add_argument("--batches", type=int, default=None, help="validation batches (default: 131,072 tokens)")
     parser.add_argument("--stream", type=int, metavar="TOKENS", help="also read long validation documents so far")
-    parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers the run's own mixers")
+    parser.add_argument(
+        "--plugin", action="append", default=[], help="a .py file that registers mixers or evaluators of your own"
+    )
     known = parser.parse_args(args)
     from engrax import evaluate
 
-    results = evaluate(known.run, step=known.step, batches=known.batches, stream=known.stream, plugins=known.plugin)
-    print(results.summary())
+    only = None if known.only is None else [name.strip() for name in known.only.split(",") if name.strip()]
+    settings = dict(step=known.step, only=only, batches=known.batches, stream=known.stream)
+    print(evaluate(known.run, **settings, plugins=known.plugin).summary())
     return 0
 
 

@@ -33,7 +33,7 @@ from flax import nnx
 from engrax.data import BitPatterns
 from engrax.evals import plots
 from engrax.evals.comparison import Row, Score
-from engrax.evals.verdicts import Bootstrap, verdict
+from engrax.evals.verdicts import Bootstrap, holm
 from engrax.layers import AssociationConfig
 from engrax.models.set_classifier import SetClassifierConfig
 
@@ -126,6 +126,8 @@ def averaged(rows):
 def judge(rows):
     """Returns for every pooling what the rule says of rows that were trained on as many bags."""
     drawn, found = Bootstrap(rows), {}
+    others = [row.name for row in rows if row.name != BASELINE]
+    says = dict(zip(others, holm(drawn, [(BASELINE, name) for name in others], higher_is_better=True)))
     for row in rows:
         found[row.name] = {
             "learning_rate": row.learning_rate,
@@ -137,8 +139,8 @@ def judge(rows):
         if row.name != BASELINE:
             difference = drawn.difference(BASELINE, row.name)
             words = {"better": "Hopfield is better", "worse": "Hopfield is worse"}
-            says = verdict(difference, higher_is_better=True)
-            found[row.name] |= {"hopfield_minus_this": vars(difference), "verdict": words.get(says, says)}
+            said = says[row.name]
+            found[row.name] |= {"hopfield_minus_this": vars(difference), "verdict": words.get(said, said)}
     return found
 
 

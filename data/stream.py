@@ -37,6 +37,11 @@ class StreamedText(grain.DatasetIterator):
         self._position = [[0, 0] for _ in range(share.batch_size)]
         self._open: dict[int, tuple[int, TokenArray]] = {}  # the document that each row is in, encoded
 
+    @property
+    def document_count(self) -> int:
+        """Documents of the split: the first so many of the endless order are all different."""
+        return len(self._documents)
+
     def get_state(self) -> dict[str, list[list[int]]]:
         """The position after the batch last returned."""
         return {"stream": [list(place) for place in self._position]}

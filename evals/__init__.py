@@ -7,8 +7,22 @@ from engrax import lazy
 if TYPE_CHECKING:
     from engrax.evals.comparison import Claim, Comparison
     from engrax.evals.comparison_report import ComparisonResult, compare
+    from engrax.evals.context import Context
     from engrax.evals.evaluation import Results, evaluate
+    from engrax.evals.evaluator import Evaluation, EvaluatorConfig, Figure, Table
 
-__all__ = ["Claim", "ComparisonResult", "Comparison", "Results", "compare", "evaluate"]
+__all__ = [
+    "Claim",
+    "Comparison",
+    "ComparisonResult",
+    "Context",
+    "Evaluation",
+    "EvaluatorConfig",
+    "Figure",
+    "Results",
+    "Table",
+    "compare",
+    "evaluate",
+]
 
 __getattr__ = lazy.attach(__name__)

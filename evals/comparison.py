@@ -21,8 +21,8 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from engrax.errors import Diverged, UserError
-from engrax.evals import evaluation, scoring
-from engrax.train import cost, loop, metrics, runs
+from engrax.evals import scoring
+from engrax.train import cost, loop, metrics, runs, sharding
 from engrax.train.experiment import Experiment
 
 LEARNT = 0.95  # accuracy from which a task counts as learnt
@@ -107,7 +107,7 @@ class Row:
 
 def kind(comparison: Comparison) -> str:
     """text (bits per byte), tokens (bits per token) or task (accuracy): the same for all experiments."""
-    return evaluation.kind_of(next(iter(comparison.experiments.values())))
+    return scoring.kind_of(next(iter(comparison.experiments.values())))
 
 
 def run(comparison: Comparison, folder: epath.PathLike, *, progress: bool = True) -> list[Row]:
@@ -198,10 +198,12 @@ def _measure(directory: epath.Path) -> Score:
     """Scores the last checkpoint of a run on its validation rows."""
     opened = runs.open_run(directory)
     experiment = opened.experiment
-    model, step = opened.load()
+    mesh = sharding.evaluation_mesh(experiment.parallel)
+    model, step = opened.load(mesh=mesh)
     rows = scoring.validation_rows(experiment, None)
-    scores = scoring.Scorer(experiment, model).score(rows)
-    what = evaluation.kind_of(experiment)
+    with sharding.use_mesh(mesh):
+        scores = scoring.Scorer(experiment, model, mesh).score(rows)
+    what = scoring.kind_of(experiment)
     values = scores.right if what == "task" else scores.nats / np.log(2)
     if not np.isfinite(scores.nats).all():
         raise Diverged(f"the loss of step {step} of {directory} is not a number on the validation rows.")
@@ -209,7 +211,7 @@ def _measure(directory: epath.Path) -> Score:
     learnt = [r["step"] for r in metrics.read(directory) if r.get("validation_accuracy", 0.0) >= LEARNT]
     return Score(
         sums=labelled.sum(axis=1),
-        counts=evaluation.divisors(experiment, rows, what).sum(axis=1),
+        counts=scoring.divisors(experiment, rows, what).sum(axis=1),
         learnt_at=min(learnt, default=None) if what == "task" else None,
     )
 

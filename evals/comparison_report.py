@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from engrax.evals import plots, verdicts
+from engrax.evals import plots, scoring, verdicts
 from engrax.evals.comparison import LEARNT, Comparison, Row, kind, run
 from engrax.train import runs
 from engrax.train.cost import quantity, size
@@ -68,7 +68,7 @@ def _head(comparison: Comparison, command: str) -> dict[str, Any]:
         "versions": here["versions"],
         "commit": here["commit"],
         "data_digest": here["data_digest"],
-        "unit": verdicts.UNITS[kind(comparison)],
+        "unit": scoring.UNITS[kind(comparison)],
         "steps": experiment.steps,
         "batch_size": experiment.batch_size,
         "seq_len": experiment.data.seq_len,
@@ -80,7 +80,7 @@ def _head(comparison: Comparison, command: str) -> dict[str, Any]:
 def _title(comparison: Comparison) -> str:
     experiment = next(iter(comparison.experiments.values()))
     tokens = experiment.steps * experiment.batch_size * experiment.data.seq_len
-    return f"{verdicts.UNITS[kind(comparison)].capitalize()} after {quantity(tokens, 'tokens')}, 95 % intervals"
+    return f"{scoring.UNITS[kind(comparison)].capitalize()} after {quantity(tokens, 'tokens')}, 95 % intervals"
 
 
 def _markdown(comparison: Comparison, head: dict[str, Any], lines: list[verdicts.TableRow], claims) -> str:
@@ -124,7 +124,8 @@ def _notes(head: dict[str, Any], lines: list[verdicts.TableRow]) -> str:
     notes = [
         f"{head['date']}, {head['device']}, jax {head['versions'].get('jax')}; {head['steps']} steps of "
         f"{head['batch_size']} x {head['seq_len']} tokens; learning rates {grid} with seed 0, judged at the best "
-        f"with seeds {head['seeds'][0]} to {head['seeds'][-1]}; 95 % intervals by bootstrap over seeds and rows.",
+        f"with seeds {head['seeds'][0]} to {head['seeds'][-1]}; 95 % intervals by bootstrap over seeds and rows; "
+        "verdicts corrected for their number in a table (Holm).",
     ]
     if any(line.at_edge for line in lines):
         notes.append("`*`: the best learning rate ends the grid.")

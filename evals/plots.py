@@ -306,10 +306,7 @@ def tables(title: str, rows: Sequence[str], panels: dict[str, dict[str, Any]]) -
             axis.grid(visible=False)
             axis.tick_params(length=0, labelsize=8.5)
             if len(columns) <= 8:
-                for (row, column), value in np.ndenumerate(values):
-                    if np.isfinite(value):
-                        colour = "white" if value < 0.6 * top else "black"
-                        axis.text(column, row, _short(value), ha="center", va="center", fontsize=7.5, color=colour)
+                _write_numbers(axis, values, 0.0, top)
             else:
                 drawn.figure.colorbar(axis.images[0], ax=axis)
         for axis in drawn.axes.flat[len(panels) :]:
@@ -317,5 +314,37 @@ def tables(title: str, rows: Sequence[str], panels: dict[str, dict[str, Any]]) -
     return drawn.png
 
 
+def grids(title: str, x_label: str, panels: dict[str, tuple[Sequence[str], np.ndarray]]) -> bytes:
+    """One heat map per panel, {name: (rows, values [rows, entries])}, each with its scale; up to eight entries have
+    their numbers in them."""
+    across = min(2, len(panels))
+    down = math.ceil(len(panels) / across)
+    deepest = max(len(rows) for rows, _ in panels.values())
+    with canvas(title, rows=down, columns=across, height=0.85 + 0.3 * deepest, width=8.6) as drawn:
+        for axis, (name, (rows, values)) in zip(drawn.axes.flat, panels.items()):
+            image = axis.imshow(values, cmap="viridis", aspect="auto")
+            axis.set_yticks(range(len(rows)), rows)
+            axis.set(xlabel=x_label)
+            axis.set_title(name, fontsize=9.5)
+            axis.grid(visible=False)
+            axis.tick_params(length=0, labelsize=8.5)
+            _whole_numbers(axis.xaxis)
+            if values.shape[1] <= 8:
+                _write_numbers(axis, values, *image.get_clim())
+            else:
+                drawn.figure.colorbar(image, ax=axis)
+        for axis in drawn.axes.flat[len(panels) :]:
+            axis.set_visible(False)
+    return drawn.png
+
+
+def _write_numbers(axis: Any, values: np.ndarray, low: float, high: float) -> None:
+    """Writes the numbers into a heat map's cells, white on the dark part of the scale."""
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            colour = "white" if value - low < 0.6 * (high - low) else "black"
+            axis.text(column, row, _short(value), ha="center", va="center", fontsize=7.5, color=colour)
+
+
 def _short(value: float) -> str:
-    return f"{value:.2f}" if 0.01 <= value < 100 or value == 0 else f"{value:.1e}"
+    return f"{value:.2f}" if 0.01 <= abs(value) < 100 or value == 0 else f"{value:.1e}"

@@ -1,7 +1,7 @@
-"""The forward passes of an evaluation: what a model says about every labelled token of the validation rows.
+"""The forward passes of an evaluation: the model's prediction of every labelled token of the validation rows.
 
-Everything runs on the default device, whatever the mesh of the training: one compiled program per set of muted
-memories, at one static shape.
+One compiled program per set of muted memories, at one static shape. It runs on the default device or, given a mesh
+(`engrax.train.sharding.evaluation_mesh`), with the batch split over the devices. The numbers are the same.
 """
 
 import dataclasses
@@ -13,11 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from engrax.errors import UserError
-from engrax.models.parameters import cast
-from engrax.train import train_step
+from engrax.models import contract
+from engrax.models.parameters import cast, map_parameters
+from engrax.train import sharding, train_step
 from engrax.train.experiment import Experiment
 from engrax.train.objective import score
 from engrax.train.trainer import Trainer
@@ -27,6 +29,10 @@ LEAST_BATCH_TOKENS, BATCH_TOKENS = 4_096, 16_384
 DEFAULT_TOKENS = 131_072  # validation tokens scored unless the caller asks for more
 REPORT_TOKENS = 16_384  # validation tokens whose memory diagnostics are taken
 SEEN_TOKENS = 32_000_000  # training tokens that the n-gram baselines count at most
+
+
+UNITS = {"text": "bits per byte", "task": "accuracy", "tokens": "bits per token"}  # of the score, by kind_of
+_PADDING = {"tokens": 0, "targets": -1, "segment_ids": -1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,21 @@ class Scores:
     nats: Float[np.ndarray, "N T"]  # negative log-likelihood of the target, 0 where there is none
     right: Bool[np.ndarray, "N T"]  # the target had the highest logit
     tokens_per_second: float  # of the compiled forward pass, compilation and loading left out
+
+
+def kind_of(experiment: Experiment) -> str:
+    """The kind of score, one of UNITS: of text, of a generated task with known answers, or of other tokens."""
+    if hasattr(experiment.data, "solve") and hasattr(experiment.data, "chance"):
+        return "task"
+    return "text" if experiment.data.tokenizer is not None else "tokens"
+
+
+def divisors(experiment: Experiment, rows: Rows, kind: str) -> Float[np.ndarray, "N T"]:
+    """What the score divides by, per token: the target's bytes for text, else 1; 0 where nothing is scored."""
+    if kind != "text":
+        return rows.labelled.astype(float)
+    lengths = np.asarray(experiment.data.tokenizer.byte_lengths)
+    return np.where(rows.labelled, lengths[np.maximum(rows.targets, 0)], 0).astype(float)
 
 
 def batch_rows(experiment: Experiment) -> int:
@@ -105,7 +126,10 @@ def seen_rows(experiment: Experiment, step: int) -> tuple[Rows, float]:
     """(the distinct training rows of the first `step` steps, epochs seen); `complete` False where SEEN_TOKENS cut them.
 
     Past the first epoch the rows hold the same tokens again, which would count as new evidence: the first epoch stays.
+    A run that carries its memory was trained on streams, so streams are counted.
     """
+    if experiment.carry_memory:
+        return _seen_streams(experiment, step)
     wanted = step * experiment.batch_size
     limit = min(wanted, max(1, SEEN_TOKENS // experiment.data.seq_len))
     seen = _first_rows(experiment, "train", limit)
@@ -115,6 +139,23 @@ def seen_rows(experiment: Experiment, step: int) -> tuple[Rows, float]:
     # Every labelled token stands once in an epoch, whatever the packing: the epoch's end is where the count is reached.
     reached = int(np.searchsorted(np.cumsum(seen.labelled.sum(axis=1)), whole)) + 1
     return seen.first(reached, complete=True), wanted / reached
+
+
+def _seen_streams(experiment: Experiment, step: int) -> tuple[Rows, float]:
+    """`seen_rows` of a training on streams: what a row reads depends on the batch size, so its own batches are read.
+
+    A token read before has no target here.
+    """
+    rows = experiment.batch_size
+    steps = min(step, max(1, SEEN_TOKENS // (rows * experiment.data.seq_len)))
+    loader = Trainer(experiment).loader("train")
+    seen = _stack(list(itertools.islice(loader, steps)), complete=steps == step)
+    # Row r of B reads the documents r, r + B, ... of the shuffled order, which repeats.
+    place = seen.segment_ids * rows + np.tile(np.arange(rows), steps)[:, None]
+    again = (seen.segment_ids >= 0) & (place >= loader.document_count)
+    first = dataclasses.replace(seen, targets=np.where(again, -1, seen.targets))
+    epochs = float(seen.labelled.sum() / first.labelled.sum()) if again.any() else float("nan")
+    return first, epochs
 
 
 def _first_rows(experiment: Experiment, split: str, count: int) -> Rows:
@@ -150,26 +191,34 @@ def _close(loader: Any) -> None:
 
 
 class Scorer:
-    """A model's compiled passes over rows."""
+    """A model's compiled passes over rows; with a `mesh` the rows of a batch are split over its devices."""
 
-    def __init__(self, experiment: Experiment, model: nnx.Module):
+    def __init__(self, experiment: Experiment, model: nnx.Module, mesh: Mesh | None = None):
+        self.mesh = mesh
         self.graphdef, self.params = nnx.split(model, nnx.Param)
         self.rows = batch_rows(experiment)
         self.dtype = train_step.resolve_dtype(experiment.compute_dtype)
+        self._place = None
+        if mesh is not None:  # where parameters are shared, each layer gathers its own
+            specs = map_parameters(lambda variable: variable.get_value().sharding.spec, self.params)
+            self._place = train_step.compiler_placement(specs, mesh)
         self._score = jax.jit(self._forward, static_argnames="mute")
         self._report = jax.jit(self._diagnose)
 
     def score(self, rows: Rows, *, mute: tuple[str, ...] = (), tick: Callable[[int], Any] = lambda n: None) -> Scores:
-        """Scores every labelled token, with the reads of the mixers named in `mute` left out of the residual stream."""
-        batches = list(self._batches(rows))
+        """Scores every labelled token, with the memory reads of the mixers named in `mute` left out.
+
+        `tick(1)` is called after every batch.
+        """
+        batches = [self._put(batch) for batch in self._batches(rows)]
         jax.block_until_ready(self._score(self.params, batches[0], mute=mute))  # compiles
         nats, right, seconds = [], [], 0.0
         for batch in batches:
             begun = time.perf_counter()
             loss, correct = jax.device_get(self._score(self.params, batch, mute=mute))
             seconds += time.perf_counter() - begun
-            nats.append(loss)
-            right.append(correct)
+            nats.append(loss[: self.rows])
+            right.append(correct[: self.rows])
             tick(1)
         size = len(batches) * self.rows * rows.tokens.shape[1]
         joined = np.concatenate(nats)[: len(rows)], np.concatenate(right)[: len(rows)]
@@ -182,31 +231,45 @@ class Scorer:
         every token is [rows, repeat, T] or, with a value for each memory, [rows, repeat, T, M], NaN at padding.
         """
         rows = reported_rows(rows)
-        taken = {name: array[:, None] for name, array in rows.arrays().items()}
+        copies = 1 if self.mesh is None else self.mesh.size  # every device computes the same row: kernels need one each
+        taken = {name: np.repeat(array[:, None], copies, axis=1) for name, array in rows.arrays().items()}
         found = jax.device_get(self._report(self.params, taken))
         padding = rows.segment_ids < 0
-        return {name: _squeeze(np.asarray(values, np.float64), padding) for name, values in found.items()}
+        return {name: _squeeze(np.asarray(values, np.float64), padding, copies) for name, values in found.items()}
 
     def _batches(self, rows: Rows) -> Iterator[dict[str, np.ndarray]]:
         for start in range(0, len(rows), self.rows):
             yield {name: array[start : start + self.rows] for name, array in rows.arrays().items()}
 
+    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The batch on the devices: as it is on one, padded to whole rows for each of several."""
+        if self.mesh is None:
+            return batch
+        rows = len(batch["tokens"])
+        missing = -rows % self.mesh.size
+        fill = ((0, missing), (0, 0))
+        batch = {name: np.pad(array, fill, constant_values=_PADDING[name]) for name, array in batch.items()}
+        return sharding.put_batch(batch, self.mesh, rows + missing)
+
     def _forward(self, params, batch, mute=()):
-        scored = score(nnx.merge(self.graphdef, cast(params, self.dtype)), batch, mute=mute)
+        model, gather = train_step.assemble(self.graphdef, cast(params, self.dtype), self._place)
+        with contract.gathering(gather):
+            scored = score(model, batch, mute=mute)
         return scored.nats, scored.correct
 
     def _diagnose(self, params, rows):
-        model = nnx.merge(self.graphdef, cast(params, self.dtype))
+        model, gather = train_step.assemble(self.graphdef, cast(params, self.dtype), self._place)
 
         def one(row):
-            return model(row["tokens"], segment_ids=row["segment_ids"], collect=("*",)).collected
+            with contract.gathering(gather):
+                return model(row["tokens"], segment_ids=row["segment_ids"], collect=("*",)).collected
 
         return jax.lax.map(one, rows)
 
 
-def _squeeze(values: np.ndarray, padding: np.ndarray) -> np.ndarray:
-    """[rows, repeat, 1, T, ...] diagnostics of tokens without their batch axis and padding; others as they are."""
-    if values.shape[2:4] != (1, padding.shape[1]):
+def _squeeze(values: np.ndarray, padding: np.ndarray, copies: int) -> np.ndarray:
+    """[rows, repeat, copies, T, ...] diagnostics of tokens without their copies and padding; others as they are."""
+    if values.shape[2:4] != (copies, padding.shape[1]):
         return values
     padding = padding[:, None].reshape(len(padding), 1, -1, *(1,) * (values.ndim - 4))
     return np.where(padding, np.nan, values[:, :, 0])

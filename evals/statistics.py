@@ -2,12 +2,11 @@
 independent, rows are taken to be."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
-
-Z95 = 1.96  # half-width of a 95 % interval in standard errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,20 +23,29 @@ class Estimate:
 
 
 def mean(sums: Shaped[np.ndarray, "N T"], counts: Shaped[np.ndarray, "N T"]) -> Estimate:
-    """sum(sums) / sum(counts) with the linearised standard error of a ratio over rows (Cochran 1977, eq. 6.13)."""
+    """sum(sums) / sum(counts) with the linearised standard error of a ratio over rows (Cochran 1977, eq. 6.13).
+
+    The interval is Student's, with one degree of freedom less than there are rows.
+    """
     row_sums, row_counts = np.sum(sums, axis=1, dtype=np.float64), np.sum(counts, axis=1, dtype=np.float64)
     return _ratio(row_sums, row_counts)
 
 
 def mean_of_few(values: Float[np.ndarray, " N"]) -> Estimate:
     """The mean of a few independent numbers, with Student's interval."""
-    from scipy.stats import t
-
     n, value = len(values), float(np.mean(values))
     if n < 2:
         return Estimate(value, None, None)
-    half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
+    half = half_width(n) * float(np.std(values, ddof=1)) / n**0.5
     return Estimate(value, value - half, value + half)
+
+
+@functools.cache
+def half_width(rows: int) -> float:
+    """Half of a 95 % interval in standard errors of a mean over so many rows: 12.7 for two, 1.96 for very many."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, rows - 1))
 
 
 def _ratio(row_sums: Float[np.ndarray, " N"], row_counts: Float[np.ndarray, " N"]) -> Estimate:
@@ -49,7 +57,8 @@ def _ratio(row_sums: Float[np.ndarray, " N"], row_counts: Float[np.ndarray, " N"
     if rows < 2:
         return Estimate(value, None, None)
     error = np.sqrt(rows / (rows - 1) * np.sum((row_sums - value * row_counts) ** 2)) / row_counts.sum()
-    return Estimate(value, value - Z95 * float(error), value + Z95 * float(error))
+    half = half_width(rows) * float(error)
+    return Estimate(value, value - half, value + half)
 
 
 def log_bins(length: int, per_octave: int = 3) -> Int[np.ndarray, " edges"]:

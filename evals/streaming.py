@@ -1,9 +1,9 @@
 """Reading documents far longer than the rows of the training, in pieces, through the memory that the model carries.
 
-What a memory promises is seen here: whether the loss still falls, or at least does not rise, past the length it was
-trained at; and whether state and time per token stay what they were. Documents are easier in some places than in
-others, so each is also read by the same model with a memory that begins anew with every piece: from how much better
-than that the carried memory reads, the difficulty that both share cancels.
+This shows what a memory promises: whether the loss still falls, or at least does not rise, past the length it was
+trained at, and whether state and time per token stay constant. Some places of a document are easier than others, so
+each document is also read by the same model with a memory that is reset before every piece. In the gain over that
+reading, the difficulty that both share cancels.
 """
 
 import statistics
@@ -15,16 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from engrax.errors import UserError
 from engrax.evals import statistics as stats
 from engrax.models.parameters import cast
-from engrax.train import train_step
+from engrax.train import sharding, train_step
 from engrax.train.experiment import Experiment
 from engrax.train.objective import score
 
 PIECE = 256  # tokens of one call
+LENGTH_UNIT = 4 * PIECE  # lengths are multiples of it: quarters are read in pieces
 DOCUMENTS = 64  # documents read, at most
 SIDE_BY_SIDE = 16  # of them in one call, at most
 TURNS = 15  # timed calls at the beginning and at the end, by turns
@@ -35,8 +37,8 @@ def long_documents(experiment: Experiment, length: int) -> Int[np.ndarray, "N L"
 
     Raises UserError where the data is no text, or none of its validation documents is long enough.
     """
-    if length < 4 * PIECE or length % (4 * PIECE):
-        raise UserError(f"stream={length} tokens must be a multiple of {4 * PIECE}: quarters are read in pieces.")
+    if length < LENGTH_UNIT or length % LENGTH_UNIT:
+        raise UserError(f"stream={length} tokens must be a multiple of {LENGTH_UNIT}: quarters are read in pieces.")
     if not hasattr(experiment.data, "token_documents"):
         raise UserError("only text has documents to stream; leave out --stream for a generated task.")
     found, longest = [], 0
@@ -49,6 +51,20 @@ def long_documents(experiment: Experiment, length: int) -> Int[np.ndarray, "N L"
     if not found:
         raise UserError(f"no validation document has more than {length} tokens (the longest: {longest}); stream fewer.")
     return np.stack(found).astype(np.int32)
+
+
+def longest(experiment: Experiment, at_most: int) -> int:
+    """The longest length up to `at_most` that a validation document has, a multiple of LENGTH_UNIT.
+
+    Raises UserError as `long_documents` does.
+    """
+    length = 0
+    if hasattr(experiment.data, "token_documents"):
+        for tokens in experiment.data.token_documents("validation"):
+            length = max(length, min(at_most, len(tokens) - 1) // LENGTH_UNIT * LENGTH_UNIT)
+            if length == at_most:
+                break
+    return max(length, LENGTH_UNIT)
 
 
 class Stream:
@@ -82,19 +98,21 @@ def stream(
     model: nnx.Module,
     documents: Int[np.ndarray, "N L"],
     *,
+    mesh: Mesh | None = None,
     tick: Callable[[int], Any] = lambda n: None,
 ) -> dict[str, Any]:
     """Reads `documents`, L - 1 tokens of each (`long_documents`), in pieces; a JSON-able dict.
 
     Returns:
       unit: bits per byte.
-      curve: the loss by position, as in results.json, through the carried memory and through one begun anew.
+      curve: the loss by position, as in results.json, through the carried memory and through one that is reset.
       quarters: the loss in each quarter; drift: fourth - second quarter, paired by document, with its 95 % interval.
-      restarted: the same two, of the carried memory's loss minus that of the memory begun anew with every piece.
+      gain_over_reset: the same two, of the loss with the memory reset before every piece minus the carried memory's.
       state_bytes: of one document's memory, after the first piece and after the last.
       time: per token, {"piece", "token"}: calls of PIECE tokens and of one, at the end against at the beginning.
 
-    `tick(1)` is called after every piece, calls(documents) times.
+    With a `mesh`, the documents of a call are split over its devices. `tick(1)` is called after every piece,
+    calls(documents) times.
     """
     tokens, targets = documents[:, :-1], documents[:, 1:]
     length = tokens.shape[1]
@@ -102,14 +120,16 @@ def stream(
     groups = range(0, len(tokens), SIDE_BY_SIDE)
     losses, memories = [], []
     for at in groups:
-        *found, early, late = _read(reader, tokens[at : at + SIDE_BY_SIDE], targets[at : at + SIDE_BY_SIDE], tick)
+        group = tokens[at : at + SIDE_BY_SIDE], targets[at : at + SIDE_BY_SIDE]
+        *found, early, late = _read(reader, *group, mesh, tick)
         losses.append(found)
         memories = memories or [early, late]  # the first group's are timed, the others' need not be kept
-    bits, restarted = (np.concatenate(found) / np.log(2) for found in zip(*losses))
+    bits, reset = (np.concatenate(found) / np.log(2) for found in zip(*losses))
     early, late = memories
-    few = len(tokens[:SIDE_BY_SIDE])
-    if not np.isfinite(bits + restarted).all():
-        first = int(np.argwhere(~np.isfinite(bits + restarted))[:, 1].min())
+    few = len(_placed(tokens[:SIDE_BY_SIDE, :1], mesh))
+    timed = [_placed(array[:SIDE_BY_SIDE, :PIECE], mesh) for array in (tokens, targets)]
+    if not np.isfinite(bits + reset).all():
+        first = int(np.argwhere(~np.isfinite(bits + reset))[:, 1].min())
         raise UserError(f"the model's outputs are not numbers from token {first} on: a cache of declared capacity?")
     size = np.asarray(experiment.data.tokenizer.byte_lengths)[targets].astype(float)
     positions = np.broadcast_to(np.arange(length), bits.shape)
@@ -124,16 +144,16 @@ def stream(
                 {"name": name, "kind": kind, "bins": stats.by_position(values, size, positions, stats.log_bins(length))}
                 for name, kind, values in (
                     ("model", "model", bits),
-                    (f"memory begun anew every {PIECE} tokens", "baseline", restarted),
+                    (f"memory reset every {PIECE} tokens", "baseline", reset),
                 )
             ],
         },
         **quarters(bits, size),
-        "restarted": quarters(bits - restarted, size),
+        "gain_over_reset": quarters(reset - bits, size),
         "state_bytes": {"first": _bytes(early, few), "last": _bytes(late, few)},
         "time": {
-            "piece": _times(reader, tokens[:few, :PIECE], targets[:few, :PIECE], early, late),
-            "token": _times(reader, tokens[:few, :1], targets[:few, :1], early, late),
+            "piece": _times(reader, *timed, early, late),
+            "token": _times(reader, *(array[:, :1] for array in timed), early, late),
         },
     }
 
@@ -143,19 +163,28 @@ def calls(documents: Int[np.ndarray, "N L"]) -> int:
     return -(-len(documents) // SIDE_BY_SIDE) * ((documents.shape[1] - 1) // PIECE)
 
 
-def _read(reader: Stream, tokens_NL, targets_NL, tick: Callable[[int], Any]) -> tuple:
-    """(nats through the carried memory, nats through one begun anew with every piece, the memory after the first piece,
-    the memory after the last)."""
-    fresh = memory = reader.start(reader.params, len(tokens_NL))
-    nats, anew, early = [], [], None
+def _placed(rows_NL: Int[np.ndarray, "N L"], mesh: Mesh | None) -> Any:
+    """The rows on the devices: as they are on one, padded with the last row and split over several."""
+    if mesh is None:
+        return rows_NL
+    padded = np.pad(rows_NL, ((0, -len(rows_NL) % mesh.size), (0, 0)), mode="edge")
+    return jax.device_put(padded, NamedSharding(mesh, PartitionSpec(sharding.BATCH)))
+
+
+def _read(reader: Stream, tokens_NL, targets_NL, mesh: Mesh | None, tick: Callable[[int], Any]) -> tuple:
+    """(nats through the carried memory, nats with the memory reset before every piece, the memory after the first
+    piece, the memory after the last)."""
+    rows = len(tokens_NL)
+    fresh = memory = reader.start(reader.params, len(_placed(tokens_NL[:, :1], mesh)))
+    nats, reset, early = [], [], None
     for at in range(0, tokens_NL.shape[1], PIECE):
-        piece = tokens_NL[:, at : at + PIECE], targets_NL[:, at : at + PIECE]
+        piece = [_placed(array[:, at : at + PIECE], mesh) for array in (tokens_NL, targets_NL)]
         found, memory = reader(*piece, memory)
         early = memory if early is None else early
-        nats.append(np.asarray(found))
-        anew.append(np.asarray(reader(*piece, fresh)[0]))
+        nats.append(np.asarray(found)[:rows])
+        reset.append(np.asarray(reader(*piece, fresh)[0])[:rows])
         tick(1)
-    return np.concatenate(nats, axis=1), np.concatenate(anew, axis=1), early, memory
+    return np.concatenate(nats, axis=1), np.concatenate(reset, axis=1), early, memory
 
 
 def quarters(bits: Float[np.ndarray, "N L"], size: Float[np.ndarray, "N L"]) -> dict[str, Any]:

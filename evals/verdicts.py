@@ -1,11 +1,15 @@
-"""What a comparison's numbers allow to say, by a rule laid down beforehand.
+"""Turns the scores of a comparison into verdicts with a fixed rule.
 
 Every number has a 95 % interval from a bootstrap in which seeds and validation rows are drawn with replacement: seeds
 for each experiment apart, rows for all together, since all are scored on the same ones. The spread of n seeds is
 widened by the root of n / (n - 1), which drawing from them takes away, and by the ratio of Student's t to the normal
-quantile, which few seeds need (without it two equal models differed in 12 of 100 comparisons of 3 seeds). An experiment
-is *better* or *worse* than another where the interval of their difference leaves out 0; else, and where a judged seed
-diverged, the comparison is *inconclusive*.
+quantile, which few seeds need (without it two equal models differed in 12 of 100 comparisons of 3 seeds).
+
+An experiment is *better* or *worse* than another where the interval of their difference leaves out 0; else, and where a
+judged seed diverged, the comparison is *inconclusive*. A table of m verdicts is corrected after Holm (1979): the
+clearest difference is judged by its interval at 1 - 0.05 / m, the next at 1 - 0.05 / (m - 1), and so on to the first
+that is inconclusive, with which all that follow are. The chance of even one wrong verdict in a table is then at most
+5 %. The intervals shown are the plain ones, of 95 % each.
 """
 
 import dataclasses
@@ -19,8 +23,8 @@ from jaxtyping import Float, Int
 from engrax.evals.comparison import Claim, Comparison, Row, kind
 
 DRAWS = 4000
+LEVEL = 0.05  # chance of a wrong verdict in a table whose experiments are all equal, at most
 Verdict = Literal["better", "worse", "inconclusive"]
-UNITS = {"text": "bits per byte", "tokens": "bits per token", "task": "accuracy"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +56,7 @@ class TableRow:
 
 @dataclasses.dataclass(frozen=True)
 class ClaimVerdict:
-    """A published ordering and what the comparison says about it."""
+    """A published ordering and the comparison's verdict on it."""
 
     claim: Claim
     difference: Interval  # better - worse, in the table's unit
@@ -74,13 +78,16 @@ class Bootstrap:
         """The mean over seeds and rows."""
         return float(self.sums[name].mean(axis=0).sum() / self.counts.sum())
 
-    def sample(self, name: str, freedom: int) -> Float[np.ndarray, " draws"]:
-        """The mean over the drawn seeds and rows, for every draw; `freedom`: of the t that widens the seeds' spread."""
+    def sample(self, name: str, freedom: int, level: float = LEVEL) -> Float[np.ndarray, " draws"]:
+        """The mean over the drawn seeds and rows, for every draw.
+
+        freedom: degrees of freedom of the t that widens the seeds' spread for an interval of 1 - level.
+        """
         from scipy.stats import norm, t
 
         by_seed = self.draws @ self.sums[name].T / (self.draws @ self.counts)[:, None]  # [draws, seeds]
         n, middle = by_seed.shape[1], by_seed.mean(axis=1, keepdims=True)
-        widening = math.sqrt(n / max(n - 1, 1)) * t.ppf(0.975, max(freedom, 1)) / norm.ppf(0.975)
+        widening = math.sqrt(n / max(n - 1, 1)) * t.ppf(1 - level / 2, max(freedom, 1)) / norm.ppf(1 - level / 2)
         widened = middle + widening * (by_seed - middle)
         return (self.seeds[name] * widened).sum(axis=1) / n
 
@@ -88,11 +95,11 @@ class Bootstrap:
         """An experiment's score."""
         return _interval(self.value(name), self.sample(name, len(self.sums[name]) - 1))
 
-    def difference(self, name: str, other: str) -> Interval:
-        """score(name) - score(other), on the same rows."""
+    def difference(self, name: str, other: str, level: float = LEVEL) -> Interval:
+        """score(name) - score(other) on the same rows, with its interval of 1 - level."""
         freedom = len(self.sums[name]) + len(self.sums[other]) - 2
-        samples = [self.sample(n, freedom) for n in (name, other)]
-        return _interval(self.value(name) - self.value(other), samples[0] - samples[1])
+        samples = [self.sample(n, freedom, level) for n in (name, other)]
+        return _interval(self.value(name) - self.value(other), samples[0] - samples[1], level)
 
 
 def _seed_draws(rng: np.random.Generator, seeds: int, draws: int) -> Int[np.ndarray, "draws seeds"]:
@@ -103,8 +110,8 @@ def _sound(row: Row) -> int:
     return sum(score.sums is not None for score in row.scores)
 
 
-def _interval(value: float, sample: Float[np.ndarray, " draws"]) -> Interval:
-    low, high = np.quantile(sample, [0.025, 0.975])
+def _interval(value: float, sample: Float[np.ndarray, " draws"], level: float = LEVEL) -> Interval:
+    low, high = np.quantile(sample, [level / 2, 1 - level / 2])
     return Interval(value, float(low), float(high))
 
 
@@ -112,28 +119,55 @@ def judge(comparison: Comparison, rows: list[Row]) -> tuple[list[TableRow], list
     """The lines of the table, in the comparison's order, and the verdicts on what is claimed."""
     drawn = Bootstrap(rows)
     higher_is_better = kind(comparison) == "task"
-    lines = [_line(comparison, row, drawn, rows[0], higher_is_better) for row in rows]
     whole = {row.name for row in rows if _sound(row) == len(row.scores)}
+    first = rows[0].name
+
+    def verdicts(pairs: list[tuple[str, str]]) -> list[Verdict]:
+        known = [pair for pair in pairs if whole.issuperset(pair)]
+        found = dict(zip(known, holm(drawn, known, higher_is_better)))
+        return [found.get(pair, "inconclusive") for pair in pairs]
+
+    says = verdicts([(row.name, first) for row in rows[1:]])
+    lines = [_line(comparison, row, drawn, first, said, higher_is_better) for row, said in zip(rows, [None, *says])]
     words = {"better": "reproduced", "worse": "contradicted", "inconclusive": "inconclusive"}
-    judged = []
-    for claim in comparison.claims:
-        difference = drawn.difference(claim.better, claim.worse)
-        known = {claim.better, claim.worse} <= whole
-        found = verdict(difference, higher_is_better) if known else "inconclusive"
-        judged.append(ClaimVerdict(claim, difference, words[found]))
+    pairs = [(claim.better, claim.worse) for claim in comparison.claims]
+    judged = [
+        ClaimVerdict(claim, drawn.difference(*pair), words[said])
+        for claim, pair, said in zip(comparison.claims, pairs, verdicts(pairs))
+    ]
     return lines, judged
 
 
+def holm(drawn: Bootstrap, pairs: list[tuple[str, str]], higher_is_better: bool) -> list[Verdict]:
+    """The verdicts on the first of each pair against the second, corrected for their number (Holm 1979)."""
+    found: list[Verdict] = ["inconclusive"] * len(pairs)
+    differences = [drawn.difference(*pair) for pair in pairs]
+    clearest = sorted(range(len(pairs)), key=lambda i: _clearness(differences[i]), reverse=True)
+    for rank, i in enumerate(clearest):
+        found[i] = verdict(drawn.difference(*pairs[i], LEVEL / (len(pairs) - rank)), higher_is_better)
+        if found[i] == "inconclusive":
+            break
+    return found
+
+
+def _clearness(difference: Interval) -> float:
+    """The value in lengths of its interval's side towards 0: above 1 the interval leaves out 0."""
+    side = difference.value - (difference.low if difference.value > 0 else difference.high)
+    if side:
+        return difference.value / side if math.isfinite(difference.value) else -math.inf
+    return math.inf if difference.value else 0.0
+
+
 def verdict(difference: Interval, higher_is_better: bool) -> Verdict:
-    """The rule of this module."""
+    """What one difference says by its own interval."""
     if difference.low > 0 or difference.high < 0:
         return "better" if (difference.low > 0) == higher_is_better else "worse"
-    return "inconclusive"  # what is no number too
+    return "inconclusive"  # so is a difference that is not a number
 
 
-def _line(comparison: Comparison, row: Row, drawn: Bootstrap, first: Row, higher_is_better: bool) -> TableRow:
-    difference = None if row is first else drawn.difference(row.name, first.name)
-    known = all(_sound(r) == len(r.scores) for r in (row, first))
+def _line(
+    comparison: Comparison, row: Row, drawn: Bootstrap, first: str, said: Verdict | None, higher_is_better: bool
+) -> TableRow:
     learnt = [score.learnt_at for score in row.scores if score.learnt_at is not None]
     state, flops = row.costs["state_bytes_per_sequence"], row.costs["flops_per_token"]
     diverged = sum(math.isnan(value) for value in row.grid.values()) + len(row.scores) - _sound(row)
@@ -143,8 +177,8 @@ def _line(comparison: Comparison, row: Row, drawn: Bootstrap, first: Row, higher
     return TableRow(
         name=row.name,
         score=score,
-        difference=difference,
-        verdict=difference and (verdict(difference, higher_is_better) if known else "inconclusive"),
+        difference=None if said is None else drawn.difference(row.name, first),
+        verdict=said,
         learning_rate=row.learning_rate,
         at_edge=row.learning_rate in (min(comparison.learning_rates), max(comparison.learning_rates)),
         diverged=diverged,

@@ -1,10 +1,11 @@
-"""Adding is one file: a mixer, a model, a data set, an optimizer, a schedule, outside the package or inside it.
+"""Adding is one file: a mixer, a model, a data set, an optimizer, a schedule, an evaluator, in the package or outside.
 
 `FILES` holds one file of each kind. All of them meet in one run, which is trained, evaluated, sampled and opened again
 in a fresh process.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -127,6 +128,26 @@ class AddedScheduleConfig(engrax.ScheduleConfig):
     def after_warmup(self, peak, steps, warmup):
         return lambda step: peak / jnp.sqrt(1.0 + step)
 ''',
+    "evals/evaluators/added_evaluator.py": '''
+"""The hardest token."""
+
+import dataclasses
+
+import engrax
+from engrax.evals import Evaluation, Figure, plots
+
+
+@engrax.register("added_evaluator")
+@dataclasses.dataclass(frozen=True)
+class AddedEvaluatorConfig(engrax.EvaluatorConfig):
+    """The largest loss of a token."""
+
+    def run(self, context):
+        worst = context.scores().nats.max()
+        png = plots.bars(context.title("Hardest"), "nats", [{"name": "worst", "kind": "model", "value": worst}])
+        figure = Figure("hardest", "The hardest token", "A caption < of its own.", png)
+        return Evaluation({"worst": worst}, [figure], [("hardest token, nats", f"{worst:.4f}")])
+''',
 }
 CONFIG = '''
 """All that was added, in one run."""
@@ -167,6 +188,11 @@ print("reloaded", step, runs.open_run(sys.argv[1]).experiment.optimizer)
 """
 
 
+def copies_of(run, plugins):
+    """The run's own copies of the files; an evaluator is no part of a run."""
+    return [str(p if p.stem == "added_evaluator" else run / "source" / p.name) for p in plugins]
+
+
 def check_run(run, run_python, config, plugins):
     """Trains 3 steps, then evaluates, samples and loads the run in a fresh process; returns what was printed."""
     flags = [word for plugin in plugins for word in ("--plugin", str(plugin))]
@@ -179,10 +205,24 @@ def check_run(run, run_python, config, plugins):
     rates = [json.loads(line)["learning_rate"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [round(rate, 4) for rate in rates] == [0.05, 0.1, 0.0707]
 
-    flags = [word for plugin in plugins for word in ("--plugin", str(run / "source" / plugin.name))]
-    later = [["evaluate", str(run), *flags], ["generate", str(run), "--prompt", "1 2", "--tokens", "4", *flags]]
+    flags = [word for plugin in copies_of(run, plugins) for word in ("--plugin", plugin)]
+    named = ["evaluate", str(run), "--only", "added_evaluator,validation", "--batches", "1", *flags]
+    later = [
+        ["evaluate", str(run), "--batches", "1", *flags],
+        named,
+        ["generate", str(run), "--prompt", "1 2", "--tokens", "4", *flags],
+    ]
     out += run_python(COMMANDS, devices=1, args=[json.dumps([*later, ["list"]])])
-    assert list(run.glob("evals/**/results.json"))
+    for folder, more in (("step_3", {"costs", "training"}), ("step_3-2", set())):
+        found = json.loads((run / "evals" / folder / "results.json").read_text())["evaluations"]
+        assert {"validation", "added_evaluator"} <= set(found)
+        assert more <= set(found) and (more or len(found) == 2), "--only runs what it names"
+        worst = found["added_evaluator"]["worst"]
+        assert f"hardest token, nats  {worst:.4f}" in re.sub(" {2,}", "  ", out)
+        assert (run / "evals" / folder / "hardest.png").read_bytes().startswith(b"\x89PNG")
+        page = (run / "evals" / folder / "report.html").read_text()
+        assert "<h2>The hardest token</h2>" in page and "A caption &lt; of its own." in page
+        assert str(run / "evals" / folder) in out
     assert "\n1 2" in out
     return out
 
@@ -194,10 +234,10 @@ def test_a_file_outside_the_package_is_enough(tmp_path, run_python):
     (tmp_path / "everything.py").write_text(CONFIG)
     check_run(tmp_path / "run", run_python, "everything.py", plugins)
     sources = sorted(path.name for path in (tmp_path / "run" / "source").iterdir())
-    assert sources == sorted([*(plugin.name for plugin in plugins), "everything.py"])
+    assert sources == sorted([*(p.name for p in plugins if p.stem != "added_evaluator"), "everything.py"])
 
-    copies = json.dumps([str(tmp_path / "run" / "source" / plugin.name) for plugin in plugins])
-    out = run_python(RELOAD, devices=1, args=[tmp_path / "run", copies])
+    copies = copies_of(tmp_path / "run", plugins)
+    out = run_python(RELOAD, devices=1, args=[tmp_path / "run", json.dumps(copies)])
     assert "reloaded 3 AddedOptimizerConfig(" in out and "scale=0.5" in out
 
 

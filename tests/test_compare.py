@@ -94,6 +94,29 @@ def test_verdicts_follow_the_interval_of_the_difference():
     assert low.score.high - low.score.low > 2 * (low.difference.high - low.difference.low)
 
 
+def test_many_verdicts_in_one_table_are_corrected():
+    """When a difference is just clear of 0, then it is a verdict alone and none among twelve; a large one stays one.
+
+    Holm: the clearest is judged at 0.05 / 12, the others at 0.05 / 11 and more.
+    """
+    base, slight = scored("base", [2.0, 2.01, 1.99]), scored("slight", [1.97, 1.98, 1.96])
+    large = scored("large", [1.5, 1.51, 1.49])
+    equal = [scored(f"equal {i}", [2.0, 2.01, 1.99]) for i in range(10)]
+    claims = [Claim(row.name, "base", "x") for row in (slight, large, *equal)]
+
+    def verdicts_on(*rows):
+        names = [row.name for row in rows]
+        lines, judged = verdicts.judge(text(*names, claims=[c for c in claims if c.better in names]), list(rows))
+        assert lines[1].difference.high < 0, "its own interval leaves out 0, in either table"
+        return [line.verdict for line in lines[1:]], [found.verdict for found in judged]
+
+    assert verdicts_on(base, slight) == (["better"], ["reproduced"])
+    assert verdicts_on(base, slight, large) == (["better"] * 2, ["reproduced"] * 2), "two are still few enough"
+    lines, judged = verdicts_on(base, slight, large, *equal)
+    assert lines == ["inconclusive", "better", *["inconclusive"] * 10]
+    assert judged == ["inconclusive", "reproduced", *["inconclusive"] * 10]
+
+
 def test_the_interval_of_seeds_alone_is_that_of_their_mean():
     """When rows do not differ, then the interval is near Student's, +-t s / sqrt(n)."""
     means = [1.0, 1.3, 2.1, 2.6, 3.4, 4.6]
@@ -129,6 +152,17 @@ def test_equal_models_seldom_differ():
         rows = [scored("a", 2 + means[:3], rows=20), scored("b", 2 + means[3:], rows=20)]
         found += verdicts.judge(text("a", "b"), rows)[0][1].verdict != "inconclusive"
     assert found <= 28
+
+
+@pytest.mark.slow
+def test_a_table_of_equal_models_seldom_has_a_verdict():
+    """When ten equal models stand in a table, then at most 7 of 100 tables call any of them different."""
+    wrong, names = 0, [f"model {i}" for i in range(10)]
+    for i in range(100):
+        means = np.random.default_rng(i).normal(0, 0.02, (10, 3))
+        rows = [scored(name, 2 + mean, rows=20) for name, mean in zip(names, means)]
+        wrong += any(line.verdict != "inconclusive" for line in verdicts.judge(text(*names), rows)[0][1:])
+    assert wrong <= 7
 
 
 def pair(*learning_rates: float) -> Comparison:

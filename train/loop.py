@@ -7,6 +7,7 @@ Its order is a contract:
 - The host never waits for the device inside the loop: metrics are read one step late, when they are ready.
 - The data position is captured after batch k and saved with the state after step k, so a resumed run sees batch k+1.
 - Evaluation comes before saving, so that a checkpoint knows its validation loss.
+- The clock of tokens per second stands still during evaluation and saving.
 - Nothing but explicit transfers moves data between host and device inside the loop.
 """
 
@@ -14,7 +15,6 @@ import dataclasses
 import json
 import math
 import sys
-import time
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ def train(
 
     Raises UserError before the first step where the folder holds another experiment, or mesh, batch or data do not fit.
     """
-    begun = time.perf_counter()
+    clock = metrics.Clock()
     keep_freed_memory()
     run_dir = runs.folder(run_dir)
     experiments.check_saveable(experiment)  # before data and devices are touched
@@ -78,8 +78,8 @@ def train(
     settings = experiments.to_dict(experiment)
     writer = metrics.MetricsWriter(run.directory, experiment.log, resumed_at=start, settings=settings, active=main)
     tokens = experiment.batch_size * experiment.data.seq_len
-    bar = metrics.Progress(start, experiment.steps, tokens, active=main and progress)
-    loop = Loop(trainer, checkpoints, writer, bar, begun, saved=start)
+    bar = metrics.Progress(start, experiment.steps, tokens, clock, active=main and progress)
+    loop = Loop(trainer, checkpoints, writer, bar, clock, saved=start)
     try:
         with jax.set_mesh(mesh), StopSignal() as stop:
             step, state = loop.run(state, data, start, stop)
@@ -104,11 +104,11 @@ class Loop:
     checkpoints: Checkpoints
     writer: metrics.MetricsWriter
     bar: metrics.Progress
-    begun: float  # perf_counter() at the start of the command
+    clock: metrics.Clock  # begun with the command
     latest: dict[str, float] = dataclasses.field(default_factory=dict)
     validated: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
     saved: int = 0
-    _window: tuple[int, float] | None = None  # (step, time) of the last logged step, for tokens per second
+    _window: tuple[int, float] | None = None  # (step, seconds) of the last logged step, for tokens per second
 
     def run(self, state: Any, data: Any, start: int, stop: StopSignal) -> tuple[int, Any]:
         """Runs to the last step or to a signal: (steps done, state)."""
@@ -120,27 +120,35 @@ class Loop:
                 state, values = self.trainer.train_step(state, batch)
             if pending is not None:
                 self.log(*pending)
-            pending = (step, values)
+            pending = (step, values, self._seconds_if_done(values))
             saves = _due(step, experiment.checkpoint.every, experiment.steps)
             if saves or _due(step, experiment.eval.every, experiment.steps):
-                self.validate(step, state)
+                jax.block_until_ready(values)  # the step's own time is training; what follows waits for it anyway
+                pending = (step, values, self.clock.seconds())
+                with self.clock.paused():
+                    self.validate(step, state)
             if saves:  # only a step whose numbers are sound and written is saved; saving waits for the device anyway
                 self.log(*pending)
                 pending = None
-                self.save(step, state, data)
+                with self.clock.paused():
+                    self.save(step, state, data)
             if stop.reached(step):
                 break
         if pending is not None:
             self.log(*pending)
         return step, state
 
-    def log(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Reads the metrics of a step already computed, and writes them where a logged step is due."""
+    def _seconds_if_done(self, values: dict[str, jax.Array]) -> float | None:
+        """When a step ended, where its call returned after it, as on the CPU; None where it is under way."""
+        return self.clock.seconds() if all(value.is_ready() for value in values.values()) else None
+
+    def log(self, step: int, values: dict[str, jax.Array], ended: float | None) -> None:
+        """Reads the metrics of a step, waiting for it unless it `ended`, and writes them where a logged step is due."""
         experiment = self.trainer.experiment
         row = {name: float(value) for name, value in jax.device_get(values).items()}
-        now = time.perf_counter()
+        now = self.clock.seconds() if ended is None else ended
         if self._window is None:
-            row["seconds_to_first_step"] = now - self.begun
+            row["seconds_to_first_step"] = now
             self._window = (step, now)
         self.latest |= row
         self.bar.update(step, {"loss": row["loss"]})

@@ -1,10 +1,12 @@
 """Where a run's numbers go: metrics.jsonl, a progress bar, and wandb and TensorBoard when asked."""
 
+import contextlib
 import json
 import math
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -116,14 +118,41 @@ def _start_tensorboard(run_dir: epath.Path) -> Any:
     return SummaryWriter(str(run_dir / "tensorboard"))
 
 
-class Progress:
-    """A progress bar with loss, tokens per second and the time left; plain lines where the output is no terminal."""
+class Clock:
+    """Seconds of training since it was built. It stands still during evaluations and saves (kauldron's habit)."""
 
-    def __init__(self, start: int, steps: int, tokens_per_step: int, active: bool = True):
+    def __init__(self):
+        self._origin = time.perf_counter()
+        self._stopped: float | None = None  # when the pause under way began
+
+    def seconds(self) -> float:
+        """Seconds so far without the pauses."""
+        return (time.perf_counter() if self._stopped is None else self._stopped) - self._origin
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time that the block takes."""
+        self._stopped = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._origin += time.perf_counter() - self._stopped
+            self._stopped = None
+
+
+class Progress:
+    """A progress bar with loss, tokens per second and the time left; plain lines where the output is no terminal.
+
+    Tokens per second follow `clock`, which leaves out evaluations and saves; the time left includes them.
+    """
+
+    def __init__(self, start: int, steps: int, tokens_per_step: int, clock: Clock, active: bool = True):
         from tqdm import tqdm
 
-        self.tokens_per_step = tokens_per_step
-        self.begun, self.start, self.latest = None, start, {}
+        self.steps, self.tokens_per_step, self.clock = steps, tokens_per_step, clock
+        self.shown: dict[str, str] = {}
+        self._first: tuple[int, float, float] | None = None  # (step, training seconds, time) of the first update
+        self._latest: dict[str, float] = {}
         self._plain = active and not sys.stderr.isatty()
         self._said = 0.0
         self.bar = tqdm(
@@ -134,22 +163,22 @@ class Progress:
             dynamic_ncols=True,
             file=sys.stderr,
         )
-        self.steps = steps
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Shows that `step` is done. The rate leaves out the first step, which compiles."""
-        now = time.perf_counter()
-        if self.begun is None:
-            self.begun, self.start = now, step
-        self.latest |= values
-        rate = (step - self.start) * self.tokens_per_step / max(now - self.begun, 1e-9)
-        shown = {k: f"{v:.4g}" for k, v in self.latest.items()} | {"tokens/s": f"{rate:,.0f}"}
+        now, seconds = time.perf_counter(), self.clock.seconds()
+        if self._first is None:
+            self._first = (step, seconds, now)
+        first, seconds_then, then = self._first
+        self._latest |= values
+        rate = (step - first) * self.tokens_per_step / max(seconds - seconds_then, 1e-9)
+        self.shown = {k: f"{v:.4g}" for k, v in self._latest.items()} | {"tokens/s": f"{rate:,.0f}"}
         self.bar.update(step - self.bar.n)
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix(self.shown, refresh=False)
         if self._plain and (now - self._said > 10 or step == self.steps):
             self._said = now
-            left = (self.steps - step) * (now - self.begun) / max(step - self.start, 1)
-            told = "  ".join(f"{k} {v}" for k, v in shown.items())
+            left = (self.steps - step) * (now - then) / max(step - first, 1)
+            told = "  ".join(f"{k} {v}" for k, v in self.shown.items())
             print(f"step {step}/{self.steps}  {told}  left {left:.0f} s", file=sys.stderr, flush=True)
 
     def close(self) -> None:

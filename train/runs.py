@@ -18,11 +18,13 @@ import jax
 from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from engrax import models
 from engrax.errors import UnknownName, UserError
 from engrax.models import imported
 from engrax.train import experiment as experiments
+from engrax.train import sharding
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.experiment import Experiment
 
@@ -41,20 +43,33 @@ class Run:
     experiment: Experiment
     environment: dict[str, Any]
 
-    def load(self, step: int | str | None = None) -> tuple[nnx.Module, int]:
-        """(the model with a checkpoint's parameters, its step); step None = newest, "best" = lowest validation loss."""
+    def load(self, step: int | str | None = None, *, mesh: Mesh | None = None) -> tuple[nnx.Module, int]:
+        """(the model with a checkpoint's parameters, its step); step None = newest, "best" = lowest validation loss.
+
+        The parameters are on the default device; with a `mesh` they are on its devices, sharded as the run's ZeRO
+        stage says.
+        """
         checkpoints = Checkpoints(self.directory)
         try:
             number = checkpoints.resolve(step)
             model = nnx.eval_shape(lambda: models.build(self.experiment.model, rngs=nnx.Rngs(self.experiment.seed)))
-            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            params = nnx.state(model, nnx.Param)
             like = jax.tree.map(
-                lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=device), nnx.state(model, nnx.Param)
+                lambda p, where: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=where),
+                params,
+                self._shardings(params, mesh),
             )
             nnx.update(model, checkpoints.restore_params(like, number))
         finally:
             checkpoints.close()
         return model, number
+
+    def _shardings(self, params: Any, mesh: Mesh | None) -> Any:
+        """Where each parameter is loaded to."""
+        if mesh is None:
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            return jax.tree.map(lambda p: device, params)
+        return sharding.named(sharding.param_specs(params, self.experiment.parallel, mesh, stage=3), mesh)
 
 
 def open_run(run_dir: epath.PathLike) -> Run:

@@ -5,6 +5,8 @@ state, 1 shards the optimizer state over all batch devices, 3 shards the paramet
 first axis that the devices divide, the axis of stacked layers apart; a leaf without such an axis stays replicated.
 """
 
+import contextlib
+import math
 from typing import Any
 
 import jax
@@ -40,6 +42,24 @@ def make_mesh(config: ParallelConfig, batch_size: int, accumulate: int = 1) -> M
             f"choose a multiple of {devices * accumulate}."
         )
     return jax.make_mesh((data, config.fsdp, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def evaluation_mesh(config: ParallelConfig) -> Mesh | None:
+    """The training's mesh on this process's devices, however many they are; None where there is one.
+
+    `fsdp` keeps the part of it that divides them, and `data` takes the rest.
+    """
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return None
+    fsdp = math.gcd(config.fsdp, len(devices))
+    shape = (len(devices) // fsdp, fsdp, 1, 1)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+
+
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Puts the mesh in force for a `with` block, as the kernels need it; nothing where there is none."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def param_specs(params: Any, config: ParallelConfig, mesh: Mesh | AbstractMesh, *, stage: int) -> Any:

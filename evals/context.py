@@ -1,0 +1,182 @@
+"""What the evaluators of one checkpoint share, so that no work is done twice."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from engrax.data.token_types import TokenTypes
+from engrax.errors import UserError
+from engrax.evals import ngrams, scoring
+from engrax.train import metrics
+from engrax.train.experiment import Experiment
+from engrax.train.runs import Run
+
+
+class Context:
+    """A checkpoint under evaluation. What is costly is computed when an evaluator first asks for it, then kept.
+
+    Attributes:
+      run: the run folder, opened.
+      experiment: the run's experiment.
+      step: the checkpoint's step.
+      model: the model with the checkpoint's parameters, on one device or sharded over `mesh`.
+      mesh: the devices that share the work; None where there is one.
+      seed: of whatever an evaluator draws at random; the experiment's.
+      bar: a tqdm bar that shows the progress; None shows none.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        model: nnx.Module,
+        step: int,
+        *,
+        mesh: Mesh | None = None,
+        batches: int | None = None,
+    ):
+        """`batches`: validation batches to score, None for the default."""
+        self.run, self.experiment, self.model, self.step, self.mesh = run, run.experiment, model, step, mesh
+        self.seed = run.experiment.seed
+        self._batches = batches
+        self.bar: Any = None
+        self._scores: dict[tuple[str, ...], scoring.Scores] = {}
+
+    def expect(self, calls: int) -> Callable[[int], Any]:
+        """Announces work of so many calls to the progress bar; returns tick(n), which says that n of them are done."""
+        if self.bar is None:
+            return lambda n: None
+        self.bar.total = (self.bar.total or 0) + calls
+        self.bar.refresh()
+        return self.bar.update
+
+    def title(self, what: str) -> str:
+        """The title of a plot: what it shows, the run and the step."""
+        return f"{what} · {self.run.directory.name}, step {self.step:,}"
+
+    @functools.cached_property
+    def kind(self) -> str:
+        """text (bits per byte), task (accuracy) or tokens (bits per token): what the score is."""
+        return scoring.kind_of(self.experiment)
+
+    @property
+    def unit(self) -> str:
+        """The unit of the score."""
+        return scoring.UNITS[self.kind]
+
+    @functools.cached_property
+    def rows(self) -> scoring.Rows:
+        """The validation rows that are scored."""
+        return scoring.validation_rows(self.experiment, self._batches)
+
+    @functools.cached_property
+    def scorer(self) -> scoring.Scorer:
+        """The model's compiled passes over rows."""
+        return scoring.Scorer(self.experiment, self.model, self.mesh)
+
+    @functools.cached_property
+    def memories(self) -> tuple[str, ...]:
+        """The registered names of the mixers whose memory reads can be muted."""
+        return memory_names(self.experiment)
+
+    def scores(self, mute: tuple[str, ...] = ()) -> scoring.Scores:
+        """The scores of `rows` with the memory reads of the mixers in `mute` left out; each set is computed once.
+
+        Raises UserError where a loss is not a number.
+        """
+        if mute not in self._scores:
+            tick = self.expect(-(-len(self.rows) // self.scorer.rows))
+            found = self.scorer.score(self.rows, mute=mute, tick=tick)
+            if not np.isfinite(found.nats).all():
+                muted = f" with {', '.join(mute)} muted" if mute else ""
+                raise UserError(
+                    f"the loss of step {self.step}{muted} is not a number on the validation rows; "
+                    "evaluate an earlier step."
+                )
+            self._scores[mute] = found
+        return self._scores[mute]
+
+    def values(self, mute: tuple[str, ...] = ()) -> Float[np.ndarray, "N T"]:
+        """Every token's part of the score: its bits, or 1 where a task's answer is right; divide by `weights`."""
+        scores = self.scores(mute)
+        return scores.right.astype(float) if self.kind == "task" else scores.nats / math.log(2)
+
+    @functools.cached_property
+    def weights(self) -> Float[np.ndarray, "N T"]:
+        """What the score divides by, per token: the target's bytes for text, else 1; 0 where nothing is scored."""
+        return scoring.divisors(self.experiment, self.rows, self.kind)
+
+    @functools.cached_property
+    def baseline(self) -> tuple[dict[str, Any], Float[np.ndarray, "orders N T"]]:
+        """(which rows were counted, bits of every token by the n-grams of orders 0, 1, ...), for text.
+
+        The n-grams are counted on the rows that the model was trained on, and score the same targets as the model.
+        """
+        vocab = self.experiment.data.vocab_size
+        seen, epochs = scoring.seen_rows(self.experiment, self.step)
+        model = ngrams.NGrams(**seen.arrays(), vocab_size=vocab, order=ngrams.highest_order(vocab))
+        lengths = np.asarray(self.experiment.data.tokenizer.byte_lengths)
+        counted = {
+            "smoothing": "interpolated Witten-Bell, from a uniform distribution up",
+            "unit": "bytes" if (lengths == 1).all() else "tokens",
+            "counted_rows": len(seen),
+            "counted_bytes": int(lengths[seen.targets[seen.labelled]].sum()),
+            "counted_all_seen": seen.complete,
+            "epochs_seen": epochs,
+        }
+        return counted, -np.log2(model.probabilities(**self.rows.arrays()))
+
+    @functools.cached_property
+    def diagnosed_rows(self) -> scoring.Rows:
+        """The validation rows whose diagnostics are taken."""
+        return scoring.reported_rows(self.rows)
+
+    @functools.cached_property
+    def diagnostics(self) -> dict[str, np.ndarray]:
+        """The mixers' diagnostics, a row at a time: see `scoring.Scorer.report`; {} where none reports on itself."""
+        tick = self.expect(1)
+        found = self.scorer.report(self.rows)
+        tick(1)
+        return found
+
+    @functools.cached_property
+    def token_types(self) -> TokenTypes:
+        """The types of the tokens of `diagnosed_rows`; -1 at padding. Types without a token are left out."""
+        rows = self.diagnosed_rows
+        names, index = self.experiment.data.token_types(rows.arrays())
+        real = rows.segment_ids >= 0
+        used = [i for i in range(len(names)) if np.any(index[real] == i)]
+        renumbered = np.full(len(names), -1)
+        renumbered[used] = np.arange(len(used))
+        return TokenTypes(tuple(names[i] for i in used), np.where(real, renumbered[index], -1))
+
+    def block(self, name: str, repeat: int) -> str:
+        """The block of a diagnostic in one repeat of the pattern: "block 3". Blocks count from 0 through the network.
+
+        name: "titans.lr_mean", or "titans3.lr_mean" where titans stands twice in the pattern.
+        """
+        mixers = [mixer.registered_name for mixer in getattr(self.experiment.model, "mixers", ())]
+        labels = [m if mixers.count(m) == 1 else f"{m}{i}" for i, m in enumerate(mixers)]
+        mixer = name.split(".")[0]
+        return f"block {labels.index(mixer) + repeat * len(mixers) if mixer in labels else repeat}"
+
+    @functools.cached_property
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl."""
+        return metrics.read(self.run.directory)
+
+
+def memory_names(experiment: Experiment) -> tuple[str, ...]:
+    """The registered names of the pattern's mixers that read a memory (`memory_reads`)."""
+    mixers = getattr(experiment.model, "mixers", ())
+    return tuple(dict.fromkeys(mixer.registered_name for mixer in mixers if reads_memory(mixer)))
+
+
+def reads_memory(mixer: Any) -> bool:
+    """Whether a mixer's config says that some of its reads are a memory's."""
+    return bool(getattr(mixer, "memory_reads", mixer.registered_name != "attention"))
