@@ -13,6 +13,7 @@ from jaxtyping import Float
 from engrax.data.token_types import TokenTypes
 from engrax.errors import UserError
 from engrax.evals import ngrams, scoring
+from engrax.models.segment_config import SegmentRecurrentConfig
 from engrax.train import metrics
 from engrax.train.experiment import Experiment
 from engrax.train.runs import Run
@@ -172,11 +173,10 @@ class Context:
 
 
 def memory_names(experiment: Experiment) -> tuple[str, ...]:
-    """The registered names of the pattern's mixers that read a memory (`memory_reads`)."""
-    mixers = getattr(experiment.model, "mixers", ())
-    return tuple(dict.fromkeys(mixer.registered_name for mixer in mixers if reads_memory(mixer)))
-
-
-def reads_memory(mixer: Any) -> bool:
-    """Whether a mixer's config says that some of its reads are a memory's."""
-    return bool(getattr(mixer, "memory_reads", mixer.registered_name != "attention"))
+    """The registered names of what reads a memory: a model around a backbone (HMT), and mixers with `memory_reads`."""
+    config, names = experiment.model, []
+    while isinstance(config, SegmentRecurrentConfig):
+        names.append(config.registered_name)
+        config = config.backbone
+    names += [mixer.registered_name for mixer in getattr(config, "mixers", ()) if mixer.memory_reads]
+    return tuple(dict.fromkeys(names))

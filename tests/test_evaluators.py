@@ -15,6 +15,7 @@ from engrax.evals.context import memory_names
 from engrax.evals.evaluators import diagnostics, memory_ablation, training
 from engrax.layers import AttentionConfig, MixerConfig, TitansConfig
 from engrax.models import LanguageModelConfig
+from engrax.models.contract import Model, Output
 from engrax.train import Experiment, runs
 
 MIXERS = (AttentionConfig(), TitansConfig())
@@ -31,14 +32,17 @@ def context_of(e, model):
     return Context(runs.Run(epath.Path("run"), e, {}), model, 1)
 
 
-class Reporter(nnx.Module):
+class Reporter(Model):
     """A stand-in model whose diagnostics are known, in two layers: of every token its own number, of every row their
     mean, of every head a constant."""
 
     def __init__(self):
-        self.scale = nnx.Param(jnp.ones(()))
+        self.scale = nnx.Param(jnp.ones(()), role="norm")
 
-    def report(self, tokens, *, segment_ids=None):
+    def __call__(self, tokens, memory=None, *, segment_ids=None, collect=(), mute=()):
+        return Output(None, None, None, self.values_of(tokens))
+
+    def values_of(self, tokens):
         values = jnp.stack([tokens, 2 * tokens]).astype(jnp.float32) * self.scale[...]
         heads = jnp.broadcast_to(jnp.arange(3.0), (2, 3))
         return {"titans.token": values, "titans.mean": values.mean(axis=(1, 2)), "titans.head": heads}

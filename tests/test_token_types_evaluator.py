@@ -10,6 +10,7 @@ from engrax.evals import Context
 from engrax.evals.evaluators import diagnostics, token_types
 from engrax.layers import LinearAttentionConfig, MoMConfig, TitansConfig
 from engrax.models import LanguageModelConfig
+from engrax.models.contract import Model, Output
 from engrax.train import Experiment, runs
 
 
@@ -24,14 +25,17 @@ def experiment(mixer):
     )
 
 
-class Reporter(nnx.Module):
+class Reporter(Model):
     """A stand-in model whose diagnostics are known: the token's own number, and with it whether it is the row's first,
     in two layers."""
 
     def __init__(self):
-        self.scale = nnx.Param(jnp.ones(()))
+        self.scale = nnx.Param(jnp.ones(()), role="norm")
 
-    def report(self, tokens, *, segment_ids=None):
+    def __call__(self, tokens, memory=None, *, segment_ids=None, collect=(), mute=()):
+        return Output(None, None, None, self.values_of(tokens))
+
+    def values_of(self, tokens):
         values = jnp.stack([tokens, 2 * tokens]).astype(jnp.float32) * self.scale[...]
         return {"titans.token": values, "titans.load": jnp.stack([values, values == values[..., :1]], axis=-1)}
 
