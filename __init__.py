@@ -19,7 +19,7 @@ from engrax.layers.mixer import MixerConfig
 from engrax.layers.mixer import register_mixer as register
 
 __version__ = "0.1.0"
-__all__ = ["MixerConfig", "UserError", "evaluate", "export", "generate", "load", "register", "train"]
+__all__ = ["MixerConfig", "UserError", "check", "evaluate", "export", "generate", "load", "register", "train"]
 
 
 def _train(config, run_dir, *, source=None, progress=True, **fields):
@@ -70,6 +70,17 @@ def evaluate(run, *, step=None, batches=None, stream=None, plugins=(), progress=
 
     _open(run, plugins, runs)
     return evals.evaluate(run, step=step, batches=batches, stream=stream, progress=progress)
+
+
+def check(target, *, laws=(), progress=True):
+    """The laws that a mixer or model breaks: a list of `engrax.laws.Breach`, empty where all hold.
+
+    `target`: a Python file that registers mixers or models, a registered name, or a config; `laws`: names of laws
+    ("causality") or of their parts, none = all. Raises UserError where the target cannot be found, built or called.
+    """
+    from engrax.laws import check as run
+
+    return run(target, laws=laws, progress=progress)
 
 
 def generate(run, prompt, *, tokens=200, temperature=0.8, seed=0, step=None, plugins=()):

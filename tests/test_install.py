@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("configs", "data", "evals", "layers", "models", "pallas_kernels", "train")
+PARTS = ("configs", "data", "evals", "laws", "layers", "models", "pallas_kernels", "train")
 OFFLINE = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
 
 PROBE = """
