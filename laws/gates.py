@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from engrax.laws.breach import leaf_position
 from engrax.laws.subject import Subject, is_float
 
 WORDS = ("gate", "bias", "decay", "beta", "forget", "lambda", "alpha", "momentum", "a_log", "dt_")
@@ -38,7 +39,7 @@ def each_leaf_pushed(s: Subject) -> Iterator[tuple[str, object]]:
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(s.params)
     for i, (path, leaf) in enumerate(leaves):
-        name = jax.tree_util.keystr(path)
+        name = leaf_position(path)
         if not is_float(leaf) or (s.is_model and not _is_gate(name)):
             continue
         moves = [("", lambda p, amount: (p + amount).astype(p.dtype))]

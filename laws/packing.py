@@ -1,8 +1,10 @@
 """Law 5: documents packed into one row do not influence each other."""
 
+import functools
+
 import numpy as np
 
-from engrax.laws.breach import close, demand, law
+from engrax.laws.breach import close, demand, law, output_position
 from engrax.laws.causality import gradient_of_other_tokens, jacobian, no_gradient, some_tokens, zero_jacobian
 from engrax.laws.gates import each_leaf_pushed, pushed_inputs
 from engrax.laws.layouts import trailing_padding
@@ -35,18 +37,34 @@ def packed_segments_equal_segments_alone(s: Subject, deep: bool = False):
         )
         last = np.flatnonzero(ranks.max(axis=1) == rank)
         _follows(s, state, after, ids, last, what)
+    _, changed = s.run(s.params, s.changed(s.x, ids >= 0), None, s.ids)
+    _next_document(s, s.params, s.x, state, changed, "")
     _equals_a_row_of_its_own(s, packed)
 
 
 def _follows(s: Subject, state, changed, ids, rows, what: str) -> None:
-    """Two tokens that go on with the last segment of the rows, and one that begins another, from two states."""
+    """Two tokens that go on with the last segment of the rows, from two states."""
     if not len(rows):
         return
     last = ids.max(axis=1, keepdims=True).astype(np.int32)
-    for t, segment in ((0, last), (1, last), (2, last + 1)):
-        y, state = s.run(s.params, s.x[:, t : t + 1], state, segment)
-        y_changed, changed = s.run(s.params, s.x[:, t : t + 1], changed, segment)
-        close(np.asarray(y_changed)[rows], np.asarray(y)[rows], f"what follows {what}", s.rounding)
+    for t in range(2):
+        y, state = s.run(s.params, s.x[:, t : t + 1], state, last)
+        y_changed, changed = s.run(s.params, s.x[:, t : t + 1], changed, last)
+        place = functools.partial(_place_after, s.length + t, rows)
+        close(np.asarray(y_changed)[rows], np.asarray(y)[rows], f"what follows {what}", s.rounding, place)
+
+
+def _place_after(first_token: int, rows, index: tuple[int, ...]) -> str:
+    return output_position((int(rows[index[0]]), *index[1:]), first_token)
+
+
+def _next_document(s: Subject, params, x, state, changed, what: str) -> None:
+    """The first token of another document in the next call, from two states that differ by this call's content."""
+    fresh = np.asarray(s.ids).max(axis=1, keepdims=True).astype(np.int32) + 1
+    y, z = (np.asarray(s.run(params, x[:, :1], given, fresh)[0]) for given in (state, changed))
+    if np.all(np.isfinite(y)):
+        place = functools.partial(_place_after, s.length, range(len(y)))
+        close(z, y, f"{what}a new document in the next call after a change of this call's", s.rounding, place)
 
 
 def _equals_a_row_of_its_own(s: Subject, packed: np.ndarray) -> None:
@@ -64,21 +82,20 @@ def _equals_a_row_of_its_own(s: Subject, packed: np.ndarray) -> None:
 @law("packing.slow_decay")
 def nothing_leaks_where_gates_keep_everything(s: Subject, deep: bool = False):
     """Every parameter in turn is pushed to where a gate may keep all it has; then the first segment of every row is
-    changed. Nothing else may change, in this call or at the first token of another document in the next."""
+    changed, and its last. No other segment may change, nor the first token of another document in the next call."""
     ids = np.asarray(s.ids)
-    first, others = _ranks(ids) == 0, _ranks(ids) > 0
+    ranks = _ranks(ids)
+    last = ranks.max(axis=1, keepdims=True)
+    others = (ranks > 0) & (ranks < np.where(last == 1, 2, last))  # a row of two segments: its second is read
     x = pushed_inputs(s, s.x)
-    changed = s.changed(x, first)
-    fresh = ids.max(axis=1, keepdims=True).astype(np.int32) + 1
+    changed = s.changed(x, (ranks == 0) | ((ranks == last) & (last > 1)))
     for what, params in each_leaf_pushed(s):
         (y, state), (z, state_changed) = (s.run(params, inputs, None, s.ids) for inputs in (x, changed))
         y, z = (np.where(others[..., None], np.asarray(outputs), 0) for outputs in (y, z))
         if not (np.all(np.isfinite(y)) and np.max(np.abs(y)) < 1e6):  # the memory diverges: nothing can be said
             continue
         close(z, y, f"with {what}, other segments after a change of the first", s.rounding)
-        y, z = (s.run(params, x[:, :1], given, fresh)[0] for given in (state, state_changed))
-        if np.all(np.isfinite(y)):
-            close(z, y, f"with {what}, a new document in the next call after a change of the first", s.rounding)
+        _next_document(s, params, x, state, state_changed, f"with {what}, ")
 
 
 @law("packing.gradients")

@@ -19,7 +19,9 @@ def what_stands_in_padding_changes_no_bit(s: Subject, deep: bool = False):
     after = s.run(s.params, s.changed(s.x, padding), None, ids)
     broken = np.argwhere(~np.isfinite(np.asarray(before[0])))
     if len(broken):
-        raise Breach("the output is not finite in a row with padding", position=output_position(tuple(broken[0])))
+        raise Breach(
+            "the output is not finite in a row with padding", position=output_position(tuple(map(int, broken[0])))
+        )
     same(s.shown(after[0], ids), s.shown(before[0], ids), "outputs after a change of what stands in padding")
     (_, before), (_, after), last = before, after, np.asarray(ids).max(axis=1, keepdims=True)
     for t in range(4):  # the row's last segment goes on
@@ -44,6 +46,7 @@ def rows_with_padding_equal_rows_without(s: Subject, deep: bool = False):
         a = s.chunk - 2
         _, state = s.run(s.params, s.x[:, :a], None, s.ids[:, :a])
         _mixer_with_padding(s, (5, 0, s.chunk), state, s.ids, a)
+        _gradients_with_padding(s, s.chunk + 3)
 
 
 def _mixer_with_padding(s: Subject, tokens: tuple[int, ...], state, ids, start: int = 0) -> None:
@@ -66,6 +69,17 @@ def _mixer_with_padding(s: Subject, tokens: tuple[int, ...], state, ids, start: 
         found, wanted = (s.take_rows(tree, rows) for tree in (after, state_alone))
         close_trees(found, wanted, f"the state after {what}", s.rounding)
         _follows(s, after, state_alone, padded.max(axis=1, keepdims=True), rows, what)
+
+
+def _gradients_with_padding(s: Subject, n: int) -> None:
+    """Gradients of the outputs at n tokens, with padding after them and without."""
+    ids = trailing_padding(s.one_segment, [n] * ROWS)
+    grads, grads_x = s.pullback(s.params, s.x, ids, np.where((ids >= 0)[..., None], s.weights, 0))
+    wanted, wanted_x = s.pullback(s.params, s.x[:, :n], s.one_segment[:, :n], s.weights[:, :n])
+    what = f"rows of {n} tokens and {s.length - n} of padding against rows without padding"
+    close_trees(grads, wanted, f"gradients of {what}", s.gradient_rounding)
+    close(np.asarray(grads_x)[:, :n], wanted_x, f"gradients by the inputs of {what}", s.gradient_rounding)
+    same(np.asarray(grads_x)[:, n:], 0, f"gradients by padding of {what}")
 
 
 def _own_row(rows, start: int, index: tuple[int, ...]) -> str:

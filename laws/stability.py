@@ -35,7 +35,7 @@ def long_rows_and_extreme_gates_stay_finite(s: Subject, deep: bool = False):
                 y, state = long.run(extreme, _stream(s, n, shifted=name != "fresh"), state)
                 broken = np.argwhere(~np.isfinite(np.asarray(y, np.float32)))
                 if len(broken):
-                    where = output_position(tuple(broken[0]), n * BLOCK)
+                    where = output_position(tuple(map(int, broken[0])), n * BLOCK)
                     demand(False, f"{name}: an output is not finite", position=where)
             then = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
             demand(then == kinds, f"{name}: the state changes its type")

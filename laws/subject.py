@@ -227,7 +227,7 @@ class Subject:
 def noise_width(p) -> float:
     """Standard deviation of the noise on a parameter: about its own size, never tiny."""
     floor = p.shape[-2] ** -0.5 if p.ndim > 1 else 0.5
-    return np.clip(np.sqrt(np.mean(p * p)), floor, 1.0)
+    return float(np.clip(np.sqrt(np.mean(p * p)), floor, 1.0))
 
 
 def is_float(leaf) -> bool:

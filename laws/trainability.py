@@ -7,13 +7,14 @@ import numpy as np
 from engrax.laws.breach import demand, law, leaf_position
 from engrax.laws.subject import Subject, is_float
 
+LONG = 1031  # tokens of a row that reaches what short rows do not, such as late positions of a table
 NOTHING = 1e-14  # of the largest gradient: a leaf whose gradient is nowhere larger has rounding alone
 
 
 @law("trainability.gradients")
 def every_parameter_has_a_gradient(s: Subject, deep: bool = False):
     """Every entry of every parameter has a gradient in some situation: packed rows, one segment, several calls with the
-    state between them, other inputs, fresh parameters."""
+    state between them, other inputs, fresh parameters, a long row."""
     dead = None
     for grads in _situations(s):
         leaves = jax.tree_util.tree_leaves_with_path(grads)
@@ -49,6 +50,13 @@ def _situations(s: Subject):
     yield of(fresh, s.x, s.ids, s.weights)
     yield of(s.params, s.x, None, s.weights)
     yield of(s.params, s.x, s.ids, s.weights, cuts=(s.chunk + 4,))
+    for _ in range(4):  # paths that few tokens take
+        yield of(s.params, s.inputs(*s.x.shape[:2]), s.ids, s.weights)
+    long = s.with_capacity(LONG)
+    x = s.inputs(1, LONG)
+    weights = np.random.default_rng(7).standard_normal((1, LONG, s.weights.shape[-1]))
+    grads = long.pullback(s.params, x, None, weights)
+    yield grads if s.is_model else grads[0]
 
 
 @law("trainability.finite_differences")

@@ -9,7 +9,7 @@ from engrax.models import LanguageModelConfig
 # grid the laws that need programs of their own, rows without segment ids, all but the first example of a config,
 # gradients where a config resembles another that is tested in full, and most laws of mere settings of another config's
 # module.
-DEEP_ONLY = ("causality.distance",)  # rows of 3079 tokens
+DEEP_ONLY = ("causality.distance",)  # rows of 3072 tokens
 OWN_PROGRAMS = ("state_carry.gradients", "state_carry.cuts", "state_carry.padding", "independence.batch_size")
 OWN_PROGRAMS += ("stability.long", "state.start")
 FOUNDATIONS = ("attention", "linear_attention", "titans")
