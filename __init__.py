@@ -17,7 +17,7 @@ from engrax.errors import UserError
 from engrax.registry import register
 
 if TYPE_CHECKING:
-    from engrax import configs, data, evals, layers, models, pallas_kernels, train
+    from engrax import configs, data, evals, laws, layers, models, pallas_kernels, train
     from engrax.data.config import DataConfig
     from engrax.evals.evaluator import EvaluatorConfig
     from engrax.layers.mixer import MixerConfig
@@ -34,12 +34,14 @@ __all__ = [
     "OptimizerConfig",
     "ScheduleConfig",
     "UserError",
+    "check",
     "configs",
     "data",
     "evals",
     "evaluate",
     "export",
     "generate",
+    "laws",
     "layers",
     "load",
     "models",
@@ -86,6 +88,17 @@ def evaluate(run, *, step=None, only=None, batches=None, stream=None, plugins=()
 
     _open(run, plugins, runs)
     return evals.evaluate(run, step=step, only=only, batches=batches, stream=stream, progress=progress)
+
+
+def check(target, *, laws=(), progress=True):
+    """The laws that a mixer or model breaks: a list of `engrax.laws.Breach`, empty where all hold.
+
+    `target`: a Python file that registers mixers or models, a registered name, or a config; `laws`: names of laws
+    ("causality") or of their parts, none = all. Raises UserError where the target cannot be found, built or called.
+    """
+    from engrax.laws import check as run
+
+    return run(target, laws=laws, progress=progress)
 
 
 def generate(run, prompt, *, tokens=200, temperature=0.8, seed=0, step=None, plugins=()):

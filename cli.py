@@ -24,13 +24,14 @@ EXAMPLES = {
     "export": "engrax export runs/tuned exported --step best",
     "describe": "engrax describe quickstart --model.dim 512",
     "compare": "engrax compare titans_ablation --folder runs/titans_ablation --steps 300",
+    "check": "engrax check my_mixer.py --law causality",
     "list": "engrax list",
     "bench": "engrax bench linear_attention --quick --output bench.json",
 }
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, or 2 for a user's mistake."""
+    """Runs one command and returns its exit code: 0, 1 where a law is broken, or 2 for a user's mistake."""
     args = list(sys.argv[1:] if args is None else args)
     try:
         return _run(args)
@@ -206,6 +207,25 @@ def _compare(args: list[str]) -> int:
     return 0
 
 
+def _check(args: list[str]) -> int:
+    parser = _parser(
+        "check",
+        "Runs the laws (causality, state carry, packing, ...) on mixers and models. Ends with 0 where all hold, with 1 "
+        "and a line for each broken law otherwise.",
+    )
+    parser.add_argument("target", help="a .py file, all of whose mixers and models are checked, or a registered name")
+    parser.add_argument("--law", action="append", default=[], help="a law, or a part of one; several times for several")
+    known = parser.parse_args(args)
+    from engrax import check
+
+    breaches = check(known.target, laws=known.law)
+    for breach in breaches:
+        print(f"{breach.subject}: {breach}")
+    if not breaches:
+        print(f"{known.target}: all laws hold")
+    return 1 if breaches else 0
+
+
 def _list(args: list[str]) -> int:
     _parser("list", "Lists configs, comparisons and all that is registered: mixers, models, data sets, ...").parse_args(
         args
@@ -263,6 +283,7 @@ COMMANDS = {
     "export": _export,
     "describe": _describe,
     "compare": _compare,
+    "check": _check,
     "list": _list,
     "bench": _bench,
 }

@@ -11,8 +11,9 @@ from engrax import plugins
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What each part of the package may import beside itself. `pallas_kernels <- layers <- models <- (train, evals) <-
-# configs <- cli`; `data` is used from train on and imports none of them. Evaluation reads runs, so it may use train.
+# What each part of the package may import beside itself. `pallas_kernels <- layers <- models <- laws <- train <-
+# evals <- configs <- cli`; `data` is used from train on and imports none of them. Evaluation reads runs, so it may use
+# train.
 BASE = {"errors", "lazy", "registry"}
 OPS = BASE | {"pallas_kernels"}
 MODELS = OPS | {"layers", "models"}
@@ -24,8 +25,9 @@ MAY_IMPORT = {
     "pallas_kernels": BASE,
     "layers": OPS,
     "models": OPS | {"layers"},
+    "laws": MODELS | {"plugins"},
     "data": BASE,
-    "train": MODELS | {"data"},
+    "train": MODELS | {"laws", "data"},
     "evals": MODELS | {"data", "train"},
     "configs": MODELS | {"data", "train", "evals", "plugins"},
 }

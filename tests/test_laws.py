@@ -4,12 +4,12 @@ import functools
 
 import pytest
 
+from engrax.laws import LAWS, Subject
+from engrax.laws.exemptions import check_exemptions, check_exemptions_exist, exempt
 from engrax.layers import MIXERS
 from engrax.layers.attention import attention
 from engrax.models import MODELS
-from engrax.tests.law_cases import cases, check_exemptions, check_exemptions_exist, exempt, is_thorough
-from engrax.tests.laws import LAWS
-from engrax.tests.subjects import Subject
+from engrax.tests.law_cases import cases, is_thorough
 
 REGISTRIES = {registry.kind: registry for registry in (MIXERS, MODELS)}
 NAMES = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry]

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from engrax.laws import LAWS, Subject
+from engrax.laws.exemptions import check_exemptions
 from engrax.layers import MixerConfig
 from engrax.layers.common.modules import projection
 from engrax.models import LanguageModelConfig
-from engrax.tests.law_cases import check_exemptions
-from engrax.tests.laws import LAWS
-from engrax.tests.subjects import Subject
 
 
 @dataclasses.dataclass(frozen=True)

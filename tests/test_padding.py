@@ -1,4 +1,4 @@
-"""Padding is nothing (law 9), for mixers and operations: -1 after a row's last token of a call; -2 is filler."""
+"""Padding (-1) after a row's last token of a call is nothing, in operations and caches; -2 is filler. Mixers: law 9."""
 
 import functools
 
@@ -8,38 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from engrax.layers import MIXERS, AttentionConfig, HopfieldConfig
-from engrax.layers.attention import attention
+from engrax.laws.breach import close, close_trees
+from engrax.layers import AttentionConfig, HopfieldConfig
 from engrax.layers.common.segments import first_real_segment, newest
 from engrax.pallas_kernels import NeuralMemoryState, gated_delta_rule, linear_attention, neural_memory
 from engrax.pallas_kernels.common.segments import row_lengths
-from engrax.tests.laws import close
-from engrax.tests.padding_law import compare_states, padding
-from engrax.tests.subjects import Subject
-
-# One mixer of every kind of state. The others keep theirs in the same code: `make test-deep` runs them.
-QUICK = ("attention", "gated_convolution", "gated_deltanet", "hopfield", "hopfield_layer", "hopfield_pooling")
-QUICK += ("infini_attention", "memorizing", "mom", "retnet", "test_time_memory", "titans", "titans_mac", "titans_mal")
-
-
-def cases():
-    for name, config in MIXERS.items():
-        for index in range(len(config.examples())):
-            slow = [pytest.mark.slow]
-            if not index:
-                yield pytest.param(name, 0, False, marks=[] if name in QUICK else slow, id=name)
-            yield pytest.param(name, index, True, marks=slow, id=f"{name}{index}-deep")
-
-
-@functools.lru_cache(maxsize=1)
-def subject(name: str, index: int) -> Subject:
-    return Subject(MIXERS[name].examples()[index], thorough=False)
-
-
-@pytest.mark.parametrize("name, index, deep", cases())
-def test_padding_is_nothing(name, index, deep, x64, monkeypatch):
-    monkeypatch.setattr(attention, "SMALLEST_BLOCK", 1)  # rows are short, and windows are to cut them into blocks
-    padding(subject(name, index), deep)
 
 
 def test_lengths_count_filler_and_no_padding():
@@ -69,8 +42,8 @@ def test_padding_takes_no_slot_of_a_full_cache(config, x64):
         return jnp.concatenate([first[:, :9], second[:, :3]], axis=1), after
 
     found, after = run(x)
-    close(found, wanted, "outputs")
-    compare_states(after, state, "the state")
+    close(found, wanted, "outputs", 1e-12)
+    close_trees(after, state, "the state", 1e-12)
     assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(run(x)[0] ** 2))(x)))
 
 
@@ -121,5 +94,5 @@ def test_operations_leave_padding_out(name, implementation, x64):
         alone = jax.tree.map(lambda x, row=row, kept=kept: x[row : row + 1, kept], tokens)
         begin = jax.tree.map(lambda x, row=row: x[row : row + 1], start)
         out, after = call(alone, begin, flat[None, row, kept], implementation)
-        close(found[row, kept], out[0], f"outputs of row {row}")
-        compare_states(jax.tree.map(lambda x, row=row: x[row : row + 1], state), after, f"the state of row {row}")
+        close(found[row, kept], out[0], f"outputs of row {row}", 1e-12)
+        close_trees(jax.tree.map(lambda x, row=row: x[row : row + 1], state), after, f"the state of row {row}", 1e-12)

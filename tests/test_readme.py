@@ -8,8 +8,8 @@ import jax
 from engrax import plugins
 module = plugins.load(sys.argv[1])
 from engrax.layers import MIXERS
-from engrax.tests.laws import LAWS
-from engrax.tests.subjects import Subject
+from engrax.laws import LAWS
+from engrax.laws import Subject
 with jax.enable_x64(True):
     subject = Subject(MIXERS["leaky"]())
     for name in ("state.shapes", "state_carry.cuts", "causality.finite_change", "independence.rows", "packing.apart"):

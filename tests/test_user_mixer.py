@@ -98,8 +98,8 @@ from engrax import plugins
 from engrax.layers import MIXERS
 plugins.load(sys.argv[1])
 from engrax.tests.law_cases import cases
-from engrax.tests.laws import LAWS
-from engrax.tests.subjects import Subject
+from engrax.laws import LAWS
+from engrax.laws import Subject
 assert "mixer-running_mean0-causality.jacobian" in [case.id for case in cases(MIXERS)]
 with jax.enable_x64(True):
     subject = Subject(MIXERS["running_mean"].examples()[0])

@@ -2,8 +2,10 @@
 
 Its order is a contract:
 
-    restore -> [next batch -> dispatch step k -> read metrics of step k-1 -> evaluate -> save] -> final save
+    probe or restore -> [next batch -> dispatch step k -> read metrics of step k-1 -> evaluate -> save] -> final save
 
+- The probe is for a fresh training: it reads the first batch and refuses a model that sees the future, before
+  anything is written.
 - The host never waits for the device inside the loop: metrics are read one step late, when they are ready.
 - The data position is captured after batch k and saved with the state after step k, so a resumed run sees batch k+1.
 - Evaluation comes before saving, so that a checkpoint knows its validation loss.
@@ -27,6 +29,7 @@ from engrax.train.checkpoint import Checkpoints
 from engrax.train.distributed import StopSignal
 from engrax.train.experiment import Experiment
 from engrax.train.host import keep_freed_memory
+from engrax.train.probe import refuse_leaks
 from engrax.train.trainer import Trainer
 
 BEGINS_AT = "start_from.json"  # in a run's folder: the step of the earlier run whose parameters it began with
@@ -62,13 +65,28 @@ def train(
     saved = _latest_step(run_dir)
     # A wrong run is refused before anything is written.
     begins_at, params = (None, None) if saved else _earlier_params(trainer, run_dir)
-    run = runs.prepare(run_dir, experiment, saved, source)
+    data = trainer.loader("train")
+    first, state = None, None
+
+    def begin():
+        """The state before the first step, probed; what a restored run has done before."""
+        nonlocal first, state
+        if not saved:
+            state, first = trainer.init_state(params), next(data)
+            refuse_leaks(trainer, state["params"], first, source)
+
+    try:
+        run = runs.prepare(run_dir, experiment, saved, source, before_writing=begin)
+    except BaseException:
+        data.close()
+        raise
     checkpoints = Checkpoints(run.directory, experiment.checkpoint)
     main = jax.process_index() == 0
     if main and begins_at is not None:
         runs.write_atomically(run.directory / BEGINS_AT, json.dumps({"step": begins_at}) + "\n")
-    data = trainer.loader("train")
-    state, start = _restore_or_init(trainer, checkpoints, data, saved, params)
+    if saved:
+        state = _restore(trainer, checkpoints, data, saved)
+    start = saved
     if main and start:
         print(f"resuming {run.directory} at step {start}", file=sys.stderr)
     if start >= experiment.steps:
@@ -82,7 +100,7 @@ def train(
     loop = Loop(trainer, checkpoints, writer, bar, clock, saved=start)
     try:
         with jax.set_mesh(mesh), StopSignal() as stop:
-            step, state = loop.run(state, data, start, stop)
+            step, state = loop.run(state, data, start, stop, first)
             loop.save(step, state, data)
             checkpoints.wait()
     finally:
@@ -110,12 +128,13 @@ class Loop:
     saved: int = 0
     _window: tuple[int, float] | None = None  # (step, seconds) of the last logged step, for tokens per second
 
-    def run(self, state: Any, data: Any, start: int, stop: StopSignal) -> tuple[int, Any]:
-        """Runs to the last step or to a signal: (steps done, state)."""
+    def run(self, state: Any, data: Any, start: int, stop: StopSignal, first: Any = None) -> tuple[int, Any]:
+        """Runs to the last step or to a signal: (steps done, state). `first` is a batch already taken from `data`."""
         experiment = self.trainer.experiment
         pending, step = None, start
         for step in range(start + 1, experiment.steps + 1):
-            batch = self.trainer.put(next(data))
+            batch = self.trainer.put(next(data) if first is None else first)
+            first = None
             with jax.transfer_guard("disallow"):  # an implicit transfer here would stall the device
                 state, values = self.trainer.train_step(state, batch)
             if pending is not None:
@@ -197,13 +216,11 @@ def _latest_step(run_dir: epath.Path) -> int:
     return steps[-1] if steps else 0
 
 
-def _restore_or_init(trainer: Trainer, checkpoints: Checkpoints, data: Any, saved: int, params: Any) -> tuple[Any, int]:
-    """(state, steps done): from the newest checkpoint, with the data moved to its position, or begun with `params`."""
-    if not saved:
-        return trainer.init_state(params), 0
+def _restore(trainer: Trainer, checkpoints: Checkpoints, data: Any, saved: int) -> Any:
+    """The state of the newest checkpoint; the data are moved to its position."""
     state, position = checkpoints.restore(trainer.abstract_state(), saved)
     data.set_state(position)
-    return state, saved
+    return state
 
 
 def _earlier_params(trainer: Trainer, run_dir: epath.Path) -> tuple[int | None, Any]:

@@ -10,7 +10,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -105,9 +105,11 @@ def prepare(
     experiment: Experiment,
     steps_done: int = 0,
     source: epath.PathLike | None = None,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> Run:
     """Creates the run folder, or checks that the one there is this experiment's.
 
+    `before_writing` is called when the folder is known to be this experiment's, and may refuse the training.
     Raises UserError naming the fields that differ, or where the data is not the text of the run.
     """
     directory = folder(run_dir)
@@ -124,6 +126,7 @@ def prepare(
         raise UserError(f"{run_dir} is not empty and holds no run; choose another --run-dir.")
     if experiment.init_from is not None and not (directory / "pretrained").exists():
         imported.check(experiment.init_from, imported.find_backbone(experiment.model)[0])
+    before_writing()
     if jax.process_count() > 1:  # nobody writes before all have looked, so all refuse or none does
         multihost_utils.sync_global_devices("engrax: the run folder was read")
     if jax.process_index() == 0:

@@ -33,7 +33,6 @@ class PrefixLinearAttentionConfig(BasedConfig):
     exempt_from: ClassVar[dict[str, str]] = {
         "causality": "the prefix is not causal: its tokens see one another",
         "state_carry": "a cut inside the prefix hides the tokens after it; cuts come after the prefix",
-        "paths.steps": "a call of one token inside the prefix does not see the prefix tokens after it",
     }
 
     def __post_init__(self):

@@ -1,0 +1,124 @@
+"""Laws 1 and 2: all implementations agree, and a call may end and the next begin at any position."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from engrax.laws.breach import Breach, close, close_trees, law, output_position
+from engrax.laws.layouts import ROWS, trailing_padding
+from engrax.laws.subject import Subject
+
+IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu")
+
+
+@law("paths.implementations")
+def implementations_agree(s: Subject, deep: bool = False):
+    """Every implementation that can run here, where the config lets one choose; deep: gradients too."""
+    if not hasattr(s.config, "implementation"):
+        return
+    wanted, _ = s.run(s.params, s.x, None, s.ids)
+    ran = []
+    for name in IMPLEMENTATIONS if s.thorough or deep else ("reference",):  # the xla form is what runs by default here
+        other = s.variant(dataclasses.replace(s.config, implementation=name))
+        try:
+            y, _ = other.run(s.params, s.x, None, s.ids)
+        except NotImplementedError:
+            continue
+        ran.append(name)
+        close(s.shown(y, s.ids), s.shown(wanted, s.ids), f"implementation {name!r}", s.rounding)
+        if deep:
+            args = (s.params, s.x, s.ids, s.weights)
+            what = f"gradients of implementation {name!r}"
+            close_trees(other.pullback(*args), s.pullback(*args), what, s.gradient_rounding)
+    if "reference" not in ran:
+        raise Breach(f"only {ran} could run: the reference must run everywhere")
+
+
+def by_single_tokens(s: Subject, ids):
+    """Outputs [B, T, D] of T calls of one token, and the states before the first tokens."""
+    state, outputs, states = s.start(s.params, ROWS), [], []
+    for t in range(s.length):
+        if t < s.chunk + 2:  # those that the laws start from; a cache may be large
+            states.append(state)
+        y, state = s.run(s.params, s.x[:, t : t + 1], state, None if ids is None else ids[:, t : t + 1])
+        outputs.append(y)
+    return np.concatenate(outputs, axis=1), states
+
+
+@law("state_carry.steps")
+def full_pass_equals_single_tokens(s: Subject, deep: bool = False):
+    """One call gives what T calls of one token give."""
+    for ids in s.layouts(deep):
+        wanted, _ = s.run(s.params, s.x, None, ids)
+        what = f"token by token against one call, {'one segment' if ids is None else 'packed'}"
+        close(s.shown(by_single_tokens(s, ids)[0], ids), s.shown(wanted, ids), what, s.rounding)
+        if ids is None:
+            first, _ = s.run(s.params, s.x[:, :1])
+            close(first, wanted[:, :1], "a call of one token from state=None", s.rounding)
+
+
+@law("state_carry.cuts")
+def cuts_continue(s: Subject, deep: bool = False):
+    """f(x) equals f(x[:, :a]) then f(x[:, a:], state), literally; deep: for every a."""
+    for ids in (None, s.ids) if deep else (None,):
+        wanted, _ = s.run(s.params, s.x, None, ids)
+        for a in range(1, s.length) if deep else (s.chunk + 1,):
+            head, tail = (None, None) if ids is None else (ids[:, :a], ids[:, a:])
+            first, state = s.run(s.params, s.x[:, :a], None, head)
+            second, _ = s.run(s.params, s.x[:, a:], state, tail)
+            both = np.concatenate([first, second], axis=1)
+            close(s.shown(both, ids), s.shown(wanted, ids), f"two calls, cut at {a} of {s.length} tokens", s.rounding)
+
+
+@law("state_carry.blocks")
+def every_cut_continues(s: Subject, deep: bool = False):
+    """Two calls of chunk + 3 tokens, begun at every position of a chunk at once: each row is another cut."""
+    block, starts = s.chunk + 3, range(s.chunk + 2)
+    for ids, rows in ((s.ids, (0, 1)), (None, (0,)))[: 1 + deep]:
+        wanted, _ = s.run(s.params, s.x, None, ids)
+        wanted = s.shown(wanted, ids)
+        _, states = by_single_tokens(s, ids)
+        state = s.join_rows([s.take_rows(states[a], rows) for a in starts])
+        for offset in (0, block):
+
+            def cut(array, offset=offset, rows=rows):
+                return np.concatenate([array[np.asarray(rows), a + offset : a + offset + block] for a in starts])
+
+            def place(index, offset=offset, rows=rows):
+                begun = index[0] // len(rows) + offset
+                return output_position((rows[index[0] % len(rows)], *index[1:]), begun)
+
+            here = None if ids is None else cut(ids)
+            y, state = s.run(s.params, cut(s.x), state, here)
+            what = f"call {1 + offset // block} of {block} tokens, begun at every position of a chunk"
+            close(s.shown(y, here), cut(wanted), what, s.rounding, place)
+
+
+@law("state_carry.padding")
+def cuts_inside_padding_continue(s: Subject, deep: bool = False):
+    """A call cut inside the padding after its tokens, and a call of padding alone, leave the state that the whole
+    call leaves: what follows is the same."""
+    tokens, a = s.chunk + 3, s.chunk + 5
+    ids = trailing_padding(s.one_segment, [tokens] * ROWS)
+    wanted, whole = s.run(s.params, s.x, None, ids)
+    first, state = s.run(s.params, s.x[:, :a], None, ids[:, :a])
+    second, cut = s.run(s.params, s.x[:, a:], state, ids[:, a:])
+    both = np.concatenate([first, second], axis=1)
+    close(s.shown(both, ids), s.shown(wanted, ids), f"two calls, cut at {a}, inside padding", s.rounding)
+    for t in range(4):
+        one = (s.x[:, t : t + 1], s.one_segment[:, :1])
+        after, whole = s.run(s.params, one[0], whole, one[1])
+        again, cut = s.run(s.params, one[0], cut, one[1])
+        what = "tokens after a row cut inside its padding, against the row in one call"
+        close(again, after, what, s.rounding, functools.partial(output_position, first_token=s.length + t))
+
+
+@law("state_carry.gradients")
+def gradients_agree_through_the_state(s: Subject, deep: bool = False):
+    """One call, or several with the state between them: the same gradients."""
+    cuts = (s.chunk + 3, s.chunk + 4) if deep else (s.chunk + 4,)
+    for ids in (None, s.ids) if deep else (s.ids,):
+        args = (s.params, s.x, ids, s.weights)
+        what = f"gradients through cuts at {cuts}"
+        close_trees(s.pullback(*args, cuts=cuts), s.pullback(*args), what, s.gradient_rounding)

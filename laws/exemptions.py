@@ -1,0 +1,42 @@
+"""Which configs may be exempt from a law: only for the reasons listed here, and only where the law really fails."""
+
+from typing import Any
+
+from engrax.laws.breach import LAWS, Breach, demand, parts_of
+from engrax.laws.subject import Subject
+
+ALLOWED = {  # law -> the words by which a reason names one of the exemptions that exist
+    "causality": ("paper", "prefix"),
+    "state_carry": ("prefix",),
+    "trainability": ("stop-gradient", "correction", "truncated", "top-k", "top-1", "single-memory"),
+}
+
+
+def exempt(config: Any, name: str) -> bool:
+    """True where the config is exempt from `law.part`, or from the whole law."""
+    return name in config.exempt_from or name.split(".")[0] in config.exempt_from
+
+
+def check_exemptions_exist(config: Any) -> None:
+    """Raises a Breach unless every exemption names a law, for a reason that exists."""
+    for name, reason in config.exempt_from.items():
+        demand(parts_of(name), f"exempt from {name!r}, which is no law (known: {', '.join(LAWS)})")
+        words = ALLOWED.get(name.split(".")[0], ())
+        known = any(word in reason.lower() for word in words)
+        demand(known, f"exempt from {name!r} because of {reason!r}: not an exemption that exists")
+
+
+def check_exemptions(s: Subject) -> None:
+    """Raises a Breach unless every exemption is one that exists, and the law it names really fails."""
+    check_exemptions_exist(s.config)
+    for name in s.config.exempt_from:
+        failing = any(_fails(s, part) for part in parts_of(name))
+        demand(failing, f"exempt from {name!r}, which it obeys: remove the exemption")
+
+
+def _fails(s: Subject, name: str) -> bool:
+    try:
+        LAWS[name](s)
+    except Breach:
+        return True
+    return False

@@ -1,0 +1,83 @@
+"""Parameters pushed to where gates saturate, for the laws that must hold there.
+
+A gate is a bias or a decay rate, moved by a constant, or a projection of the input: its kernel is moved along one
+direction u that the inputs then all have, so that its logits move by that constant too.
+"""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from engrax.laws.breach import leaf_position
+from engrax.laws.subject import Subject, is_float
+
+WORDS = ("gate", "bias", "decay", "beta", "forget", "lambda", "alpha", "momentum", "a_log", "dt_")
+
+
+def direction(dim: int) -> np.ndarray:
+    """The vector u [D] of +-1 that pushed inputs have added."""
+    return np.where(np.random.default_rng(6).random(dim) < 0.5, -1.0, 1.0)
+
+
+def pushed_inputs(s: Subject, x):
+    """A mixer's inputs with u added; a model's tokens as they are."""
+    return x if s.is_model else (x + direction(s.dim)).astype(x.dtype)
+
+
+def _along_u(p, amount: float):
+    """A kernel [D, out] moved so that its product with u grows by `amount`."""
+    u = direction(p.shape[-2])
+    return (p + amount * u[:, None] / len(u)).astype(p.dtype)
+
+
+def each_leaf_pushed(s: Subject) -> Iterator[tuple[str, object]]:
+    """(what was pushed, parameters): one leaf at a time, both ways, little and far.
+
+    No name is needed to find a gate: every leaf of a mixer is tried. A model's are those whose names are a gate's; its
+    mixers' others are tried by themselves.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(s.params)
+    for i, (path, leaf) in enumerate(leaves):
+        name = leaf_position(path)
+        if not is_float(leaf) or (s.is_model and not _is_gate(name)):
+            continue
+        moves = [("", lambda p, amount: (p + amount).astype(p.dtype))]
+        if not s.is_model and leaf.ndim >= 2 and leaf.shape[-2] == s.dim:
+            moves.append((" along the inputs", _along_u))
+        for how, move in moves:
+            for amount in (12.0, -12.0, 60.0, -60.0):
+                moved = [move(p, amount) if j == i else p for j, (_, p) in enumerate(leaves)]
+                yield f"{name} moved by {amount:+.0f}{how}", jax.tree.unflatten(tree, moved)
+
+
+def _is_gate(name: str) -> bool:
+    return any(word in name.lower() for word in WORDS)
+
+
+def extreme_gates(s: Subject, params) -> Iterator[tuple[str, object]]:
+    """Named variants of the parameters: all gates moved by 50 (almost 0 or 1) and by 1000 (exactly), and projections of
+    gates made 100 times larger, so that tokens saturate them one way or the other."""
+    yield "fresh", params
+    for name, amount in (
+        ("gates +50", 50.0),
+        ("gates -50", -50.0),
+        ("gates +-50", None),
+        ("gates -1000", -1000.0),
+        ("gates +1000", 1000.0),
+        ("projections of gates x100", 0.0),
+    ):
+
+        def move(path, p, amount=amount):
+            where = jax.tree_util.keystr(path)
+            if not is_float(p) or not _is_gate(where):
+                return p
+            if "kernel" in where.lower():
+                if amount == 0.0:
+                    return (100 * p).astype(p.dtype)
+                along = not s.is_model and amount is not None and p.shape[-2] == s.dim
+                return _along_u(p, amount) if along else p
+            by = np.random.default_rng(5).choice([-50.0, 50.0], p.shape) if amount is None else amount
+            return (p + by).astype(p.dtype)
+
+        yield name, jax.tree_util.tree_map_with_path(move, params)
