@@ -27,8 +27,9 @@ def refuse_leaks(trainer: Trainer, params: Any, batch: dict[str, np.ndarray], so
         return jax.make_array_from_callback(array.shape, spread, lambda index: array[index])
 
     model = trainer.experiment.model
+    vocab_size = getattr(model, "vocab_size", trainer.experiment.data.vocab_size)  # a user's model need not name it
     with jax.set_mesh(trainer.mesh):
-        leak = probe(trainer.graphdef, params, tokens, ids, vocab_size=model.vocab_size, put=put)
+        leak = probe(trainer.graphdef, params, tokens, ids, vocab_size=vocab_size, put=put)
     if leak is not None:
         raise UserError(
             f"the model sees what it must not: its output at token {leak.token} of a row changes by {leak.size:.2g} "
