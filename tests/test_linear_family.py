@@ -189,7 +189,7 @@ def test_flops_count_every_projection_and_the_report_is_finite(name):
     memory = 0.0
     for m in config.matrices:
         sizes = dict(heads=m.heads, query_heads=m.query_heads, key=m.key, value=m.value)
-        memory += config.rule.flops(batch=1, seq=64, chunk_size=4, **sizes).forward / 64
+        memory += config.operation_flops(batch=1, seq=64, chunk_size=4, **sizes) / 64
     if name == "prefix_linear_attention":
         memory *= 1.5  # forwards with twice the heads, and backwards
     if name == "infini_attention":
