@@ -199,7 +199,7 @@ SECOND = """
 
 @pytest.fixture
 def second_kernels(tmp_path, monkeypatch):
-    """Two more CUDA kernels, a file and a line each: one for the B200, one for the H200 before the one there is."""
+    """Two more CUDA kernels, a file and a line each: one for the B200, one for the H200 before today's."""
     package = importlib.import_module("engrax.pallas_kernels.linear_attention")
     monkeypatch.syspath_prepend(tmp_path)
     for name, mark in (("kernel_of_a_b200", 22), ("another_of_a_h200", 44)):
