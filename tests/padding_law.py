@@ -8,6 +8,7 @@ Filler (-2) between documents stays: it counts in the chunk grid. Outputs at pad
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from engrax.tests.laws import close, same
@@ -171,8 +172,8 @@ def gradients_are_finite(s: Subject, calls: Calls):
     def total(params, x):
         state, found = None, 0.0
         for one, ids in zip(x, calls.ids):
-            y, state = s.apply(params, one, state, ids)
-            found += (y * y).sum()
+            y, state = s.apply(params, one, state, jnp.asarray(ids))
+            found += jnp.sum(y * y)
         return found
 
     params, inputs = jax.jit(jax.grad(total, argnums=(0, 1)))(s.params, calls.x)
