@@ -23,6 +23,7 @@ from engrax.layers.common.segments import last_segment_after
 from engrax.models.contract import LinearHead, Model, Output
 from engrax.models.language_model import REMAT
 from engrax.models.model import ModelConfig
+from engrax.pallas_kernels.common.segments import FILLER, PADDING
 
 
 class Running(NamedTuple):
@@ -133,6 +134,7 @@ class SegmentRecurrent(Model):
         state = run.start if memory is None else memory
         if segment_ids is None:
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], tokens_BT.shape)
+        segment_ids = jnp.where(segment_ids == PADDING, FILLER, segment_ids)  # padding has a place in its segment
         hidden, state, aux, collected = run(state, tokens_BT, segment_ids)
         if run.call.collect and (name in collect or "*" in collect):
             collected = collected | self.own_report(tokens_BT, segment_ids)
@@ -253,7 +255,7 @@ class SegmentRunner:
         memory, opening, counts = model.prefix(state.memory, state.recent, self.ahead(tokens, ids, owner))
         state = state._replace(memory=memory)
         embedded = model.backbone.embed(tokens)
-        pieces = [(opening, jnp.where(counts, owner[:, None], -1))]
+        pieces = [(opening, _owned(owner, counts))]
         first = at if at is not None and n > at else 0
         if first:
             state = self.take(state, tokens[:, :first], ids[:, :first])
@@ -312,7 +314,7 @@ class SegmentRunner:
         memory, opening, counts = self.model.prefix(state.memory, state.recent, ahead)
         backbone = self.start.backbone
         if opening.shape[1]:
-            ids = jnp.where(counts, state.last_segment[:, None], -1)
+            ids = _owned(state.last_segment, counts)
             backbone = self.model.read(opening, ids, None, memory, state.last_segment, self.call).state
         return state._replace(memory=memory, backbone=backbone)
 
@@ -382,7 +384,7 @@ class SegmentRunner:
 
     def of_last(self, state: Running, x):
         """Segment ids of vectors that belong to the row's last document."""
-        return jnp.broadcast_to(state.last_segment[:, None], x.shape[:2])
+        return _owned(state.last_segment, jnp.ones(x.shape[:2], bool))
 
     def where(self, rows: Bool[Array, " B"], change, state: Running) -> Running:
         """`change(state)` in some rows; not computed where there are none."""
@@ -426,6 +428,11 @@ def _with_rest(whole: dict[str, Array], rest: dict[str, Array], rows: int, done:
         name: jnp.concatenate([values, rest[name]], axis=2) if name in at_tokens else values
         for name, values in whole.items()
     }
+
+
+def _owned(owner: Int[Array, " B"], counts: Bool[Array, "B S"]) -> Int[Array, "B S"]:
+    """Segment ids of vectors of the document `owner`. Those that do not count keep their places."""
+    return jnp.where(counts & (owner >= 0)[:, None], owner[:, None], FILLER)
 
 
 def _select(rows, when_true, when_false, axes):
