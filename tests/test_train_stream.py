@@ -101,7 +101,7 @@ def test_the_memory_goes_from_batch_to_batch(text):
     @jax.jit
     def logits_of(params, tokens, memory, ids):
         model = nnx.merge(trainer.graphdef, params)
-        hidden, memory = model(tokens, memory, segment_ids=ids)
+        hidden, memory = model(tokens, memory, segment_ids=ids)[:2]
         return model.logits(hidden), memory
 
     for _ in range(2):  # by hand: the loss of every batch, given the memory after the one before
