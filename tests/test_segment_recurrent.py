@@ -291,7 +291,7 @@ def test_memory_of_the_backward_pass_grows_with_the_unroll_and_not_with_the_docu
 
         def loss(params, tokens, memory):
             model = nnx.merge(graphdef, params)
-            memory = None if memory is None else model.on_grid(memory, tokens.shape[1])
+            memory = None if memory is None else model.at_call_length(memory, tokens.shape[1])
             return jnp.sum(model(tokens, memory)[0] ** 2)
 
         tokens = jax.ShapeDtypeStruct((2, 16 * segments), jnp.int32)

@@ -238,7 +238,7 @@ def test_a_carried_row_goes_on_for_ever(text):
 
 def test_a_memory_is_carried_through_streams_only(text):
     settings = experiment(text)
-    with pytest.raises(UserError, match="carry_memory needs rows that go on .* mqar has not"):
+    with pytest.raises(UserError, match="carry_memory needs rows that continue .* mqar has none"):
         check(dataclasses.replace(settings, data=tiny().data))
 
 
