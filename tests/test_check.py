@@ -7,10 +7,10 @@ import pytest
 from engrax.laws import check
 from engrax.tests.broken_mixers import BRIEF, FAULTS, GatedDecayConfig
 
-SLOW = [pytest.param(fault, marks=[] if fault in BRIEF else [pytest.mark.slow]) for fault in FAULTS]
+CASES = [pytest.param(fault, marks=[] if fault in BRIEF else [pytest.mark.long]) for fault in FAULTS]
 
 
-@pytest.mark.parametrize("fault", SLOW)
+@pytest.mark.parametrize("fault", CASES)
 def test_a_broken_mixer_is_reported_under_its_law(fault):
     wanted = FAULTS[fault]
     (breach,) = check(GatedDecayConfig(fault), progress=False)

@@ -35,7 +35,7 @@ EXPECTED = {  # notebook: (what it prints, how many plots it draws, what it leav
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.slow  # a minute and a half each, nearly all of it compilation that test_smoke.py pays too
+@pytest.mark.deep  # a minute and a half each, nearly all of it compilation that test_smoke.py pays too
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     import nbformat
