@@ -133,7 +133,7 @@ def test_as_accurate_as_xla(op, dtype, case, interpreted):
 
 
 @with_races
-@pytest.mark.parametrize("op", [pytest.param("linear_attention", marks=pytest.mark.deep), "gated_delta_rule"])
+@pytest.mark.parametrize("op", [pytest.param("linear_attention", marks=pytest.mark.long), "gated_delta_rule"])
 def test_no_races(op, interpreted):
     """Ten chunks and a last group that is short, states of segments, a query head for two value heads."""
     check(op, jnp.float32, SMALL | dict(batch=1, length=100, gate="scalar", segments="states", keys="correlated"))
@@ -239,7 +239,7 @@ def test_neural_memory_is_as_accurate_as_xla(case, options, interpreted):
         pytest.param(
             dict(depth=2, batch=3, length=15, chunk=6, rows="phased", segments=True),
             dict(save_every=2),
-            marks=pytest.mark.deep,
+            marks=pytest.mark.long,
         ),
     ],
     ids=["one layer", "two layers, rows at phases, segments"],

@@ -29,7 +29,7 @@ BASES = {
 
 def bases(fast):
     """All bases, of which `make test` runs one: each test another."""
-    return [pytest.param(name, marks=[pytest.mark.deep] if name != fast else []) for name in BASES]
+    return [pytest.param(name, marks=[pytest.mark.long] if name != fast else []) for name in BASES]
 
 
 IDS = np.array([[0] * 5 + [1] * 9 + [3] * 6, [-1] * 2 + [2] * 8 + [-1] + [5] * 5 + [7] + [-1] * 3], np.int32)
@@ -135,7 +135,7 @@ def test_packed_is_masked_dense(name, x64, rng, root):
 
 
 @pytest.mark.parametrize("name", bases("linear_attention"))
-@pytest.mark.parametrize("own", [True, pytest.param(False, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("own", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_each_memory_is_the_base_layer_on_its_own_tokens(name, own, x64, rng):
     """Convolution, documents and padding included: the base runs on the tokens that were sent to a memory, alone."""
     mixture, x = built(rng, base_config(name), own_projections=own), inputs(rng)

@@ -331,7 +331,7 @@ def test_persistent_tokens_outlive_periodic_resets(x64):
 
 def by_speed(*names):
     """Presets, of which `make test` takes the two that differ most, where they are among them."""
-    return [pytest.param(n, marks=[pytest.mark.deep] * (n not in ("ttt_linear", "lact"))) for n in names]
+    return [pytest.param(n, marks=[pytest.mark.long] * (n not in ("ttt_linear", "lact"))) for n in names]
 
 
 @pytest.mark.parametrize("name", by_speed("atlas", "lact", "moneta", "ttt_mlp"))
