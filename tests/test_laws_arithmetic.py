@@ -4,18 +4,17 @@
 is quick. What no bit may change must hold in every arithmetic; what may differ by rounding gets that of the dtype.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
 
-from engrax.laws import LAWS, Subject
+from engrax.laws import LAWS, Breach, Subject
 from engrax.laws.exemptions import exempt
 from engrax.laws.subject import in_bfloat16
 from engrax.layers import MIXERS
 from engrax.layers.attention import attention
 from engrax.models import MODELS
+from engrax.tests.broken_mixers import GatedDecayConfig
 
 EXACT = ("causality.finite_change", "independence.rows", "padding.content")
 LAWS_OF = {
@@ -35,9 +34,7 @@ def _small_blocks(monkeypatch):
     monkeypatch.setattr(attention, "SMALLEST_BLOCK", 1)
 
 
-@functools.lru_cache(maxsize=1)
-def subject(kind: str, name: str, arithmetic: str) -> Subject:
-    config = {"mixer": MIXERS, "model": MODELS}[kind][name].examples()[0]
+def subject(config, arithmetic: str) -> Subject:
     wide = arithmetic == "optimised"
     s = Subject(config, thorough=False, wide=wide, optimised=wide)
     if arithmetic == "bfloat16":
@@ -51,7 +48,16 @@ def subject(kind: str, name: str, arithmetic: str) -> Subject:
 @pytest.mark.parametrize("arithmetic", LAWS_OF)
 def test_the_laws_hold(kind, name, arithmetic):
     with jax.enable_x64(arithmetic == "optimised"):
-        s = subject(kind, name, arithmetic)
+        s = subject({"mixer": MIXERS, "model": MODELS}[kind][name].examples()[0], arithmetic)
         for law in LAWS_OF[arithmetic]:
             if not exempt(s.config, law):
                 LAWS[law](s)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("arithmetic", LAWS_OF)
+@pytest.mark.parametrize("fault, law", [("next token", "causality.finite_change"), ("rows mixed", "independence.rows")])
+def test_a_broken_mixer_is_caught(fault, law, arithmetic):
+    with jax.enable_x64(arithmetic == "optimised"), pytest.raises(Breach) as caught:
+        LAWS[law](subject(GatedDecayConfig(fault), arithmetic))
+    assert caught.value.law == law
