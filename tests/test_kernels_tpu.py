@@ -220,7 +220,7 @@ def check_neural_memory(case, **options):
     [
         long(dict(depth=1, batch=1, heads=2, length=20, chunk=8), dict()),
         deep(dict(depth=2, batch=2, heads=1, length=21, chunk=6, segments=True), dict(save_every=3)),
-        deep(dict(depth=1, batch=2, heads=1, length=30, chunk=8, segments=True), dict(gradient_at="decayed")),
+        long(dict(depth=1, batch=2, heads=1, length=30, chunk=8, segments=True), dict(gradient_at="decayed")),
         long(dict(depth=2, batch=2, heads=1, length=21, chunk=4), dict(activation="silu", save_every=2)),
         long(dict(depth=2, batch=2, heads=1, length=1, chunk=8, rows="phased"), dict(activation="relu")),
         long(dict(depth=2, batch=1, heads=1, length=70, chunk=16, rows="phased"), dict(activation="tanh")),
