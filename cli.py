@@ -22,7 +22,7 @@ EXAMPLES = {
     "evaluate": "engrax evaluate runs/quickstart --step best --only validation,stream",
     "generate": 'engrax generate runs/quickstart --prompt "def " --tokens 200',
     "export": "engrax export runs/tuned exported --step best",
-    "describe": "engrax describe quickstart --model.dim 512",
+    "describe": "engrax describe quickstart --model.dim 512 --device h200",
     "compare": "engrax compare titans_ablation --folder runs/titans_ablation --steps 300",
     "check": "engrax check my_mixer.py --law causality",
     "list": "engrax list",
@@ -171,16 +171,22 @@ def _export(args: list[str]) -> int:
 
 def _describe(args: list[str]) -> int:
     parser = _parser(
-        "describe", "Prints what a config costs before any step: parameters, FLOPs, state bytes, optimizer bytes."
+        "describe",
+        "Prints what a config costs before any step: parameters, FLOPs, state bytes, optimizer bytes. With --device "
+        "also which implementation of every operation serves its training there, and why the others do not.",
     )
     parser.add_argument("config", help="a name that `engrax list` shows, or the path of a .py file with config()")
+    parser.add_argument("--device", help="h100, h200, b200, v5e, v6e or cpu; it need not be here")
     known, rest = _split_help(parser, args)
     import jax
 
-    from engrax.train import cost
+    from engrax.train import cost, kernel_report
 
+    device = None if known.device is None else kernel_report.find_device(known.device)
     experiment = override(_find(known.config).experiment, rest, f"engrax describe {known.config}")
     print(cost.format_costs(cost.costs(experiment, jax.device_count())))
+    if device is not None:
+        print("\n" + kernel_report.format_report(experiment, device))
     return 0
 
 

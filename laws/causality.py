@@ -103,7 +103,7 @@ def zero_jacobian(size: np.ndarray, tokens: tuple[int, ...], what: str) -> None:
     """Raises a Breach for the largest entry of a part [t, B, u] of the Jacobian that must be zero."""
     demand(np.all(np.isfinite(size)), "the Jacobian is not finite")
     if np.any(size):
-        t, row, u = np.unravel_index(np.argmax(size), size.shape)
+        t, row, u = (int(i) for i in np.unravel_index(np.argmax(size), size.shape))
         raise Breach(
             f"{what}: its gradient by token {u} is not zero",
             position=output_position((row, tokens[t])),

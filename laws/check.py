@@ -15,12 +15,13 @@ from engrax import plugins
 from engrax.errors import UserError
 from engrax.laws.breach import LAWS, Breach, parts_of
 from engrax.laws.exemptions import check_exemptions_exist, exempt
-from engrax.laws.subject import Subject, is_float
+from engrax.laws.subject import Subject, is_float, raise_capacity
 from engrax.layers import MIXERS
 from engrax.models import MODELS, ModelConfig
 from engrax.registry import did_you_mean
 
 DIMS = (16, 32, 64, 128, 256)  # model widths that a mixer is built for: the first that it accepts
+CAPACITY = 1024  # tokens that caches are declared to hold at least: the rows of most laws, and what follows them
 CHUNK = 32  # tokens; of a config without a field chunk_size: its rows have 103 tokens
 # A law that cannot be judged while another is broken: what it would show is that law's fault.
 HIDDEN_BY = {
@@ -137,9 +138,12 @@ def _check_one(target: Target, parts: list[str], progress: bool) -> list[Breach]
         broken["exemptions"] = breach
     with jax.enable_x64(wide):
         try:
-            s = Subject(target.config, dim=dim, default_chunk=CHUNK, wide=wide)
+            config = raise_capacity(target.config, CAPACITY)
+            s = Subject(config, dim=dim, default_chunk=CHUNK, wide=wide)
         except Breach as breach:
             broken["stability"], parts = breach, []
+        except Exception as error:
+            broken["state"], parts = _raised(error, "state.shapes"), []
         failed = set()
         for part in parts:
             family = part.split(".")[0]
@@ -175,9 +179,14 @@ def _try(s: Subject, part: str) -> Breach | None:
     except Breach as breach:
         return breach
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return Breach(f"a call raises {type(error).__name__}: {lines[0]}", law=part)
+        return _raised(error, part)
     return None
+
+
+def _raised(error: Exception, part: str) -> Breach:
+    """An exception that a call raises, as a breach of the law that made the call."""
+    lines = str(error).strip().splitlines() or [""]
+    return Breach(f"a call raises {type(error).__name__}: {lines[0]}", law=part)
 
 
 class _Progress:

@@ -53,36 +53,53 @@ def probe(
       put: makes the array that the model reads from one of these.
     """
     tokens, ids = np.asarray(tokens)[:, :LENGTH], np.asarray(segment_ids)[:, :LENGTH]
-    with_logits = tokens.size * vocab_size <= LOGITS
-    noise = np.random.default_rng(0).standard_normal(NOISE).astype(np.float32)
-    segments = put(ids)
-    exact = next(iter(jax.tree.leaves(params)[0].devices())).platform == "cpu"
-    program = _compiled(exact)
-
-    def run(tokens: np.ndarray, scale: float) -> np.ndarray:
-        return _gathered(program(graphdef, params, noise, scale, put(tokens), segments, with_logits))
-
-    for scale in (1.0, 0.25, 0.0):
-        base = run(tokens, scale)
-        if np.max(np.abs(base), initial=0) < BOUND or (scale == 0.0 and np.all(np.isfinite(base))):
-            break
-    else:  # not finite at the run's own parameters either: its first step will say so
+    reader = _Reader(graphdef, params, put(ids), put, tokens.size * vocab_size <= LOGITS)
+    base = reader.settle(tokens)
+    if base is None:  # not finite at the run's own parameters either: its first step will say so
         return None
-    allowed = 0.0 if exact else NOISY * float(np.max(np.abs(run(tokens, scale) - base)))
+    allowed = 0.0 if reader.exact else NOISY * float(np.max(np.abs(reader(tokens) - base)))
+    others = _others(tokens, vocab_size)
 
-    def first_leak(changes: list[Change]) -> Leak | None:
+    def shows(*changes: Change) -> Leak | None:
         """What the changes, made together, show in row 0."""
-        changed = np.select([where for _, where, _ in changes], [_others(tokens, vocab_size)] * len(changes), tokens)
-        size = np.max(np.abs(run(changed, scale)[0] - base[0]), axis=-1)
+        changed = np.where(functools.reduce(np.logical_or, (change.where for change in changes)), others, tokens)
+        size = np.max(np.abs(reader(changed)[0] - base[0]), axis=-1)
         before = min(change.before for change in changes)
-        where = np.flatnonzero((size > allowed) & (np.arange(len(size)) < before) & (ids[0] >= 0))
+        where = np.flatnonzero(~(size <= allowed) & (np.arange(len(size)) < before) & (ids[0] >= 0))
         return Leak(changes[0].cause, int(where[0]), float(np.max(size[where]))) if len(where) else None
 
     last, middle, rows = _changes(ids)
     for together in ((last, rows), (middle,)):
-        if first_leak(list(together)):  # then one by one, to tell which
-            return next(filter(None, (first_leak([change]) for change in together)), first_leak(list(together)))
+        leak = shows(*together)
+        if leak:  # then one by one, to tell which it was
+            return next(filter(None, map(shows, together)), leak)
     return None
+
+
+class _Reader:
+    """tokens [B, T] -> outputs [B, T, n] of the model with moved parameters, as NumPy on every process."""
+
+    def __init__(self, graphdef: nnx.GraphDef, params: Any, segment_ids: Any, put: Callable, with_logits: bool):
+        self.fixed = (graphdef, params, _noise(params))
+        self.segment_ids, self.put, self.with_logits = segment_ids, put, with_logits
+        self.scale = 1.0  # of the noise
+        self.exact = next(iter(jax.tree.leaves(params)[0].devices())).platform == "cpu"
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        outputs = _compiled(self.exact)(*self.fixed, self.scale, self.put(tokens), self.segment_ids, self.with_logits)
+        if outputs.is_fully_addressable:
+            return np.asarray(outputs)
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(outputs, tiled=True))
+
+    def settle(self, tokens: np.ndarray) -> np.ndarray | None:
+        """Outputs at the most noise that keeps them bounded; None where they are finite at none."""
+        for self.scale in (1.0, 0.25, 0.0):
+            outputs = self(tokens)
+            if np.max(np.abs(outputs), initial=0) < BOUND or (self.scale == 0.0 and np.all(np.isfinite(outputs))):
+                return outputs
+        return None
 
 
 class Change(NamedTuple):
@@ -120,33 +137,22 @@ def _compiled(cpu: bool) -> Callable:
 
 
 def _outputs(graphdef, params, noise, scale, tokens, segment_ids, with_logits: bool):
-    """Hidden states, and logits where asked for, at parameters moved by `scale` times the laws' noise."""
-    model = nnx.merge(graphdef, _moved(params, noise, scale))
+    """float32 hidden states, and logits where asked for, at the parameters plus `scale` times the noise."""
+    params = jax.tree.map(lambda p, n: p.astype(jnp.float32) + scale * n if is_float(p) else p, params, noise)
+    model = nnx.merge(graphdef, params)
     hidden = model(tokens, segment_ids=segment_ids)[0]
     found = [hidden, model.logits(hidden)] if with_logits else [hidden]
     return jnp.concatenate([part.astype(jnp.float32) for part in found], axis=-1)
 
 
-def _moved(params: Any, noise: jax.Array, scale: jax.Array) -> Any:
-    """float32 parameters moved by noise of about their own size, never tiny (see `subject.noise_width`)."""
+def _noise(params: Any) -> Any:
+    """Normal noise for every parameter, as large as a fresh one of its shape, where the parameter lives."""
+    table = np.random.default_rng(0).standard_normal(NOISE).astype(np.float32)
+
+    def of(i: int, p: jax.Array) -> jax.Array:
+        width = p.shape[-2] ** -0.5 if p.ndim > 1 else 0.5
+        whole = np.resize(np.roll(table, 7919 * i), p.shape) * np.float32(width)
+        return jax.make_array_from_callback(p.shape, p.sharding, lambda index: whole[index])
+
     leaves, tree = jax.tree.flatten(params)
-    moved = []
-    for i, p in enumerate(leaves):
-        if not is_float(p):
-            moved.append(p)
-            continue
-        p = p.astype(jnp.float32)
-        floor = p.shape[-2] ** -0.5 if p.ndim > 1 else 0.5
-        width = jnp.clip(jnp.sqrt(jnp.mean(p * p)), floor, 1.0)
-        place = jnp.arange(p.size).reshape(p.shape) + 7919 * i
-        moved.append(p + scale * width * noise[place % NOISE])
-    return jax.tree.unflatten(tree, moved)
-
-
-def _gathered(outputs: jax.Array) -> np.ndarray:
-    """A global array as NumPy, on every process."""
-    if outputs.is_fully_addressable:
-        return np.asarray(outputs)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(outputs, tiled=True))
+    return jax.tree.unflatten(tree, [of(i, p) for i, p in enumerate(leaves)])

@@ -31,10 +31,10 @@ def values_of(config: Any, name: str) -> list:
     return found
 
 
-def _with_capacity(config: Any, tokens: int) -> Any:
+def raise_capacity(config: Any, tokens: int) -> Any:
     """The config with every field `capacity` raised to `tokens`, in the configs inside it too."""
     if isinstance(config, (tuple, list)):
-        items = [_with_capacity(item, tokens) for item in config]
+        items = [raise_capacity(item, tokens) for item in config]
         return config if all(a is b for a, b in zip(items, config)) else type(config)(items)
     if not dataclasses.is_dataclass(config):
         return config
@@ -42,7 +42,7 @@ def _with_capacity(config: Any, tokens: int) -> Any:
     for field in dataclasses.fields(config):
         old = getattr(config, field.name)
         raised = field.name == "capacity" and isinstance(old, int) and old < tokens
-        new = tokens if raised else _with_capacity(old, tokens)
+        new = tokens if raised else raise_capacity(old, tokens)
         if field.init and new is not old:
             changes[field.name] = new
     return dataclasses.replace(config, **changes) if changes else config
@@ -161,7 +161,7 @@ class Subject:
 
     def with_capacity(self, tokens: int) -> "Subject":
         """The subject, its caches declared to hold `tokens` tokens where its config has fields `capacity`."""
-        config = _with_capacity(self.config, tokens)
+        config = raise_capacity(self.config, tokens)
         return self if config is self.config else self.variant(config)
 
     def inputs(self, batch: int, length: int):

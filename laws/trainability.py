@@ -16,7 +16,7 @@ def every_parameter_has_a_gradient(s: Subject, deep: bool = False):
     """Every entry of every parameter has a gradient in some situation: packed rows, one segment, several calls with the
     state between them, other inputs, fresh parameters, a long row."""
     dead = None
-    for grads in _situations(s):
+    for grads in _situations(s, s.thorough or deep):
         leaves = jax.tree_util.tree_leaves_with_path(grads)
         for path, g in leaves:
             demand(np.all(np.isfinite(g)), "its gradient is not finite", position=leaf_position(path))
@@ -37,8 +37,9 @@ def _dead(size: np.ndarray, nothing: float) -> np.ndarray:
     return size == 0 if np.any(size > nothing) else np.ones(size.shape, bool)
 
 
-def _situations(s: Subject):
-    """Gradients of the parameters, most telling first; what the first ones leave dead is looked for in the others."""
+def _situations(s: Subject, programs: bool):
+    """Gradients of the parameters, most telling first; what the first ones leave dead is looked for in the others, also
+    in those that need `programs` of their own."""
 
     def of(*args, **kwargs):
         grads = s.pullback(*args, **kwargs)
@@ -48,10 +49,12 @@ def _situations(s: Subject):
     yield of(s.params, s.changed(s.x, np.ones(s.x.shape[:2], bool)), s.ids, s.weights)
     fresh = jax.tree.map(lambda p: p.astype(s.dtype) if is_float(p) else p, s.initial)
     yield of(fresh, s.x, s.ids, s.weights)
-    yield of(s.params, s.x, None, s.weights)
-    yield of(s.params, s.x, s.ids, s.weights, cuts=(s.chunk + 4,))
     for _ in range(4):  # paths that few tokens take
         yield of(s.params, s.inputs(*s.x.shape[:2]), s.ids, s.weights)
+    if not programs:
+        return
+    yield of(s.params, s.x, None, s.weights)
+    yield of(s.params, s.x, s.ids, s.weights, cuts=(s.chunk + 4,))
     long = s.with_capacity(LONG)
     x = s.inputs(1, LONG)
     weights = np.random.default_rng(7).standard_normal((1, LONG, s.weights.shape[-1]))

@@ -1,4 +1,4 @@
-"""Whole networks: MODELS maps a name to a model's config class."""
+"""Complete networks: MODELS maps a name to a model's config class."""
 
 from typing import TYPE_CHECKING
 

@@ -1,12 +1,12 @@
 """Associative recurrent memory transformer (ARMT; arXiv 2407.04841) around a pattern language model.
 
-Each block has an associative memory (layers/routed/associative.py) that holds what earlier segments wrote. All vectors
-of a segment read from it before the block; behind the L tokens stand m learned memory tokens, and what the block gives
-there is written as the segment ends:
+Each block has an associative memory (layers/routed/associative.py), written by earlier segments. All vectors of a
+segment read from it before the block. m learned memory tokens follow the L tokens; the block's outputs at these tokens
+are written at the end of the segment:
 
     h <- block(h + read(h)),   at the memory tokens: write(h)
 
-The first segment reads nothing. Memory tokens stand at the end alone: what they carry goes through the matrices.
+The first segment reads nothing. There are no memory tokens before a segment: the matrices carry the memory.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ from engrax.models.segment_recurrence import Call, Read, SegmentRecurrent
 class ARMTConfig(SegmentRecurrentConfig):
     """Settings of ARMT; the backbone must be a pattern language model, whose blocks get the memories."""
 
-    memory_tokens: int = 16  # m, vectors behind the tokens of a segment
-    key_dim: int = 64  # K, width of queries and keys before DPFP-3 makes 6 K features of them
+    memory_tokens: int = 16  # m, vectors after the tokens of a segment
+    key_dim: int = 64  # K, width of queries and keys before DPFP-3 maps them to 6 K features
 
     def __post_init__(self):
         if not isinstance(self.backbone, LanguageModelConfig):
@@ -73,14 +73,14 @@ class ARMTConfig(SegmentRecurrentConfig):
 
 
 class AssociativeLanguageModel(LanguageModel):
-    """A pattern language model whose blocks have an associative memory each."""
+    """A pattern language model with an associative memory in each block."""
 
     def __init__(self, config: LanguageModelConfig, key_dim: int, *, rngs: nnx.Rngs):
         self.key_dim = key_dim
         super().__init__(config, rngs=rngs)
 
     def _stack(self, place, mixer, rngs):
-        """The blocks of one pattern position with their memories, every parameter with a leading axis [repeat]."""
+        """The blocks of one pattern position with their memories; every parameter has a leading axis [repeat]."""
         block, dim, key_dim = super()._stack(place, mixer, rngs), self.config.dim, self.key_dim
 
         def build(key):
@@ -101,13 +101,13 @@ class AssociativeLanguageModel(LanguageModel):
         return self._scan(body, jnp.zeros(()), None)[1]
 
     def read_segment(self, x_BSD, state, ids, associations, owner: Int[Array, " B"], call: Call) -> Read:
-        """`encode`, with the memories of the documents `owner`; `made` are they after the suffix was written."""
+        """`encode`, with the memories of the documents `owner`; `made` are the memories after writing the suffix."""
         calls, closing = self._calls(call.collect, call.mute), call.closing
-        x_BSD, states, place, _ = self._add_positions(x_BSD, state, ids)  # a segment never outgrows its positions
+        x_BSD, states, place, _ = self._add_positions(x_BSD, state, ids)  # a segment never exceeds its positions
         pattern = len(self.config.mixers)
         states = (None,) * pattern if states is None else states
         reads = ids == owner[:, None]
-        goes_on = ids[:, -1] == owner  # else another document has begun, which has no memory yet
+        goes_on = ids[:, -1] == owner  # else a new document has started, and its memory is empty
 
         def body(blocks, x, both):
             new, aux, collected = [], no_loss(x), {}

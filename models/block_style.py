@@ -1,6 +1,6 @@
-"""What surrounds the mixers of a language model: norms, MLPs, learned positions, and how the embedding is used.
+"""The parts of a language model around its mixers: norms, MLPs, learned positions, embedding and head.
 
-The defaults are engrax's own; the other settings are those of published checkpoints (GPT-2, OPT, Llama, Qwen).
+The defaults are engrax's; the other settings reproduce published checkpoints (GPT-2, OPT, Llama, Qwen).
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class BlockStyleConfig:
     mlp: Literal["gated", "plain"] = "gated"  # three projections or two
     activation: Literal["silu", "relu", "gelu", "gelu_tanh"] = "silu"  # of the MLP
     mlp_bias: bool = False  # the MLP's projections have biases
-    positions: int = 0  # learned positions that a segment may have; 0 = none
-    unused_positions: int = 0  # rows of their table before the first one (OPT has 2)
+    positions: int = 0  # learned positions per segment; 0 = none
+    unused_positions: int = 0  # rows of the table before the first position (OPT has 2)
     embed_dim: int | None = None  # width of the embedding, projected to the model's and back; None = the model's
     tied: bool = True  # the head is the embedding
     soft_cap: float | None = None  # of the logits, in nats; None = no cap
@@ -52,14 +52,14 @@ class BlockStyleConfig:
 
 
 class PositionState(NamedTuple):
-    """Where the row's last segment has come to; the leading axis stands where the blocks' states have theirs."""
+    """Position within the row's last segment; the leading axis matches that of the block states."""
 
     count: Int[Array, "1 B"]  # real tokens of the segment so far
     last_segment: Int[Array, "1 B"]  # its id, -1 before the first real token
 
 
 class LearnedPositions(nnx.Module):
-    """A vector for each place of a segment. Places are counted over real tokens and restart with every segment."""
+    """A vector for each position of a segment. Positions count real tokens and restart with every segment."""
 
     def __init__(self, config: BlockStyleConfig, dim: int, *, rngs: nnx.Rngs):
         self.config = config
@@ -68,17 +68,17 @@ class LearnedPositions(nnx.Module):
         self.table = nnx.Param(init(rngs.params(), (rows, dim)), axes=("position", "embed"), role="embedding")
 
     def init_state(self, batch_size: int) -> PositionState:
-        """Before the first token."""
+        """The state before the first token."""
         return PositionState(jnp.zeros((1, batch_size), jnp.int32), jnp.full((1, batch_size), -1, jnp.int32))
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], state: PositionState | None, segment_ids: Int[Array, "B T"] | None
     ) -> tuple[Float[Array, "B T D"], PositionState, Bool[Array, "B T"]]:
-        """x with the vectors of its tokens' places added, the state after it, and which tokens have no place.
+        """Returns x with position vectors added, the new state, and a mask of tokens beyond the table.
 
-        Raises UserError where T tokens of one segment exceed the table. Tokens of a segment that outgrows it inside
-        jit get its last vector, which is finite: NaN would reach other segments through masked attention (0 * NaN).
-        `without_place` makes NaN of what the model gives for them.
+        Raises UserError if T tokens of one segment exceed the table. If a segment exceeds it inside jit, the tokens get
+        its last vector, which is finite: NaN would reach other segments through masked attention (0 * NaN).
+        `without_place` sets the model's outputs for those tokens to NaN.
         """
         B, T, _ = x_BTD.shape
         if segment_ids is None and T > self.config.positions:
@@ -93,7 +93,7 @@ class LearnedPositions(nnx.Module):
         real = segment_ids >= 0
         seen = jnp.cumsum(real, axis=1, dtype=jnp.int32)
         begins = real & (segment_ids != highest[:, :-1])
-        # Real tokens of the call before the token's segment; -count where the state's own segment goes on.
+        # Real tokens of the call before the token's segment; -count if the token continues the state's segment.
         before = jax.lax.cummax(jnp.where(begins, seen - 1, -count[:, None]), axis=1)
         places, end = seen - 1 - before, self.config.positions
         vectors = self.table[...][jnp.clip(places, 0, end - 1) + self.config.unused_positions]
@@ -102,5 +102,5 @@ class LearnedPositions(nnx.Module):
 
 
 def without_place(x_BTD: Float[Array, "B T D"], lost_BT: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
-    """x with NaN at the tokens beyond the learned positions; None = the model has none."""
+    """x with NaN at tokens beyond the learned positions; lost_BT None = the model has no learned positions."""
     return x_BTD if lost_BT is None else jnp.where(lost_BT[..., None], jnp.nan, x_BTD)

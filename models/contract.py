@@ -1,14 +1,15 @@
-"""The forward contract: what every model returns, and how its arrays lie on a mesh.
+"""The forward contract: what every model returns, and how its arrays are placed on a mesh.
 
     out = model(tokens, memory=None, *, segment_ids=None, collect=(), mute=())       # [B, T] -> Output
     out.hidden [B, T, D], out.memory, out.aux_loss [B], out.collected
-    model.head(hidden)          # LinearHead: hidden states and vocabulary rows, from which loss or logits are made
+    model.head(hidden)          # LinearHead: hidden states and vocabulary rows, for the loss or the logits
     model.init_memory(rows)     # a pytree; model.memory_axes(memory) names the batch axis of every leaf
 
-`collect` and `mute` hold registered names of mixers: whose diagnostics to return, whose memory reads to leave out.
+`collect` and `mute` are registered names of mixers: `collect` returns their diagnostics, `mute` removes their memory
+reads.
 
-On a mesh the batch is split over `data` and `fsdp` and stays so (`split_rows`); parameters that are sharded are
-gathered where a layer uses them, not before (`gathering`, `gathered`).
+On a mesh the batch is split over `data` and `fsdp` in all layers (`split_rows`). Sharded parameters are gathered where
+a layer uses them, not earlier (`gathering`, `gathered`).
 """
 
 import contextvars
@@ -24,20 +25,20 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that split the batch
-GATHERED = "gathered parameter"  # the name under which remat policies know a gathered parameter
+GATHERED = "gathered parameter"  # the name of a gathered parameter in remat policies
 
 
 class Output(NamedTuple):
-    """What a model's call returns."""
+    """The result of a model's call."""
 
     hidden: Float[Array, "B T D"]  # before the head
     memory: Any  # after the last token
-    aux_loss: Float[Array, " B"]  # what mixers add to the loss of each labelled token of a row, summed over blocks
+    aux_loss: Float[Array, " B"]  # loss that mixers add per labelled token of a row, summed over blocks
     collected: dict[str, Array]  # {"titans.lr_mean": [repeat, ...]}, {} unless asked for
 
 
 class LinearHead(NamedTuple):
-    """Logits as a product: soft_cap * tanh(hidden embedding^T / soft_cap), without a cap where it is None."""
+    """Logits as a product: soft_cap * tanh(hidden embedding^T / soft_cap); soft_cap None = no cap."""
 
     hidden: Float[Array, "B T E"]
     embedding: Float[Array, "V E"]
@@ -55,7 +56,7 @@ class Model(nnx.Module):
     """Base of the models' modules. A subclass defines `__call__`, `head` and `init_memory`."""
 
     def head(self, hidden_BTD: Float[Array, "B T D"]) -> LinearHead:
-        """The head's operands for hidden states that the model returned."""
+        """The head's operands for the model's hidden states."""
         raise NotImplementedError(f"{type(self).__name__} must define head(hidden) -> engrax.LinearHead.")
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -67,18 +68,18 @@ class Model(nnx.Module):
         raise NotImplementedError(f"{type(self).__name__} must define init_memory(batch_size).")
 
     def memory_axes(self, memory: Any) -> Any:
-        """The batch axis of every leaf of a memory: 0 unless a model says otherwise."""
+        """The batch axis of every leaf of a memory, by default 0."""
         return jax.tree.map(lambda _: 0, memory)
 
     def at_call_length(self, memory: Any, length: int) -> Any:
-        """The same memory for a caller whose calls all have `length` tokens: a model may then trace one path alone."""
+        """The same memory, for a caller whose calls all have `length` tokens: a model may then trace a single path."""
         return memory
 
 
 class PlainModel(Model):
-    """A module that is no `Model`: its call returns (hidden, memory), and `logits(hidden)` makes all logits at once.
+    """Wraps a module that is not a `Model`: its call returns (hidden, memory), its `logits(hidden)` all logits.
 
-    Its loss is computed over blocks of tokens, so that the logits of a whole row are never in memory.
+    The loss is computed over blocks of tokens, so the logits of a whole row are never in memory.
     """
 
     def __init__(self, module: nnx.Module):
@@ -99,21 +100,21 @@ class PlainModel(Model):
 
 
 def as_model(module: nnx.Module) -> Model:
-    """The module itself where it is a `Model`, else wrapped as one."""
+    """The module itself if it is a `Model`, else the module wrapped as one."""
     return module if isinstance(module, Model) else PlainModel(module)
 
 
 def no_loss(x_BTD: Float[Array, "B T *D"]) -> Float[Array, " B"]:
-    """The auxiliary loss of a model whose mixers add none."""
+    """The auxiliary loss of a model without auxiliary losses: zeros."""
     return jnp.zeros(len(x_BTD), jnp.promote_types(x_BTD.dtype, jnp.float32))
 
 
-# How arrays lie on a mesh.
+# Placement of arrays on a mesh.
 
 
 def split_rows(x: Float[Array, "B ..."] | Int[Array, "B ..."]) -> Array:
-    """x with its rows split over the batch axes of the mesh in force; x itself where there is none, or they do not
-    divide its rows. Inside `jax.shard_map` the axes are manual and rows are split already."""
+    """x with its rows split over the batch axes of the current mesh; x itself without a mesh, or if the axes do not
+    divide its rows. Inside `jax.shard_map` the axes are manual and rows are already split."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -133,8 +134,8 @@ _gather: contextvars.ContextVar[Callable[[nnx.Variable], Array] | None] = contex
 
 @contextmanager
 def gathering(gather: Callable[[nnx.Variable], Array] | None) -> Iterator[None]:
-    """Within it, models call `gather(variable)` for the whole value of a parameter where they use it; None: parameters
-    are whole already."""
+    """In this context, models call `gather(variable)` for the whole value of a parameter where they use it; None =
+    parameters are already whole."""
     token = _gather.set(gather)
     try:
         yield
@@ -148,7 +149,7 @@ def is_gathering() -> bool:
 
 
 def gathered(params: Any) -> Any:
-    """A tree of variables with whole values. The backward pass gathers again what a remat policy does not save."""
+    """A tree of variables with whole values. The backward pass gathers again if the remat policy does not save them."""
     gather = _gather.get()
     if gather is None:
         return params

@@ -1,4 +1,4 @@
-"""Sampling a continuation with a memory of fixed size, compiled once."""
+"""Sampling continuations with a memory of fixed size, compiled once."""
 
 from typing import Any
 
@@ -21,10 +21,10 @@ def sample(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Int[np.ndarray, "B new"]:
-    """Samples `tokens` tokens after each prompt; temperature 0 takes the likeliest.
+    """Samples `tokens` tokens after each prompt; temperature 0 takes the most likely token.
 
-    The prompt is read in pieces of PREFILL tokens and then one by one, so two shapes are compiled whatever its length.
-    Raises UserError for an empty prompt, a negative temperature, or where a cache of declared capacity overflows.
+    The prompt is read in pieces of PREFILL tokens, then token by token: two shapes are compiled for any length.
+    Raises UserError for an empty prompt, a negative temperature, or if a cache of declared capacity overflows.
     """
     if prompt_BT.shape[1] == 0:
         raise UserError("the prompt is empty; give at least one token.")

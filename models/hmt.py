@@ -1,17 +1,17 @@
 """Hierarchical memory transformer (HMT; arXiv 2405.06067) around any backbone.
 
-The row is cut into segments H_n of L tokens. With T a learned summary prompt and BBM the backbone's last hidden state:
+The row is cut into segments H_n of L tokens. T is a learned summary prompt, BBM the backbone's last hidden state:
 
-    S_n = BBM([T | j tokens | T])                                        what the segment is about
+    S_n = BBM([T | j tokens | T])                                        summary of the segment
     P_n = softmax((S_n W_q) (M_{n-N..n-1} W_k)^T / sqrt(d_h)) M_{n-N..n-1}    recall: one head, no value projection
-    hidden = backbone([P_n | last k tokens of H_{n-1} | H_n | P_n])      sensory memory stands as tokens
+    hidden = backbone([P_n | last k tokens of H_{n-1} | H_n | P_n])      sensory memory: tokens
     M_n = the hidden state at the last slot                              written to a cache of the newest N
 
 A document's first segment has nothing to recall: P_0 is a learned vector. As published, S_n summarises the first half
-of the segment that is to be predicted, and P_n stands before it: the future leaks. Hence the modes
+of the segment to be predicted, and P_n precedes that segment: this leaks the future. The modes are
 
     previous_segment   S_n summarises the last j tokens before the segment
-    delayed_prefix     S_n summarises the first j tokens, and P_n stands right after them: [.. | j tokens | P_n | ..]
+    delayed_prefix     S_n summarises the first j tokens; P_n follows them: [.. | j tokens | P_n | ..]
     paper              as printed; its numbers depend on where calls end, and the trainer refuses it
 """
 
@@ -40,13 +40,13 @@ RECALLS = ("attention", "last", "off")
 @MODELS.register("hmt")
 @dataclasses.dataclass(frozen=True)
 class HMTConfig(SegmentRecurrentConfig):
-    """Settings of HMT; the paper's are summary_tokens = L / 2, 32 sensory tokens, 300 memories, recall width 4096."""
+    """Settings of HMT; the paper uses summary_tokens = L / 2, 32 sensory tokens, 300 memories, recall width 4096."""
 
-    summary_tokens: int = 128  # j, tokens that are summarised into the recall's query; at most L
-    sensory_tokens: int = 32  # k, tokens of the segment before that stand before this one; at most L
+    summary_tokens: int = 128  # j, tokens summarised in the recall query; at most L
+    sensory_tokens: int = 32  # k, last tokens of the previous segment, prepended; at most L
     cache_size: int = 64  # N, memories kept
-    recall_width: int = 128  # d_h, width of the recall's queries and keys
-    mode: str = "previous_segment"  # previous_segment | delayed_prefix | paper: what the recall's query summarises
+    recall_width: int = 128  # d_h, width of recall queries and keys
+    mode: str = "previous_segment"  # previous_segment | delayed_prefix | paper: what the recall query summarises
     recall: str = "attention"  # attention | last (P_n = M_{n-1}, training's first stage) | off (P_n = P_0)
 
     def __post_init__(self):
@@ -106,16 +106,16 @@ class HMTConfig(SegmentRecurrentConfig):
 
 
 class Recall(NamedTuple):
-    """The long-term memory and what was last recalled from it."""
+    """The long-term memory and the last vector recalled from it."""
 
     cache: Float[Array, "B N D"]  # the newest memories, oldest first, in the last `count` slots
     count: Int[Array, " B"]
     recalled: Float[Array, "B D"]  # P_n
-    weights: Float[Array, "B N"]  # of the recall over the cache; zero where nothing was there
+    weights: Float[Array, "B N"]  # of the recall over the cache; zero for empty slots
 
 
 class HMT(SegmentRecurrent):
-    """The module of HMTConfig: 2 D + 2 D d_h parameters around the backbone's."""
+    """The module of HMTConfig: 2 D + 2 D d_h parameters in addition to the backbone's."""
 
     def __init__(self, config: HMTConfig, *, rngs: nnx.Rngs):
         super().__init__(config, as_model(config.fitted_backbone.build(rngs=rngs)))
@@ -167,7 +167,7 @@ class HMT(SegmentRecurrent):
         return self.backbone.embed(jnp.maximum(tokens, 0))
 
     def _recall(self, memory: Recall, about: Int[Array, "B J"]) -> Recall:
-        """P_n and its weights, for a query that summarises the tokens `about`."""
+        """P_n and its weights for a query that summarises the tokens `about`."""
         c, cache = self.config, memory.cache
         wide = jnp.promote_types(cache.dtype, jnp.float32)
         there = jnp.arange(c.cache_size) >= c.cache_size - memory.count[:, None]
@@ -192,11 +192,11 @@ class HMT(SegmentRecurrent):
         return self.backbone.encode(jnp.concatenate([prompt, x, prompt], axis=1), segment_ids=ids).hidden[:, -1]
 
     def own_report(self, tokens_BT: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> dict[str, Array]:
-        """Recall over the whole segments of the rows, averaged over the rows that had something to recall:
+        """Diagnostics of recall over the whole segments of the rows, averaged over rows with at least one memory:
 
-        hmt.recall [1, segments, segments]: the weight of each past segment (column) as a segment begins (row);
-        hmt.recall_entropy [1, segments], nats; hmt.recall_age [1, segments]: mean age of what is recalled, in
-        segments, and hmt.cache_age: the oldest memory's; hmt.entropy and hmt.age [1]: their means over segments.
+        hmt.recall [1, segments, segments]: weight of each past segment (column) at the start of a segment (row);
+        hmt.recall_entropy [1, segments], nats; hmt.recall_age [1, segments]: mean age of the recalled memories, in
+        segments; hmt.cache_age: age of the oldest memory; hmt.entropy and hmt.age [1]: means over segments.
         """
         c, (B, T) = self.config, tokens_BT.shape
         n = T // c.segment_length
@@ -210,16 +210,16 @@ class HMT(SegmentRecurrent):
 
 
 def _watched(run: SegmentRunner, state, tokens, ids):
-    """One segment: (state, (recall weights, memories there were))."""
+    """One segment: (state, (recall weights, number of memories))."""
     begun = run.enter(state, ids[:, 0], jnp.ones(len(tokens), bool))
     after, _ = run.segment(state, tokens, ids)
     return after, (after.memory.weights, begun.memory.count)
 
 
 def _recall_report(weights: Float[Array, "S B N"], counts: Int[Array, "S B"]) -> dict[str, Array]:
-    """The diagnostics of HMT.report; a memory in slot N - a is a segments old."""
+    """The diagnostics of `HMT.own_report`; a memory in slot N - a is a segments old."""
     S, _, N = weights.shape
-    recalls = (jnp.sum(weights, axis=-1) > 0).astype(weights.dtype)  # not where another document began meanwhile
+    recalls = (jnp.sum(weights, axis=-1) > 0).astype(weights.dtype)  # 0 if another document has started
 
     def mean(values):  # over the rows that recalled
         return jnp.sum(recalls * values, axis=1) / jnp.maximum(recalls.sum(axis=1), 1)
@@ -228,7 +228,7 @@ def _recall_report(weights: Float[Array, "S B N"], counts: Int[Array, "S B"]) ->
     entropy = mean(-jnp.sum(weights * jnp.log(jnp.maximum(weights, 1e-30)), axis=-1))
     recalled_age = mean(jnp.sum(weights * age, axis=-1))
     by_slot = jnp.sum(recalls[..., None] * weights, axis=1) / jnp.maximum(recalls.sum(axis=1), 1)[:, None]
-    past = jnp.arange(S)[:, None] - age  # segment that each slot holds
+    past = jnp.arange(S)[:, None] - age  # segment stored in each slot
     where = jnp.where(past >= 0, past, S)
     heat = jnp.zeros((S, S + 1)).at[jnp.arange(S)[:, None], where].add(by_slot)[:, :S]
     some = jnp.maximum(jnp.sum(recalls.max(axis=1)), 1)

@@ -1,7 +1,7 @@
-"""A language model made of a repeated pattern of blocks: any mixer composes with any other.
+"""A language model of repeated blocks: a pattern may combine any mixers.
 
 Blocks of one pattern position are stacked along a leading axis and run by `lax.scan`, so compile time does not grow
-with depth; a named remat policy says what the backward pass recomputes.
+with depth. A named remat policy selects what the backward pass recomputes.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from engrax.models.model import MODELS, ModelConfig
 from engrax.models.parameters import declare_roles, stack_axes
 from engrax.registry import did_you_mean
 
-REMAT = {  # name -> what the forward pass of a pattern saves for the backward pass
-    "none": None,  # everything: fastest
+REMAT = {  # name -> values that the forward pass of a pattern saves for the backward pass
+    "none": None,  # all: fastest
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the results of projections
-    "full": jax.checkpoint_policies.nothing_saveable,  # the pattern's input alone: smallest
+    "full": jax.checkpoint_policies.nothing_saveable,  # only the pattern's input: smallest
 }
 
 
@@ -45,7 +45,7 @@ class LanguageModelConfig(ModelConfig):
     remat: str = "none"  # none | dots | full
     layout: BlockStyleConfig = BlockStyleConfig()  # norms, MLPs, learned positions, the head
     lora: LoraConfig = LoraConfig()  # adapters on the blocks' projections
-    frozen: bool = False  # training leaves all parameters alone but the adapters'
+    frozen: bool = False  # training changes only the adapters
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -84,7 +84,7 @@ class LanguageModelConfig(ModelConfig):
 
     @property
     def exempt_from(self) -> dict[str, str]:
-        """What its mixers are exempt from."""
+        """The exemptions of its mixers."""
         return {law: reason for mixer in self.mixers for law, reason in mixer.exempt_from.items()}
 
     @property
@@ -120,12 +120,12 @@ class Block(nnx.Module):
             self.mlp_norm = config.layout.build_norm(config.dim, rngs=rngs)
             scale = (2 * config.num_layers) ** -0.5
             self.mlp = config.layout.build_mlp(config.dim, config.mlp_width, rngs=rngs, out_scale=scale)
-        self.adaptable = lora.attach(self, config.lora, rngs=rngs)  # what wraps the block may add parts, not adapted
+        self.adaptable = lora.attach(self, config.lora, rngs=rngs)  # parts added by a wrapper get no adapters
         if config.frozen:
             lora.freeze(self)
 
     def mixer_input(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """What the mixer sees of the residual stream."""
+        """The mixer's input, from the residual stream."""
         return self._norm("before", self.mixer_norm, x_BTD)
 
     def _norm(self, place: str, norm: nnx.Module, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -134,7 +134,7 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD, state, segment_ids, *, collect: tuple[str, ...] = (), mute: tuple[str, ...] = ()
     ) -> tuple[Float[Array, "B T D"], MixerOutput]:
-        """The residual stream after the block, and what its mixer returned; mute: memory reads left out."""
+        """The residual stream after the block, and the mixer's output; mute: memory reads to remove."""
         x_BTD = split_rows(x_BTD)
         out = self.mixer.forward(self.mixer_input(x_BTD), state, segment_ids, collect=collect, mute=mute)
         x_BTD = self._norm("after", self.mixer_norm, x_BTD + out.y.astype(x_BTD.dtype))
@@ -164,11 +164,11 @@ class LanguageModel(Model):
             self.output_embedding = nnx.Param(init(rngs.params(), shape), axes=axes, role="embedding")
         lora.check_targets(frozenset().union(*(block.adaptable for block in self.blocks)), config.lora)
         if config.frozen:
-            lora.freeze(self, skip=("blocks",))  # they have marked their own; what wraps them may have added parts
+            lora.freeze(self, skip=("blocks",))  # blocks have marked their own; a wrapper may have added parts to them
         declare_roles(self)
 
     def _stack(self, place: int, mixer: MixerConfig, rngs: nnx.Rngs) -> Block:
-        """The blocks of one pattern position, every parameter with a leading axis [repeat]."""
+        """The blocks of one pattern position; every parameter has a leading axis [repeat]."""
         config = self.config
 
         def build(key, layer):
@@ -193,10 +193,10 @@ class LanguageModel(Model):
     ) -> Output:
         """Returns the normalised hidden states before the head, and the memory after the last token.
 
-        `memory` is a tuple over the pattern, leaves [repeat, B, ...], then the state of the learned positions, if the
-        model has any; None starts from an empty memory. `collect` and `mute` hold registered names of mixers, or "*":
-        their diagnostics are returned as {"titans.lr_mean": [repeat, ...]}, with the pattern position in the name where
-        a mixer occurs twice; their memory reads are left out.
+        `memory` is a tuple over the pattern with leaves [repeat, B, ...], followed by the state of the learned
+        positions, if any; None starts from an empty memory. `collect` and `mute` are registered names of mixers, or
+        "*". `collect` returns their diagnostics as {"titans.lr_mean": [repeat, ...]}; the name has the pattern position
+        if a mixer occurs twice. `mute` removes their memory reads.
         """
         return self.encode(self.embed(tokens_BT), memory, segment_ids=segment_ids, collect=collect, mute=mute)
 
@@ -214,7 +214,7 @@ class LanguageModel(Model):
         collect: tuple[str, ...] = (),
         mute: tuple[str, ...] = (),
     ) -> Output:
-        """A call on vectors: those of tokens, of a prompt or of a memory."""
+        """A call on vectors: embedded tokens, a prompt or a memory."""
         calls = self._calls(collect, mute)
         x_BTD, memory, place, lost = self._add_positions(x_BTD, memory, segment_ids)
 
@@ -232,7 +232,7 @@ class LanguageModel(Model):
         return Output(hidden_BTD, (*memory, *place), jnp.sum(aux, axis=0), collected)
 
     def _calls(self, collect: tuple[str, ...], mute: tuple[str, ...]) -> list[tuple[str, tuple, tuple]]:
-        """(name of its diagnostics, what it collects, memory reads it leaves out) of every pattern position."""
+        """(name of its diagnostics, what to collect, memory reads to remove) for every pattern position."""
         mixers = self.config.mixers
         names = [mixer.registered_name for mixer in mixers]
         return [
@@ -245,8 +245,8 @@ class LanguageModel(Model):
         ]
 
     def _add_positions(self, x_BTD, memory, segment_ids):
-        """x with its learned positions, the blocks' part of the memory, () or (the positions' part after x,), and which
-        tokens the positions did not reach."""
+        """x with learned positions, the blocks' part of the memory, () or (the positions' state after x,), and the mask
+        of tokens beyond the positions."""
         if not hasattr(self, "positions"):
             return x_BTD, memory, (), None
         blocks, place = (None, None) if memory is None else (memory[:-1], memory[-1])
@@ -254,7 +254,7 @@ class LanguageModel(Model):
         return x_BTD, blocks, (place,), lost
 
     def head(self, hidden_BTD: Float[Array, "B T D"]) -> LinearHead:
-        """The vocabulary rows, the embedding's or the head's own, and the hidden states in their width."""
+        """The vocabulary rows (of the embedding or of a separate head) and the hidden states in their width."""
         style = self.config.layout
         hidden_BTD = self.project_out(hidden_BTD) if hasattr(self, "project_out") else hidden_BTD
         table = self.embedding if style.tied else self.output_embedding
@@ -265,7 +265,7 @@ class LanguageModel(Model):
         return jax.tree.map(lambda _: 1, memory)
 
     def init_memory(self, batch_size: int) -> Any:
-        """The memory before the first token, as a call returns it."""
+        """The memory before the first token, in the structure that a call returns."""
 
         def body(blocks, x, states):
             return x, tuple(block.mixer.init_state(batch_size) for block in blocks)
@@ -284,12 +284,12 @@ class LanguageModel(Model):
             return body([nnx.merge(g, p) for g, p in zip(graphdefs, params)], x, states)
 
         policy = REMAT[self.config.remat]
-        if policy is None and is_gathering():  # what each device gathers of a layer is not kept for the backward pass
+        if policy is None and is_gathering():  # gathered parameters are not kept for the backward pass
             policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
         step = step if policy is None else jax.checkpoint(step, policy=policy, prevent_cse=False)
         return jax.lax.scan(step, x, (params, memory))
 
 
 def _named(name: str, names: tuple[str, ...]) -> bool:
-    """Whether a mixer's registered name is among `names`, "*" being all of them."""
+    """Whether a mixer's registered name is in `names`; "*" matches all."""
     return name in names or "*" in names

@@ -1,6 +1,6 @@
-"""Settings of models, their registry, and the one way to build a model.
+"""Settings of models, their registry, and `build`, which builds every model.
 
-A model config builds a Flax NNX module that keeps the forward contract (`engrax.models.contract`).
+A model config builds a Flax NNX module that implements the forward contract (`engrax.models.contract`).
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class ModelConfig:
 
     @classmethod
     def examples(cls) -> tuple["ModelConfig", ...]:
-        """Small settings with every path switched on: the laws run on all of them."""
+        """Small settings that together use every code path; the laws run on all of them."""
         return (cls(),)
 
     def flops_per_token(self, seq_len: int) -> float:

@@ -1,8 +1,8 @@
-"""The table of parameters: what a parameter's role says about its dtype, its decay, its learning rate and its sharding.
+"""The table of parameters: a parameter's role determines its dtype, decay, learning rate and sharding.
 
-A role is declared where the parameter is made, `nnx.Param(x, axes=("heads",), role="gate")`. The kernel of an
-`nnx.Linear` is a matrix; its bias, Flax's norms and embeddings follow from their types (`declare_roles`). `axes` name
-the parameter's axes; the axis of stacked layers is called "layers" and is never sharded.
+A role is declared where the parameter is created, `nnx.Param(x, axes=("heads",), role="gate")`. For `nnx.Linear` and
+Flax's norms and embeddings it follows from the type (`declare_roles`): a Linear kernel is a matrix. `axes` name the
+parameter's axes; the axis of stacked layers is called "layers" and is never sharded.
 """
 
 import inspect
@@ -15,15 +15,15 @@ from flax import nnx
 
 from engrax.errors import UserError
 
-LAYERS = "layers"  # the name of the axis along which the blocks of a pattern position are stacked
+LAYERS = "layers"  # the axis along which the blocks of a pattern position are stacked
 
 
 class Role(NamedTuple):
-    """What holds for all parameters of one role."""
+    """The properties of all parameters of one role."""
 
-    compute_dtype: bool  # cast to the compute dtype in the forward pass; else float32, or float64 as it is
+    compute_dtype: bool  # cast to the compute dtype in the forward pass; else float32, and float64 stays
     decayed: bool  # whether weight decay pulls it to zero
-    learning_rate: float  # times the optimizer's
+    learning_rate: float  # factor of the optimizer's learning rate
     why_not_decayed: str = ""
 
 
@@ -40,7 +40,7 @@ ROLES = {
 
 
 def role_of(variable: nnx.Variable) -> Role:
-    """The role of a parameter. Raises UserError where none is declared."""
+    """The role of a parameter. Raises UserError if none is declared."""
     name = variable.get_metadata().get("role")
     if name is None:
         raise UserError("a parameter has no role; build the model with engrax.models.build, which names the parameter.")
@@ -48,13 +48,13 @@ def role_of(variable: nnx.Variable) -> Role:
 
 
 def axes_of(variable: nnx.Variable) -> tuple[str | None, ...]:
-    """The names of a parameter's axes, None where an axis has none."""
+    """The names of a parameter's axes, None for an axis without a name."""
     axes = tuple(variable.get_metadata().get("axes") or ())
     return axes + (None,) * (len(variable.shape) - len(axes))
 
 
 def _by_type(module: Any, name: str) -> str | None:
-    """The role of the parameter `name` of a Flax module, None where the type says nothing."""
+    """The role of the parameter `name` of a Flax module, None for an unknown type."""
     if isinstance(module, nnx.Linear | nnx.LinearGeneral | nnx.Einsum):
         return {"kernel": "matrix", "bias": "bias"}.get(name)
     if isinstance(module, nnx.Conv | nnx.ConvTranspose):
@@ -65,10 +65,10 @@ def _by_type(module: Any, name: str) -> str | None:
 
 
 def declare_roles(model: nnx.Module, *, strict: bool = True) -> nnx.Module:
-    """Gives every parameter its role, by its own declaration or by the type of its module; returns the model.
+    """Sets every parameter's role from its declaration or from the type of its module; returns the model.
 
-    Raises UserError for a parameter with neither, or with an unknown role: it names the line to change. strict=False
-    takes such a parameter for a matrix where it has two axes or more, else for a bias.
+    Raises UserError for a parameter with neither, or with an unknown role; the message names the line to change. With
+    strict=False such a parameter is a matrix if it has two axes or more, else a bias.
     """
     for owner, name, variable in _parameters(model):
         metadata = variable.get_metadata()
@@ -83,7 +83,7 @@ def declare_roles(model: nnx.Module, *, strict: bool = True) -> nnx.Module:
 
 
 def _parameters(model: nnx.Module) -> Iterator[tuple[Any, str, nnx.Param]]:
-    """(module that owns it, attribute, parameter) of every parameter."""
+    """(owning module, attribute, parameter) of every parameter."""
     owners = {path: node for path, node in nnx.iter_graph(model)}
     for path, node in owners.items():
         if isinstance(node, nnx.Param):
@@ -95,7 +95,7 @@ def _parameters(model: nnx.Module) -> Iterator[tuple[Any, str, nnx.Param]]:
 
 
 def _undeclared(owner: Any, name: str, role: str | None) -> str:
-    """The message about a parameter without a role: which, where, and what to write."""
+    """The error message for a parameter without a role: its name, its place, and what to write."""
     cls = type(owner)
     where = cls.__qualname__
     try:
@@ -114,7 +114,7 @@ def _undeclared(owner: Any, name: str, role: str | None) -> str:
 
 
 def map_parameters(f: Callable[..., Any], params: Any, *others: Any) -> Any:
-    """f(variable, ...) over the variables of a state; what f returns replaces the variable's value."""
+    """f(variable, ...) over the variables of a state; the result replaces the variable's value."""
 
     def one(variable, *rest):
         return variable.replace(f(variable, *rest))
@@ -123,9 +123,9 @@ def map_parameters(f: Callable[..., Any], params: Any, *others: Any) -> Any:
 
 
 def cast(params: Any, dtype: Any) -> Any:
-    """The parameters of a forward pass in `dtype`: matrices and embeddings in it, gates, norms and biases in float32.
+    """Parameters for a forward pass in `dtype`: matrices and embeddings are cast, gates, norms and biases are float32.
 
-    float64 casts all of them: the oracle computes nothing in less. Integers stay as they are.
+    float64 casts all parameters: the oracle uses no lower precision. Integers are unchanged.
     """
     dtype = jnp.dtype(dtype)
 
@@ -140,12 +140,12 @@ def cast(params: Any, dtype: Any) -> Any:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the parameters that weight decay pulls to zero."""
+    """True for the parameters with weight decay."""
     return map_parameters(lambda variable: role_of(variable).decayed, params)
 
 
 def learning_rates(params: Any) -> Any:
-    """The factor of every parameter's learning rate, 1 for arrays that are no parameters of a model."""
+    """The learning-rate factor of every parameter, 1 for arrays that are not model parameters."""
 
     def one(leaf):
         return leaf.replace(role_of(leaf).learning_rate) if isinstance(leaf, nnx.Variable) else 1.0
@@ -154,7 +154,7 @@ def learning_rates(params: Any) -> Any:
 
 
 def sharded_axis(variable: nnx.Variable, devices: int) -> int | None:
-    """The axis of a parameter that `devices` share: its first one, stacked layers apart, that they divide."""
+    """The axis along which a parameter is sharded: the first that `devices` divides, except the stacked layers'."""
     for i, (length, name) in enumerate(zip(variable.shape, axes_of(variable))):
         if devices > 1 and name != LAYERS and length and length % devices == 0:
             return i

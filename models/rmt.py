@@ -1,11 +1,11 @@
 """Recurrent memory transformer (RMT; arXiv 2207.06881) around any backbone.
 
-m memory vectors stand before and after the L tokens of a segment; what the backbone gives at those after them is the
+A segment has m memory vectors before and after its L tokens. The backbone's outputs at the vectors after them are the
 memory of the next segment:
 
     [_, hidden, M_n] = backbone([M_{n-1} | H_n | M_{n-1}])
 
-M of a document's start is learned. With one vector it is HMT whose recall is the last memory, without sensory tokens.
+The initial M of a document is learned. With one vector, RMT equals HMT with recall="last" and no sensory tokens.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Settings that the segment-recurrent models have in common."""
+"""Settings shared by the segment-recurrent models."""
 
 import dataclasses
 from typing import Any
@@ -12,12 +12,12 @@ from engrax.registry import did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class SegmentRecurrentConfig(ModelConfig):
-    """What the segment-recurrent models have in common."""
+    """Settings shared by the segment-recurrent models."""
 
     backbone: ModelConfig = LanguageModelConfig(mixers=(AttentionConfig(),))
     segment_length: int = 256  # L, tokens
-    bptt_segments: int | None = None  # segments through which gradients flow back; None = all of a call
-    remat: str = "none"  # none | dots | full: what a segment's forward pass saves for the backward pass
+    bptt_segments: int | None = None  # segments that gradients flow through; None = all of a call
+    remat: str = "none"  # none | dots | full: values that a segment's forward pass saves
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -27,36 +27,36 @@ class SegmentRecurrentConfig(ModelConfig):
         self.at_least(1, "segment_length")
         if isinstance(self.backbone, SegmentRecurrentConfig):
             raise UserError(
-                f"{self.backbone.registered_name} recurs over segments itself and cannot be a backbone; wrap the "
+                f"{self.backbone.registered_name} is segment-recurrent itself and cannot be a backbone; wrap the "
                 "language model inside it."
             )
         if self.bptt_segments is not None:
             self.at_least(1, "bptt_segments")
 
     def at_least(self, bound: int, *names: str) -> None:
-        """Raises UserError for the first of the fields below the bound."""
+        """Raises UserError for the first named field below the bound."""
         for name in names:
             if getattr(self, name) < bound:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {bound}.")
 
     @property
     def vocab_size(self) -> int:
-        """The backbone's."""
+        """The vocabulary size of the backbone."""
         return self.backbone.vocab_size
 
     @property
     def extra_slots(self) -> int:
-        """Vectors around the tokens of a segment."""
+        """Number of vectors around the tokens of a segment."""
         raise NotImplementedError
 
     @property
     def recent_tokens(self) -> int:
-        """Tokens of the row that are kept as tokens."""
+        """Number of recent tokens kept in the state."""
         return 0
 
     @property
     def exempt_from(self) -> dict[str, str]:
-        """What its backbone is exempt from, and what truncation takes away."""
+        """The exemptions of the backbone, and those due to truncated gradients."""
         truncated = (
             {} if self.bptt_segments is None else {"trainability.finite_differences": "truncated backpropagation"}
         )
@@ -64,7 +64,7 @@ class SegmentRecurrentConfig(ModelConfig):
 
     @property
     def fitted_backbone(self) -> ModelConfig:
-        """The backbone with caches that hold a segment. Raises UserError where its learned positions do not."""
+        """The backbone with caches of one segment. Raises UserError if its learned positions do not suffice."""
         slots, layout = self.segment_length + self.extra_slots, getattr(self.backbone, "layout", None)
         if layout is not None and 0 < layout.positions < slots:
             raise UserError(
@@ -83,7 +83,7 @@ class SegmentRecurrentConfig(ModelConfig):
 
 
 def fit_capacity(config: Any, tokens: int) -> Any:
-    """A backbone's config with attention caches no larger than a segment of `tokens` slots needs."""
+    """A backbone's config with attention caches no larger than a segment of `tokens` slots."""
     if isinstance(config, (tuple, list)):
         return type(config)(fit_capacity(item, tokens) for item in config)
     if not dataclasses.is_dataclass(config):

@@ -1,15 +1,15 @@
-"""Segment recurrence around any backbone: what HMT, RMT and ARMT share.
+"""Segment recurrence around any backbone: the shared part of HMT, RMT and ARMT.
 
-A row is cut into segments of L tokens. The backbone reads every segment from an empty state of its own, with vectors
-put around the tokens that carry what earlier segments left:
+A row is cut into segments of L tokens. The backbone reads every segment from its empty state; vectors around the tokens
+carry the memory of earlier segments:
 
     [prefix | tokens | suffix]           or          [prefix | first tokens | infix | other tokens | suffix]
 
-Its hidden states at the suffix become the new memory. A model fills in the hooks (`prefix`, `infix`, `suffix`,
-`update_memory`); `SegmentRunner` runs them over any number of tokens from any position on.
+Its hidden states at the suffix become the new memory. A model defines the hooks (`prefix`, `infix`, `suffix`,
+`update_memory`); `SegmentRunner` runs them over any number of tokens, from any position.
 
-The grid of segments is the row's. A document that begins inside a segment reads the rest of it without an opening:
-set the experiment's `align` to the segment length and none does. A segment that holds only padding leaves no memory.
+The segment grid is that of the row. A document that starts inside a segment reads the rest of that segment without a
+prefix; to avoid this, set the experiment's `align` to the segment length. A segment of padding writes no memory.
 """
 
 from typing import Any, NamedTuple
@@ -23,34 +23,35 @@ from engrax.layers.common.segments import last_segment_after
 from engrax.models.contract import LinearHead, Model, Output
 from engrax.models.language_model import REMAT
 from engrax.models.model import ModelConfig
+from engrax.pallas_kernels.common.segments import FILLER, PADDING
 
 
 class Running(NamedTuple):
-    """Everything needed to continue at any position; its size does not depend on the number of segments."""
+    """The state for continuing at any position; its size does not depend on the number of segments."""
 
-    memory: Any  # what earlier segments left: the model's own, with a batch axis in every leaf
-    backbone: Any  # its state inside the running segment
-    recent: Int[Array, "B W"]  # the row's last W tokens, -1 where padding or another document stood
-    offset: Int[Array, " B"]  # tokens of the running segment so far
-    has_tokens: Bool[Array, " B"]  # the running segment holds a token of the row's last document
+    memory: Any  # the model's memory of earlier segments, with a batch axis in every leaf
+    backbone: Any  # its state inside the current segment
+    recent: Int[Array, "B W"]  # the row's last W tokens, -1 for padding or another document
+    offset: Int[Array, " B"]  # tokens of the current segment so far
+    has_tokens: Bool[Array, " B"]  # the current segment holds a token of the row's last document
     last_segment: Int[Array, " B"]
     segments_since_cut: Int[Array, " B"]  # segments since gradients through the memory were cut, below `bptt_segments`
 
 
 class Read(NamedTuple):
-    """What the backbone gives for the vectors of a segment, or of a part of one."""
+    """The backbone's results for the vectors of a segment or of a part of one."""
 
     hidden: Float[Array, "B S D"]
-    state: Any  # the backbone's, after the last vector
-    made: Any  # what its layers made for `update_memory`
+    state: Any  # the backbone's state after the last vector
+    made: Any  # results of its layers for `update_memory`
     aux: Float[Array, " B"]  # its auxiliary loss
     collected: dict[str, Array]  # its diagnostics
 
 
 class SegmentRecurrent(Model):
-    """Base of the models: embeds and reads through the backbone's `embed`, `encode`, `init_memory` and `head`."""
+    """Base class of the models; it uses the backbone's `embed`, `encode`, `init_memory` and `head`."""
 
-    insert_at: int | None = None  # tokens of a segment before `infix` puts something in
+    insert_at: int | None = None  # tokens of a segment before the infix
     start_axis: int = 0  # batch axis of the leaves of `start_memory`
 
     def __init__(self, config: ModelConfig, backbone: Model):
@@ -58,18 +59,18 @@ class SegmentRecurrent(Model):
 
     @property
     def width(self) -> int:
-        """Of the backbone's vectors."""
+        """The width of the backbone's vectors."""
         return jax.eval_shape(lambda: self.backbone.embed(jnp.zeros((1, 1), jnp.int32))).shape[-1]
 
-    # The hooks. `memory` is the model's own; vectors are [B, S, D].
+    # The hooks. `memory` is that of the model; vectors are [B, S, D].
 
     def start_memory(self, batch_size: int) -> Any:
-        """The memory of a document that begins."""
+        """The memory at the start of a document."""
         raise NotImplementedError
 
     def prefix(self, memory: Any, recent: Int[Array, "B W"], ahead: Int[Array, "B A"]) -> tuple[Any, Array, Array]:
-        """(memory, vectors before the segment's first token, which of them count [B, S]); `ahead` are the tokens of
-        the segment that are known by then, of no use to a causal model."""
+        """(memory, vectors before the segment's first token, mask of valid ones [B, S]); `ahead` are the tokens of the
+        segment in this call, which a causal model must not use."""
         raise NotImplementedError
 
     def infix(self, memory: Any, recent: Int[Array, "B W"]) -> tuple[Any, Array]:
@@ -81,14 +82,14 @@ class SegmentRecurrent(Model):
         raise NotImplementedError
 
     def update_memory(self, memory: Any, hidden_BSD: Float[Array, "B S D"], made: Any) -> Any:
-        """The memory after a segment, from the backbone's hidden states at the closing slots."""
+        """The memory after a segment, from the backbone's hidden states at the suffix."""
         raise NotImplementedError
 
     def read(
         self, x_BSD, ids: Int[Array, "B S"], state: Any, memory: Any, owner: Int[Array, " B"], call: "Call"
     ) -> Read:
-        """The backbone over vectors. The memory belongs to the document `owner`; the last `call.closing` vectors are
-        the suffix."""
+        """Runs the backbone over vectors. The memory belongs to the document `owner`; the last `call.closing` vectors
+        are the suffix."""
         out = self.backbone.encode(x_BSD, state, segment_ids=ids, collect=call.collect, mute=call.mute)
         return Read(out.hidden, out.memory, None, out.aux_loss, out.collected)
 
@@ -96,17 +97,17 @@ class SegmentRecurrent(Model):
         """Diagnostics of the memory between segments."""
         return {}
 
-    # What every model of this kind does alike.
+    # Shared by all segment-recurrent models.
 
     def init_memory(self, batch_size: int) -> Running:
-        """The state every row starts from."""
+        """The initial state of every row."""
         recent = jnp.full((batch_size, self.config.recent_tokens), -1, jnp.int32)
         none = jnp.zeros((batch_size,), jnp.int32)
         return Running(
             memory=self.start_memory(batch_size),
             backbone=self.backbone.init_memory(batch_size),
             recent=recent,
-            offset=np.zeros(batch_size, np.int32),  # known when traced: the first call is cut into whole segments
+            offset=np.zeros(batch_size, np.int32),  # NumPy, so known when traced: the first call starts at 0
             has_tokens=none > 0,
             last_segment=none - 1,
             segments_since_cut=none,
@@ -123,49 +124,50 @@ class SegmentRecurrent(Model):
     ) -> Output:
         """Returns the hidden states of the tokens and the state after the last one; None starts from an empty memory.
 
-        `mute` leaves out the reads of the backbone's mixers, and under the model's own name (or "*") what earlier
-        segments left. `collect` returns the backbone's diagnostics (means over whole segments; values of tokens by
-        token) and, under the model's own name, those of the memory between segments: of rows that start from an empty
-        memory, `{}` where rows continue.
+        `mute` removes the memory reads of the backbone's mixers and, under the model's own name (or "*"), the memory
+        between segments. `collect` returns the backbone's diagnostics (means over whole segments; values per token
+        stay per token) and, under the model's own name, those of the memory between segments, if rows start from an
+        empty memory; if they continue, `{}`.
         """
         name = self.config.registered_name
         run = SegmentRunner(self, len(tokens_BT), collect if memory is None else (), mute)
         state = run.start if memory is None else memory
         if segment_ids is None:
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], tokens_BT.shape)
+        segment_ids = jnp.where(segment_ids == PADDING, FILLER, segment_ids)  # padding has a place in its segment
         hidden, state, aux, collected = run(state, tokens_BT, segment_ids)
         if run.call.collect and (name in collect or "*" in collect):
             collected = collected | self.own_report(tokens_BT, segment_ids)
         return Output(hidden, state, aux, collected)
 
     def memory_axes(self, memory: Running) -> Running:
-        """0 but for the backbone's leaves, and those of a memory with one part per block."""
+        """0, except for the backbone's leaves and those of a memory with one part per block."""
         zero = jax.tree.map(lambda _: 0, memory)
         own = jax.tree.map(lambda _: self.start_axis, memory.memory)
         backbone = None if memory.backbone is None else self.backbone.memory_axes(memory.backbone)
         return zero._replace(memory=own, backbone=backbone)
 
     def at_call_length(self, memory: Running, length: int) -> Running:
-        """Where every call is a number of whole segments, all rows are at the start of one, and one path is traced."""
+        """If all calls are whole segments, all rows are at the start of one, and a single path is traced."""
         if length % self.config.segment_length:
             return memory
         return memory._replace(offset=np.zeros(memory.offset.shape, np.int32))
 
     def head(self, hidden_BTD: Float[Array, "B T D"]) -> LinearHead:
-        """The backbone's."""
+        """The head of the backbone."""
         return self.backbone.head(hidden_BTD)
 
 
 class Call(NamedTuple):
-    """What is static about a read of the backbone."""
+    """Static settings of a backbone call."""
 
     collect: tuple[str, ...] = ()
     mute: tuple[str, ...] = ()
-    closing: int = 0  # vectors of the suffix
+    closing: int = 0  # number of suffix vectors
 
 
 class SegmentRunner:
-    """One call of a segment-recurrent model over rows that may stand at different places of their segments."""
+    """One call of a segment-recurrent model; rows may be at different offsets in their segments."""
 
     def __init__(self, model: SegmentRecurrent, batch_size: int, collect: tuple[str, ...] = (), mute=()):
         self.model, self.config = model, model.config
@@ -177,8 +179,10 @@ class SegmentRunner:
         self.forgets = own in mute or "*" in mute
 
     def __call__(self, state: Running, tokens, ids) -> tuple[Array, Running, Array, dict[str, Array]]:
-        """(hidden, state, auxiliary loss, diagnostics). All rows at offset 0: segment by segment. At offsets that all
-        sub-blocks of m tokens share: by m tokens. Else token by token; there nothing is collected."""
+        """Returns (hidden, state, auxiliary loss, diagnostics).
+
+        If all rows are at offset 0, it runs segment by segment; if all offsets are multiples of a block size, block by
+        block; otherwise token by token. Only the first path collects diagnostics."""
         T, L = tokens.shape[1], self.length
         if isinstance(state.offset, np.ndarray) and not state.offset.any():
             return self.from_grid(state, tokens, ids)
@@ -192,7 +196,7 @@ class SegmentRunner:
         return jax.lax.cond(on_grid, fast, lambda *args: self.by_blocks(*args, 1), state, tokens, ids)
 
     def from_grid(self, state: Running, tokens, ids):
-        """Whole segments, then the rest of the row; all rows at offset 0."""
+        """Whole segments, then the rest of the row; all rows are at offset 0."""
         T = tokens.shape[1]
         whole = T // self.length * self.length
         state = state._replace(backbone=None, offset=jnp.zeros(len(tokens), jnp.int32))
@@ -211,7 +215,7 @@ class SegmentRunner:
         return jnp.concatenate(hidden, axis=1), state, aux, collected
 
     def segments(self, state: Running, tokens, ids):
-        """Scans whole segments; the backward pass keeps only the memory before every `bptt_segments`.
+        """Scans whole segments; for the backward pass only the memory before every `bptt_segments` is kept.
 
         Returns (state, (hidden, mean auxiliary loss, diagnostics))."""
         B, T = tokens.shape
@@ -243,7 +247,7 @@ class SegmentRunner:
         return state, (jnp.moveaxis(hidden, 0, 1).reshape(B, T, -1), jnp.mean(aux, axis=0), collected)
 
     def segment(self, state: Running, tokens, ids):
-        """All rows from offset 0: a whole segment in one call of the backbone, or the beginning of one.
+        """A whole segment, or the first part of one, in one backbone call; all rows are at offset 0.
 
         Returns (state, (hidden, auxiliary loss, diagnostics))."""
         model, at, n = self.model, self.model.insert_at, tokens.shape[1]
@@ -253,7 +257,7 @@ class SegmentRunner:
         memory, opening, counts = model.prefix(state.memory, state.recent, self.ahead(tokens, ids, owner))
         state = state._replace(memory=memory)
         embedded = model.backbone.embed(tokens)
-        pieces = [(opening, jnp.where(counts, owner[:, None], -1))]
+        pieces = [(opening, _owned(owner, counts))]
         first = at if at is not None and n > at else 0
         if first:
             state = self.take(state, tokens[:, :first], ids[:, :first])
@@ -271,14 +275,14 @@ class SegmentRunner:
         else:
             state = state._replace(backbone=read.state, offset=state.offset + n)
         end, spans = opening.shape[1], []
-        for size in (first, n - first):  # the infix, if any, lies between
+        for size in (first, n - first):  # the infix, if any, is between them
             spans.append(slice(end, end + size))
             end += size + (pieces[2][0].shape[1] if first else 0)
         collected = {name: _of_tokens(values, x.shape[:2], spans) for name, values in read.collected.items()}
         return state, (jnp.concatenate([read.hidden[:, span] for span in spans], axis=1), read.aux, collected)
 
     def by_blocks(self, state: Running, tokens, ids, size: int):
-        """Blocks of `size` tokens; a segment ends in a block only at its last token."""
+        """Runs blocks of `size` tokens; segments end only at the end of a block."""
         B, T = tokens.shape
         if T == size:
             state, (hidden, aux) = self.block(state, tokens, ids)
@@ -288,13 +292,13 @@ class SegmentRunner:
         def step(state, x):
             return self.block(state, *x)
 
-        # What a block computes would be kept for the backward pass even where another path is taken (`__call__`).
+        # Without it, residuals of a block would be kept for the backward pass even if `__call__` takes another path.
         step = jax.checkpoint(step, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
         state, (hidden, aux) = jax.lax.scan(step, state, xs)
         return jnp.moveaxis(hidden, 0, 1).reshape(B, T, -1), state, jnp.mean(aux, axis=0), {}
 
     def block(self, state: Running, tokens, ids) -> tuple[Running, tuple[Array, Array]]:
-        """Some tokens of a segment, in rows at different offsets: (state, (hidden, auxiliary loss))."""
+        """Some tokens of a segment, with rows at different offsets: (state, (hidden, auxiliary loss))."""
         model = self.model
         state = self.enter(state, ids[:, 0], state.offset == 0)
         ahead = self.ahead(tokens, ids, state.last_segment)
@@ -308,11 +312,11 @@ class SegmentRunner:
         return self.where(state.offset == self.length, self.finish, state), (read.hidden, read.aux)
 
     def begin(self, state: Running, ahead) -> Running:
-        """The opening, read from the backbone's empty state."""
+        """The prefix, read from the backbone's empty state."""
         memory, opening, counts = self.model.prefix(state.memory, state.recent, ahead)
         backbone = self.start.backbone
         if opening.shape[1]:
-            ids = jnp.where(counts, state.last_segment[:, None], -1)
+            ids = _owned(state.last_segment, counts)
             backbone = self.model.read(opening, ids, None, memory, state.last_segment, self.call).state
         return state._replace(memory=memory, backbone=backbone)
 
@@ -330,13 +334,13 @@ class SegmentRunner:
         return self.leave(state, read.hidden, read.made)
 
     def enter(self, state: Running, first_id: Int[Array, " B"], at: Bool[Array, " B"]) -> Running:
-        """Rows `at` the start of a segment: a document that starts there has no memory; gradients are cut if due."""
+        """Starts a segment in the rows `at`: a new document gets an empty memory; gradients are cut if due."""
         last = state.last_segment
         anew = at & (first_id >= 0) & (last >= 0) & (first_id != last)
         if self.forgets:  # muted: every segment starts from an empty memory
             anew = anew | at
         memory = state.memory
-        if self.config.bptt_segments is not None:  # what a document starts from is a parameter: it keeps its gradient
+        if self.config.bptt_segments is not None:  # a document's initial memory is a parameter and keeps its gradient
             cut = at & (state.segments_since_cut == 0) & (last >= 0)
             memory = self.select(cut, jax.lax.stop_gradient(memory), memory)
         memory = self.select(anew, self.start.memory, memory)
@@ -348,7 +352,7 @@ class SegmentRunner:
         )
 
     def take(self, state: Running, tokens, ids) -> Running:
-        """What is remembered of tokens by themselves; where another document has begun, its memory is empty."""
+        """Updates the state from the tokens; if a new document has started, its memory is empty."""
         last = last_segment_after(state.last_segment, ids)
         changed = (state.last_segment >= 0) & (last != state.last_segment)
         own = (ids == last[:, None]) & (ids >= 0)
@@ -363,7 +367,7 @@ class SegmentRunner:
         )
 
     def leave(self, state: Running, hidden, made) -> Running:
-        """The end of a segment: its memory is written where it held a token of the row's last document."""
+        """Ends a segment: the memory is written if the segment holds a token of the row's last document."""
         written = self.model.update_memory(state.memory, hidden, made)
         segments_since_cut = (
             state.segments_since_cut
@@ -377,15 +381,15 @@ class SegmentRunner:
         )
 
     def ahead(self, tokens, ids, owner):
-        """The document's tokens, -1 for all others."""
+        """The tokens of the document, -1 for all others."""
         return jnp.where((ids == owner[:, None]) & (ids >= 0), tokens, -1)
 
     def of_last(self, state: Running, x):
-        """Segment ids of vectors that belong to the row's last document."""
-        return jnp.broadcast_to(state.last_segment[:, None], x.shape[:2])
+        """Segment ids for vectors of the row's last document."""
+        return _owned(state.last_segment, jnp.ones(x.shape[:2], bool))
 
     def where(self, rows: Bool[Array, " B"], change, state: Running) -> Running:
-        """`change(state)` in some rows; not computed where there are none."""
+        """`change(state)` in the given rows; not computed if there are none."""
 
         def some(state):
             new = change(state)
@@ -403,14 +407,14 @@ class SegmentRunner:
 
 
 def _of_tokens(values: Array, slots: tuple[int, int], spans: list[slice]) -> Array:
-    """A diagnostic [repeat, B, S, ...] of every slot at the slots of tokens alone; others as they are."""
+    """Restricts a diagnostic [repeat, B, S, ...] to the slots of tokens; diagnostics of other shapes are unchanged."""
     if values.shape[1:3] != slots:
         return values
     return jnp.concatenate([values[:, :, span] for span in spans], axis=2)
 
 
 def _over_segments(values: Array, rows: int, length: int) -> Array:
-    """A diagnostic of every segment [N, repeat, ...]: by token [repeat, B, T, ...], or the mean over segments."""
+    """A diagnostic of all segments [N, repeat, ...]: per token [repeat, B, T, ...], or the mean over segments."""
     if values.shape[2:4] != (rows, length):
         return jnp.mean(values, axis=0)
     values = jnp.moveaxis(values, 0, 2)
@@ -418,7 +422,7 @@ def _over_segments(values: Array, rows: int, length: int) -> Array:
 
 
 def _with_rest(whole: dict[str, Array], rest: dict[str, Array], rows: int, done: int, length: int) -> dict[str, Array]:
-    """The diagnostics of whole segments, with the tokens of an incomplete last one; its own where there is no whole."""
+    """Diagnostics of whole segments and of the tokens of an incomplete last one, or of that one alone."""
     if not done:
         return rest
     at_tokens = {name for name, values in rest.items() if values.shape[1:3] == (rows, length)}
@@ -428,8 +432,13 @@ def _with_rest(whole: dict[str, Array], rest: dict[str, Array], rows: int, done:
     }
 
 
+def _owned(owner: Int[Array, " B"], counts: Bool[Array, "B S"]) -> Int[Array, "B S"]:
+    """Segment ids of vectors of the document `owner`. Those that do not count keep their places."""
+    return jnp.where(counts & (owner >= 0)[:, None], owner[:, None], FILLER)
+
+
 def _select(rows, when_true, when_false, axes):
-    """`jnp.where` over the rows of two trees, their batch axis 0 or as `axes` says, in the second one's dtypes."""
+    """`jnp.where` over the rows of two trees with batch axis 0 or `axes`, in the dtypes of the second tree."""
     axes = jax.tree.map(lambda leaf: 0, when_false) if axes is None else axes
 
     def pick(a, b, axis):

@@ -5,8 +5,8 @@
       mean, max         of h_i W over i
       gated_attention   sum_i a_i h_i W,  a = softmax_i(w . (tanh(h_i V) * sigmoid(h_i U)))  (arXiv 1802.04712)
 
-Bags are no token rows and carry no memory, so a set classifier is no language model: it has its own small contract,
-`logits = model(bags, mask=None)`, and is not among MODELS.
+Bags are not token rows and have no memory, so a set classifier is not a language model. Its contract is
+`logits = model(bags, mask=None)`, and it is not in MODELS.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class SetClassifierConfig:
     pooling: Literal["hopfield", "mean", "max", "gated_attention"] = "hopfield"
     width: int = 32  # of gated attention's V and U, and of W under mean and max
     hopfield: AssociationConfig = AssociationConfig(heads=4, head_dim=8)  # of the pooling "hopfield"
-    queries: int = 1  # learned states of the pooling "hopfield"
+    queries: int = 1  # learned query states of the pooling "hopfield"
 
     def __post_init__(self):
         if self.pooling not in POOLINGS:
@@ -46,7 +46,7 @@ class SetClassifierConfig:
 
 
 class SetClassifier(nnx.Module):
-    """bags [B, M, F] -> logits [B, C]; the order of instances does not matter."""
+    """bags [B, M, F] -> logits [B, C], independent of the order of instances."""
 
     def __init__(self, config: SetClassifierConfig, *, rngs: nnx.Rngs):
         self.config = c = config
@@ -65,11 +65,11 @@ class SetClassifier(nnx.Module):
         self.head = projection(pooled, c.classes, ("embed", "classes"), rngs=rngs, bias=True)
 
     def __call__(self, bags_BMF: Float[Array, "B M F"], mask: Bool[Array, "B M"] | None = None) -> Float[Array, "B C"]:
-        """Class scores; mask: True = an instance of the bag, every bag having at least one."""
+        """Class scores; mask: True = an instance of the bag. Every bag needs at least one."""
         return self.head(self.pooled(bags_BMF, mask))
 
     def pooled(self, bags_BMF, mask=None) -> Float[Array, "B E"]:
-        """The vector that stands for a bag."""
+        """The vector that represents a bag."""
         h = jax.nn.gelu(self.embed(bags_BMF))
         mask = jnp.ones(h.shape[:2], bool) if mask is None else mask
         if self.config.pooling == "hopfield":

@@ -1,4 +1,4 @@
-"""Language models of the segment caches: Transformer-XL and Memorizing Transformer."""
+"""Language models with segment caches: Transformer-XL and Memorizing Transformer."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from engrax.models.model import MODELS
 @MODELS.register("transformer_xl")
 @dataclasses.dataclass(frozen=True)
 class TransformerXLModelConfig(LanguageModelConfig):
-    """Every block attends to its segment and the one before (arXiv 1901.02860)."""
+    """Every block attends to its segment and the previous one (arXiv 1901.02860)."""
 
     mixers: tuple[MixerConfig, ...] = (TransformerXLConfig(),)
 
@@ -22,8 +22,8 @@ class TransformerXLModelConfig(LanguageModelConfig):
 @MODELS.register("memorizing_transformer")
 @dataclasses.dataclass(frozen=True)
 class MemorizingTransformerConfig(LanguageModelConfig):
-    """Transformer-XL in which the last block of every pattern also has its nearest neighbours (arXiv 2203.08913); the
-    paper has one such block among twelve."""
+    """Transformer-XL whose last block of every pattern also attends to nearest neighbours (arXiv 2203.08913); the paper
+    has one such block in twelve."""
 
     mixers: tuple[MixerConfig, ...] = (TransformerXLConfig(), MemorizingConfig())
 

@@ -96,7 +96,7 @@ class GatedDecay(nnx.Module):
         if self.fault == "padding written":
             ids = jax.lax.cummax(jnp.maximum(ids, before[:, None]), axis=1)
         wide = self.init_state(1)["h"].dtype
-        u, a = self._leaking(self.write(x).astype(wide)), jax.nn.sigmoid(self.gate(x).astype(wide) + self.bias[...])
+        u, a = self._leaking(self.write(x).astype(wide)), self._decay(self.gate(x).astype(wide) + self.bias[...])
         carry = (state["h"], state["tail"], before)
         carry, h = jax.lax.scan(self._token, carry, (u.swapaxes(0, 1), a.swapaxes(0, 1), ids.T))
         h = h.swapaxes(0, 1)
@@ -111,7 +111,7 @@ class GatedDecay(nnx.Module):
         real = segment >= 0
         anew = (real & (last >= 0) & (segment != last))[:, None]
         tail = jnp.where(anew[..., None], 0, tail)
-        kept = h if self.fault == "documents leak" else jnp.where(anew, 0, h)
+        kept = h if self.fault.startswith("documents leak") else jnp.where(anew, 0, h)
         written = (a * kept + u + 0.5 * tail[:, 1] + 0.25 * tail[:, 0]).astype(h.dtype)
         shifted = jnp.concatenate([tail[:, 1:], u[:, None]], axis=1)
         if self.fault == "padding fills the tail":
@@ -144,6 +144,9 @@ class GatedDecay(nnx.Module):
             mean = jnp.mean(u, axis=0, keepdims=True)
             return u + (mean - jax.lax.stop_gradient(mean))
         return u
+
+    def _decay(self, logits):
+        return jax.nn.sigmoid(logits)
 
     def _spare(self):
         if self.fault == "dead parameter":

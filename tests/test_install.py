@@ -209,3 +209,39 @@ def test_the_wheel_declares_what_users_ask_for(wheel):
     needed = " ".join(value for name, value in fields if name == "Requires-Dist" and "extra ==" not in value)
     assert all(name in needed for name in ("tensorflow-datasets", "scipy", "jinja2"))
     assert "tensorflow>=" not in needed and "torch" not in needed
+
+
+MIXER = """
+import dataclasses
+import engrax, jax.numpy as jnp
+from flax import nnx
+
+@engrax.register("sum_so_far")
+@dataclasses.dataclass(frozen=True)
+class SumConfig(engrax.MixerConfig):
+    def build(self, dim, *, rngs, layer=0, num_layers=1):
+        return Sum(self, dim, rngs=rngs)
+
+class Sum(nnx.Module):
+    def __init__(self, config, dim, *, rngs):
+        self.dim, self.write = dim, nnx.Linear(dim, dim, rngs=rngs)
+
+    def init_state(self, batch_size):
+        return jnp.zeros((batch_size, self.dim), self.write.kernel.dtype)
+
+    def __call__(self, x, state=None, segment_ids=None):
+        y = jnp.cumsum(self.write(x), axis=1) + (0 if state is None else state[:, None])
+        return y, y[:, -1].astype(x.dtype)
+"""
+
+# As where nothing but what engrax needs is installed: the environment of the tests has these.
+WITHOUT_TESTS = "import sys; sys.modules |= dict.fromkeys(('pytest', 'beartype', '_pytest')); from engrax import cli; "
+
+
+def test_the_laws_come_with_the_wheel(ordinary, tmp_path):
+    """`engrax check` needs neither the tests nor what they need; it finds that the mixer does not know documents."""
+    (tmp_path / "sum.py").write_text(MIXER)
+    check = "code = cli.main(['check', 'sum.py', '--law', 'causality', '--law', 'packing.apart']); print('code', code)"
+    output = run([ordinary, "-c", WITHOUT_TESTS + check], tmp_path)
+    assert "causality.jacobian" in output and "holds" in output
+    assert "sum_so_far: packing.apart broken at row" in output and "code 1" in output

@@ -60,8 +60,8 @@ def test_gla_with_equal_gates_is_mamba2s_scan(x64, rng):
     C, B, step_u, mamba_terms = jitted(mamba, "tokens", x, q, k, v, start)
     memory = gla.init_state(ROWS)
     np.testing.assert_allclose(terms["g"], np.repeat(mamba_terms["g"][..., None], 4, axis=-1), atol=1e-13)
-    wanted, _ = gla.attend(2 * C, B, step_u, terms, memory, None)  # GLA reads with q / sqrt(4)
-    found, _ = mamba.attend(C, B, step_u, mamba_terms | {"scale": 1.0}, memory, None)
+    wanted, _ = gla.apply_operation(2 * C, B, step_u, terms, memory, None)  # GLA reads with q / sqrt(4)
+    found, _ = mamba.apply_operation(C, B, step_u, mamba_terms | {"scale": 1.0}, memory, None)
     np.testing.assert_allclose(found, wanted, atol=1e-12)
     assert np.abs(wanted).max() > 0.1
 
@@ -83,10 +83,10 @@ def test_retnet_is_linear_attention_with_a_constant_decay(x64, rng):
     x, memory, t = inputs(rng), retnet.init_state(ROWS), np.arange(LENGTH)[:, None, None]
     q, k, v, _ = jitted(retnet, "_project", x, retnet.init_state(ROWS).tail, None)
     q, k, v, terms = jitted(retnet, "tokens", x, q, k, v, np.zeros((ROWS, 1), np.int32))
-    found, _ = retnet.attend(q, k, v, terms, memory, None)
+    found, _ = retnet.apply_operation(q, k, v, terms, memory, None)
     gamma = (1 - 2.0 ** (-5.0 - np.arange(4)))[:, None]
     q, k = (np.repeat(y, 2, axis=2) for y in (q, k))
-    wanted, _ = linear.attend(q * gamma**t, k * gamma**-t, v, {}, memory, None)
+    wanted, _ = linear.apply_operation(q * gamma**t, k * gamma**-t, v, {}, memory, None)
     np.testing.assert_allclose(found, wanted, atol=1e-12)
 
 
@@ -96,7 +96,7 @@ def test_hgrn2_is_gla_with_keys_one_minus_forget(x64, rng):
     q, k, v, _ = jitted(hgrn2, "_project", x, start.tail, None)
     q, k, v, terms = jitted(hgrn2, "tokens", x, q, k, v, np.zeros((ROWS, 1), np.int32))
     np.testing.assert_allclose(k, 1 - np.exp(terms["g"]), atol=1e-14)
-    wanted, _ = gla.attend(q, 1 - jnp.exp(terms["g"]), v, terms, start, None)
+    wanted, _ = gla.apply_operation(q, 1 - jnp.exp(terms["g"]), v, terms, start, None)
     np.testing.assert_allclose(jitted(hgrn2, "_mix", x, None, None)[0], wanted, atol=1e-12)
 
 
@@ -189,7 +189,7 @@ def test_flops_count_every_projection_and_the_report_is_finite(name):
     memory = 0.0
     for m in config.matrices:
         sizes = dict(heads=m.heads, query_heads=m.query_heads, key=m.key, value=m.value)
-        memory += config.rule.flops(batch=1, seq=64, chunk_size=4, **sizes).forward / 64
+        memory += config.operation_flops(batch=1, seq=64, chunk_size=4, **sizes) / 64
     if name == "prefix_linear_attention":
         memory *= 1.5  # forwards with twice the heads, and backwards
     if name == "infini_attention":

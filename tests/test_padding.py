@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from engrax.laws import LAWS, Breach, Subject
 from engrax.laws.breach import close, close_trees
-from engrax.layers import AttentionConfig, HopfieldConfig
+from engrax.layers import MIXERS, AttentionConfig, HopfieldConfig
+from engrax.layers.common import conv
 from engrax.layers.common.segments import first_real_segment, newest
 from engrax.pallas_kernels import NeuralMemoryState, gated_delta_rule, linear_attention, neural_memory
 from engrax.pallas_kernels.common.segments import row_lengths
@@ -26,15 +28,14 @@ def test_lengths_count_filler_and_no_padding():
     assert newest(joined, 2, None).tolist() == [[3, 4]] * 5
 
 
-@pytest.mark.parametrize(
-    "config", [AttentionConfig(heads=2, head_dim=4, capacity=12), HopfieldConfig(heads=2, head_dim=4, capacity=12)]
-)
-def test_padding_takes_no_slot_of_a_full_cache(config, x64):
+@pytest.mark.parametrize("kind", [AttentionConfig, HopfieldConfig])
+def test_padding_takes_no_slot_of_a_full_cache(kind, x64):
     """9 tokens padded to 12 and 3 padded to 7 fill 12 slots; gradients through the padding behind them are finite."""
-    module = config.build(16, rngs=nnx.Rngs(0))
+    module = kind(heads=2, head_dim=4, capacity=12).build(16, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 12, 16), jnp.float64)
-    wanted, state = module(x)
+    wanted, state = jax.jit(module)(x)
 
+    @jax.jit
     def run(x):
         a, b = jnp.pad(x[:, :9], ((0, 0), (0, 3), (0, 0))), jnp.pad(x[:, 9:], ((0, 0), (0, 4), (0, 0)))
         first, between = module(a, None, jnp.array([[0] * 9 + [-1] * 3], jnp.int32))
@@ -44,7 +45,14 @@ def test_padding_takes_no_slot_of_a_full_cache(config, x64):
     found, after = run(x)
     close(found, wanted, "outputs", 1e-12)
     close_trees(after, state, "the state", 1e-12)
-    assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(run(x)[0] ** 2))(x)))
+    assert np.all(np.isfinite(jax.jit(jax.grad(lambda x: jnp.sum(run(x)[0] ** 2)))(x)))
+
+
+def test_a_tail_that_ends_with_the_call_is_noticed(x64, monkeypatch):
+    """When a convolution's tail ends with the call, not with the row's last token, then law 9 is broken."""
+    monkeypatch.setattr(conv, "row_lengths", lambda ids: jnp.full(len(ids), ids.shape[1], jnp.int32))
+    with pytest.raises(Breach):
+        LAWS["padding.nothing"](Subject(MIXERS["gated_convolution"].examples()[0], thorough=False), False)
 
 
 def operation(name, rng, length):

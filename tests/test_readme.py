@@ -2,22 +2,7 @@
 
 import re
 
-LAWS = """
-import sys
-import jax
-from engrax import plugins
-module = plugins.load(sys.argv[1])
-from engrax.layers import MIXERS
-from engrax.laws import LAWS
-from engrax.laws import Subject
-with jax.enable_x64(True):
-    subject = Subject(MIXERS["leaky"]())
-    for name in ("state.shapes", "state_carry.cuts", "causality.finite_change", "independence.rows", "packing.apart"):
-        LAWS[name](subject)
-        print("obeys", name)
-"""
-
-TRAIN = "import sys; from engrax import cli; sys.exit(cli.main(sys.argv[1:]))"
+COMMAND = "import sys; from engrax import cli; sys.exit(cli.main(sys.argv[1:]))"
 
 
 def blocks(root, language):
@@ -28,9 +13,10 @@ def test_the_memory_of_the_readme_obeys_the_laws_and_trains(root, tmp_path, run_
     (source,) = [block for block in blocks(root, "python") if "@engrax.register" in block]
     path = tmp_path / "leaky.py"
     path.write_text(source)
-    assert "obeys packing.apart" in run_python(LAWS, devices=1, args=[path])
+    laws = [word for law in ("state", "causality", "independence", "packing") for word in ("--law", law)]
+    assert "all laws hold" in run_python(COMMAND, devices=1, args=["check", path, *laws])
     small = ["--steps", "2", "--data.seq-len", "32", "--batch-size", "4", "--eval.batches", "1"]
-    out = run_python(TRAIN, devices=1, args=["train", path, "--run-dir", tmp_path / "run", *small])
+    out = run_python(COMMAND, devices=1, args=["train", path, "--run-dir", tmp_path / "run", *small])
     assert "finished step 2" in out
 
 

@@ -134,7 +134,7 @@ UNKNOWN = {
     "optimizer": (dict(optimizer=OwnOptimizer()), "OwnOptimizer is not registered"),
     "schedule": (dict(optimizer=SGDConfig(schedule=OwnSchedule())), "OwnSchedule is not registered"),
     "evaluator": (dict(eval=OwnEvaluator()), "OwnEvaluator is not registered"),
-    "no registered kind": (dict(eval=OwnEval()), "eval is a OwnEval, which a saved run would not bring back"),
+    "no registered kind": (dict(eval=OwnEval()), "eval is a OwnEval, which a saved run could not restore"),
     "no JSON": (dict(seed={1}), "which JSON cannot carry"),
     "another type": (dict(steps=3.5), "steps=3.5 is not of the type wanted: int"),
 }

@@ -156,7 +156,7 @@ def test_backbones_of_other_layouts_serve():
         (dict(recall="of"), "did you mean 'off'"),
         (dict(bptt_segments=0), "bptt_segments=0 must be at least 1"),
         (dict(remat="dot"), "did you mean 'dots'"),
-        (dict(backbone=RMTConfig()), "rmt recurs over segments itself"),
+        (dict(backbone=RMTConfig()), "rmt is segment-recurrent itself"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(change, says):

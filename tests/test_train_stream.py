@@ -229,7 +229,7 @@ def test_a_carried_row_goes_on_for_ever(text):
         (of(HopfieldConfig(capacity=7)), "capacity=7"),
         (of(windowed, layout=placed), "layout.positions=64"),
     ):
-        with pytest.raises(UserError, match=f"carry_memory: a carried row goes on for ever.*{told}"):
+        with pytest.raises(UserError, match=f"carry_memory: carried rows are unbounded.*{told}"):
             check(experiment(text, model=model))
         check(experiment(text, model=model, carry_memory=False))
         check(experiment(text, model=RMTConfig(backbone=model)))  # reads segment by segment

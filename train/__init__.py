@@ -43,7 +43,7 @@ class _CallablePackage(types.ModuleType):
         """Trains a config (an Experiment, a name, or the path of a .py file) in `run_dir`; resumes the run there.
 
         `fields` replace fields of the experiment, dots written as double underscores: `optimizer__learning_rate=1e-3`.
-        Returns `engrax.train.loop.Result`. Raises UserError for a mistake that the user can mend.
+        Returns `engrax.train.loop.Result`. Raises UserError for a mistake that the user can fix.
         """
         # The public face finds configs by name; this package must not import them.
         face = sys.modules[__name__.rpartition(".")[0]]

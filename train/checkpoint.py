@@ -19,9 +19,9 @@ from engrax.train.experiment import CheckpointConfig
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """The arrays of a tree under dotted names; a dot inside a key is written %2E.
+    """Returns {dotted name: array} for a tree; a dot inside a key is written %2E.
 
-    Raises ValueError where two arrays would have one name (the keys 0 and "0" of one dictionary).
+    Raises ValueError if two arrays would share a name (the keys 0 and "0" of one dictionary).
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)
     found = {}
@@ -34,8 +34,8 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any], like: Any) -> Any:
-    """The tree of the shape of `like` with the arrays of `flat`; arrays without entries are not stored and come back
-    empty. Raises ValueError naming an array that `flat` lacks."""
+    """Returns a tree with the structure of `like` and the arrays of `flat`. Arrays of size 0 are not stored and come
+    back empty. Raises ValueError naming an array that is missing from `flat`."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_variable)
 
     def one(path, leaf):
@@ -53,7 +53,7 @@ def _is_variable(x: Any) -> bool:
 
 
 def _not_empty(flat: dict[str, Any]) -> dict[str, Any]:
-    """The arrays that hold a value: Orbax refuses the others, and a memory may have some."""
+    """Drops arrays of size 0: Orbax refuses them, and a memory may contain some."""
     return {name: leaf for name, leaf in flat.items() if math.prod(leaf.shape)}
 
 
@@ -69,9 +69,9 @@ def _key(entry: Any) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder, newest and best kept as `config` says.
+    """The checkpoints of one run folder; `config` says how many of the newest and best are kept.
 
-    Without a config they are only read: a save that another process has under way is left alone.
+    Without a config they are only read: a save in progress in another process is not touched.
     """
 
     def __init__(self, run_dir: epath.PathLike, config: CheckpointConfig | None = None):
@@ -79,7 +79,7 @@ class Checkpoints:
         from absl import logging
         from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-        logging.set_verbosity(logging.ERROR)  # Orbax warns at every save that carries no validation loss
+        logging.set_verbosity(logging.ERROR)  # Orbax warns at every save without a validation loss
         self._ocp = ocp
         self.directory = epath.Path(run_dir) / "checkpoints"
         best = {"best_fn": _loss, "best_mode": "min"}
@@ -99,7 +99,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: Any, data_state: dict, metrics: dict[str, float] | None) -> None:
-        """Starts saving; blocks only while arrays are copied to the host. The write ends with a rename."""
+        """Starts a save and blocks only while arrays are copied to the host. A rename completes the write."""
         args = self._ocp.args.Composite(
             state=self._ocp.args.StandardSave(_not_empty(flatten(state))), data=self._ocp.args.JsonSave(data_state)
         )
@@ -110,7 +110,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def resolve(self, step: int | str | None) -> int:
-        """The checkpoint meant by None (newest), "best" or a number. Raises UserError where it is missing."""
+        """The step of the checkpoint None (newest), "best" or a number. Raises UserError if it does not exist."""
         steps = self.steps()
         if not steps:
             raise UserError(f"{self.directory} holds no checkpoint; train the run first.")
@@ -128,9 +128,9 @@ class Checkpoints:
         return int(step)
 
     def restore(self, like: Any, step: int) -> tuple[Any, dict]:
-        """(state, data position) of a step; `like` is a tree of ShapeDtypeStructs with shardings, any mesh.
+        """(state, data position) of a step; `like` is a tree of ShapeDtypeStructs with shardings of any mesh.
 
-        Raises UserError where shapes or names do not fit, naming the first parameter that differs.
+        Raises UserError naming the first parameter whose name or shape differs.
         """
         wanted = _not_empty(flatten(like))
         self._check(wanted, step)
@@ -182,7 +182,7 @@ class Checkpoints:
                 )
 
     def wait(self) -> None:
-        """Blocks until the save under way is committed."""
+        """Blocks until the save in progress is committed."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:

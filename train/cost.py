@@ -1,6 +1,6 @@
-"""What an experiment costs, known before step 0: parameters, FLOPs, the memory of a sequence and of the optimizer.
+"""The cost of an experiment, computed before step 0: parameters, FLOPs, bytes of sequence state and optimizer state.
 
-Nothing here allocates an array or needs the devices: shapes are traced, and the mesh is an abstract one.
+No arrays are allocated and no devices are needed: shapes are traced on an abstract mesh.
 """
 
 import math
@@ -20,23 +20,23 @@ from engrax.train.train_step import resolve_dtype
 
 
 def costs(experiment: Experiment, devices: int = 1) -> dict[str, Any]:
-    """The costs of an experiment, a JSON-able dict.
+    """Returns the costs of an experiment as a JSON-able dict.
 
     Args:
       experiment: any experiment.
-      devices: devices that the optimizer state would be spread over, where the config leaves their number open.
+      devices: number of devices for the optimizer state, if the config does not fix it.
 
     Returns:
       parameters: {"total": n, "by_part": {part: n}}, numbers.
-      flops_per_token: {"forward", "training"} for rows of data.seq_len tokens, the memories' updates included; training
-        is 3 times forward (two matrix products in the backward pass for each of the forward pass, without recomputing).
-        None where the model declares none.
+      flops_per_token: {"forward", "training"} for rows of data.seq_len tokens, memory updates included. Training is 3
+        times forward (two backward matrix products per forward product, without recomputation). None if the model
+        does not declare its FLOPs.
       training_flops: of all steps, or None.
-      state_bytes_per_sequence: {"total", "by_mixer"}: what one sequence carries from token to token, caches included,
-        in the compute dtype that the default device would use. Around a wrapped backbone, by_mixer also has "memory",
-        what segments leave; where in its segment the row is, counts in the total alone.
+      state_bytes_per_sequence: {"total", "by_mixer"}: state of one sequence, caches included, in the compute dtype of
+        the default device. For a wrapped backbone, by_mixer also has "memory", the memory between segments; the
+        position inside a segment counts in the total only.
       memory_per_device: {"devices", "zero", "parameter_bytes", "optimizer_bytes", "optimizer_bytes_unsharded"} under
-        the config's ZeRO stage; a config that fixes parallel.data fixes the number of devices.
+        the config's ZeRO stage. A config that fixes parallel.data fixes the number of devices.
     """
     model = nnx.eval_shape(lambda: models.build(experiment.model, rngs=nnx.Rngs(0)))
     params = nnx.state(model, nnx.Param)
@@ -44,7 +44,7 @@ def costs(experiment: Experiment, devices: int = 1) -> dict[str, Any]:
     tokens = experiment.steps * experiment.batch_size * seq_len
     try:
         forward = float(experiment.model.flops_per_token(seq_len))
-    except NotImplementedError:  # a model of the user's own need not declare it
+    except NotImplementedError:  # a user's model need not declare it
         forward = None
     return {
         "seq_len": seq_len,
@@ -63,7 +63,7 @@ def _count(tree: Any) -> int:
 
 
 def _parts(config: Any, params: dict[str, Any], prefix: str = "") -> dict[str, int]:
-    """Parameters by top-level part; a pattern's blocks, a wrapped backbone's too, are told apart by their mixer."""
+    """Parameter counts by top-level part; blocks, also those of a wrapped backbone, are split by mixer."""
     mixers = getattr(config, "mixers", ())
     parts: dict[str, int] = {}
     for name, part in params.items():
@@ -89,7 +89,7 @@ def _state_bytes(experiment: Experiment, model: nnx.Module) -> dict[str, Any] | 
 
 
 def _by_mixer(config: Any, memory: Any) -> dict[str, int]:
-    """Bytes by mixer; around a wrapped backbone, whose mixers hold a segment, "memory" is what segments leave."""
+    """Bytes by mixer; for a wrapped backbone, whose mixers hold one segment, "memory" is that between segments."""
     if hasattr(config, "backbone") and hasattr(memory, "backbone"):
         return {"memory": _bytes(memory.memory)} | _by_mixer(config.backbone, memory.backbone)
     mixers = getattr(config, "mixers", ())
@@ -105,7 +105,7 @@ def _bytes(tree: Any) -> int:
 
 
 def _device_bytes(experiment: Experiment, params: nnx.State, devices: int) -> dict[str, int]:
-    """Bytes of the training state on one device, sharded leaf by leaf as the trainer does it."""
+    """Bytes of the training state on one device, with the trainer's sharding of every leaf."""
     mesh = _mesh(experiment.parallel, devices)
     tx = optimizers.build(experiment.optimizer, experiment.steps, params)
     specs = sharding.state_specs(tx, params, experiment.parallel, mesh)
@@ -120,7 +120,7 @@ def _device_bytes(experiment: Experiment, params: nnx.State, devices: int) -> di
 
 
 def _mesh(config: ParallelConfig, devices: int) -> AbstractMesh:
-    """The mesh that the config asks for; where it leaves `data` open, over `devices`, and over no less than `fsdp`."""
+    """The config's mesh; if `data` is open, a mesh over `devices` devices, but at least `fsdp`."""
     data = max(devices // config.fsdp, 1) if config.data == -1 else config.data
     return AbstractMesh((data, config.fsdp, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
 
@@ -136,14 +136,14 @@ def _sharded_bytes(tree: Any, specs: Any, mesh: AbstractMesh) -> int:
 
 
 def format_costs(found: dict[str, Any]) -> str:
-    """The costs as a table of plain text, for a terminal."""
+    """The costs as a plain-text table for a terminal."""
     rows = cost_rows(found)
     left, right = (max(len(row[i]) for row in rows) for i in (0, 1))
     return "\n".join(f"{name:<{left}}  {value:>{right}}" for name, value in rows)
 
 
 def cost_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The costs as (name, value with its unit): what `format_costs` and the evaluation's report print."""
+    """The costs as (name, value with unit), for `format_costs` and the evaluation report."""
     rows = [("parameters", f"{found['parameters']['total']:,}")]
     rows += [(f"  {part}", f"{count:,}") for part, count in found["parameters"]["by_part"].items()]
     flops = found["flops_per_token"]
@@ -170,7 +170,7 @@ def cost_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def quantity(value: float | int, unit: str) -> str:
-    """A number with an SI prefix: 1234567, "FLOP" -> "1.23 MFLOP"; counts of things read "1.23 M tokens"."""
+    """A number with an SI prefix: 1234567, "FLOP" -> "1.23 MFLOP"; for counts, "1.23 M tokens"."""
     for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             gap = "" if unit.isupper() else " "

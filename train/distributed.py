@@ -1,4 +1,4 @@
-"""Starting several processes, and agreeing to stop."""
+"""Joining several processes, and stopping them at the same step."""
 
 import os
 import signal
@@ -12,10 +12,10 @@ from engrax.errors import UserError
 
 
 def start() -> None:
-    """Joins the other processes where ENGRAX_DISTRIBUTED=1.
+    """Joins the other processes if ENGRAX_DISTRIBUTED=1.
 
-    SLURM, Kubernetes, TPU pods and Open MPI are recognised by `jax.distributed`; elsewhere ENGRAX_COORDINATOR
-    (host:port), ENGRAX_NUM_PROCESSES and ENGRAX_PROCESS_ID say it. Must run before any other use of a device.
+    `jax.distributed` recognises SLURM, Kubernetes, TPU pods and Open MPI. Elsewhere set ENGRAX_COORDINATOR (host:port),
+    ENGRAX_NUM_PROCESSES and ENGRAX_PROCESS_ID. Must run before any other use of a device.
     """
     if os.environ.get("ENGRAX_DISTRIBUTED") != "1" or jax.distributed.is_initialized():
         return
@@ -34,7 +34,7 @@ def start() -> None:
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a request to stop after the running step; a second Ctrl-C stops at once."""
+    """Turns SIGTERM and Ctrl-C into a request to stop after the current step; a second Ctrl-C stops at once."""
 
     def __init__(self):
         self.asked = False
@@ -42,7 +42,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            # With several processes SIGTERM is JAX's own preemption notice, which reaches all of them.
+            # With several processes, JAX handles SIGTERM itself, as a preemption notice to all of them.
             handled = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
             self._old = {number: signal.signal(number, self._ask) for number in handled}
         return self
@@ -61,7 +61,7 @@ class StopSignal:
             os.kill(os.getpid(), signal.SIGTERM)  # so that all processes agree on the step
 
     def reached(self, step: int) -> bool:
-        """True where the run must stop after `step`; on several processes all of them agree on the step."""
+        """Whether the run must stop after `step`; several processes agree on the step."""
         if jax.process_count() == 1:
             return self.asked
         from jax.experimental import multihost_utils

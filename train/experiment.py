@@ -1,7 +1,7 @@
-"""What an experiment is: one frozen tree of dataclasses that travels as JSON through registered names.
+"""The definition of an experiment: a frozen tree of dataclasses, saved as JSON with registered names.
 
-Fields marked run-time may differ when a run is resumed (where it runs, how often it logs and saves); every other field
-is the experiment itself, and a run folder refuses a config that changes one.
+Run-time fields (devices, logging, saving) may change when a run is resumed. All other fields define the experiment: a
+run folder refuses a config that changes one of them.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ FORMAT_VERSION = 2  # of config.json; 1 was written by engrax 0.1.0
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """The device mesh and what is sharded over it. Run-time: a run may be resumed on another mesh."""
+    """The device mesh and what is sharded over it. Run-time: a run may resume on another mesh."""
 
     strategy: Literal["pjit", "pmap"] = "pjit"  # compiler-placed or explicit collectives; the same numbers
-    data: int = -1  # devices along the batch; -1 = all that the other axes leave
+    data: int = -1  # devices along the batch; -1 = all remaining devices
     fsdp: int = 1  # devices along the batch that also shard parameters (zero 3)
     tensor: int = 1  # reserved
     sequence: int = 1  # reserved
@@ -44,7 +44,7 @@ class ParallelConfig:
 class CheckpointConfig:
     """When to save and what to keep. Run-time."""
 
-    every: int = 200  # steps between checkpoints; 0 = only the last
+    every: int = 200  # steps between checkpoints; 0 = only after the last step
     keep_last: int = 2  # newest checkpoints kept
     keep_best: int = 1  # checkpoints kept for the lowest validation loss
 
@@ -56,7 +56,7 @@ class CheckpointConfig:
 class EvalConfig:
     """Validation during training. Run-time."""
 
-    every: int = 200  # steps between validations, beside one at every checkpoint; 0 = only there
+    every: int = 200  # steps between validations, in addition to one at every checkpoint; 0 = only at checkpoints
     batches: int = 8  # validation batches at each
 
     def __post_init__(self):
@@ -65,7 +65,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """Where metrics go, beside metrics.jsonl and the progress bar. Run-time."""
+    """Where metrics go, in addition to metrics.jsonl and the progress bar. Run-time."""
 
     every: int = 10  # steps between logged steps
     wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases
@@ -81,19 +81,19 @@ RUN_TIME_FIELDS = ("parallel", "checkpoint", "eval", "log")
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A model, its data, and how it is trained."""
+    """A model, its data and its training."""
 
     model: ModelConfig
     data: DataConfig
     steps: int = 1000  # optimizer steps
     batch_size: int = 16  # rows per step, over all devices and microbatches
     seed: int = 0  # of the parameters and of the order of the data
-    align: int = 1  # tokens; packed documents start at multiples of it (a memory's chunk_size, say)
+    align: int = 1  # tokens; packed documents start at multiples of it (for example a memory's chunk_size)
     compute_dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # of activations; auto = bfloat16 on GPU and TPU
-    init_from: str | None = None  # folder of a published checkpoint that the parameters start from; None = fresh ones
+    init_from: str | None = None  # folder of a published checkpoint to start from; None = random initialisation
     allow_future: bool = False  # train a model that sees the tokens it should predict
-    start_from: str | None = None  # run folder whose newest parameters this run begins with (a second stage)
-    carry_memory: bool = False  # the memory after a batch is the one before the next; rows are streams of documents
+    start_from: str | None = None  # run folder whose newest parameters this run starts from (a second stage)
+    carry_memory: bool = False  # a batch starts from the memory after the previous one; rows are streams of documents
     optimizer: OptimizerConfig = AdamWConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -114,7 +114,7 @@ class Experiment:
 
 
 def to_dict(config: Any) -> Any:
-    """A JSON-able tree; registered configs carry {"type": "kind:name"}."""
+    """The config as a JSON-able tree; registered configs have {"type": "kind:name"}."""
     if dataclasses.is_dataclass(config):
         fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
         registry = getattr(type(config), "registry", None)
@@ -123,7 +123,7 @@ def to_dict(config: Any) -> Any:
         name = type(config).registered_name
         if name not in registry or registry[name] is not type(config):
             raise UserError(
-                f"{type(config).__name__} is not registered, or was registered anew since; put "
+                f"{type(config).__name__} is not registered, or was registered again since; put "
                 f'@engrax.register("name") above it, then build the {registry.word} again.'
             )
         return {"type": f"{registry.kind}:{name}"} | fields
@@ -137,7 +137,7 @@ def to_dict(config: Any) -> Any:
 
 
 def from_dict(data: Any, annotation: Any = Experiment, path: str = "config") -> Any:
-    """The inverse of `to_dict`. Raises UserError naming the place where the tree does not fit."""
+    """The inverse of `to_dict`. Raises UserError naming the field that does not fit."""
     if isinstance(data, dict):
         cls = annotation
         if "type" in data:
@@ -171,17 +171,17 @@ def from_dict(data: Any, annotation: Any = Experiment, path: str = "config") -> 
 
 
 def check_saveable(experiment: Experiment) -> None:
-    """Raises UserError where config.json cannot bring the experiment back: an unregistered class, a value unlike its
-    annotation, an object that JSON cannot carry."""
+    """Raises UserError if config.json cannot restore the experiment: an unregistered class, a value that does not match
+    its annotation, or an object that JSON cannot represent."""
     for path, cls in _other_classes(experiment, from_dict(to_dict(experiment), Experiment, "experiment")):
         raise UserError(
-            f"{path} is a {cls.__name__}, which a saved run would not bring back: it belongs to no registry; "
+            f"{path} is a {cls.__name__}, which a saved run could not restore: it is in no registry; "
             "use engrax's own class there."
         )
 
 
 def _other_classes(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, type]]:
-    """(place, class in `old`) of the dataclasses that are of another class in `new`."""
+    """(path, class in `old`) of the dataclasses whose class differs in `new`."""
     if dataclasses.is_dataclass(old):
         if type(old) is not type(new):
             yield path, type(old)
@@ -203,7 +203,7 @@ def _not_none(annotation: Any) -> Any:
 
 
 def _checked(value: Any, annotation: Any, path: str) -> Any:
-    """The plain value if it fits the annotation, an int where a float is wanted included."""
+    """The plain value if it fits the annotation; an int also fits float."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
         return value
@@ -230,7 +230,7 @@ def to_json(experiment: Experiment) -> str:
 
 
 def from_json(text: str, path: str = "config.json") -> Experiment:
-    """The experiment written by `to_json`. Raises UserError where the text is damaged or of another version."""
+    """The experiment written by `to_json`. Raises UserError if the text is damaged or of another version."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
@@ -260,8 +260,8 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def replace(config: Any, fields: dict[str, Any], path: str = "") -> Any:
-    """The config with dotted fields replaced, e.g. {"steps": 3, "model.mixers.0.heads": 8}. Raises UserError for a
-    field that is not there, naming the nearest."""
+    """Returns the config with dotted fields replaced, e.g. {"steps": 3, "model.mixers.0.heads": 8}. Raises UserError
+    for an unknown field, naming the nearest one."""
     for dotted, value in fields.items():
         head, _, rest = dotted.partition(".")
         here = f"{path}.{head}" if path else head

@@ -1,4 +1,4 @@
-"""The host process: keeping the memory that a CPU program frees and asks for again in every step."""
+"""Memory of the host process: freed blocks are kept and reused by the next step of a CPU program."""
 
 import ctypes
 import sys
@@ -11,17 +11,15 @@ _NO_TRIMMING = (-1, -1)  # M_TRIM_THRESHOLD: the heap is never given back
 
 
 def keep_freed_memory() -> bool:
-    """Lets glibc keep freed memory mapped, where programs run on the CPU. Returns whether it does.
+    """Makes glibc keep freed memory mapped when programs run on the CPU. Returns whether it does.
 
-    XLA allocates a CPU program's temporaries anew for every call. By default glibc gives blocks of that size back to
-    the system at once, and every call pays a page fault per 4 KiB (measured: a fifth of the time of a step of the
-    quickstart, 190,000 faults). Only the heap of the process's first thread can hold blocks above 64 MB, so programs
-    are run by the thread that calls them, not handed to another: on the CPU a step has ended when its call returns.
-    Where JAX has started already it keeps its threads, and of large blocks those up to 64 MB are kept.
-    (A single heap for all threads keeps large blocks as well, but the compiler's threads wait for each other at it:
-    20 s instead of 16 s to the quickstart's first step on two cores, and 5 GB instead of 2 GB.) A process that does not
-    train gets the same from the environment variables MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=-1 and from
-    `jax.config.update("jax_cpu_enable_async_dispatch", False)`.
+    XLA allocates the temporaries of a CPU program in every call. By default glibc returns large blocks to the system at
+    once, and every call pays a page fault per 4 KiB (docs/operations.md has the measurement). Only the heap of the
+    process's first thread can hold blocks above 64 MB, so the calling thread runs the programs: on the CPU a step has
+    ended when its call returns. If JAX has already started, it keeps its threads, and only blocks up to 64 MB are kept.
+
+    A process that does not train gets the same with the environment variables MALLOC_MMAP_MAX_=0 and
+    MALLOC_TRIM_THRESHOLD_=-1 and `jax.config.update("jax_cpu_enable_async_dispatch", False)`.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None  # musl: none
     if mallopt is None:

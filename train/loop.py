@@ -1,16 +1,16 @@
-"""The shared training loop: one for every model and every parallelism.
+"""The training loop, shared by all models and parallelism strategies.
 
-Its order is a contract:
+The order is a contract:
 
     probe or restore -> [next batch -> dispatch step k -> read metrics of step k-1 -> evaluate -> save] -> final save
 
-- The probe is for a fresh training: it reads the first batch and refuses a model that sees the future, before
+- A fresh training is probed first: the probe reads the first batch and refuses a model that sees the future, before
   anything is written.
-- The host never waits for the device inside the loop: metrics are read one step late, when they are ready.
-- The data position is captured after batch k and saved with the state after step k, so a resumed run sees batch k+1.
-- Evaluation comes before saving, so that a checkpoint knows its validation loss.
-- The clock of tokens per second stands still during evaluation and saving.
-- Nothing but explicit transfers moves data between host and device inside the loop.
+- The host does not wait for the device inside the loop: metrics are read one step late, when they are ready.
+- The data position after batch k is saved with the state after step k, so a resumed run reads batch k+1.
+- Evaluation precedes saving, so each checkpoint has its validation loss.
+- The clock for tokens per second pauses during evaluation and saving.
+- Inside the loop, data moves between host and device only by explicit transfers.
 """
 
 import dataclasses
@@ -32,16 +32,16 @@ from engrax.train.host import keep_freed_memory
 from engrax.train.probe import refuse_leaks
 from engrax.train.trainer import Trainer
 
-BEGINS_AT = "start_from.json"  # in a run's folder: the step of the earlier run whose parameters it began with
+BEGINS_AT = "start_from.json"  # in a run folder: the step of the earlier run that it started from
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a finished or interrupted call of `train` leaves."""
+    """The result of a finished or interrupted call of `train`."""
 
     run_dir: epath.Path
     step: int  # steps done
-    finished: bool  # False where a signal stopped it
+    finished: bool  # False if a signal stopped it
     metrics: dict[str, float]  # the last ones
 
 
@@ -52,18 +52,18 @@ def train(
     source: epath.PathLike | None = None,
     progress: bool = True,
 ) -> Result:
-    """Trains in `run_dir`, resuming the run that is there; `source`, the user's own config file, is copied into it.
+    """Trains in `run_dir` and resumes a run found there; `source`, the user's config file, is copied into it.
 
-    Raises UserError before the first step where the folder holds another experiment, or mesh, batch or data do not fit.
+    Raises UserError before the first step if the folder holds another experiment, or if mesh, batch or data do not fit.
     """
     clock = metrics.Clock()
     keep_freed_memory()
     run_dir = runs.folder(run_dir)
     experiments.check_saveable(experiment)  # before data and devices are touched
     trainer = Trainer(experiment)
-    mesh = trainer.mesh  # refuses a mesh or batch that does not divide, before anything is written
+    mesh = trainer.mesh  # raises if the mesh or batch does not divide, before anything is written
     saved = _latest_step(run_dir)
-    # A wrong run is refused before anything is written.
+    # Errors are raised before anything is written.
     begins_at, params = (None, None) if saved else _earlier_params(trainer, run_dir)
     data = trainer.loader("train")
     first, state = None, None
@@ -105,7 +105,7 @@ def train(
             checkpoints.wait()
     finally:
         data.close()
-        checkpoints.close()  # waits for the save under way
+        checkpoints.close()  # waits for the save in progress
         writer.close()
         bar.close()
     finished = step >= experiment.steps
@@ -116,20 +116,21 @@ def train(
 
 @dataclasses.dataclass
 class Loop:
-    """The loop's collaborators and what it remembers between steps."""
+    """The parts that the loop uses, and its state between steps."""
 
     trainer: Trainer
     checkpoints: Checkpoints
     writer: metrics.MetricsWriter
     bar: metrics.Progress
-    clock: metrics.Clock  # begun with the command
+    clock: metrics.Clock  # started with the command
     latest: dict[str, float] = dataclasses.field(default_factory=dict)
     validated: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
     saved: int = 0
     _window: tuple[int, float] | None = None  # (step, seconds) of the last logged step, for tokens per second
 
     def run(self, state: Any, data: Any, start: int, stop: StopSignal, first: Any = None) -> tuple[int, Any]:
-        """Runs to the last step or to a signal: (steps done, state). `first` is a batch already taken from `data`."""
+        """Runs until the last step or a signal; returns (steps done, state). `first`: a batch already taken from
+        `data`."""
         experiment = self.trainer.experiment
         pending, step = None, start
         for step in range(start + 1, experiment.steps + 1):
@@ -142,11 +143,11 @@ class Loop:
             pending = (step, values, self._seconds_if_done(values))
             saves = _due(step, experiment.checkpoint.every, experiment.steps)
             if saves or _due(step, experiment.eval.every, experiment.steps):
-                jax.block_until_ready(values)  # the step's own time is training; what follows waits for it anyway
+                jax.block_until_ready(values)  # this time is training; the code below waits for it anyway
                 pending = (step, values, self.clock.seconds())
                 with self.clock.paused():
                     self.validate(step, state)
-            if saves:  # only a step whose numbers are sound and written is saved; saving waits for the device anyway
+            if saves:  # save only after the step's metrics are checked and written; saving waits for the device anyway
                 self.log(*pending)
                 pending = None
                 with self.clock.paused():
@@ -158,11 +159,11 @@ class Loop:
         return step, state
 
     def _seconds_if_done(self, values: dict[str, jax.Array]) -> float | None:
-        """When a step ended, where its call returned after it, as on the CPU; None where it is under way."""
+        """The time when a step ended, if it ended before its call returned (on the CPU); None while it runs."""
         return self.clock.seconds() if all(value.is_ready() for value in values.values()) else None
 
     def log(self, step: int, values: dict[str, jax.Array], ended: float | None) -> None:
-        """Reads the metrics of a step, waiting for it unless it `ended`, and writes them where a logged step is due."""
+        """Reads the metrics of a step, waits for it unless it `ended`, and writes them if this step is logged."""
         experiment = self.trainer.experiment
         row = {name: float(value) for name, value in jax.device_get(values).items()}
         now = self.clock.seconds() if ended is None else ended
@@ -175,7 +176,7 @@ class Loop:
             kept = f"the checkpoint of step {self.saved} is sound" if self.saved else "nothing was saved yet"
             raise Diverged(
                 f"the loss or the gradient of step {step} is not finite; {kept}. "
-                "Train anew in another --run-dir with a lower --optimizer.learning-rate."
+                "Start again in another --run-dir with a lower --optimizer.learning-rate."
             )
         validated = self.validated.get(step, {})
         if step % experiment.log.every == 0 or step in (1, experiment.steps) or validated:
@@ -188,7 +189,7 @@ class Loop:
             self.writer.write(step, row | validated)
 
     def validate(self, step: int, state: Any) -> None:
-        """Validation loss and the memories' own diagnostics after `step`."""
+        """Validation loss and memory diagnostics after `step`."""
         values = self.trainer.validate(state["params"], self.trainer.experiment.eval.batches)
         self.validated = {step: values | self.trainer.diagnose(state["params"])}  # logged with the step's loss
         self.latest |= values
@@ -207,7 +208,7 @@ def _due(step: int, every: int, last: int) -> bool:
 
 
 def _latest_step(run_dir: epath.Path) -> int:
-    """The newest checkpoint's step, 0 where there is none."""
+    """The newest checkpoint's step, 0 without a checkpoint."""
     if not (run_dir / "checkpoints").exists():
         return 0
     checkpoints = Checkpoints(run_dir)
@@ -224,8 +225,8 @@ def _restore(trainer: Trainer, checkpoints: Checkpoints, data: Any, saved: int) 
 
 
 def _earlier_params(trainer: Trainer, run_dir: epath.Path) -> tuple[int | None, Any]:
-    """(step, parameters) of the run that `start_from` names: the newest, or those that this run began with before it
-    was stopped without a checkpoint of its own. (None, None) where the experiment names no run."""
+    """(step, parameters) of the run `start_from`: the newest, or those this run already started from if it stopped
+    before its first checkpoint. (None, None) without `start_from`."""
     given = trainer.experiment.start_from
     if given is None:
         return None, None
@@ -240,7 +241,7 @@ def _earlier_params(trainer: Trainer, run_dir: epath.Path) -> tuple[int | None, 
         step = earlier.resolve(json.loads(begun.read_text())["step"] if begun.exists() else None)
         return step, earlier.restore_params(trainer.abstract_state()["params"], step)
     except UserError as error:
-        hint = f" This run began with it ({begun}); begin anew in another --run-dir." if begun.exists() else ""
+        hint = f" This run started from it ({begun}); start again in another --run-dir." if begun.exists() else ""
         raise UserError(f"start_from={given}: {error}{hint}") from None
     finally:
         earlier.close()

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, a progress bar, and wandb and TensorBoard when asked."""
+"""Logging of a run: metrics.jsonl, a progress bar, and optionally wandb and TensorBoard."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from engrax.train.experiment import LogConfig
 
 
 class MetricsWriter:
-    """Writes one JSON object per logged step. Only process 0 writes; the others' writers do nothing."""
+    """Writes one JSON object per logged step. Only process 0 writes; other processes do nothing."""
 
     def __init__(self, run_dir: epath.Path, config: LogConfig, *, resumed_at: int, settings: dict, active: bool = True):
         self.path = run_dir / "metrics.jsonl"
@@ -32,11 +32,11 @@ class MetricsWriter:
             self._tensorboard = _start_tensorboard(run_dir)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Appends one step's numbers everywhere, the line in one write."""
+        """Appends the values of one step to every log; the JSON line is one write."""
         if not self.active:
             return
         line = json.dumps({"step": step} | {k: _plain(v) for k, v in values.items()})
-        if self._remote:  # buckets know no appending
+        if self._remote:  # buckets cannot append
             self._text += line + "\n"
             self.path.write_text(self._text)
         else:
@@ -49,7 +49,7 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flushes and closes what was opened."""
+        """Flushes and closes the logs."""
         if self.active and self._wandb:
             self._wandb.finish()
         if self.active and self._tensorboard:
@@ -57,13 +57,13 @@ class MetricsWriter:
 
 
 def _plain(value: Any) -> Any:
-    """A number JSON can carry: NaN and infinities as strings."""
+    """A number that JSON can represent: NaN and infinities become strings."""
     value = value.item() if hasattr(value, "item") else value
     return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
 def cut_after(path: epath.Path, step: int) -> None:
-    """Drops lines of steps beyond `step`, and a torn last line: what a killed run had written past its checkpoint."""
+    """Drops lines of steps beyond `step` and an incomplete last line, written by a killed run after its checkpoint."""
     if not path.exists():
         return
     kept = []
@@ -79,7 +79,7 @@ def cut_after(path: epath.Path, step: int) -> None:
 
 
 def read(run_dir: epath.PathLike) -> list[dict[str, Any]]:
-    """The logged steps of a run, oldest first; a torn last line is passed over."""
+    """The logged steps of a run, oldest first; an incomplete last line is skipped."""
     rows = []
     path = epath.Path(run_dir) / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -91,7 +91,7 @@ def read(run_dir: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def _start_wandb(run_dir: epath.Path, config: LogConfig, settings: dict) -> Any:
-    """One wandb run for the whole life of the run folder: its id is kept in wandb_id.txt."""
+    """One wandb run per run folder; its id is stored in wandb_id.txt."""
     import wandb
 
     id_file = run_dir / "wandb_id.txt"
@@ -119,19 +119,19 @@ def _start_tensorboard(run_dir: epath.Path) -> Any:
 
 
 class Clock:
-    """Seconds of training since it was built. It stands still during evaluations and saves (kauldron's habit)."""
+    """Seconds of training since construction. It pauses during evaluations and saves, as in kauldron."""
 
     def __init__(self):
         self._origin = time.perf_counter()
-        self._stopped: float | None = None  # when the pause under way began
+        self._stopped: float | None = None  # start of the current pause
 
     def seconds(self) -> float:
-        """Seconds so far without the pauses."""
+        """Seconds so far, without pauses."""
         return (time.perf_counter() if self._stopped is None else self._stopped) - self._origin
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out the time that the block takes."""
+        """Excludes the time of the `with` block."""
         self._stopped = time.perf_counter()
         try:
             yield
@@ -141,9 +141,9 @@ class Clock:
 
 
 class Progress:
-    """A progress bar with loss, tokens per second and the time left; plain lines where the output is no terminal.
+    """A progress bar with loss, tokens per second and time left; plain lines if the output is not a terminal.
 
-    Tokens per second follow `clock`, which leaves out evaluations and saves; the time left includes them.
+    Tokens per second use `clock`, which excludes evaluations and saves; the time left includes them.
     """
 
     def __init__(self, start: int, steps: int, tokens_per_step: int, clock: Clock, active: bool = True):
@@ -165,7 +165,7 @@ class Progress:
         )
 
     def update(self, step: int, values: dict[str, float]) -> None:
-        """Shows that `step` is done. The rate leaves out the first step, which compiles."""
+        """Shows that `step` is done. The rate excludes the first step, which compiles."""
         now, seconds = time.perf_counter(), self.clock.seconds()
         if self._first is None:
             self._first = (step, seconds, now)
@@ -182,5 +182,5 @@ class Progress:
             print(f"step {step}/{self.steps}  {told}  left {left:.0f} s", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Closes the bar and leaves it on the screen."""
         self.bar.close()

@@ -1,7 +1,7 @@
-"""The objective of next-token prediction: the only place where hidden states become a loss.
+"""The objective of next-token prediction: the only code that turns hidden states into a loss.
 
-Training, validation, evaluation and benchmarks call `score`. The loss is the data's, in nats; what mixers and the head
-add to it while training (a router's balance, a z-loss) is returned apart.
+Training, validation, evaluation and benchmarks call `score`. The loss is that of the data, in nats. Auxiliary losses of
+mixers and head (a router's balance loss, a z-loss) are returned separately.
 """
 
 from typing import Any, NamedTuple
@@ -13,16 +13,16 @@ from jaxtyping import Array, Bool, Float, Int
 from engrax.models.contract import Model, PlainModel
 from engrax.pallas_kernels.linear_cross_entropy.api import linear_cross_entropy_terms
 
-Batch = dict[str, Array]  # {"tokens", "targets", "segment_ids"}: int [B, T]; targets are -1 where there is no label
-TOKENS_AT_ONCE = 64  # of a row, where a model's own `logits` makes all logits of a token
+Batch = dict[str, Array]  # {"tokens", "targets", "segment_ids"}: int [B, T]; a target of -1 is no label
+TOKENS_AT_ONCE = 64  # block of tokens of a row, for models whose `logits` returns the full vocabulary
 
 
 class Score(NamedTuple):
-    """What a model makes of a batch."""
+    """The scores of a batch."""
 
     nats: Float[Array, "B T"]  # -log p(target), 0 without a label
     correct: Bool[Array, "B T"]  # the target has the largest logit
-    aux: Float[Array, " B"]  # what mixers and head add to the sum of a row's losses in training
+    aux: Float[Array, " B"]  # auxiliary loss of mixers and head in training, summed over a row
     memory: Any  # after the last token
     collected: dict[str, Array]  # diagnostics
 
@@ -32,7 +32,8 @@ def score(
 ) -> Score:
     """Scores the labelled tokens of a batch; `memory` continues earlier tokens, None starts from an empty memory.
 
-    collect, mute: registered names of mixers whose diagnostics are returned, whose memory reads are left out.
+    collect: registered names of mixers whose diagnostics are returned. mute: names of those whose memory reads are
+    replaced by zeros.
     """
     out = model(batch["tokens"], memory, segment_ids=batch.get("segment_ids"), collect=collect, mute=mute)
     targets = batch["targets"]
@@ -51,7 +52,7 @@ def score(
 def _by_blocks(
     model: PlainModel, hidden_BTD: Float[Array, "B T D"], targets_BT: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Loss and correctness from a model's own logits, TOKENS_AT_ONCE tokens of every row at a time."""
+    """Loss and correctness from a model's `logits`, in blocks of TOKENS_AT_ONCE tokens per row."""
     B, T, D = hidden_BTD.shape
     size = min(TOKENS_AT_ONCE, T)
     missing = -T % size

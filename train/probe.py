@@ -26,9 +26,10 @@ def refuse_leaks(trainer: Trainer, params: Any, batch: dict[str, np.ndarray], so
     def put(array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(array.shape, spread, lambda index: array[index])
 
-    model = trainer.experiment.model
+    experiment, model = trainer.experiment, trainer.experiment.model
+    vocab_size = getattr(model, "vocab_size", experiment.data.vocab_size)
     with jax.set_mesh(trainer.mesh):
-        leak = probe(trainer.graphdef, params, tokens, ids, vocab_size=model.vocab_size, put=put)
+        leak = probe(trainer.graphdef, params, tokens, ids, vocab_size=vocab_size, put=put)
     if leak is not None:
         raise UserError(
             f"the model sees what it must not: its output at token {leak.token} of a row changes by {leak.size:.2g} "

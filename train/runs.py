@@ -1,8 +1,8 @@
-"""The run folder: everything that evaluating, sampling and resuming a run need, in one place.
+"""The run folder: all that is needed to evaluate, sample or resume a run.
 
-config.json (the experiment, with a format version), environment.json (versions, device, commit, data digest),
-metrics.jsonl, checkpoints/, evals/, the source of a user's own config or mixer beside them, and of a second stage
-start_from.json (which step of the first it began with).
+It holds config.json (the experiment, with a format version), environment.json (versions, device, commit, data digest),
+metrics.jsonl, checkpoints/, evals/ and source/ (the user's config and plugin files). A second stage also has
+start_from.json (the step of the first stage that it started from).
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from engrax.train.experiment import Experiment
 
 
 def folder(path: epath.PathLike) -> epath.Path:
-    """The absolute path of a run folder; one in a bucket (gs://...) is left as it stands."""
+    """The absolute path of a run folder; a bucket path (gs://...) is returned unchanged."""
     path = epath.Path(path).expanduser()
     return path if "://" in str(path) else path.resolve()
 
@@ -46,8 +46,7 @@ class Run:
     def load(self, step: int | str | None = None, *, mesh: Mesh | None = None) -> tuple[nnx.Module, int]:
         """(the model with a checkpoint's parameters, its step); step None = newest, "best" = lowest validation loss.
 
-        The parameters are on the default device; with a `mesh` they are on its devices, sharded as the run's ZeRO
-        stage says.
+        The parameters are on the default device, or with a `mesh` on its devices, sharded by the run's ZeRO stage.
         """
         checkpoints = Checkpoints(self.directory)
         try:
@@ -65,7 +64,7 @@ class Run:
         return model, number
 
     def _shardings(self, params: Any, mesh: Mesh | None) -> Any:
-        """Where each parameter is loaded to."""
+        """The sharding of each parameter."""
         if mesh is None:
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             return jax.tree.map(lambda p: device, params)
@@ -73,7 +72,7 @@ class Run:
 
 
 def open_run(run_dir: epath.PathLike) -> Run:
-    """Reads a run folder. Raises UserError where it is missing or damaged."""
+    """Reads a run folder. Raises UserError if it is missing or damaged."""
     directory = folder(run_dir)
     path = directory / "config.json"
     if not directory.exists():
@@ -86,7 +85,7 @@ def open_run(run_dir: epath.PathLike) -> Run:
     try:
         found = json.loads(environment.read_text()) if environment.exists() else {}
     except json.JSONDecodeError:
-        found = {}  # it informs; the run does not need it
+        found = {}  # informative only; the run does not need it
     try:
         experiment = experiments.from_json(path.read_text(), str(path))
     except UnknownName as error:
@@ -107,10 +106,10 @@ def prepare(
     source: epath.PathLike | None = None,
     before_writing: Callable[[], None] = lambda: None,
 ) -> Run:
-    """Creates the run folder, or checks that the one there is this experiment's.
+    """Creates the run folder, or checks that an existing one belongs to this experiment.
 
     `before_writing` is called when the folder is known to be this experiment's, and may refuse the training.
-    Raises UserError naming the fields that differ, or where the data is not the text of the run.
+    Raises UserError naming the fields that differ, or if the data has changed since the run began.
     """
     directory = folder(run_dir)
     environment = describe_environment(experiment)
@@ -127,7 +126,7 @@ def prepare(
     if experiment.init_from is not None and not (directory / "pretrained").exists():
         imported.check(experiment.init_from, imported.find_backbone(experiment.model)[0])
     before_writing()
-    if jax.process_count() > 1:  # nobody writes before all have looked, so all refuse or none does
+    if jax.process_count() > 1:  # barrier: every process validates before any writes
         multihost_utils.sync_global_devices("engrax: the run folder was read")
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
@@ -136,14 +135,14 @@ def prepare(
             imported.describe_source(experiment.init_from, directory / "pretrained")
         if experiment.start_from is not None and not (directory / "pretrained").exists():
             _copy_description(folder(experiment.start_from) / "pretrained", directory / "pretrained")
-        if not (directory / "environment.json").exists():  # where the run was started, not where it was last resumed
+        if not (directory / "environment.json").exists():  # describes the start of the run, not its last resumption
             write_atomically(directory / "environment.json", json.dumps(environment, indent=2) + "\n")
         _copy_sources(directory, experiment, source)
     return Run(directory, experiment, environment)
 
 
 def refuse_differences(old: Experiment, new: Experiment, steps_done: int, directory: Any) -> None:
-    """Raises UserError where two experiments differ in more than run-time fields."""
+    """Raises UserError if two experiments differ in more than run-time fields."""
     names = experiments.differences(experiments.to_dict(old), experiments.to_dict(new))
     names = [n for n in names if n.split(".")[0] not in experiments.RUN_TIME_FIELDS]
     if "steps" in names and new.optimizer.schedule.steps_may_change(old.steps, new.steps, steps_done):
@@ -174,7 +173,7 @@ def describe_environment(experiment: Experiment) -> dict[str, Any]:
 
 
 def _copy_sources(directory: epath.Path, experiment: Experiment, source: epath.PathLike | None) -> None:
-    """Copies the user's config file, and the files of all configs that are not engrax's own, into RUN/source."""
+    """Copies the user's config file and the files of all user-defined configs into RUN/source."""
     files = {epath.Path(source)} if source else set()
     for config in nested_configs(experiment):
         module = sys.modules.get(type(config).__module__)
@@ -186,7 +185,7 @@ def _copy_sources(directory: epath.Path, experiment: Experiment, source: epath.P
 
 
 def _copy_description(source: epath.Path, target: epath.Path) -> None:
-    """What `export` needs of the published checkpoint that an earlier stage began from, where it began from one."""
+    """Copies what `export` needs of the published checkpoint that an earlier stage started from, if there was one."""
     if source.exists():
         target.mkdir()
         for file in source.iterdir():
@@ -194,7 +193,7 @@ def _copy_description(source: epath.Path, target: epath.Path) -> None:
 
 
 def nested_configs(config: Any, skip: type | tuple[type, ...] = ()) -> Iterator[Any]:
-    """The dataclasses in a config, itself included, at any depth; those of the classes `skip` are left out whole."""
+    """Yields the config and all dataclasses in it; those of the classes `skip` are omitted with all they contain."""
     if isinstance(config, (tuple, list)):
         for item in config:
             yield from nested_configs(item, skip)
@@ -205,7 +204,7 @@ def nested_configs(config: Any, skip: type | tuple[type, ...] = ()) -> Iterator[
 
 
 def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes beside the file, then renames: a crash leaves the old file or the new one."""
+    """Writes a temporary file, then renames it: after a crash there is the old file or the new one."""
     temporary = path.parent / (path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
@@ -219,7 +218,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the engrax checkout, with "+" where files differ from it; None outside a checkout."""
+    """The commit of the engrax checkout, with "+" if files differ from it; None outside a checkout."""
     here = epath.Path(__file__).parent.parent
 
     def git(*args):

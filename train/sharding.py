@@ -1,8 +1,8 @@
-"""Where arrays live: the mesh, and one PartitionSpec per leaf of the training state.
+"""Placement of arrays: the mesh, and one PartitionSpec per leaf of the training state.
 
-The batch is split over `data` and `fsdp`. ZeRO (arXiv 1910.02054) as settings: 0 replicates parameters and optimizer
-state, 1 shards the optimizer state over all batch devices, 3 shards the parameters too. A leaf is sharded along its
-first axis that the devices divide, the axis of stacked layers apart; a leaf without such an axis stays replicated.
+The batch is split over `data` and `fsdp`. ZeRO (arXiv 1910.02054) is a setting: 0 replicates parameters and optimizer
+state, 1 shards the optimizer state over all batch devices, 3 also shards the parameters. A leaf is sharded along its
+first axis that the number of devices divides, never along the axis of stacked layers; otherwise it is replicated.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ BATCH = BATCH_AXES  # the mesh axes that split the batch
 
 
 def make_mesh(config: ParallelConfig, batch_size: int, accumulate: int = 1) -> Mesh:
-    """The mesh of all devices. Raises UserError where devices or batch do not divide."""
+    """The mesh of all devices. Raises UserError if devices or batch do not divide."""
     devices = jax.device_count()
     data = devices // config.fsdp if config.data == -1 else config.data
     if devices % config.fsdp:
@@ -45,9 +45,9 @@ def make_mesh(config: ParallelConfig, batch_size: int, accumulate: int = 1) -> M
 
 
 def evaluation_mesh(config: ParallelConfig) -> Mesh | None:
-    """The training's mesh on this process's devices, however many they are; None where there is one.
+    """A mesh like the training's on this process's devices, of any number; None if there is only one.
 
-    `fsdp` keeps the part of it that divides them, and `data` takes the rest.
+    `fsdp` becomes its largest part that divides the devices; `data` takes the rest.
     """
     devices = jax.local_devices()
     if len(devices) == 1:
@@ -58,12 +58,12 @@ def evaluation_mesh(config: ParallelConfig) -> Mesh | None:
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """Puts the mesh in force for a `with` block, as the kernels need it; nothing where there is none."""
+    """Sets the mesh for a `with` block, as kernels need it; does nothing without a mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def param_specs(params: Any, config: ParallelConfig, mesh: Mesh | AbstractMesh, *, stage: int) -> Any:
-    """One spec per parameter: sharded where `config.zero >= stage` (1: moments, 3: parameters), else replicated."""
+    """One spec per parameter: sharded if `config.zero >= stage` (1: moments, 3: parameters), else replicated."""
     devices = int(np.prod([mesh.shape[a] for a in BATCH])) if config.zero >= stage else 1
 
     def spec(variable):
@@ -76,8 +76,8 @@ def param_specs(params: Any, config: ParallelConfig, mesh: Mesh | AbstractMesh, 
 def state_specs(
     tx: optax.GradientTransformation, params: Any, config: ParallelConfig, mesh: Mesh | AbstractMesh
 ) -> dict[str, Any]:
-    """Specs of the training state {"params", "opt_state", "step"}, leaf by leaf, and "moments": one spec per parameter
-    for its optimizer state."""
+    """Specs of all leaves of the training state {"params", "opt_state", "step"}, and "moments": the spec of each
+    parameter's optimizer state."""
     masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731  (frozen parameters have no moments)
     opt_state = jax.eval_shape(tx.init, params)
     moments = param_specs(params, config, mesh, stage=1)
@@ -97,7 +97,7 @@ def state_specs(
 
 
 def memory_specs(memory: Any, axes: Any) -> Any:
-    """One spec per leaf of a carried memory: its batch axis, which the model declares, is split over the devices."""
+    """One spec per leaf of a carried memory: the batch axis, declared by the model, is split over the devices."""
     return jax.tree.map(lambda _, axis: PartitionSpec(*[None] * axis, BATCH), memory, axes)
 
 
@@ -107,7 +107,7 @@ def named(specs: Any, mesh: Mesh) -> Any:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, rows: int) -> dict[str, jax.Array]:
-    """A process's rows of a batch as global arrays of `rows` rows, split over the batch axes."""
+    """This process's rows of a batch as global arrays with `rows` rows, split over the batch axes."""
     sharding = NamedSharding(mesh, PartitionSpec(BATCH))
     return {k: jax.make_array_from_process_local_data(sharding, v, (rows, *v.shape[1:])) for k, v in batch.items()}
 

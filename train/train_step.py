@@ -1,11 +1,11 @@
-"""One optimizer step, as two strategies of the same mathematics.
+"""One optimizer step, in two strategies with the same mathematics.
 
-`pjit`: one program over global arrays; the compiler places the collectives that the shardings imply.
-`pmap`: the same step as a per-device program with explicit collectives, through `jax.shard_map` (what `jax.pmap` has
-become): gradients are summed or reduce-scattered, parameters gathered, by hand.
+`pjit`: one program over global arrays; the compiler derives the collectives from the shardings.
+`pmap`: a per-device program with explicit collectives through `jax.shard_map`, the successor of `jax.pmap`: this file
+sums or reduce-scatters gradients and gathers parameters.
 
-The loss is the mean negative log-likelihood over all labelled tokens of the global batch, and what mixers and head add
-to it: whatever the number of devices or microbatches, every layout computes the same number. The two are logged apart.
+The loss is the mean negative log-likelihood over all labelled tokens of the global batch, plus the auxiliary loss of
+mixers and head. It is the same for any number of devices or microbatches. The two parts are logged separately.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ STATE = ("params", "opt_state", "step", "memory")
 
 
 def resolve_dtype(name: str) -> Any:
-    """The compute dtype: `auto` is bfloat16 where the default device multiplies it natively, else float32."""
+    """The compute dtype: `auto` is bfloat16 if the default device multiplies it natively, else float32."""
     if name == "auto":
         device = jax.local_devices()[0]
         capable = device.platform == "gpu" and float(getattr(device, "compute_capability", "8.0")) >= 8  # a T4 has 7.5
@@ -40,21 +40,21 @@ def resolve_dtype(name: str) -> Any:
 
 
 class Sums(NamedTuple):
-    """What a batch adds up to, beside the loss that is differentiated: nats and what mixers and head add."""
+    """Sums over a batch that are reported beside the differentiated loss: nats and auxiliary loss."""
 
     nats: Float[Array, ""]
     aux: Float[Array, ""]
 
 
-Gather = Callable[[nnx.Variable], Array]  # the whole value of a parameter that the devices share
+Gather = Callable[[nnx.Variable], Array]  # returns the whole value of a sharded parameter
 Loss = Callable[[Any, Batch, Any], tuple[Float[Array, ""], tuple[Sums, Any]]]
 
 
 def make_loss(graphdef: nnx.GraphDef, dtype: Any, place: "Placement | None" = None) -> Loss:
     """Returns f(params, batch, memory) -> (sum of losses over labelled tokens, (Sums, memory after the batch)).
 
-    memory: None = rows start from an empty one; no gradient passes through the one given or returned. place: how
-    parameters that the devices share are gathered.
+    memory: None = rows start from an empty memory; no gradient flows through the given or returned memory. place: how
+    sharded parameters are gathered.
     """
 
     def loss(params, batch, memory):
@@ -70,20 +70,20 @@ def make_loss(graphdef: nnx.GraphDef, dtype: Any, place: "Placement | None" = No
 
 
 class Placement(NamedTuple):
-    """How shared parameters become whole: the spec of every parameter, and gather(value, axis) for a shared one."""
+    """How sharded parameters are gathered: the spec of every parameter, and gather(value, axis) for a sharded one."""
 
     specs: Any
     gather: Callable[[Array, int], Array]
 
     @property
     def shares(self) -> bool:
-        """Whether any parameter is shared between devices."""
+        """Whether any parameter is sharded."""
         return any(spec != PartitionSpec() for spec in _leaves(self.specs))
 
 
 def assemble(graphdef: nnx.GraphDef, params: Any, place: Placement | None) -> tuple[Any, Gather | None]:
-    """(the model, what `contract.gathering` takes). Parameters outside of stacked layers are gathered here, once; those
-    of a layer where the model's scan comes to it."""
+    """(the model, the argument of `contract.gathering`). Parameters outside the stacked layers are gathered here, once;
+    those of a layer inside the model's scan."""
     if place is None or not place.shares:
         return nnx.merge(graphdef, params), None
 
@@ -106,7 +106,7 @@ def _stacked(variable: nnx.Variable) -> bool:
 
 
 def compiler_placement(specs: Any, mesh: Mesh) -> Placement:
-    """Gathering by sharding constraints: whole in the forward pass, the gradient shared as the parameter is."""
+    """Gathering by sharding constraints: whole in the forward pass; the gradient is sharded like the parameter."""
 
     @partial(jax.custom_vjp, nondiff_argnums=(1,))
     def whole(value, axis):
@@ -128,7 +128,7 @@ def explicit_placement(specs: Any) -> Placement:
 def accumulated_gradient(
     loss: Loss, params: Any, batch: Batch, memory: Any, count: Array, microbatches: int
 ) -> tuple[Sums, Any, Any]:
-    """(Sums / count, gradient of loss / count, memory), over microbatches one after another."""
+    """(Sums / count, gradient of loss / count, memory), over microbatches in sequence."""
 
     def mean(params, batch):
         total, (sums, after) = loss(params, batch, memory)
@@ -138,7 +138,7 @@ def accumulated_gradient(
     if microbatches == 1:
         grads, (sums, after) = gradient(params, batch)
         return sums, grads, after
-    # Neighbouring rows go to different microbatches, so that each device keeps its own rows.
+    # Neighbouring rows belong to different microbatches, so each device keeps its rows.
     split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, micro):
@@ -151,7 +151,7 @@ def accumulated_gradient(
 
 
 def apply_gradient(tx, state: State, params: Any, grads: Any, norm: Array, clip_norm: float) -> tuple[Any, Any]:
-    """(new parameters, new optimizer state); the gradient is scaled to `clip_norm` where its norm is larger."""
+    """(new parameters, new optimizer state); a gradient of larger norm is scaled to `clip_norm`."""
     if clip_norm:
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
         grads = jax.tree.map(lambda g: g * scale, grads)
@@ -185,18 +185,18 @@ def pjit_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: 
 
 
 def _metrics(sums: Sums, norm: Array, learning_rate: Array) -> dict[str, Array]:
-    """What a step reports: `loss` is the data's, in nats per labelled token; `aux_loss` what mixers and head add."""
+    """Metrics of a step: `loss` of the data, in nats per labelled token; `aux_loss` of mixers and head."""
     return {"loss": sums.nats, "aux_loss": sums.aux, "grad_norm": norm, "learning_rate": learning_rate}
 
 
 def pmap_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: Mesh, specs: State) -> Callable:
-    """The same step as a per-device program: every collective is written here.
+    """The same step as a per-device program with explicit collectives.
 
-    A shared parameter is gathered where the model uses it, and its gradient reduce-scattered there. A replicated one
-    whose moments are shared has its gradient reduce-scattered, and its new value gathered.
+    A sharded parameter is gathered where the model uses it, and its gradient is reduce-scattered there. If a parameter
+    is replicated and its moments are sharded, its gradient is reduce-scattered and its new value gathered.
     """
     rate, axes = experiment.optimizer.rate(experiment.steps), sharding.BATCH
-    held, owned = specs["params"], specs["moments"]  # how each parameter, and its optimizer state, is split
+    held, owned = specs["params"], specs["moments"]  # specs of each parameter and of its optimizer state
     loss = make(explicit_placement(held))
 
     def reduce(grad, held, owned):
@@ -258,7 +258,7 @@ def _map(f: Callable, tree: Any, *specs: Any, is_leaf: Callable | None = None) -
 
 
 def _jit(step: Callable, mesh: Mesh, specs: State) -> Callable:
-    """The step compiled for the mesh, which is in force while it is traced, whoever calls it."""
+    """The step compiled for the mesh; the mesh is set while the step is traced, in every call."""
     state = sharding.named({name: specs[name] for name in STATE if name in specs}, mesh)
     batch = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     scalar = NamedSharding(mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""Everything the loop needs, built from an experiment: mesh, shardings, state, compiled step, validation."""
+"""The trainer builds all that the loop needs from an experiment: mesh, shardings, state, compiled step, validation."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ from engrax.train.train_step import Loss, Placement
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """An experiment on the devices at hand. Building one allocates nothing; `init_state` does."""
+    """An experiment on the available devices. Construction allocates nothing; `init_state` does."""
 
     experiment: Experiment
 
@@ -86,7 +86,7 @@ class Trainer:
 
     @property
     def _dtype(self) -> Any:
-        """Of the forward pass."""
+        """The dtype of the forward pass."""
         return train_step.resolve_dtype(self.experiment.compute_dtype)
 
     @cached_property
@@ -103,21 +103,21 @@ class Trainer:
         return state
 
     def init_state(self, params: Any = None) -> dict[str, Any]:
-        """The state before the first step, created where it lives: no device ever holds a whole sharded leaf.
+        """The state before the first step, created sharded: no device ever holds a whole sharded leaf.
 
-        `params`, an earlier run's with this trainer's shardings, take the place of fresh or imported ones.
+        `params` of an earlier run, with this trainer's shardings, replace fresh or imported ones.
         """
-        # It runs once: on CPU, where optimising it takes three times longer than it saves, it is compiled as it stands.
+        # On CPU it is compiled without optimisation, which would take three times longer than it saves: it runs once.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         given = self._imported_params() if params is None else flatten({"params": params})
 
-        def fresh():  # what is given is neither returned nor, therefore, computed
+        def fresh():  # given parameters are not returned, so they are not computed
             return {name: leaf for name, leaf in flatten(self._fresh_state()).items() if name not in given}
 
         shardings = {name: s for name, s in flatten(self.state_shardings).items() if name not in given}
         found = jax.jit(fresh, out_shardings=shardings, compiler_options=options)()
         state = unflatten(found | given, self.abstract_state())
-        if given and self.experiment.carry_memory:  # a memory may begin with learned values: those of these parameters
+        if given and self.experiment.carry_memory:  # a memory may start from learned values of these parameters
 
             def memory(params):
                 return self._fresh_memory(params, self.experiment.batch_size)
@@ -127,7 +127,7 @@ class Trainer:
         return state
 
     def _imported_params(self) -> dict[str, jax.Array]:
-        """{flat name in the state: array} of the parameters that `init_from` holds, each where it lives."""
+        """{flat name in the state: array} of the parameters in `init_from`, sharded."""
         folder = self.experiment.init_from
         if folder is None:
             return {}
@@ -136,7 +136,7 @@ class Trainer:
         return {".".join(map(str, ("params", *path))): value for path, value in found.items()}
 
     def abstract_state(self) -> dict[str, Any]:
-        """ShapeDtypeStructs with shardings, to restore a checkpoint into."""
+        """ShapeDtypeStructs with shardings, the target of restoring a checkpoint."""
         shapes = jax.eval_shape(self._fresh_state)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings
@@ -144,7 +144,7 @@ class Trainer:
 
     @cached_property
     def train_step(self) -> Callable:
-        """step(state, batch) -> (state, {"loss", "aux_loss", "grad_norm", "learning_rate"}), donating the state."""
+        """step(state, batch) -> (state, {"loss", "aux_loss", "grad_norm", "learning_rate"}); the state is donated."""
         strategy = train_step.STRATEGIES[self.experiment.parallel.strategy]
         return strategy(self.experiment, self.make_loss, self.tx, self.mesh, self.specs)
 
@@ -153,7 +153,7 @@ class Trainer:
         return train_step.make_loss(self.graphdef, self._dtype, place)
 
     def forward(self, f: Callable) -> Callable:
-        """f(model, batch) as a compiled call(params, batch), shared parameters gathered where the model uses them."""
+        """f(model, batch) as a compiled call(params, batch); the model gathers a sharded parameter where it is used."""
         place = train_step.compiler_placement(self.specs["params"], self.mesh)
 
         def call(params, batch):
@@ -166,7 +166,7 @@ class Trainer:
 
     @cached_property
     def eval_step(self) -> Callable:
-        """eval(params, batch) -> (sum of losses in nats, labelled tokens, rightly predicted tokens)."""
+        """eval(params, batch) -> (sum of losses in nats, labelled tokens, correctly predicted tokens)."""
 
         def evaluate(model, batch):
             scored = score(model, batch)
@@ -176,7 +176,7 @@ class Trainer:
 
     @cached_property
     def report_step(self) -> Callable:
-        """report(params, batch) -> {"titans.lr_mean": [repeat], ...}: the diagnostics, {} if there are none."""
+        """report(params, batch) -> {"titans.lr_mean": [repeat], ...}: diagnostics, {} without any."""
 
         def report(model, batch):
             return model(batch["tokens"], segment_ids=batch["segment_ids"], collect=("*",)).collected
@@ -184,11 +184,11 @@ class Trainer:
         return self.forward(report)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows as a global batch on the mesh."""
+        """This process's rows as part of a global batch on the mesh."""
         return sharding.put_batch(batch, self.mesh, self.experiment.batch_size)
 
     def loader(self, split: str) -> Iterator[dict[str, np.ndarray]]:
-        """Batches of this process: endless and shuffled for "train", one fixed pass for "validation"."""
+        """This process's batches: endless and shuffled for "train", one fixed pass for "validation"."""
         e = self.experiment
         return e.data.loader(
             split,
@@ -227,12 +227,12 @@ class Trainer:
 
 
 def check(experiment: Experiment) -> None:
-    """Raises UserError where model and data, or model and loss, do not fit each other."""
+    """Raises UserError if model and data, or model and loss, do not fit."""
     leak = experiment.model.exempt_from.get("causality")
     if leak and not experiment.allow_future:
         raise UserError(
-            f"the model is not causal ({leak}), so that its next-token loss means nothing; choose a causal mode, or "
-            "set --allow-future if that is what you want to see."
+            f"the model is not causal ({leak}), so its next-token loss means nothing; choose a causal mode, or "
+            "set --allow-future to train it anyway."
         )
     if experiment.carry_memory:
         _check_carried(experiment)
@@ -245,20 +245,20 @@ def check(experiment: Experiment) -> None:
 
 
 def _check_carried(experiment: Experiment) -> None:
-    """Raises UserError where the data has no streams, or a part of the model holds only so many tokens of a row."""
+    """Raises UserError if the data has no streams, or a part of the model has a limited number of tokens per row."""
     if "stream" not in inspect.signature(experiment.data.loader).parameters:
         raise UserError(
-            f"carry_memory needs rows that go on from batch to batch, which {experiment.data.registered_name} has not; "
+            f"carry_memory needs rows that continue in the next batch, and {experiment.data.registered_name} has none; "
             "choose a text data set, or train without it."
         )
     for part in runs.nested_configs(experiment.model, skip=SegmentRecurrentConfig):  # these read segment by segment
         if isinstance(part, BlockStyleConfig) and part.positions:
             raise UserError(
-                f"carry_memory: a carried row goes on for ever, and the model has layout.positions={part.positions} "
+                f"carry_memory: carried rows are unbounded, and the model has layout.positions={part.positions} "
                 "learned positions; choose layout.positions=0 and mixers with a window."
             )
         if hasattr(part, "capacity") and getattr(part, "window", None) is None:
             raise UserError(
-                f"carry_memory: a carried row goes on for ever, and {part.registered_name} without a window holds "
+                f"carry_memory: carried rows are unbounded, and {part.registered_name} without a window holds "
                 f"capacity={part.capacity} tokens; set its window."
             )

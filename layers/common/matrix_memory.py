@@ -10,8 +10,7 @@ A mixer is a config (`MatrixMemoryConfig`) and a module (`MatrixMemory`) that gi
 """
 
 import dataclasses
-from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,8 @@ from engrax.pallas_kernels import gated_delta_rule, linear_attention
 from engrax.pallas_kernels.common.segments import mask_tokens
 from engrax.pallas_kernels.gated_delta_rule import cost as delta_cost
 from engrax.pallas_kernels.linear_attention import cost as linear_cost
+
+OPERATIONS = {"linear": (linear_attention, linear_cost.flops), "delta": (gated_delta_rule, delta_cost.flops)}
 
 
 class MatrixMemoryState(NamedTuple):
@@ -60,7 +61,7 @@ class MatrixMemoryConfig(MixerConfig):
     output_gate: bool = False  # whether the read is gated by a projection of the input
     implementation: str | None = None  # of the operation: reference | xla | ...; None = chosen by platform
 
-    rule: ClassVar[ModuleType] = linear_cost  # costs of the operation that the mixer runs on
+    operation: ClassVar[Literal["linear", "delta"]] = "linear"  # what the mixer runs on: `OPERATIONS`
     routable: ClassVar[bool] = False  # whether the module has `features` and `gates`, so that MoM can route to it
 
     def __post_init__(self):
@@ -107,12 +108,16 @@ class MatrixMemoryConfig(MixerConfig):
             project += self.conv_width * sum(self.widths)
         return 2 * project + self.memory_flops(seq_len)
 
+    def operation_flops(self, **sizes: int) -> float:
+        """Forward FLOPs of one pass of the operation."""
+        return OPERATIONS[self.operation][1](**sizes).forward
+
     def memory_flops(self, seq_len: int) -> float:
         """Forward FLOPs per token of the passes of the operation."""
         memory = 0.0
         for m in self.matrices:
             sizes = dict(heads=m.heads, query_heads=m.query_heads, key=m.key, value=m.value)
-            memory += self.rule.flops(batch=1, seq=seq_len, chunk_size=self.chunk_size, **sizes).forward
+            memory += self.operation_flops(batch=1, seq=seq_len, chunk_size=self.chunk_size, **sizes)
         return memory / seq_len
 
 
@@ -203,7 +208,7 @@ class MatrixMemory(Mixer):
     def apply_once(self, q, k, v, terms, memory, segment_ids) -> tuple[Array, Array]:
         """One pass of the operation: (reads [B, T, HV, V], the matrices after the last token)."""
         c = self.config
-        op = gated_delta_rule if c.rule is delta_cost else linear_attention
+        op, _ = OPERATIONS[c.operation]
         settings = dict(segment_ids=segment_ids, chunk_size=c.chunk_size, implementation=c.implementation)
         return op(q, k, v, initial_state=memory, **terms, **settings)
 

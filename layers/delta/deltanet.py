@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 
 from engrax.errors import UserError
-from engrax.layers.common.matrix_memory import MatrixMemory, MatrixMemoryConfig, delta_cost
+from engrax.layers.common.matrix_memory import MatrixMemory, MatrixMemoryConfig
 from engrax.layers.common.modules import l2_normalise, projection
 from engrax.layers.mixer import MIXERS
 
@@ -26,7 +26,7 @@ class DeltaNetConfig(MatrixMemoryConfig):
     conv_width: int = 4  # taps of the short convolution on q, k and v; 1 = none
     max_beta: float = 1.0  # upper bound of beta; up to 2 the memory may turn a key's value round (arXiv 2411.12537)
 
-    rule: ClassVar = delta_cost
+    operation: ClassVar = "delta"
     routable: ClassVar[bool] = True
 
     def __post_init__(self):

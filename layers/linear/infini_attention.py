@@ -60,11 +60,11 @@ class InfiniAttentionConfig(MatrixMemoryConfig):
 
     def flops_per_token(self, dim: int, seq_len: int) -> float:
         (m,) = self.matrices  # every token stands twice in the memory's rows
-        once = self.rule.flops(
+        once = self.operation_flops(
             batch=1, seq=seq_len, heads=m.heads, key=m.key, value=m.value, chunk_size=self.chunk_size
         )
         local = 4 * self.heads * self.head_dim * (min(self.block, seq_len) + 1) / 2
-        return super().flops_per_token(dim, seq_len) + once.forward / seq_len + local
+        return super().flops_per_token(dim, seq_len) + once / seq_len + local
 
 
 class InfiniAttention(MatrixMemory):

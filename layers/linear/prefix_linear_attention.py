@@ -58,7 +58,7 @@ class PrefixLinearAttentionConfig(BasedConfig):
     def flops_per_token(self, dim: int, seq_len: int) -> float:
         (m,) = super().matrices  # the third pass, backwards through the row
         sizes = dict(heads=m.heads, query_heads=m.query_heads, key=m.key, value=m.value, chunk_size=self.chunk_size)
-        return super().flops_per_token(dim, seq_len) + self.rule.flops(batch=1, seq=seq_len, **sizes).forward / seq_len
+        return super().flops_per_token(dim, seq_len) + self.operation_flops(batch=1, seq=seq_len, **sizes) / seq_len
 
 
 class PrefixLinearAttention(Based):

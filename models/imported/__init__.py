@@ -1,11 +1,11 @@
-"""Published checkpoints (Hugging Face layouts) as engrax language models, from a local folder and back.
+"""Import and export of published checkpoints (Hugging Face layouts) as engrax language models.
 
     config = imported.read_config("SmolLM-135M")        # a LanguageModelConfig
     model  = imported.load("SmolLM-135M")               # its module, parameters included
     imported.export(model, "out", like="SmolLM-135M")   # the same tensors, in the same files
 
-A folder holds config.json and model.safetensors, or model.safetensors.index.json and the files it names. Its
-tokenizer.json is read by `engrax.data.tokenizers.load_tokenizer`.
+A folder holds config.json and model.safetensors, or model.safetensors.index.json and the files it lists.
+`engrax.data.tokenizers.load_tokenizer` reads its tokenizer.json.
 """
 
 from engrax.models.imported.architectures import read_config

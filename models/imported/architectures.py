@@ -1,4 +1,4 @@
-"""The published architectures: what their config.json means here, and which tensor is which parameter."""
+"""The published architectures: mapping of config.json fields to settings and of tensors to parameters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from engrax.models.block_style import BlockStyleConfig
 from engrax.models.imported.files import read_json
 from engrax.models.language_model import LanguageModelConfig
 
-CAPACITY = 4096  # tokens that an imported model's cache holds unless told otherwise, or fewer if the model reads fewer
+CAPACITY = 4096  # default tokens of an imported model's cache; fewer if the model reads fewer
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -20,7 +20,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# Fields that change no forward pass: of training (there is no dropout here), of sampling, notes of the program.
+# Fields that do not change the forward pass: training (there is no dropout here), sampling, notes of the program.
 IGNORED = {
     *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "prefix", "tokenizer_class"),
@@ -33,7 +33,7 @@ IGNORED = {
 
 
 class Fields:
-    """The fields of a config.json, each taken once; what nobody took and what is not IGNORED is an error."""
+    """The fields of a config.json, each taken once; a field that is neither taken nor IGNORED is an error."""
 
     def __init__(self, folder: Path):
         self.path = folder / "config.json"
@@ -41,16 +41,16 @@ class Fields:
         self.architecture = (self._rest.get("architectures") or [None])[0]
 
     def take(self, name: str, default: Any = None) -> Any:
-        """A field's value, or the default where it is absent or null. Raises UserError where there is neither."""
+        """A field's value, or the default if it is absent or null. Raises UserError if there is no default."""
         value = self._rest.pop(name, None)
         if value is None and default is None:
             raise UserError(f"{self.path} lacks the field {name}.")
         return default if value is None else value
 
     def demand(self, name: str, wanted: Any, fields: dict[str, Any] | None = None) -> None:
-        """Raises UserError where the field is there and is not `wanted`, the only value supported.
+        """Raises UserError if the field is present and not `wanted`, the only supported value.
 
-        `fields` is an object inside the file that has it; None = the file's own fields.
+        `fields` is the object inside the file that contains it; None = the top level.
         """
         if (value := (self._rest if fields is None else fields).pop(name, None)) not in (None, wanted):
             raise UserError(f"{self.path}: {name}={value!r} is not supported (only {wanted!r} is).")
@@ -63,13 +63,13 @@ class Fields:
         return known[value]
 
     def finish(self) -> None:
-        """Raises UserError naming the first field that is neither understood, nor ignored, nor switched off."""
+        """Raises UserError naming the first field that is neither known, nor ignored, nor switched off."""
         for name, value in self._rest.items():
             if name not in IGNORED and value:
                 raise UserError(f"{self.path}: the field {name}={value!r} is not supported.")
 
     def rope(self) -> tuple[float, RopeScaling]:
-        """The rotary base and scaling: `rope_parameters`, or `rope_theta` and `rope_scaling` of older files."""
+        """The rotary base and scaling, from `rope_parameters`, or `rope_theta` and `rope_scaling` in older files."""
         theta = self._rest.pop("rope_theta", None) or 10_000.0
         scaling = dict(self._rest.pop("rope_scaling", None) or {})
         scaling |= self._rest.pop("rope_parameters", None) or {}
@@ -78,7 +78,7 @@ class Fields:
         where = f"{self.path}: rope_scaling"
         if not isinstance(kind, str) or kind not in ("default", "linear", "llama3"):
             raise UserError(f"{where} kind {kind!r} is not supported (known: default, linear, llama3).")
-        for fields in (None, scaling):  # transformers 5 writes it among the rope_parameters
+        for fields in (None, scaling):  # transformers 5 writes it in rope_parameters
             self.demand("partial_rotary_factor", 1.0, fields)
         names = {"factor": "factor"} if kind != "default" else {}
         if kind == "llama3":
@@ -102,9 +102,9 @@ class Architecture:
 
     config: Callable[[Fields], LanguageModelConfig]  # from its fields
     tensors: dict[str, tuple[str, ...]]  # name ("{}" is the layer) -> parameters side by side along its outputs
-    prefixes: tuple[str, ...]  # of all names but the head's: the usual one first, then those of older files
+    prefixes: tuple[str, ...]  # of all names except the head's: the current one first, then older ones
     outputs_first: bool = True  # matrices are stored [out, in]
-    buffers: tuple[str, ...] = ()  # endings of names that are no parameters, left out
+    buffers: tuple[str, ...] = ()  # name endings of buffers, which are not parameters and are skipped
 
 
 def _gpt2(fields: Fields) -> LanguageModelConfig:
@@ -195,7 +195,7 @@ def _demand_full_attention(fields: Fields) -> None:
 def _rotary(
     fields: Fields, *, bias: str, mlp_bias: bool = False, head_dim: int | None = None, qk_norm: bool = False
 ) -> LanguageModelConfig:
-    """What Llama and its kin share; `head_dim` is the family's default, None = dim / heads."""
+    """Settings shared by Llama and related models; `head_dim` is the family's default, None = dim / heads."""
     dim, heads = fields.take("hidden_size"), fields.take("num_attention_heads")
     eps, (base, scaling) = float(fields.take("rms_norm_eps", 1e-6)), fields.rope()
     attention = AttentionConfig(
@@ -292,7 +292,7 @@ ARCHITECTURES = {
 
 
 def architecture(fields: Fields) -> Architecture:
-    """The architecture that a config.json names; raises UserError where it is not supported."""
+    """The architecture named in a config.json; raises UserError if it is not supported."""
     if fields.architecture not in ARCHITECTURES:
         raise UserError(
             f"{fields.path}: the architecture {fields.architecture!r} is not supported "
@@ -302,9 +302,9 @@ def architecture(fields: Fields) -> Architecture:
 
 
 def read_config(folder: str | Path) -> LanguageModelConfig:
-    """The language model that the config.json of a folder describes.
+    """The language model described by the config.json of a folder.
 
-    Raises UserError naming the field where one is missing or asks for something that is not supported.
+    Raises UserError naming a field that is missing or has an unsupported value.
     """
     fields = Fields(Path(folder))
     config = architecture(fields).config(fields)

@@ -1,4 +1,4 @@
-"""Loading a checkpoint's tensors into parameters, piece by piece, and writing parameters back as the same tensors."""
+"""Loading a checkpoint's tensors into parameters piece by piece, and writing parameters as the same tensors."""
 
 import dataclasses
 import json
@@ -22,26 +22,25 @@ from engrax.models.language_model import LanguageModel, LanguageModelConfig
 from engrax.models.model import ModelConfig
 
 ParamPath = tuple[Any, ...]  # of a parameter in a model: ("blocks", 0, "mixer", "q", "kernel")
-ROWS = 4096  # of an embedding, compared at a time
-FREE_FIELDS = ("remat", "lora", "frozen")  # of a model: they change neither its function nor the checkpoint's tensors
-FREE_MIXER_FIELDS = ("capacity", "window")  # nor do these change tensors
+ROWS = 4096  # rows of an embedding that are compared at a time
+FREE_FIELDS = ("remat", "lora", "frozen")  # model fields that change neither its function nor the tensors
+FREE_MIXER_FIELDS = ("capacity", "window")  # mixer fields that do not change tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Where one tensor lies among the parameters."""
+    """Maps one tensor to parameters."""
 
     tensor: str
     layer: int | None  # index into the parameters' leading axis
-    params: tuple[str, ...]  # side by side along their last axis
+    params: tuple[str, ...]  # concatenated along their last axis
     outputs_first: bool  # the tensor is [out, in], the parameter [in, out]
 
 
 class Plan:
-    """Which tensor of a folder is which part of a model's parameters. `shapes` maps parameter names to shapes.
+    """Maps the tensors of a folder to parts of a model's parameters. `shapes` maps parameter names to shapes.
 
-    Raises UserError naming the tensors that are missing, unknown, of another shape, or of a dtype that is no float of
-    at most 32 bits.
+    Raises UserError naming tensors that are missing, unknown, of the wrong shape, or not floats of at most 32 bits.
     """
 
     def __init__(self, files: TensorFiles, arch: Architecture, shapes: dict[str, tuple[int, ...]]):
@@ -83,7 +82,7 @@ class Plan:
         return shape[::-1] if piece.outputs_first else shape
 
     def check_tied(self) -> None:
-        """Raises UserError where a head stored beside a tied embedding is another matrix."""
+        """Raises UserError if the head stored with a tied embedding is a different matrix."""
         table = next(p.tensor for p in self.pieces.values() if p.params == ("embedding",))
         for name in self.tied:
             rows = range(0, self.shapes["embedding"][0] if name in self.files.infos else 0, ROWS)
@@ -94,7 +93,7 @@ class Plan:
                 )
 
     def read(self, param: str, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-        """A rectangle of a parameter, from the tensors it is made of."""
+        """A slice of a parameter, read from its tensors."""
         pieces = [piece for piece in self.pieces.values() if param in piece.params]
         if pieces[0].layer is None:
             return self._read_core(pieces[0], param, index).astype(dtype, copy=False)
@@ -111,10 +110,10 @@ class Plan:
 
 
 def _pieces(arch: Architecture, prefix: str, shapes: dict[str, tuple[int, ...]]) -> Iterator[Piece]:
-    """The tensors that the parameters ask for."""
+    """The tensors that the parameters need."""
     for name, params in arch.tensors.items():
         if not all(param in shapes for param in params):
-            continue  # a bias, say, that this model does not have
+            continue  # for example a bias that this model does not have
         flipped = arch.outputs_first and params[0].endswith(".kernel")
         name = name if name.startswith("lm_head") else prefix + name
         layers = range(shapes[params[0]][0]) if "{}" in name else (None,)
@@ -130,11 +129,11 @@ def _several(names: list[str]) -> str:
 
 
 def read_params(folder: str | Path, like: nnx.State, *, at: ParamPath = ()) -> dict[ParamPath, jax.Array]:
-    """{path: array} of the parameters that a folder holds.
+    """Returns {path: array} for the parameters stored in a folder.
 
-    `like` is a model's state of ShapeDtypeStructs, which say dtype and, where they have one, sharding; `at` is the path
-    of the imported model in it. Every device's part is read from the mapped files on its own: no device and no host
-    holds more. Parameters that are not the checkpoint's (adapters, what wraps a backbone) are left out.
+    `like` is a model's state of ShapeDtypeStructs, with dtypes and optional shardings; `at` is the path of the imported
+    model in it. Each device's part is read separately from the memory-mapped files: no device or host holds more.
+    Parameters that are not in the checkpoint (adapters, parts around a backbone) are omitted.
     """
     flat = {path: leaf for path, leaf in nnx.to_flat_state(like) if path[: len(at)] == at}
     named = {_name(path[len(at) :]): (path, leaf.get_value()) for path, leaf in flat.items()}
@@ -159,10 +158,10 @@ def _name(path: ParamPath) -> str:
 def load(
     folder: str | Path, config: LanguageModelConfig | None = None, *, dtype: Any = jnp.float32, seed: int = 0
 ) -> LanguageModel:
-    """The language model of a folder, its parameters in `dtype` on the first device.
+    """The language model of a folder, with parameters in `dtype` on the first device.
 
-    `config` is `read_config(folder)` with other settings that leave the tensors alone (window, capacity, remat, lora,
-    frozen); `seed` initialises adapters. Raises UserError where folder and config do not fit each other.
+    `config` is `read_config(folder)`, optionally with other values of settings that do not change tensors (window,
+    capacity, remat, lora, frozen); `seed` initialises adapters. Raises UserError if folder and config do not fit.
     """
     config = read_config(folder) if config is None else config
     check(folder, config)
@@ -172,7 +171,7 @@ def load(
     found = read_params(folder, like)
     if config.lora.rank:
 
-        def adapters():  # what is not returned is never computed
+        def adapters():  # parameters that are not returned are never computed
             fresh = nnx.to_flat_state(nnx.state(config.build(rngs=nnx.Rngs(seed)), nnx.Param))
             return [leaf.get_value().astype(dtype) for path, leaf in fresh if path not in found]
 
@@ -183,8 +182,8 @@ def load(
 
 
 def check(folder: str | Path, config: LanguageModelConfig) -> None:
-    """Raises UserError where the folder's tensors do not fit its config.json, or where `config` computes something
-    else than its model, naming the first setting that differs."""
+    """Raises UserError if the folder's tensors do not fit its config.json, or if `config` computes another function;
+    names the first setting that differs."""
     wanted = read_config(folder)
     config = dataclasses.replace(config, **{name: getattr(wanted, name) for name in FREE_FIELDS})
     if len(config.mixers) == 1 and isinstance(config.mixers[0], AttentionConfig):
@@ -210,17 +209,17 @@ def _difference(config: Any, wanted: Any, path: str = "config") -> str:
 
 
 def find_backbone(config: ModelConfig) -> tuple[LanguageModelConfig, ParamPath]:
-    """The language model inside a model that wraps one as `backbone`, and its path there; () for one unwrapped."""
+    """The language model inside a model that wraps it as `backbone`, and its path; () if it is not wrapped."""
     path: ParamPath = ()
     while not isinstance(config, LanguageModelConfig):
         if not isinstance(inner := getattr(config, "backbone", None), ModelConfig):
-            raise UserError(f"{type(config).__name__} is no language model and wraps none: nothing can be imported.")
+            raise UserError(f"{type(config).__name__} is not a language model and wraps none: nothing can be imported.")
         config, path = inner, (*path, "backbone")
     return config, path
 
 
 def merge(model: LanguageModel) -> LanguageModel:
-    """The model without adapters: each is added to the kernel it hangs on."""
+    """The model without adapters: each is added to its kernel."""
     config = dataclasses.replace(model.config, lora=LoraConfig())
     merged = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
     values = lora.merged_params(model)
@@ -230,11 +229,10 @@ def merge(model: LanguageModel) -> LanguageModel:
 
 
 def export(model: LanguageModel, folder: str | Path, *, like: str | Path) -> None:
-    """Writes the parameters as the folder `like` has them: the same files, names, dtypes and shapes, config.json and
-    tokenizer included. Adapters are merged first. `like` may be what `describe_source` wrote.
+    """Writes the parameters in the format of the folder `like`: the same files, names, dtypes and shapes, config.json
+    and tokenizer included. Adapters are merged first. `like` may be a folder written by `describe_source`.
 
-    Buffers that are no parameters are left out, of the index too. Raises UserError where `folder` is not empty or the
-    model another one.
+    Buffers are omitted, also from the index. Raises UserError if `folder` is not empty or `like` is another model.
     """
     folder, like = Path(folder), Path(like)
     if folder.exists() and any(folder.iterdir()):
@@ -257,7 +255,7 @@ def export(model: LanguageModel, folder: str | Path, *, like: str | Path) -> Non
 
 
 def _tensor(plan: Plan, name: str, params: dict[str, jax.Array]) -> np.ndarray:
-    """One tensor as the checkpoint has it."""
+    """One tensor in the checkpoint's format."""
     dtype = jnp.dtype(DTYPES[plan.files.infos[name].dtype])
     if name in plan.tied:
         return np.asarray(params["embedding"]).astype(dtype)
@@ -271,9 +269,9 @@ def _tensor(plan: Plan, name: str, params: dict[str, jax.Array]) -> np.ndarray:
 
 
 def describe_source(folder: str | Path, target: epath.PathLike) -> None:
-    """Copies what `export` needs of a checkpoint's folder, everything but the values: config, tokenizer, headers.
+    """Copies the files that `export` needs from a checkpoint's folder, without values: config, tokenizer, headers.
 
-    `target` appears complete or not at all. Raises UserError where it is there and not empty.
+    `target` is created complete or not at all. Raises UserError if it exists and is not empty.
     """
     target = epath.Path(target)
     if target.exists() and any(target.iterdir()):
@@ -288,7 +286,7 @@ def describe_source(folder: str | Path, target: epath.PathLike) -> None:
 
 
 def _copy_descriptions(source: Path, target: Path | epath.Path) -> None:
-    """JSON and text files and vocabularies beside the tensors."""
+    """Copies JSON, text and vocabulary files."""
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != HEADERS:
             (target / file.name).write_bytes(file.read_bytes())

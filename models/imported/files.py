@@ -1,4 +1,4 @@
-"""Safetensors files of a folder: what they hold, known from their headers, and slices of it."""
+"""Safetensors files of a folder: their contents, read from the headers, and slices of tensors."""
 
 import dataclasses
 import json
@@ -13,31 +13,31 @@ from etils import epath
 from engrax.errors import UserError
 
 INDEX, SINGLE, HEADERS = "model.safetensors.index.json", "model.safetensors", "tensors.json"
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # every other is refused: float32 would not hold it
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # others are refused: float32 cannot represent them
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor."""
+    """A tensor's entry in a header."""
 
     file: str
-    dtype: str  # as the format spells it: F32, BF16, ...
+    dtype: str  # the format's name: F32, BF16, ...
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values; of the dtypes in DTYPES."""
+        """Bytes of its values, for the dtypes in DTYPES."""
         return math.prod(self.shape) * jnp.dtype(DTYPES[self.dtype]).itemsize
 
 
 class TensorFiles:
-    """The tensors of a folder. `infos` maps their names to what the headers say; values are read from mapped files.
+    """The tensors of a folder. `infos` maps names to header entries; values are read from memory-mapped files.
 
-    A folder with HEADERS instead of tensor files (what `save_headers` wrote) has infos only.
+    A folder with HEADERS instead of tensor files (written by `save_headers`) has infos only.
     """
 
     def __init__(self, folder: str | Path):
-        """Raises UserError where the folder holds no tensors, or files are missing, damaged or misplaced."""
+        """Raises UserError if the folder holds no tensors, or if files are missing, damaged or misplaced."""
         self.folder = Path(folder)
         self._open: dict[str, Any] = {}
         self.metadata: dict[str, dict[str, str]] = {}  # {file: {key: text}}
@@ -49,7 +49,7 @@ class TensorFiles:
             self._read_header(file, names)
 
     def _listed(self) -> dict[str, set[str] | None]:
-        """{file: names that the index says it holds}, None for a file without an index."""
+        """{file: names listed in the index}, None for a file without an index."""
         index = self.folder / INDEX
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
@@ -89,14 +89,14 @@ class TensorFiles:
         return self._open[file]
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A rectangle of a tensor, in the dtype of the file; nothing else of it is copied."""
+        """A slice of a tensor in the file's dtype; nothing else is copied."""
         info = self.infos[name]
         index = (*index, *(slice(None) for _ in info.shape[len(index) :]))
         bounds = [slice(*part.indices(size)[:2]) for part, size in zip(index, info.shape)]
         return self._file(info.file).get_slice(name)[tuple(bounds)]
 
     def index_of(self, written: set[str]) -> dict[str, Any] | None:
-        """The folder's index for the tensors `written` alone; None where there is no index or it names no others."""
+        """The folder's index restricted to the tensors `written`; None if there is no index, or it lists no others."""
         path = self.folder / INDEX
         index = read_json(path) if path.is_file() else {"weight_map": {}}
         kept = {name: file for name, file in index["weight_map"].items() if name in written}
@@ -108,7 +108,7 @@ class TensorFiles:
         return index
 
     def save_headers(self, path: Path | epath.Path) -> None:
-        """Writes what the headers say as JSON."""
+        """Writes the headers as JSON."""
         tensors = {name: dataclasses.asdict(info) for name, info in sorted(self.infos.items())}
         path.write_text(json.dumps({"metadata": self.metadata, "tensors": tensors}, indent=1) + "\n")
 
@@ -120,7 +120,7 @@ class TensorFiles:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises UserError where it is missing or damaged."""
+    """The object in a JSON file; raises UserError if the file is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

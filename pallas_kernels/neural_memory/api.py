@@ -52,9 +52,10 @@ def neural_memory(
         `NeuralMemoryState.start` does) where it is known to be zero: rows at unknown phases cost one block more.
       reset: `(weights, momentum)`, tuples with one `[H, I, O]` array per memory layer, what every segment but a row's
         first starts from; required with `segment_ids`.
-      segment_ids: int `[B, T]`, -1 = padding. Padding writes nothing, decays nothing and reads 0, but it takes a place
-        in its chunk. The row's first segment continues `state`; a later one starts from `reset`, and its anchor is the
-        reset memory until the row's next chunk begins. The final state is that after the last real token.
+      segment_ids: int `[B, T]`, -1 = padding after a row's last token, -2 = filler between segments. Neither writes or
+        decays anything, and both read 0. Filler takes a place in its chunk, padding does not. The row's first segment
+        continues `state`; a later one starts from `reset`, and its anchor is the reset memory until the row's next
+        chunk begins. The final state is that after the last real token.
       activation: "gelu" (tanh form), "silu", "relu" or "tanh".
       gradient_at: "anchor", or "decayed": the gradient is taken at (1 - forget_t) times the anchor.
       chunk_size: tokens between two refreshes of the anchor.

@@ -10,9 +10,9 @@ for two layers: `gpu_two_layers`):
     backward_tokens    all chunks at once: the cotangents of q, k and of the coefficients
 
 Where rows are at unknown phases, the first block may continue a chunk and the last one may be empty: these two take the
-XLA form. Beside inputs, nothing is saved for the backward pass (`save_every` changes nothing). While it runs, the
-matrices of every chunk, with what rounding took from them, and their cotangents lie in memory as bfloat16: 12 K V bytes
-for each chunk and head of a memory of one layer.
+XLA form. Beside inputs, nothing but the matrices between these parts is saved for the backward pass (`save_every`
+changes nothing). While it runs, the matrices of every chunk, with what rounding took from them, and their cotangents
+lie in memory as bfloat16: 12 K V bytes for each chunk and head of a memory of one layer.
 """
 
 from collections.abc import Callable

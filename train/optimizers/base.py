@@ -1,8 +1,8 @@
-"""The optimizer contract, the registry that finds an optimizer by name, and what every optimizer shares.
+"""The optimizer contract, the registry of optimizers, and the code that all optimizers share.
 
-An optimizer is one file here, or the user's own: a frozen dataclass under `@engrax.register("name")` that says which
-direction it takes. The schedule, decoupled weight decay and frozen parameters are the same for all. Clipping and the
-accumulation of microbatches lie in the training step, where the global norm is known.
+An optimizer is one file, here or in a user's folder: a frozen dataclass under `@engrax.register("name")` that returns
+the direction of a step. Schedule, decoupled weight decay and frozen parameters are the same for all. Clipping and
+accumulation of microbatches are part of the training step, which knows the global norm.
 """
 
 import abc
@@ -25,13 +25,13 @@ OPTIMIZERS = Registry("optimizer", "engrax.train.optimizers")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(abc.ABC):
-    """Base of every optimizer's settings, and the part of them that all share."""
+    """Base of every optimizer's settings, with the fields that all share."""
 
     registry: ClassVar[Registry] = OPTIMIZERS
     registered_name: ClassVar[str] = ""
 
     learning_rate: float = 3e-3  # peak of the schedule
-    schedule: ScheduleConfig = CosineConfig()  # learning rate by step, as a part of the peak
+    schedule: ScheduleConfig = CosineConfig()  # learning rate by step, as a fraction of the peak
     weight_decay: float = 0.1  # per step, times the learning rate; on matrices (`decay_mask`), never on the gradient
     clip_norm: float = 1.0  # largest global gradient norm; 0 = no clipping
     accumulate: int = 1  # microbatches per step
@@ -41,13 +41,13 @@ class OptimizerConfig(abc.ABC):
 
     @abc.abstractmethod
     def direction(self) -> optax.GradientTransformation:
-        """From gradients to the direction of a step: what is scaled by -learning rate after weight decay is added.
+        """Maps gradients to the direction of a step, which is then decayed and scaled by minus the learning rate.
 
-        Its state may hold arrays of the parameters' shapes (moments); ZeRO shards these as it shards the parameters.
+        Its state may hold arrays of the parameters' shapes (moments); ZeRO shards them like the parameters.
         """
 
     def rate(self, steps: int) -> optax.Schedule:
-        """The learning rate by step of a training of `steps` steps."""
+        """The learning rate by step for a training of `steps` steps."""
         return self.schedule.rate(self.learning_rate, steps)
 
     def check_unit_interval(self, *names: str) -> None:
@@ -58,9 +58,9 @@ class OptimizerConfig(abc.ABC):
 
 
 def build(config: OptimizerConfig, steps: int, params: nnx.State) -> optax.GradientTransformation:
-    """The optimizer of a training of `steps` steps: x -= rate (direction + weight_decay x), decay where `decay_mask`.
+    """The optimizer for a training of `steps` steps: x -= rate (direction + weight_decay x), decay where `decay_mask`.
 
-    Frozen parameters have no state. `params` give the masks; abstract ones serve.
+    Frozen parameters have no state. `params` may be abstract; only the masks are read from them.
     """
     labels = _map_variables(lambda v: v.replace("frozen" if is_frozen(v) else "trained"), params)
     trained = optax.chain(
@@ -74,12 +74,12 @@ def build(config: OptimizerConfig, steps: int, params: nnx.State) -> optax.Gradi
 
 
 def stop_frozen(params: Any) -> Any:
-    """The parameters, those marked as frozen without a gradient."""
+    """The parameters, with the gradient of frozen ones stopped."""
     return _map_variables(lambda v: v.replace(jax.lax.stop_gradient(v.get_value())) if is_frozen(v) else v, params)
 
 
 def keep_frozen(old: Any, new: Any) -> Any:
-    """`new`, the parameters marked as frozen as they were: adding an update of 0 would change the sign of -0."""
+    """`new` with the frozen parameters of `old`: adding an update of 0 would change the sign of -0."""
     return _map_variables(lambda v, after: v if is_frozen(v) else after, old, new)
 
 

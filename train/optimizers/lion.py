@@ -1,7 +1,7 @@
 """Lion (arXiv 2302.06675): the sign of an average of the gradient and its running mean.
 
-Every entry moves by the learning rate, so it wants a rate 3 to 10 times lower than AdamW's and a weight decay as many
-times higher (the paper's section 5). One moment instead of two.
+Every entry moves by the learning rate. Lion therefore needs a rate 3 to 10 times lower than AdamW and a weight decay
+higher by the same factor (section 5 of the paper). It has one moment instead of two.
 """
 
 import dataclasses

@@ -14,12 +14,12 @@ from engrax.train.optimizers.base import OPTIMIZERS, OptimizerConfig
 @OPTIMIZERS.register("sgd")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SGDConfig(OptimizerConfig):
-    """SGD with momentum, Nesterov's if wanted; no state at momentum 0."""
+    """SGD with momentum, optionally Nesterov's; without state at momentum 0."""
 
     learning_rate: float = 0.1  # peak of the schedule
     weight_decay: float = 0.0  # per step, times the learning rate; on matrices
     momentum: float = 0.9  # decay of the sum of gradients; 0 = none
-    nesterov: bool = False  # looks one step of the momentum ahead
+    nesterov: bool = False  # looks one momentum step ahead
 
     def __post_init__(self):
         super().__post_init__()

@@ -11,7 +11,7 @@ from engrax.train.schedules.base import SCHEDULES, ScheduleConfig
 @SCHEDULES.register("cosine")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CosineConfig(ScheduleConfig):
-    """Warmup, then half a cosine from the peak to the final fraction of it."""
+    """Warmup, then half a cosine from the peak to `final_fraction` of it."""
 
     final_fraction: float = 0.1  # last learning rate / peak
 

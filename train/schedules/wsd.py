@@ -11,9 +11,9 @@ from engrax.train.schedules.base import SCHEDULES, ScheduleConfig
 @SCHEDULES.register("wsd")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WSDConfig(ScheduleConfig):
-    """Warmup, the peak, then a linear decay; a run may be continued for longer until the decay begins."""
+    """Warmup, the peak, then a linear decay; until the decay begins, a run may be extended."""
 
-    decay_fraction: float = 0.2  # the part of all steps that decays
+    decay_fraction: float = 0.2  # fraction of all steps in the decay
     final_fraction: float = 0.1  # last learning rate / peak
 
     def __post_init__(self):
