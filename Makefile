@@ -1,14 +1,15 @@
 # Every target makes its own environment in .venv: nothing needs to be activated or installed beforehand.
 #
 #   make train          install, train the quickstart, evaluate it, print a sample and where the report is
-#   make test           install, run the tests
-#   make test-all       the deep grids too
+#   make test           install, run the quick tests: at most 12 minutes on two cores
+#   make test-deep      the laws on every example, deeper grids, notebooks in their FAST setting: at most 20 minutes
+#   make test-long      everything else, section by section; run again, it continues; writes docs/test_long.json
 #   make test-lowest    a smoke run on Python 3.11 and the lowest supported versions
 #   make test-compile   compile the kernels for the accelerators they are meant for, without one (several GB of downloads)
 #   make lint           style
 #
-# PYTHON=3.12 or PYTHON=/path/to/python3 chooses another Python than launch/python.sh would. TRAIN_FLAGS="--steps 50"
-# and PYTEST_FLAGS="-k mqar" are handed on.
+# PYTHON=3.12 or PYTHON=/path/to/python3 chooses another Python than launch/python.sh would. TRAIN_FLAGS="--steps 50",
+# PYTEST_FLAGS="-k mqar" and LONG_FLAGS="--only resume --minutes 60" are handed on.
 
 PYTHON =
 VENV = .venv
@@ -18,13 +19,14 @@ COMPILE_TPU = .venv-compile-tpu
 RUN = runs/quickstart
 TRAIN_FLAGS =
 PYTEST_FLAGS =
+LONG_FLAGS =
 
 # One worker a core, up to 8. worksteal gives each worker a contiguous half of the list, so what a module has compiled
 # stays with it, and moves tests only when a worker has none left.
 WORKERS = $$("$(VENV)/bin/python" -c "import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()))")
 PYTEST = "$(VENV)/bin/python" -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
-.PHONY: help train test test-all test-lowest test-compile test-compile-gpu test-compile-tpu lint clean
+.PHONY: help train test test-deep test-long test-lowest test-compile test-compile-gpu test-compile-tpu lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -38,11 +40,15 @@ train:
 
 test:
 	@sh launch/venv.sh "$(VENV)" test $(PYTHON)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not deep and not long"
 
-test-all:
+test-deep:
 	@sh launch/venv.sh "$(VENV)" test $(PYTHON)
-	$(PYTEST)
+	$(PYTEST) -m deep
+
+test-long:
+	@sh launch/venv.sh "$(VENV)" test $(PYTHON)
+	"$(VENV)/bin/python" tests/run_long.py --workers $(WORKERS) --output docs/test_long.json $(LONG_FLAGS)
 
 test-lowest:
 	@sh launch/venv.sh --lowest "$(LOWEST)" test

@@ -60,10 +60,12 @@ def full_pass_equals_single_tokens(s: Subject, deep: bool = False):
 
 @law("state_carry.cuts")
 def cuts_continue(s: Subject, deep: bool = False):
-    """f(x) equals f(x[:, :a]) then f(x[:, a:], state), literally; deep: for every a."""
+    """f(x) equals f(x[:, :a]) then f(x[:, a:], state), literally; deep: for cuts at ends, in and on the chunk grid."""
+    # Each cut compiles two programs; `state_carry.blocks` makes every cut of a chunk with one.
+    many = sorted({1, s.chunk - 1, s.chunk, s.chunk + 1, 2 * s.chunk + 3, s.length - 1} - {0})
     for ids in (None, s.ids) if deep else (None,):
         wanted, _ = s.run(s.params, s.x, None, ids)
-        for a in range(1, s.length) if deep else (s.chunk + 1,):
+        for a in many if deep else (s.chunk + 1,):
             head, tail = (None, None) if ids is None else (ids[:, :a], ids[:, a:])
             first, state = s.run(s.params, s.x[:, :a], None, head)
             second, _ = s.run(s.params, s.x[:, a:], state, tail)

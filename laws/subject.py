@@ -61,6 +61,7 @@ class Subject:
       thorough: whether laws run on rows with and without segment ids; else on packed rows: half the programs.
       default_chunk: the chunk, in tokens, of a config without a field `chunk_size`; rows have 3 chunks + 7 tokens.
       wide: float64, where rounding is 1e-16; else float32, for modules that compute in it whatever they are given.
+      optimised: compile as users' programs are compiled; else, on a CPU, without optimisation, which is quicker here.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class Subject:
         thorough: bool = True,
         default_chunk: int = 8,
         wide: bool = True,
+        optimised: bool = False,
     ):
+        self.optimised = optimised
         self.config, self.dim, self.thorough, self.wide = config, dim, thorough, wide
         self.is_model = isinstance(config, ModelConfig)
         self.dtype = np.float64 if wide else np.float32
@@ -94,9 +97,10 @@ class Subject:
         self.weights = self.rng.standard_normal(shape) / self.length**0.5  # projects outputs to one number
 
     def _compile(self):
-        # On CPU neither runs often enough to pay for optimised machine code.
+        # On CPU none runs often enough to pay for optimised machine code.
         device = jax.config.jax_default_device or jax.devices()[0]
-        options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
+        level = 3 if self.optimised else 0  # 3 is what XLA takes by itself
+        options = {"xla_backend_optimization_level": level} if device.platform == "cpu" else None
         self.run = jax.jit(self.apply, compiler_options=options)
         self.start = jax.jit(self.init_state, static_argnums=1, compiler_options=options)
         self.pullback = jax.jit(self._pullback, static_argnames="cuts", compiler_options=options)

@@ -1,5 +1,6 @@
 """What every test shares: run-time checked array shapes, float64 on request, and Python processes with many devices."""
 
+import collections
 import gc
 import json
 import os
@@ -44,6 +45,8 @@ jax.config.update("jax_enable_compilation_cache", False)
 gc.set_threshold(100_000, 50, 100)
 MOST_MAPPINGS = 20_000  # of 65,530 that Linux allows a process by default; what was compiled holds them
 
+LONGEST = ("test_targets", "test_notebooks")  # minutes for one test
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -52,7 +55,27 @@ def pytest_unconfigure(config):
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests go first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+_seconds = collections.Counter()  # of each test file, in all processes together
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Where the time went, for whoever must fit the tests into a number of minutes."""
+    most = [f"{name} {seconds / 60:.1f}" for name, seconds in _seconds.most_common(12) if seconds >= 30]
+    if most:
+        terminalreporter.write_line(f"process minutes by file: {', '.join(most)}")
+
+
 def pytest_runtest_logreport(report):
+    _seconds[report.nodeid.split("::")[0]] += report.duration
+    _forget_programs(report)
+
+
+def _forget_programs(report):
     """Forgets what was compiled before the process runs out of memory mappings, which crashes it."""
     if report.when == "call" and report.duration > 1 and os.path.exists("/proc/self/maps"):
         with open("/proc/self/maps") as maps:

@@ -1,17 +1,23 @@
-"""Which law runs on which config in `make test`, and which is left to the deep grid."""
+"""Which law runs on which config in `make test`, in `make test-deep`, and in `make test-long`."""
+
+import inspect
 
 import pytest
 
 from engrax.laws import LAWS
 from engrax.models import LanguageModelConfig
 
-# Compiling is nearly all that a law costs. Except for what everything else is built on, `make test` leaves to the deep
-# grid the laws that need programs of their own, rows without segment ids, all but the first example of a config,
+# Compiling is nearly all that a law costs. `make test` runs all laws on what everything else is built on. Elsewhere it
+# leaves out the laws that need programs of their own, rows without segment ids, all but the first example of a config,
 # gradients where a config resembles another that is tested in full, and most laws of mere settings of another config's
-# module.
+# module. `make test-deep` adds the other examples, all laws of cheap configs, and of costly ones those of causality,
+# rows, packing and state that share programs. `make test-long` runs the rest, and with `deep=True` every law whose body
+# then does more: rows with and without segment ids, more cuts, gradients of implementations.
 DEEP_ONLY = ("causality.distance",)  # rows of 3072 tokens
 OWN_PROGRAMS = ("state_carry.gradients", "state_carry.cuts", "state_carry.padding", "independence.batch_size")
 OWN_PROGRAMS += ("stability.long", "state.start")
+COSTLY = ("test_time", "routed", "prefix_linear_attention")  # tens of seconds for all laws; models too
+OF_COSTLY = ("state.shapes", "state_carry.steps")  # and NO_GRADIENTS
 FOUNDATIONS = ("attention", "linear_attention", "titans")
 FEW_PROGRAMS = ("causality.finite_change", "independence.rows", "padding.content")
 NO_GRADIENTS = (*FEW_PROGRAMS, "state_carry.blocks", "packing.apart", "packing.slow_decay")
@@ -30,7 +36,30 @@ def is_thorough(name: str, index: int) -> bool:
     return not index and name in FOUNDATIONS
 
 
-def _is_slow(registry, name: str, index: int, part: str) -> bool:
+def _marks(registry, name: str, index: int, part: str) -> list:
+    if not _is_left_out(registry, name, index, part):
+        return []
+    return [pytest.mark.deep if _is_deep(registry, name, index, part) else pytest.mark.long]
+
+
+def _is_deep(registry, name: str, index: int, part: str) -> bool:
+    """Whether a case that `make test` leaves out is one of `make test-deep`."""
+    if part in OWN_PROGRAMS:
+        return False
+    if registry.kind == "mixer" and not any(word in registry[name].__module__ for word in COSTLY):
+        return True
+    if part == "causality.distance":
+        return registry.kind == "mixer" and not index and not _is_setting(registry[name], registry)
+    return part in (*NO_GRADIENTS, *OF_COSTLY)
+
+
+def _does_more_when_deep(part: str) -> bool:
+    """Whether the body of a law reads its argument `deep`."""
+    return inspect.getsource(inspect.unwrap(LAWS[part])).count("deep") > 1
+
+
+def _is_left_out(registry, name: str, index: int, part: str) -> bool:
+    """Whether `make test` leaves the case out."""
     if index or part in DEEP_ONLY:
         return True
     if name in FOUNDATIONS:
@@ -53,12 +82,13 @@ def cases(registry):
     """pytest parameters (kind, name, index, law, deep), ordered by config, so that what one compiled can be dropped."""
     found, kind = [], registry.kind
     laws = [part for part in LAWS if kind == "mixer" or part not in NOT_YET]
-    for name in registry:
+    for name in (name for name in registry if registry[name].__module__.startswith("engrax.")):
         for index in range(len(registry[name].examples())):
             case = f"{kind}-{name}{index}"
             for part in laws:
-                slow = [pytest.mark.slow] if _is_slow(registry, name, index, part) else []
-                found.append(pytest.param(kind, name, index, part, False, marks=slow, id=f"{case}-{part}"))
-            deep = [pytest.mark.slow]
-            found += [pytest.param(kind, name, index, p, True, marks=deep, id=f"{case}-{p}-deep") for p in laws]
+                marks = _marks(registry, name, index, part)
+                found.append(pytest.param(kind, name, index, part, False, marks=marks, id=f"{case}-{part}"))
+            for part in filter(_does_more_when_deep, laws):
+                marks = [pytest.mark.long]
+                found.append(pytest.param(kind, name, index, part, True, marks=marks, id=f"{case}-{part}-deep"))
     return found

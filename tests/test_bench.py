@@ -25,7 +25,7 @@ TINY = {
 
 
 @pytest.mark.parametrize(
-    "op", [pytest.param(op, marks=() if op == "linear_attention" else pytest.mark.slow) for op in bench.OPERATIONS]
+    "op", [pytest.param(op, marks=() if op == "linear_attention" else pytest.mark.deep) for op in bench.OPERATIONS]
 )
 def test_a_row_of_every_operation(op):
     case = bench.Case(op, TINY[op])

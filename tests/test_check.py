@@ -19,11 +19,11 @@ REGISTERED += ("attention", "hopfield", "gated_convolution")
 ALSO = {"segment forgotten": {"packing.apart"}}
 
 
-def _slow_but(names, fast):
-    return [pytest.param(name, marks=[] if name in fast else [pytest.mark.slow]) for name in names]
+def _deep_but(names, fast):
+    return [pytest.param(name, marks=[] if name in fast else [pytest.mark.deep]) for name in names]
 
 
-@pytest.mark.parametrize("fault", _slow_but(FAULTS, BRIEF))
+@pytest.mark.parametrize("fault", _deep_but(FAULTS, BRIEF))
 def test_a_broken_mixer_is_reported_under_its_law(fault):
     wanted = FAULTS[fault]
     breaches = {breach.law: breach for breach in check(GatedDecayConfig(fault), progress=False)}
@@ -35,23 +35,23 @@ def test_a_broken_mixer_is_reported_under_its_law(fault):
     assert low <= (breach.size or 0) <= high
 
 
-@pytest.mark.parametrize("kind", _slow_but(KINDS, ("pointwise", "float32")))
+@pytest.mark.parametrize("kind", _deep_but(KINDS, ("pointwise", "float32")))
 def test_a_good_mixer_passes(kind):
     assert not check(GoodConfig(kind), progress=False)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_the_mixer_without_a_fault_passes():
     assert not check(GatedDecayConfig(), progress=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", REGISTERED)
 def test_a_registered_mixer_passes(name):
     assert not check(MIXERS[name].examples()[0], progress=False)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("fault", ["next token", "rows mixed", "dead parameter"])
 def test_a_model_is_checked_by_its_logits(fault):
     config = LanguageModelConfig(vocab_size=16, dim=8, mixers=(GatedDecayConfig(fault),), repeat=1, mlp_hidden=0)

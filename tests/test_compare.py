@@ -143,7 +143,7 @@ def test_where_a_seed_diverged_nothing_is_said():
     assert verdicts.Bootstrap(rows[::-1]).value("good") == pytest.approx(0.9)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_equal_models_seldom_differ():
     """When seeds alone spread, then at most 7 of 100 comparisons of 3 seeds call equal models different."""
     found = 0
@@ -154,7 +154,7 @@ def test_equal_models_seldom_differ():
     assert found <= 28
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_table_of_equal_models_seldom_has_a_verdict():
     """When ten equal models stand in a table, then at most 7 of 100 tables call any of them different."""
     wrong, names = 0, [f"model {i}" for i in range(10)]
@@ -205,7 +205,7 @@ def test_the_best_rate_is_run_with_every_seed_and_nothing_twice(tmp_path, monkey
         evals.compare(pair(0.5, 2e30, 3e30), tmp_path / "e", progress=False)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_comparison_trains_and_scores(tmp_path):
     found = evals.compare(pair(1e-3, 1e-2, 1e30), tmp_path, progress=False)
     data = json.loads((tmp_path / "comparison.json").read_text())
@@ -235,7 +235,7 @@ def test_what_is_no_number_is_inconclusive(higher_is_better):
     assert verdicts.verdict(verdicts.Interval(nan, nan, nan), higher_is_better) == "inconclusive"
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_judged_seeds_compile_their_initialisation_alone(run_python, tmp_path):
     out = run_python(
         """

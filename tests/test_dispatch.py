@@ -262,7 +262,7 @@ def test_the_platform_is_chosen_when_lowering(second_kernels, device, mark):
 
 @needs_kernels
 @pytest.mark.parametrize(
-    "op", [OP, "hopfield_retrieval", "neural_memory", pytest.param("gated_delta_rule", marks=pytest.mark.slow)]
+    "op", [OP, "hopfield_retrieval", "neural_memory", pytest.param("gated_delta_rule", marks=pytest.mark.deep)]
 )
 def test_a_program_traced_beside_a_kernel_runs_elsewhere(op):
     """The table's last branch: values and gradients of the XLA form alone, though the kernel is in the program."""

@@ -54,15 +54,14 @@ def test_xla_equals_reference(case):
     problems.check_against_reference(OP, "xla", case)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("case", IN_GROUPS, **as_words)
 def test_xla_equals_reference_in_groups(case, small_groups):
     problems.check_against_reference(OP, "xla", case)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("segments", ["one", "packed", "states"])
-@pytest.mark.parametrize("keys", ["random", "correlated", "identical"])
+@pytest.mark.long
+@pytest.mark.parametrize("keys, segments", [("random", "one"), ("correlated", "packed"), ("identical", "states")])
 @pytest.mark.parametrize(
     "gate, gates", [("none", "zero"), ("scalar", "mixed"), ("scalar", "reset"), ("channel", "reset")]
 )
@@ -94,15 +93,16 @@ def check_float32(keys, beta, **case):
 
 
 @pytest.mark.parametrize(
-    "gate, keys, beta", [("none", "runs", 2.0), pytest.param("channel", "correlated", None, marks=pytest.mark.slow)]
+    "gate, keys, beta", [("none", "runs", 2.0), pytest.param("channel", "correlated", None, marks=pytest.mark.deep)]
 )
 def test_float32(gate, keys, beta):
     check_float32(keys, beta, gate=gate, length=150, chunk=64)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0, None])
-@pytest.mark.parametrize("keys", ["random", "correlated", "runs"])
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "keys, beta", [("random", 0.0), ("random", None), ("correlated", 1.0), ("correlated", None), ("runs", 2.0)]
+)
 @pytest.mark.parametrize(
     "gate, gates", [("none", "zero"), ("scalar", "mixed"), ("scalar", "reset"), ("channel", "reset")]
 )
@@ -113,7 +113,7 @@ def test_float32_grid(gate, gates, keys, beta, chunk):
 
 @pytest.mark.parametrize(
     "gate, keys, beta, worst",
-    [pytest.param("scalar", "random", None, 0.02, marks=pytest.mark.slow), ("none", "identical", 2.0, 0.06)],
+    [pytest.param("scalar", "random", None, 0.02, marks=pytest.mark.deep), ("none", "identical", 2.0, 0.06)],
 )
 def test_bfloat16(gate, keys, beta, worst):
     """Inputs in bfloat16, sums in float32. Identical keys at beta 2 err by 1 where the inverse is rounded too."""
@@ -185,7 +185,7 @@ print(seconds[16384] / seconds[2048])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not bind processes to a processor")
 def test_time_per_token_does_not_grow_with_the_length(run_python):
     """Processor time of optimised programs on one processor, the fastest of many: other processes may be at work.
@@ -196,7 +196,7 @@ def test_time_per_token_does_not_grow_with_the_length(run_python):
     assert ratio < 1.3, ratio
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_temporary_memory_with_a_gate_per_channel():
     short, long = (temporary_bytes(program(length, "channel", 64)) for length in (4096, 16384))
     assert long <= 4.1 * short and long < 0.2 * 16384 * 64 * 64 * 4

@@ -1,6 +1,6 @@
 """The laws of `gated_delta_rule`: segments, causality, cuts, and the simpler operations that it reduces to.
 
-The mixers on this operation obey the same laws in every run of the tests; here most of them are for `make test-all`.
+The mixers on this operation obey the same laws in every run of the tests; here most of them are for `make test-deep`.
 """
 
 import textwrap
@@ -16,7 +16,7 @@ from engrax.tests.neural_memory_problems import assert_close
 from engrax.tests.op_problems import call, make_problem, values
 
 OP = "gated_delta_rule"
-slow = pytest.mark.slow
+deep = pytest.mark.deep
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def x64():
 
 
 @pytest.mark.parametrize(
-    "segments, implementation", [("states", "xla"), pytest.param("packed", "xla", marks=slow), ("states", "reference")]
+    "segments, implementation", [("states", "xla"), pytest.param("packed", "xla", marks=deep), ("states", "reference")]
 )
 def test_segments_equal_calls_apart(segments, implementation):
     case = dict(segments=segments, length=40, chunk=8, groups=2)
@@ -36,8 +36,8 @@ def test_segments_equal_calls_apart(segments, implementation):
 @pytest.mark.parametrize(
     "segments, gate, implementation",
     [
-        pytest.param("packed", "none", "xla", marks=slow),
-        pytest.param("states", "channel", "xla", marks=slow),
+        pytest.param("packed", "none", "xla", marks=deep),
+        pytest.param("states", "channel", "xla", marks=deep),
         ("packed", "scalar", "reference"),
     ],
 )
@@ -45,12 +45,12 @@ def test_padding_writes_nothing_and_reads_zero(segments, gate, implementation):
     problems.check_padding(OP, implementation, dict(segments=segments, gate=gate, batch=3, length=50))
 
 
-@pytest.mark.parametrize("segments", [pytest.param("packed", marks=slow), "states"])
+@pytest.mark.parametrize("segments", [pytest.param("packed", marks=deep), "states"])
 def test_gradients_do_not_cross_segments(segments):
     problems.check_segment_gradients_apart(OP, "xla", dict(segments=segments, gates="mixed", batch=1))
 
 
-@slow
+@deep
 @pytest.mark.parametrize("gate", ["none", "scalar", "channel"])
 def test_causal(gate):
     case = dict(gate=gate, gates="mixed", keys="correlated", length=50)
@@ -61,22 +61,22 @@ def test_causal_when_packed():
     problems.check_causal(OP, "xla", dict(segments="packed", gates="mixed"), (20,))
 
 
-@slow
+@deep
 def test_rows_do_not_influence_each_other():
     problems.check_rows_apart(OP, "xla", dict(segments="states", gates="mixed", batch=3))
 
 
-@slow
+@deep
 def test_a_cut_anywhere_changes_nothing():
     problems.check_cuts(OP, "xla", dict(gate="scalar", length=40), (17,))
 
 
-@slow
+@deep
 def test_a_cut_changes_nothing_with_a_state_per_segment():
     problems.check_cuts(OP, "xla", dict(segments="states", batch=3, length=40), (13,))
 
 
-@slow
+@deep
 def test_token_by_token_equals_one_call():
     problems.check_cuts(OP, "xla", dict(length=3, chunk=2, gate="channel"), (1, 2))
 
@@ -90,7 +90,7 @@ def test_vmap_equals_a_loop():
     assert_close(jax.vmap(gradient)(stacked), looped)
 
 
-@slow
+@deep
 def test_no_collective_under_a_mesh(run_python):
     assert "no collectives" in run_python(textwrap.dedent(problems.MESH_PROGRAM), args=(OP,), devices=8)
 

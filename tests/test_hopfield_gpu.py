@@ -14,18 +14,18 @@ pytestmark = pytest.mark.skipif(
 SLACK = 1.5  # a kernel's error may be that many times the XLA form's
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
+def long(*values):
+    return pytest.param(*values, marks=pytest.mark.long)
 
 
 @pytest.mark.parametrize(
     "states, patterns, width, value, masked, steps, dtype",
     [
         (20, 70, 64, 64, True, 2, jnp.float32),
-        slow(20, 70, 64, 64, True, 3, jnp.bfloat16),
-        slow(70, 200, 64, 128, False, 2, jnp.bfloat16),  # two programs a head, the last one not full
-        slow(1, 1, 64, 128, False, 8, jnp.float32),
-        slow(33, 192, 128, 128, True, 4, jnp.bfloat16),
+        long(20, 70, 64, 64, True, 3, jnp.bfloat16),
+        long(70, 200, 64, 128, False, 2, jnp.bfloat16),  # two programs a head, the last one not full
+        long(1, 1, 64, 128, False, 8, jnp.float32),
+        long(33, 192, 128, 128, True, 4, jnp.bfloat16),
     ],
 )
 def test_as_accurate_as_the_xla_form_and_free_of_races(states, patterns, width, value, masked, steps, dtype):
@@ -39,7 +39,7 @@ def test_as_accurate_as_the_xla_form_and_free_of_races(states, patterns, width, 
         assert_as_accurate_as_xla("pallas_gpu", arrays, mask, slack=SLACK, floor=floor, steps=steps)
 
 
-@pytest.mark.parametrize("devices", [slow(1), 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.deep), 8])
 def test_an_h200_gets_the_kernel_where_it_serves(devices):
     from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 

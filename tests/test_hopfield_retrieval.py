@@ -63,9 +63,14 @@ FAST = [
 ]
 
 
+def _marks(case):
+    """Every separation with every similarity in `make test-deep`, with every dynamics and mask in `make test-long`."""
+    return [] if case in FAST else [pytest.mark.deep if case[2:] == (1, "pairs") else pytest.mark.long]
+
+
 @pytest.mark.parametrize(
     "separation, similarity, dynamics, mask",
-    [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in EVERY],
+    [pytest.param(*case, marks=_marks(case)) for case in EVERY],
 )
 def test_xla_equals_reference(separation, similarity, dynamics, mask, x64):
     options = dict(separation=separation, similarity=similarity, mask=make_mask(mask), **DYNAMICS[dynamics])
@@ -284,7 +289,7 @@ def test_lower_precision(x64):
 
 
 @pytest.mark.parametrize(
-    "dynamics", [pytest.param(dict(steps=2), marks=pytest.mark.slow), dict(steps=None, tolerance=1e-2)]
+    "dynamics", [pytest.param(dict(steps=2), marks=pytest.mark.deep), dict(steps=None, tolerance=1e-2)]
 )
 def test_blocks_of_states(dynamics, monkeypatch, x64):
     """Ten states in blocks of three give what they give at once."""
@@ -339,7 +344,7 @@ MESH_PROGRAM = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_rows_and_heads_are_split_without_moving_an_array(run_python):
     assert "no array travels" in run_python(textwrap.dedent(MESH_PROGRAM), devices=8)
 

@@ -77,7 +77,7 @@ def test_retrieval_bound(width, x64):
 @pytest.mark.parametrize(
     "width, patterns, noise, share",
     [(16, 1000, 0, 0.95), (16, 10_000, 0, 0.0), (24, 10_000, 0, 1.0), (16, 1000, 0.5, 0.26), (24, 10_000, 0.5, 0.84)]
-    + [pytest.param(32, 10_000, 0.5, 1.0, marks=pytest.mark.slow)],
+    + [pytest.param(32, 10_000, 0.5, 1.0, marks=pytest.mark.deep)],
 )
 def test_capacity(width, patterns, noise, share):
     """Patterns on a sphere of radius sqrt(d - 1), beta 1, retrieved to 5 %: the transition lies where it should."""

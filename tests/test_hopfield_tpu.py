@@ -27,18 +27,18 @@ def interpreted(request, capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
+def long(*values):
+    return pytest.param(*values, marks=pytest.mark.long)
 
 
 @pytest.mark.parametrize(
     "states, patterns, width, value, masked, dtype",
     [
         (20, 40, 16, 24, True, jnp.float32),
-        slow(20, 40, 16, 24, True, jnp.bfloat16),
-        slow(300, 130, 8, 8, False, jnp.float32),  # two blocks of states, the last one not full
-        slow(1, 1, 1, 1, False, jnp.float32),
-        slow(33, 128, 64, 64, True, jnp.bfloat16),
+        long(20, 40, 16, 24, True, jnp.bfloat16),
+        long(300, 130, 8, 8, False, jnp.float32),  # two blocks of states, the last one not full
+        long(1, 1, 1, 1, False, jnp.float32),
+        long(33, 128, 64, 64, True, jnp.bfloat16),
     ],
 )
 def test_as_accurate_as_the_xla_form(states, patterns, width, value, masked, dtype, interpreted):

@@ -128,7 +128,7 @@ def places(checkout):
     [
         *(("editable", place) for place in ("root", "subfolder", "parent", "/")),
         ("ordinary", "root"),
-        *(pytest.param("ordinary", place, marks=pytest.mark.slow) for place in ("subfolder", "parent", "/")),
+        *(pytest.param("ordinary", place, marks=pytest.mark.long) for place in ("subfolder", "parent", "/")),
     ],
 )
 def test_command_line_works_from_everywhere(installed, place, checkout, request):
@@ -152,11 +152,11 @@ def test_the_installed_copy_is_imported(installed, checkout, request):
     "place, command",
     [
         ("root", ["pytest"]),
-        pytest.param("root", ["python", "-m", "pytest"], marks=pytest.mark.slow),
+        pytest.param("root", ["python", "-m", "pytest"], marks=pytest.mark.long),
         ("subfolder", ["python", "-m", "pytest", "../tests"]),
-        pytest.param("subfolder", ["pytest", "../tests"], marks=pytest.mark.slow),
-        pytest.param("parent", ["pytest", "engrax/tests"], marks=pytest.mark.slow),
-        pytest.param("parent", ["python", "-m", "pytest", "engrax/tests"], marks=pytest.mark.slow),
+        pytest.param("subfolder", ["pytest", "../tests"], marks=pytest.mark.long),
+        pytest.param("parent", ["pytest", "engrax/tests"], marks=pytest.mark.long),
+        pytest.param("parent", ["python", "-m", "pytest", "engrax/tests"], marks=pytest.mark.long),
         ("/", ["pytest", "{checkout}/tests"]),
     ],
 )

@@ -38,8 +38,12 @@ WALKS = ("forward_tokens", "forward", "backward_tokens", "backward_states", "bac
 BY_CHANNEL = {"linear_attention": WALKS, "gated_delta_rule": (*WALKS, "backward_dk")}
 
 
-def slow(op, **case):
-    return pytest.param(op, case, marks=pytest.mark.slow)
+def deep(op, **case):
+    return pytest.param(op, case, marks=pytest.mark.deep)
+
+
+def long(op, **case):
+    return pytest.param(op, case, marks=pytest.mark.long)
 
 
 def problem(op, **case):
@@ -65,33 +69,33 @@ def truth(op, arrays, static):
 
 CASES = [
     ("linear_attention", dict(groups=2, length=150, gates="mixed")),
-    slow("linear_attention", key=128, gates="zero"),
-    slow("linear_attention", value=128, gate="none"),
+    long("linear_attention", key=128, gates="zero"),
+    long("linear_attention", value=128, gate="none"),
     ("gated_delta_rule", dict(gates="zero", keys="correlated")),
     ("linear_attention", dict(gate="channel", gates="mixed")),
     ("gated_delta_rule", dict(gate="channel", gates="mixed", keys="correlated")),
-    slow("linear_attention", key=128, value=128, groups=2, gates="reset"),
-    slow("linear_attention", key=128, value=128, gate="none", heads=2, length=200),
-    slow("linear_attention", value=128, gates="zero", batch=2, heads=2, groups=2, segments="packed"),
-    slow("linear_attention", key=128, gate="none", length=64, state=False),
-    slow("linear_attention", gates="mixed", length=1024),
-    slow("linear_attention", gates="zero", length=1024),
-    slow("gated_delta_rule", key=128, gate="none"),
-    slow("gated_delta_rule", groups=2, gates="mixed", keys="correlated"),
-    slow("gated_delta_rule", key=128, value=128, groups=2, gates="reset"),
-    slow("gated_delta_rule", value=128, gates="zero", batch=2, heads=2, length=150, segments="packed"),
-    slow("gated_delta_rule", gate="none", keys="identical", length=64, state=False),
-    slow("gated_delta_rule", gates="mixed", length=1024),
-    slow("linear_attention", gate="channel", key=128, value=128, groups=2, gates="reset", length=150),
-    slow("linear_attention", gate="channel", value=128, batch=2, heads=2, groups=2, gates="zero", segments="packed"),
-    slow("linear_attention", gate="channel", key=128, gates="mixed", length=64, state=False),
-    slow("linear_attention", gate="channel", gates="mixed", length=1024),
-    slow("linear_attention", gate="channel", gates="zero", length=1024),
-    slow("gated_delta_rule", gate="channel", key=128, value=128, groups=2, gates="reset", length=150),
-    slow("gated_delta_rule", gate="channel", value=128, batch=2, heads=2, gates="zero", segments="packed"),
-    slow("gated_delta_rule", gate="channel", key=128, gates="mixed", keys="identical", length=64, state=False),
-    slow("gated_delta_rule", gate="channel", gates="zero", keys="correlated"),
-    slow("gated_delta_rule", gate="channel", gates="mixed", length=1024),
+    long("linear_attention", key=128, value=128, groups=2, gates="reset"),
+    long("linear_attention", key=128, value=128, gate="none", heads=2, length=200),
+    long("linear_attention", value=128, gates="zero", batch=2, heads=2, groups=2, segments="packed"),
+    long("linear_attention", key=128, gate="none", length=64, state=False),
+    long("linear_attention", gates="mixed", length=1024),
+    long("linear_attention", gates="zero", length=1024),
+    long("gated_delta_rule", key=128, gate="none"),
+    long("gated_delta_rule", groups=2, gates="mixed", keys="correlated"),
+    deep("gated_delta_rule", key=128, value=128, groups=2, gates="reset"),
+    long("gated_delta_rule", value=128, gates="zero", batch=2, heads=2, length=150, segments="packed"),
+    long("gated_delta_rule", gate="none", keys="identical", length=64, state=False),
+    long("gated_delta_rule", gates="mixed", length=1024),
+    long("linear_attention", gate="channel", key=128, value=128, groups=2, gates="reset", length=150),
+    long("linear_attention", gate="channel", value=128, batch=2, heads=2, groups=2, gates="zero", segments="packed"),
+    long("linear_attention", gate="channel", key=128, gates="mixed", length=64, state=False),
+    long("linear_attention", gate="channel", gates="mixed", length=1024),
+    long("linear_attention", gate="channel", gates="zero", length=1024),
+    long("gated_delta_rule", gate="channel", key=128, value=128, groups=2, gates="reset", length=150),
+    long("gated_delta_rule", gate="channel", value=128, batch=2, heads=2, gates="zero", segments="packed"),
+    deep("gated_delta_rule", gate="channel", key=128, gates="mixed", keys="identical", length=64, state=False),
+    long("gated_delta_rule", gate="channel", gates="zero", keys="correlated"),
+    long("gated_delta_rule", gate="channel", gates="mixed", length=1024),
 ]
 
 
@@ -112,9 +116,9 @@ def test_a_kernel_is_as_accurate_as_the_xla_form(op, case):
     "op, gate",
     [
         ("linear_attention", "scalar"),
-        pytest.param("gated_delta_rule", "scalar", marks=pytest.mark.slow),
-        pytest.param("linear_attention", "channel", marks=pytest.mark.slow),
-        pytest.param("gated_delta_rule", "channel", marks=pytest.mark.slow),
+        pytest.param("gated_delta_rule", "scalar", marks=pytest.mark.long),
+        pytest.param("linear_attention", "channel", marks=pytest.mark.long),
+        pytest.param("gated_delta_rule", "channel", marks=pytest.mark.long),
     ],
 )
 def test_a_gate_that_cuts_has_no_gradient_and_lets_nothing_through(op, gate):
@@ -127,7 +131,7 @@ def test_a_gate_that_cuts_has_no_gradient_and_lets_nothing_through(op, gate):
     assert np.any(out[:, :100] != other[:, :100])
 
 
-@pytest.mark.parametrize("gate", ["scalar", pytest.param("channel", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gate", ["scalar", pytest.param("channel", marks=pytest.mark.long)])
 @pytest.mark.parametrize("op", OPS)
 def test_no_race_and_nothing_read_before_it_is_written(op, gate):
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -147,8 +151,8 @@ def abstract_h200(shape=(), names=()):
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-@pytest.mark.parametrize("gate", ["scalar", pytest.param("channel", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("devices, implementation", [pytest.param(1, "pallas_gpu", marks=pytest.mark.slow), (8, None)])
+@pytest.mark.parametrize("gate", ["scalar", pytest.param("channel", marks=pytest.mark.deep)])
+@pytest.mark.parametrize("devices, implementation", [pytest.param(1, "pallas_gpu", marks=pytest.mark.deep), (8, None)])
 @pytest.mark.parametrize("op", OPS)
 def test_an_h200_gets_the_kernels_and_no_loop(op, devices, implementation, gate):
     arrays, static = problem(op, batch=8, heads=2, gate=gate)
@@ -264,36 +268,36 @@ def with_bfloat16_products(function):
 @pytest.mark.parametrize(
     "case, options",
     [
-        pytest.param(dict(length=128), dict(), marks=pytest.mark.slow),
+        pytest.param(dict(length=128), dict(), marks=pytest.mark.long),
         (dict(length=150, rows="phased"), dict(gradient_at="decayed")),
-        pytest.param(dict(length=128, keys="identical"), dict(), marks=pytest.mark.slow),
-        pytest.param(dict(length=64, key=128), dict(gradient_at="decayed"), marks=pytest.mark.slow),
+        pytest.param(dict(length=128, keys="identical"), dict(), marks=pytest.mark.long),
+        pytest.param(dict(length=64, key=128), dict(gradient_at="decayed"), marks=pytest.mark.long),
         pytest.param(
             dict(length=150, heads=2, batch=2, value=128),
             dict(gradient_at="decayed", save_every=2),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
-        pytest.param(dict(length=192, key=128, value=128), dict(), marks=pytest.mark.slow),
-        pytest.param(dict(length=1000), dict(), marks=pytest.mark.slow),
-        pytest.param(dict(length=66, batch=2, rows="phased"), dict(), marks=pytest.mark.slow),
-        pytest.param(dict(length=330, batch=2, rows="phased"), dict(save_every=3), marks=pytest.mark.slow),
-        pytest.param(dict(length=192, gates="lasting"), dict(), marks=pytest.mark.slow),
-        pytest.param(dict(length=1000, gates="lasting"), dict(), marks=pytest.mark.slow),
-        pytest.param(dict(key=128, value=128, length=150, gates="lasting"), dict(), marks=pytest.mark.slow),
+        pytest.param(dict(length=192, key=128, value=128), dict(), marks=pytest.mark.long),
+        pytest.param(dict(length=1000), dict(), marks=pytest.mark.long),
+        pytest.param(dict(length=66, batch=2, rows="phased"), dict(), marks=pytest.mark.long),
+        pytest.param(dict(length=330, batch=2, rows="phased"), dict(save_every=3), marks=pytest.mark.long),
+        pytest.param(dict(length=192, gates="lasting"), dict(), marks=pytest.mark.long),
+        pytest.param(dict(length=1000, gates="lasting"), dict(), marks=pytest.mark.long),
+        pytest.param(dict(key=128, value=128, length=150, gates="lasting"), dict(), marks=pytest.mark.long),
         (dict(depth=2, hidden=128, length=150, gates="lasting"), dict()),
-        pytest.param(dict(depth=2, hidden=64, length=256, gates="lasting"), dict(), marks=pytest.mark.slow),
-        pytest.param(dict(depth=2, hidden=64, length=128), dict(gradient_at="decayed"), marks=pytest.mark.slow),
-        pytest.param(dict(depth=2, hidden=128, length=192, keys="identical"), dict(), marks=pytest.mark.slow),
+        pytest.param(dict(depth=2, hidden=64, length=256, gates="lasting"), dict(), marks=pytest.mark.long),
+        pytest.param(dict(depth=2, hidden=64, length=128), dict(gradient_at="decayed"), marks=pytest.mark.long),
+        pytest.param(dict(depth=2, hidden=128, length=192, keys="identical"), dict(), marks=pytest.mark.long),
         pytest.param(
             dict(depth=2, hidden=128, length=330, batch=2, heads=2, rows="phased", gates="lasting"),
             dict(gradient_at="decayed", save_every=3),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
-        pytest.param(dict(depth=2, hidden=64, length=66, batch=2, rows="phased"), dict(), marks=pytest.mark.slow),
-        pytest.param(dict(depth=2, hidden=64, length=1000, gates="lasting"), dict(), marks=pytest.mark.slow),
+        pytest.param(dict(depth=2, hidden=64, length=66, batch=2, rows="phased"), dict(), marks=pytest.mark.deep),
+        pytest.param(dict(depth=2, hidden=64, length=1000, gates="lasting"), dict(), marks=pytest.mark.long),
         *(
             pytest.param(
-                dict(depth=2, hidden=64, length=192, gates="lasting"), dict(activation=name), marks=pytest.mark.slow
+                dict(depth=2, hidden=64, length=192, gates="lasting"), dict(activation=name), marks=pytest.mark.long
             )
             for name in ("silu", "relu", "tanh")
         ),
@@ -320,8 +324,8 @@ def test_the_memory_kernel_is_as_accurate_as_the_xla_form_in_bfloat16_and_free_o
         assert error <= max(SLACK * other, FLOOR), f"{name}: the kernel errs by {error}, the XLA form by {other}"
 
 
-@pytest.mark.parametrize("depth, hidden", [(1, 6), (2, 64), pytest.param(2, 128, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("devices, implementation", [pytest.param(1, "pallas_gpu", marks=pytest.mark.slow), (8, None)])
+@pytest.mark.parametrize("depth, hidden", [(1, 6), (2, 64), pytest.param(2, 128, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("devices, implementation", [pytest.param(1, "pallas_gpu", marks=pytest.mark.deep), (8, None)])
 def test_an_h200_gets_the_memory_kernels_and_no_loop(devices, implementation, depth, hidden):
     arrays, static = memory_problem(batch=8, heads=2, depth=depth, hidden=hidden)
     specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)

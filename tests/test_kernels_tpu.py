@@ -39,8 +39,12 @@ def interpreted(request, capfd):
 with_races = pytest.mark.parametrize("interpreted", [True], ids=["races"], indirect=True)
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
+def deep(*values):
+    return pytest.param(*values, marks=pytest.mark.deep)
+
+
+def long(*values):
+    return pytest.param(*values, marks=pytest.mark.long)
 
 
 def with_gradients(function, arrays):
@@ -110,18 +114,18 @@ SMALL = dict(batch=2, length=44, heads=1, groups=2, key=8, value=16, chunk=16)
     [
         ("linear_attention", jnp.bfloat16, SMALL | dict(gate="channel", batch=1)),
         ("gated_delta_rule", jnp.bfloat16, SMALL | dict(gate="channel", batch=1)),
-        slow("linear_attention", jnp.float32, SMALL | dict(gate="none", state=False)),
-        slow("linear_attention", jnp.float32, SMALL | dict(gate="scalar", segments="packed")),
-        slow("linear_attention", jnp.float32, SMALL | dict(gate="channel", segments="states", length=75)),
-        slow("linear_attention", jnp.bfloat16, SMALL | dict(gate="channel", chunk=32, length=64)),
-        slow("linear_attention", jnp.bfloat16, SMALL | dict(gate="scalar", chunk=48, length=96, groups=1)),
-        slow("linear_attention", jnp.float32, SMALL | dict(gate="scalar", length=300, groups=1)),  # groups of chunks
-        slow("gated_delta_rule", jnp.float32, SMALL | dict(gate="none", keys="identical", state=False)),
-        slow("gated_delta_rule", jnp.float32, SMALL | dict(gate="scalar", keys="correlated", segments="packed")),
-        slow("gated_delta_rule", jnp.float32, SMALL | dict(gate="channel", keys="correlated", segments="states")),
-        slow("gated_delta_rule", jnp.bfloat16, SMALL | dict(gate="channel", chunk=32, length=64)),
-        slow("gated_delta_rule", jnp.bfloat16, SMALL | dict(gate="scalar", chunk=48, length=96, groups=1)),
-        slow("gated_delta_rule", jnp.float32, SMALL | dict(gate="scalar", length=300, groups=1)),
+        long("linear_attention", jnp.float32, SMALL | dict(gate="none", state=False)),
+        long("linear_attention", jnp.float32, SMALL | dict(gate="scalar", segments="packed")),
+        deep("linear_attention", jnp.float32, SMALL | dict(gate="channel", segments="states", length=75)),
+        long("linear_attention", jnp.bfloat16, SMALL | dict(gate="channel", chunk=32, length=64)),
+        long("linear_attention", jnp.bfloat16, SMALL | dict(gate="scalar", chunk=48, length=96, groups=1)),
+        long("linear_attention", jnp.float32, SMALL | dict(gate="scalar", length=300, groups=1)),  # groups of chunks
+        long("gated_delta_rule", jnp.float32, SMALL | dict(gate="none", keys="identical", state=False)),
+        deep("gated_delta_rule", jnp.float32, SMALL | dict(gate="scalar", keys="correlated", segments="packed")),
+        long("gated_delta_rule", jnp.float32, SMALL | dict(gate="channel", keys="correlated", segments="states")),
+        long("gated_delta_rule", jnp.bfloat16, SMALL | dict(gate="channel", chunk=32, length=64)),
+        long("gated_delta_rule", jnp.bfloat16, SMALL | dict(gate="scalar", chunk=48, length=96, groups=1)),
+        long("gated_delta_rule", jnp.float32, SMALL | dict(gate="scalar", length=300, groups=1)),
     ],
 )
 def test_as_accurate_as_xla(op, dtype, case, interpreted):
@@ -129,7 +133,7 @@ def test_as_accurate_as_xla(op, dtype, case, interpreted):
 
 
 @with_races
-@pytest.mark.parametrize("op", [pytest.param("linear_attention", marks=pytest.mark.slow), "gated_delta_rule"])
+@pytest.mark.parametrize("op", [pytest.param("linear_attention", marks=pytest.mark.long), "gated_delta_rule"])
 def test_no_races(op, interpreted):
     """Ten chunks and a last group that is short, states of segments, a query head for two value heads."""
     check(op, jnp.float32, SMALL | dict(batch=1, length=100, gate="scalar", segments="states", keys="correlated"))
@@ -137,7 +141,7 @@ def test_no_races(op, interpreted):
 
 @pytest.mark.parametrize(
     "gate, devices",
-    [("scalar", 1), ("scalar", 8), ("channel", 1), slow("channel", 8), slow("none", 1), slow("none", 8)],
+    [("scalar", 1), ("scalar", 8), ("channel", 1), deep("channel", 8), deep("none", 1), deep("none", 8)],
 )
 @pytest.mark.parametrize("op", ["linear_attention", "gated_delta_rule"])
 def test_lowers_for_tpu(op, gate, devices):
@@ -214,13 +218,13 @@ def check_neural_memory(case, **options):
 @pytest.mark.parametrize(
     "case, options",
     [
-        slow(dict(depth=1, batch=1, heads=2, length=20, chunk=8), dict()),
-        slow(dict(depth=2, batch=2, heads=1, length=21, chunk=6, segments=True), dict(save_every=3)),
-        slow(dict(depth=1, batch=2, heads=1, length=30, chunk=8, segments=True), dict(gradient_at="decayed")),
-        slow(dict(depth=2, batch=2, heads=1, length=21, chunk=4), dict(activation="silu", save_every=2)),
-        slow(dict(depth=2, batch=2, heads=1, length=1, chunk=8, rows="phased"), dict(activation="relu")),
-        slow(dict(depth=2, batch=1, heads=1, length=70, chunk=16, rows="phased"), dict(activation="tanh")),
-        slow(dict(seed=5, depth=2, batch=3, heads=1, length=33, chunk=6, rows="phased", segments=True), dict()),
+        long(dict(depth=1, batch=1, heads=2, length=20, chunk=8), dict()),
+        deep(dict(depth=2, batch=2, heads=1, length=21, chunk=6, segments=True), dict(save_every=3)),
+        long(dict(depth=1, batch=2, heads=1, length=30, chunk=8, segments=True), dict(gradient_at="decayed")),
+        long(dict(depth=2, batch=2, heads=1, length=21, chunk=4), dict(activation="silu", save_every=2)),
+        long(dict(depth=2, batch=2, heads=1, length=1, chunk=8, rows="phased"), dict(activation="relu")),
+        long(dict(depth=2, batch=1, heads=1, length=70, chunk=16, rows="phased"), dict(activation="tanh")),
+        long(dict(seed=5, depth=2, batch=3, heads=1, length=33, chunk=6, rows="phased", segments=True), dict()),
     ],
 )
 def test_neural_memory_is_as_accurate_as_xla(case, options, interpreted):
@@ -235,7 +239,7 @@ def test_neural_memory_is_as_accurate_as_xla(case, options, interpreted):
         pytest.param(
             dict(depth=2, batch=3, length=15, chunk=6, rows="phased", segments=True),
             dict(save_every=2),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
     ],
     ids=["one layer", "two layers, rows at phases, segments"],
@@ -257,7 +261,7 @@ def test_derivatives_of_activations_do_not_cancel(activation):
         np.testing.assert_allclose(jax.jit(g)(x), wanted, rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("segments, devices", [(False, 1), (True, 8), slow(False, 8), slow(True, 1)])
+@pytest.mark.parametrize("segments, devices", [(False, 1), (True, 8), deep(False, 8), deep(True, 1)])
 def test_neural_memory_lowers_for_tpu(segments, devices):
     rows = "phased" if segments else "aligned"
     arrays, static = neural_memory_problems.make_problem(batch=8, length=16, chunk=8, rows=rows, segments=segments)

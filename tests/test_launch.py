@@ -122,7 +122,7 @@ def test_two_slurm_processes_train_as_one(shell, tmp_path):
     assert losses(run_dir) == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(tmp_path):
     """When a machine of a job is told to go, then all processes save the same step and the run can be resumed."""
     run_dir = tmp_path / "run"

@@ -188,7 +188,7 @@ def test_a_full_cache_raises_or_gives_nan(rng):
 # --- Titans ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_persistent_tokens_are_written_before_every_segment(x64, rng):
     """Reads of a mixer with persistent tokens = reads of one without, after the same tokens in whole chunks."""
     config = TitansConfig(heads=2, head_dim=4, hidden=6, chunk_size=4, persistent_tokens=8, conv_width=1)
@@ -227,7 +227,7 @@ def test_report_names_finite_numbers_and_memory_lowers_surprise(rng):
 
 
 @pytest.mark.parametrize(
-    "target", ["next", *(pytest.param(target, marks=pytest.mark.slow) for target in ("value", "residual"))]
+    "target", ["next", *(pytest.param(target, marks=pytest.mark.deep) for target in ("value", "residual"))]
 )
 def test_errors_by_token_are_those_of_the_memory_at_that_moment(target, x64, rng):
     """When the row is cut before a token, then the state there, read at the token's key, errs by what is reported."""

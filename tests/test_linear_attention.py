@@ -42,14 +42,14 @@ COVERING = [
     dict(gate="scalar", length=75, chunk=64, keys="correlated", gates="mixed", state=False),
     dict(gate="channel", length=75, chunk=24, segments="states", batch=3),
 ]
-SLOW = [
+DEEP = [
     dict(gate="scalar", length=75, chunk=8, segments="states", batch=3),
     dict(gate="channel", length=75, chunk=16, groups=2),
     dict(gate="channel", length=63, chunk=64, keys="identical", gates="mixed"),
 ]
 by_case = pytest.mark.parametrize(
     "case",
-    [*COVERING, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)],
+    [*COVERING, *(pytest.param(case, marks=pytest.mark.deep) for case in DEEP)],
     ids=lambda case: "-".join(map(str, case.values())),
 )
 
@@ -61,14 +61,14 @@ def test_xla_equals_reference(case):
 
 @pytest.mark.parametrize(
     "gate, segments",
-    [("none", "packed"), ("channel", "one"), pytest.param("scalar", "states", marks=pytest.mark.slow)],
+    [("none", "packed"), ("channel", "one"), pytest.param("scalar", "states", marks=pytest.mark.deep)],
 )
 def test_groups_of_chunks_change_nothing(gate, segments, small_groups):
     problems.check_against_reference(OP, "xla", dict(gate=gate, segments=segments, length=83, groups=2))
     problems.check_causal(OP, "xla", dict(gate=gate, gates="mixed", groups=2), (15, 16, 40))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("segments", ["one", "packed", "states"])
 @pytest.mark.parametrize("gate, gates", [("none", "zero"), *product(["scalar", "channel"], problems.GATES)])
 @pytest.mark.parametrize("length, chunk", [(1, 64), (63, 64), (63, 5), (75, 16), (75, 1), (1000, 64), (1000, 48)])
@@ -77,12 +77,12 @@ def test_xla_equals_reference_grid(length, chunk, gate, gates, segments):
     problems.check_against_reference(OP, "xla", case)
 
 
-@pytest.mark.parametrize("gate", ["none", "channel", pytest.param("scalar", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gate", ["none", "channel", pytest.param("scalar", marks=pytest.mark.deep)])
 def test_float32(gate):
     problems.check_float32(OP, "xla", dict(gate=gate, length=200, chunk=64, keys="correlated", key=32, value=32))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("gate", ["scalar", "channel"])
 @pytest.mark.parametrize("gates", list(problems.GATES))
 @pytest.mark.parametrize("chunk", [16, 64, 256])
@@ -91,7 +91,7 @@ def test_float32_grid(gate, gates, chunk):
     problems.check_float32(OP, "xla", case)
 
 
-@pytest.mark.parametrize("gate", ["none", "scalar", pytest.param("channel", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gate", ["none", "scalar", pytest.param("channel", marks=pytest.mark.deep)])
 def test_bfloat16(gate):
     """Inputs in bfloat16, sums in float32: the errors of rounding the operands of every product once."""
     arrays, static = make_problem(gate=gate, length=200, chunk=64, key=32, value=32)
@@ -116,42 +116,42 @@ def test_padding_writes_nothing_and_reads_zero(segments, gate, implementation):
     problems.check_padding(OP, implementation, dict(segments=segments, gate=gate, batch=3, length=50))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("segments", ["packed", "states"])
 def test_gradients_do_not_cross_segments(segments):
     problems.check_segment_gradients_apart(OP, "xla", dict(segments=segments, gates="mixed", batch=1))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("gate", ["none", "scalar", "channel"])
 def test_causal(gate):
     problems.check_causal(OP, "xla", dict(gate=gate, gates="mixed"), (0, 15, 16, 40, 74))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("segments", ["packed", "states"])
 def test_causal_when_packed(segments):
     problems.check_causal(OP, "xla", dict(segments=segments, gates="mixed"), (20, 37))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("segments", ["one", "states"])
 def test_rows_do_not_influence_each_other(segments):
     problems.check_rows_apart(OP, "xla", dict(segments=segments, gates="mixed", batch=3))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("gate, cuts", [("none", (1,)), ("scalar", (16, 50)), ("channel", (40,))])
 def test_a_cut_anywhere_changes_nothing(gate, cuts):
     problems.check_cuts(OP, "xla", dict(gate=gate), cuts)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_cut_changes_nothing_with_a_state_per_segment():
     problems.check_cuts(OP, "xla", dict(segments="states", batch=3), (33,))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_token_by_token_equals_one_call():
     problems.check_cuts(OP, "xla", dict(length=5, chunk=2), range(1, 5))
 
@@ -203,7 +203,7 @@ def forward_and_backward(length, gate, jit):
     return jit(pull).lower(*args).compile(), args
 
 
-@pytest.mark.parametrize("gate", ["scalar", pytest.param("channel", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gate", ["scalar", pytest.param("channel", marks=pytest.mark.deep)])
 def test_temporary_memory_grows_with_the_length_alone(gate):
     """Linear in T, and far below a state per token: T x K x V numbers per head."""
     programs = (forward_and_backward(length, gate, problems.compiled)[0] for length in (4096, 16384))
@@ -223,7 +223,7 @@ def test_time_per_token_does_not_grow_with_the_length():
     assert seconds[16384] / 16384 < 1.3 * seconds[2048] / 2048
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_no_collective_under_a_mesh(run_python):
     assert "no collectives" in run_python(textwrap.dedent(problems.MESH_PROGRAM), args=(OP,), devices=8)
 

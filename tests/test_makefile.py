@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -162,13 +163,41 @@ def test_make_train_trains_evaluates_samples_and_points_to_the_report():
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("lowest", [True, False])
-def test_continuous_integration_runs_make_test(shell, tmp_path, lowest):
+def continuous_integration(shell, tmp_path, make: str, *, lowest: bool = True):
+    """Runs .ci/run with a stand-in for make, whose script notes what it is asked for."""
     fake_python(tmp_path / "bin", "python3.13", "3.13")
     if lowest:
         fake_python(tmp_path / "bin", "python3.11", "3.11")
-    (tmp_path / "bin" / "make").write_text('#!/bin/sh\necho "make $*" >>"$NOTES"\n')
+    (tmp_path / "bin" / "make").write_text(f'#!/bin/sh\necho "make $*" >>"$NOTES"\n{make}\n')
     os.chmod(tmp_path / "bin" / "make", 0o755)
-    finished = shell("bash", ROOT / ".ci" / "run", path=[tmp_path / "bin"])
+    return shell("bash", ROOT / ".ci" / "run", path=[tmp_path / "bin"])
+
+
+@pytest.mark.parametrize("lowest", [True, False])
+def test_continuous_integration_runs_the_quick_and_the_deep_tests(shell, tmp_path, lowest):
+    finished = continuous_integration(shell, tmp_path, "echo 12 passed", lowest=lowest)
     assert finished.returncode == 0, finished.stderr
-    assert notes(tmp_path) == ["make test", "make test-lowest"][: 1 + lowest]
+    sections = ["make test", "make test-deep", "make test-lowest"][: 2 + lowest]
+    assert notes(tmp_path) == sections
+    lines = finished.stdout.splitlines()
+    assert lines[-len(sections) :] == [f"{section}: 0.0 minutes, passed" for section in sections]
+    assert lines.count("12 passed") == len(sections), "what pytest prints must be seen"
+
+
+def test_continuous_integration_stops_at_the_first_failure(shell, tmp_path):
+    finished = continuous_integration(shell, tmp_path, '[ "$1" != test-deep ] || exit 3')
+    assert finished.returncode == 3 and notes(tmp_path) == ["make test", "make test-deep"]
+    assert finished.stdout.splitlines()[-1] == "make test-deep: 0.0 minutes, failed with exit code 3"
+
+
+def test_every_test_is_in_one_of_the_three_parts():
+    """Quick tests are those without a marker of the other two; no other marker hides any."""
+    planned = {
+        target: subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for target in ("test", "test-deep", "test-long")
+    }
+    assert '-m "not deep and not long"' in planned["test"]
+    assert planned["test-deep"].rstrip().endswith("-m deep")
+    assert "tests/run_long.py" in planned["test-long"] and "--output docs/test_long.json" in planned["test-long"]
+    markers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    assert [marker.split(":")[0] for marker in markers] == ["deep", "long", "smoke"]

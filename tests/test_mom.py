@@ -29,7 +29,7 @@ BASES = {
 
 def bases(fast):
     """All bases, of which `make test` runs one: each test another."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if name != fast else []) for name in BASES]
+    return [pytest.param(name, marks=[pytest.mark.long] if name != fast else []) for name in BASES]
 
 
 IDS = np.array([[0] * 5 + [1] * 9 + [3] * 6, [-1] * 2 + [2] * 8 + [-1] + [5] * 5 + [7] + [-1] * 3], np.int32)
@@ -135,7 +135,7 @@ def test_packed_is_masked_dense(name, x64, rng, root):
 
 
 @pytest.mark.parametrize("name", bases("linear_attention"))
-@pytest.mark.parametrize("own", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("own", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_each_memory_is_the_base_layer_on_its_own_tokens(name, own, x64, rng):
     """Convolution, documents and padding included: the base runs on the tokens that were sent to a memory, alone."""
     mixture, x = built(rng, base_config(name), own_projections=own), inputs(rng)
@@ -288,7 +288,7 @@ def test_report_tells_how_the_memories_are_used(rng):
     assert np.all(report["memory_norms"][2:4] == 0)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_top_1_router_learns_from_the_balance_loss_alone(x64, rng):
     config = MoMConfig(base=base_config("gated_deltanet"), top_k=1, z_weight=1e-3)
     assert "top-1" in config.exempt_from["trainability.gradients"] and not MoMConfig().exempt_from
@@ -356,7 +356,7 @@ print(compiled.as_text().count("all-gather("))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_devices_compute_their_own_rows(run_python):
     """Block after block is a loop: without a word to the partitioner it would gather all rows on every device."""
     error, gathers = run_python(MESH, devices=4).split()

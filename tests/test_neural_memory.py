@@ -34,7 +34,7 @@ COVERING = [
     (dict(depth=2, chunk=4, rows="phased", segments=True), dict(gradient_at="decayed", activation="silu")),
     (dict(depth=4, chunk=4, rows="aligned", segments=True), dict()),
 ]
-SLOW = [
+DEEP = [
     (dict(depth=1, chunk=16, rows="aligned"), dict(gradient_at="decayed", activation="relu")),
     (dict(depth=3, chunk=16, rows="phased", segments=True, length=37), dict(activation="tanh")),
     (dict(depth=2, chunk=64, rows="phased", length=70), dict()),
@@ -43,26 +43,26 @@ SLOW = [
 
 @pytest.mark.parametrize(
     "case, options",
-    [*COVERING, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    [*COVERING, *(pytest.param(*case, marks=pytest.mark.deep) for case in DEEP)],
     ids=lambda x: "-".join(map(str, x.values())) if x else "default",
 )
 def test_xla_equals_reference(case, options):
     check_against_reference(case, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("gradient_at", ["anchor", "decayed"])
 @pytest.mark.parametrize("segments", [False, True], ids=["one", "packed"])
 @pytest.mark.parametrize("rows", ["aligned", "phased"])
-@pytest.mark.parametrize("chunk", [1, 4, 16, 64])
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+@pytest.mark.parametrize("depth", [1, 2, 4])
 def test_xla_equals_reference_grid(depth, chunk, rows, segments, gradient_at):
-    length = {1: 9, 4: 21, 16: 37, 64: 70}[chunk]
+    length = {1: 9, 4: 21, 64: 70}[chunk]
     case = dict(depth=depth, chunk=chunk, rows=rows, segments=segments, length=length)
     check_against_reference(case, every=(1, 2, 5), gradient_at=gradient_at)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 13])
 @pytest.mark.parametrize("rows", ["aligned", "phased"])
 def test_xla_equals_reference_at_every_length(length, rows):
@@ -106,7 +106,7 @@ def run_in_pieces(arrays, static, cuts, **options):
     return jnp.concatenate(outs, axis=1), state
 
 
-@pytest.mark.parametrize("cut", [1, 4, 10, *(pytest.param(cut, marks=pytest.mark.slow) for cut in (3, 5))])
+@pytest.mark.parametrize("cut", [1, 4, 10, *(pytest.param(cut, marks=pytest.mark.deep) for cut in (3, 5))])
 def test_a_cut_anywhere_changes_nothing(cut):
     arrays, static = make_problem(length=11, rows="phased")
     assert_close(run_in_pieces(arrays, static, (cut,)), call(arrays, static))
@@ -209,7 +209,7 @@ def test_gradients_do_not_cross_segments():
     assert all(np.any(g != 0) for g in jax.tree.leaves(gradient["reset"]))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_save_every_changes_nothing():
     arrays, static = make_problem(rows="phased", segments=True)
     wanted = values_and_grads(arrays, static)
@@ -264,7 +264,7 @@ def test_bfloat16_inputs_float32_states(implementation):
     assert np.median(np.abs(np.asarray(out, np.float64) - np.asarray(exact))) < 0.02 * np.abs(exact).mean()
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_vmap_equals_a_loop():
     problems = [make_problem(seed, length=6)[0] for seed in (0, 1)]
     static = make_problem(length=6)[1]
@@ -274,7 +274,7 @@ def test_vmap_equals_a_loop():
     assert_close(jax.jit(jax.vmap(gradient))(stacked), looped)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_long_run_in_float32_stays_finite():
     """12,000 tokens at extreme gates, bfloat16 inputs of unit norm: no NaN in values or gradients."""
     arrays, static = make_problem(batch=1, heads=1, length=12_000, chunk=64)

@@ -17,7 +17,7 @@ from engrax.layers.common.lora import LoraConfig
 from engrax.models import ARMTConfig, HMTConfig, LanguageModelConfig, ModelConfig, imported
 from engrax.models.block_style import BlockStyleConfig
 from engrax.tests import pretrained_numpy as oracle
-from engrax.tests.law_cases import NOT_YET
+from engrax.tests.law_cases import NOT_YET, OWN_PROGRAMS
 from engrax.tests.test_pretrained import TOKENS, logits_of
 
 ATTENTION = AttentionConfig(heads=2, head_dim=4, capacity=64, rope_base=None)
@@ -45,8 +45,9 @@ def subject(name: str) -> Subject:
 
 
 def _case(name: str, law: str):
-    slow = [] if name == "opt_after" and law in FAST else [pytest.mark.slow]
-    return pytest.param(name, law, marks=slow, id=f"{name}-{law}")
+    quick = name == "opt_after" and law in FAST
+    marks = [] if quick else [pytest.mark.long if law in OWN_PROGRAMS else pytest.mark.deep]
+    return pytest.param(name, law, marks=marks, id=f"{name}-{law}")
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_learned_positions_obey_the_laws(name, law, x64):
     LAWS[law](subject(name))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_learned_positions_have_gradients_where_segments_reach(name, x64):
     s = subject(name)

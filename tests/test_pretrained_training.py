@@ -106,7 +106,7 @@ print(json.dumps(out))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_every_layout_leaves_frozen_parameters_alone(folder, run_python):
     layouts = {
         "pjit": {},

@@ -132,7 +132,7 @@ def test_caches_of_the_backbone_hold_a_segment_and_no_more():
     assert size < 2500, f"{size} bytes"
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_backbones_of_other_layouts_serve():
     """Learned positions, a narrow embedding, a head of its own, as imported checkpoints have them."""
     layout = BlockStyleConfig(norm="layer", mlp="plain", positions=12, unused_positions=2, embed_dim=4, tied=False)
@@ -233,9 +233,9 @@ def gradient_by_segment(config, cuts=()):
     "bptt_segments, reaches",
     [
         (1, [False, False, False, True]),
-        pytest.param(2, [False, False, True, True], marks=pytest.mark.slow),
-        pytest.param(3, [False, False, False, True], marks=pytest.mark.slow),  # segments 0 to 2 together, then 3
-        pytest.param(4, [True, True, True, True], marks=pytest.mark.slow),
+        pytest.param(2, [False, False, True, True], marks=pytest.mark.deep),
+        pytest.param(3, [False, False, False, True], marks=pytest.mark.deep),  # segments 0 to 2 together, then 3
+        pytest.param(4, [True, True, True, True], marks=pytest.mark.deep),
     ],
 )
 def test_gradients_end_where_backpropagation_is_truncated(bptt_segments, reaches):
@@ -246,14 +246,14 @@ def test_gradients_end_where_backpropagation_is_truncated(bptt_segments, reaches
     assert list(found != 0) == wanted, f"gradients by segment {found}"
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_rmt_with_unroll_one_learns_nothing_from_earlier_segments():
     base = RMTConfig(memory_tokens=2, **SIZES)
     assert list(gradient_by_segment(dataclasses.replace(base, bptt_segments=1)) != 0) == [False, False, False, True]
     assert list(gradient_by_segment(dataclasses.replace(base, bptt_segments=4)) != 0) == [True] * 4
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_truncation_is_the_rows_not_the_calls():
     config = RMTConfig(memory_tokens=2, bptt_segments=2, **SIZES)
     whole, cut = gradient_by_segment(config), gradient_by_segment(config, cuts=(LENGTH,))

@@ -1,4 +1,4 @@
-"""What README says the shipped configs reach, run as a user runs them: minutes each, so `make test-all` only."""
+"""What README says the shipped configs reach, run as a user runs them: minutes each, so not in `make test`."""
 
 import json
 
@@ -24,14 +24,14 @@ def reached(run_python):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("config", ["mqar_titans", "mqar_attention"])
 def test_mqar_is_learned(config, reached):
     """64 tokens, 4 pairs, vocabulary 128: at least 95 % recalled."""
     assert reached(config)["validation"]["accuracy"]["value"] >= 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_quickstart_learns_with_its_memory(reached):
     """Fewer bits per byte than the order-3 n-gram counted on the same bytes; at least 0.05 more without the memory."""
     data = reached("quickstart")
@@ -59,7 +59,7 @@ print(json.dumps([row["loss"] for row in metrics.read(Path("run"))]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_deep_memories_train_in_bfloat16(run_python):
     """4 layers, memories of depth 4 at their default settings, 2,000 steps: no loss that is not a number, and learning
     (users of other implementations report NaN here)."""

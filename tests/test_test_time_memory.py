@@ -124,7 +124,7 @@ def run(config, tokens, gates, matrices, extra, cuts=()):
 FAST = ("muon", "softmax")  # a SwiGLU with momentum; a matrix with windows, resets and a retention of its own
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in CASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.deep] * (n not in FAST)) for n in CASES])
 def test_equals_the_rule_token_by_token(name, x64):
     config = dataclasses.replace(BASE, **CASES[name])
     tokens, gates, matrices, extra = problem(config)
@@ -160,7 +160,7 @@ SMALL = dict(heads=2, head_dim=4, hidden=6, chunk_size=4, persistent_tokens=2)
 
 
 @pytest.mark.parametrize(
-    "depth, momentum", [(2, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, False), (4, True)])]
+    "depth, momentum", [(2, True), *(pytest.param(*case, marks=pytest.mark.deep) for case in [(1, False), (4, True)])]
 )
 def test_titans_is_a_setting_of_it(depth, momentum, x64):
     general = MemoryConfig(**SMALL, depth=depth, optimizer="momentum" if momentum else "sgd")
@@ -169,7 +169,7 @@ def test_titans_is_a_setting_of_it(depth, momentum, x64):
         np.testing.assert_allclose(mixed(b, ids), mixed(a, ids), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_atlas_of_one_token_without_features_and_muon_is_titans(x64):
     atlas = AtlasConfig(**SMALL, window=1, feature_degree=1, optimizer="momentum", max_lr=None)
     a, b = modules(TitansConfig(**SMALL), atlas)
@@ -312,7 +312,7 @@ def test_settings_without_meaning_are_refused_with_the_reason(changes, words):
         dataclasses.replace(BASE, **changes)
 
 
-@pytest.mark.parametrize("loss", [pytest.param("l2", marks=pytest.mark.slow), "huber"])
+@pytest.mark.parametrize("loss", [pytest.param("l2", marks=pytest.mark.deep), "huber"])
 def test_padding_may_hold_anything(loss, x64):
     module = modules(MemoryConfig(**SMALL, loss=loss))[0]
     x = jnp.asarray(np.random.default_rng(2).standard_normal((1, 9, 8)))
@@ -331,7 +331,7 @@ def test_persistent_tokens_outlive_periodic_resets(x64):
 
 def by_speed(*names):
     """Presets, of which `make test` takes the two that differ most, where they are among them."""
-    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("ttt_linear", "lact"))) for n in names]
+    return [pytest.param(n, marks=[pytest.mark.long] * (n not in ("ttt_linear", "lact"))) for n in names]
 
 
 @pytest.mark.parametrize("name", by_speed("atlas", "lact", "moneta", "ttt_mlp"))

@@ -53,12 +53,12 @@ LAYOUTS = {
         ("data x fsdp", dict(data=2, fsdp=4), 3),
     )
 } | {"pmap accumulated": dict(strategy="pmap", data=8, accumulate=2), "pjit accumulated": dict(data=8, accumulate=2)}
-# Each costs a program of its own: every strategy, stage and axis stands in these, every combination in `make test-all`.
+# Each costs a program of its own: these hold every strategy, stage and axis; `make test-long` runs every combination.
 FAST = ("pjit data zero0", "pjit data x fsdp zero3", "pmap data zero1", "pmap data x fsdp zero3")
 
 
 def each(names):
-    return [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
+    return [pytest.param(name, marks=() if name in FAST else pytest.mark.long) for name in names]
 
 
 @pytest.fixture(scope="module")

@@ -314,7 +314,7 @@ def test_replace_checks_types():
         experiments.replace(small(), {"batch_size": 16.5})
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_freed_memory_stays_mapped(run_python):
     """When a CPU program with 128 MB of temporaries is called again, then their pages are not faulted in anew."""
     code = """
