@@ -46,7 +46,7 @@ def _line_in(path: Path, error: BaseException) -> str:
         return f", line {error.lineno}"
     number, frame = None, error.__traceback__
     while frame is not None:
-        if Path(frame.tb_frame.f_code.co_filename) == path:
+        if Path(frame.tb_frame.f_code.co_filename).resolve() == Path(path).resolve():
             number = frame.tb_lineno
         frame = frame.tb_next
     return f", line {number}" if number else ""

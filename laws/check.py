@@ -14,7 +14,7 @@ from flax import nnx
 from engrax import plugins
 from engrax.errors import UserError
 from engrax.laws.breach import LAWS, Breach, parts_of
-from engrax.laws.exemptions import check_exemptions_exist, exempt
+from engrax.laws.exemptions import check_exemptions_exist, claims, exempt
 from engrax.laws.subject import Subject, is_float, raise_capacity
 from engrax.layers import MIXERS
 from engrax.models import MODELS, ModelConfig
@@ -99,7 +99,8 @@ def _targets(target: Any) -> list[Target]:
         return [Target(type(target).registered_name or type(target).__name__, target, None)]
     found, names = [], [cls.registered_name for _, cls in classes]
     for kind, cls in classes:
-        examples = plugins.run(path, cls.examples) if path else cls.examples()
+        make = getattr(cls, "examples", lambda cls=cls: (cls(),))
+        examples = plugins.run(path, make) if path else make()
         for i, config in enumerate(examples):
             label = cls.registered_name or cls.__name__
             label = f"{kind} {label}" if names.count(label) > 1 else label
@@ -132,9 +133,9 @@ def _check_one(target: Target, parts: list[str], progress: bool) -> list[Breach]
     say = _Progress(target.label, len(parts), progress)
     try:
         check_exemptions_exist(target.config)
-        claims = dict(target.config.exempt_from)
+        claimed = claims(target.config)
     except Breach as breach:
-        breach.law, claims = "exemptions", {}
+        breach.law, claimed = "exemptions", {}
         broken["exemptions"] = breach
     with jax.enable_x64(wide):
         try:
@@ -156,13 +157,13 @@ def _check_one(target: Target, parts: list[str], progress: bool) -> list[Breach]
                 breach = _try(s, part)
                 if breach is None:
                     say.tried(part, "holds")
-                elif claims and exempt(target.config, part):
+                elif claimed and exempt(target.config, part):
                     failed.add(part)
                     say.tried(part, "exempt")
                 else:
                     broken[family] = breach
                     say.tried(part, "BROKEN")
-        for name, reason in claims.items():
+        for name, reason in claimed.items():
             tried = set(parts_of(name)) & set(parts)
             if tried == set(parts_of(name)) and not tried & failed and name.split(".")[0] not in broken:
                 message = f"exempt from {name!r} ({reason}), which it obeys: remove the exemption"

@@ -12,14 +12,19 @@ ALLOWED = {  # law -> the words by which a reason names one of the exemptions th
 }
 
 
+def claims(config: Any) -> dict[str, str]:
+    """{law or law.part: reason} that the config claims to be exempt from."""
+    return dict(getattr(config, "exempt_from", {}))
+
+
 def exempt(config: Any, name: str) -> bool:
     """True where the config is exempt from `law.part`, or from the whole law."""
-    return name in config.exempt_from or name.split(".")[0] in config.exempt_from
+    return name in claims(config) or name.split(".")[0] in claims(config)
 
 
 def check_exemptions_exist(config: Any) -> None:
     """Raises a Breach unless every exemption names a law, for a reason that exists."""
-    for name, reason in config.exempt_from.items():
+    for name, reason in claims(config).items():
         demand(parts_of(name), f"exempt from {name!r}, which is no law (known: {', '.join(LAWS)})")
         words = ALLOWED.get(name.split(".")[0], ())
         known = any(word in reason.lower() for word in words)
@@ -29,7 +34,7 @@ def check_exemptions_exist(config: Any) -> None:
 def check_exemptions(s: Subject) -> None:
     """Raises a Breach unless every exemption is one that exists, and the law it names really fails."""
     check_exemptions_exist(s.config)
-    for name in s.config.exempt_from:
+    for name in claims(s.config):
         failing = any(_fails(s, part) for part in parts_of(name))
         demand(failing, f"exempt from {name!r}, which it obeys: remove the exemption")
 

@@ -101,15 +101,19 @@ def test_the_command_checks_all_that_a_file_registers(tmp_path, capsys):
         ("no/such/file.py", (), "no file no/such/file.py"),
         ("titans", ("causalty",), "did you mean 'causality'?"),
         ("nothing.py", (), "registers no mixer or model"),
-        ("fails.py", (), "fails.py, line 11 does not run: RuntimeError: not today"),
+        ("fails.py", (), "fails.py, line 16 does not run: RuntimeError: not today"),
     ],
 )
 def test_a_mistake_is_one_line(target, laws, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nothing.py").write_text("x = 1\n")
-    fails = FILE.replace("checked_here", "fails_here").replace("return cls(), cls(", "return (Fails(),)\n        (")
-    fails += "\n@dataclasses.dataclass(frozen=True)\nclass Fails(GatedDecayConfig):\n"
-    fails += "    def build(self, dim, **_):\n        raise RuntimeError('not today')\n"
+    fails = (
+        FILE.replace("checked_here", "fails_here").replace('"next token"', "None")
+        + """
+    def build(self, dim, **_):
+        raise RuntimeError("not today")
+"""
+    )
     (tmp_path / "fails.py").write_text(fails)
     try:
         with pytest.raises(UserError, match=re.escape(told)):
