@@ -32,7 +32,7 @@ class BlockIndex(NamedTuple):
             if b.shape[1] == a.shape[1]:
                 return jnp.where(self.holds.reshape(*self.holds.shape, *[1] * (b.ndim - 2)), b, a)
             at = jnp.where(self.holds[:, 0], self.place[:, 0], a.shape[1])  # a hole is dropped
-            return a.at[jnp.arange(len(a)), at].set(b[:, 0], mode="drop")
+            return jax.vmap(lambda row, i, x: row.at[i].set(x, mode="drop"))(a, at, b[:, 0])
 
         return jax.tree.map(one, old, new)
 
@@ -48,7 +48,9 @@ class BlockLayout(NamedTuple):
     def to_blocks(self, x: Shaped[Array, "B T *D"]) -> Shaped[Array, "N B S *D"]:
         """Returns the slots; holes hold zeros or copies of other tokens."""
         if self.token is not None:
-            return x[jnp.arange(len(x))[:, None], self.token]
+            return jax.vmap(lambda row, i: row[i], in_axes=(0, 1), out_axes=1)(
+                x, self.token
+            )  # rows stay apart on a mesh
         blocks, _, slots = self.blocks.holds.shape
         x = jnp.pad(x, [(0, 0), (0, blocks * slots - self.length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(len(x), blocks, slots, *x.shape[2:]), 1, 0)
@@ -57,7 +59,7 @@ class BlockLayout(NamedTuple):
         """Returns the tokens in their order."""
         x = jnp.moveaxis(x, 0, 1)
         x = x.reshape(x.shape[0], -1, *x.shape[3:])
-        return x[:, : self.length] if self.index is None else x[jnp.arange(len(x))[:, None], self.index]
+        return x[:, : self.length] if self.index is None else jax.vmap(lambda row, i: row[i])(x, self.index)
 
 
 def block_index(
