@@ -54,7 +54,7 @@ def measure(name: str, folder: Path) -> dict:
 
     config, fields, first = RUNS[name]
     run = train(name, folder)
-    found = engrax.evaluate(run, stream=LENGTH)
+    found = engrax.evaluate(run, only=["validation"], stream=LENGTH)
     about = {
         "config": config,
         "fields": HELD_OUT | fields,
@@ -62,7 +62,7 @@ def measure(name: str, folder: Path) -> dict:
         "step": found.step,
         "bits_per_byte": found.bits_per_byte,
     }
-    return about | found.data["evaluations"]["stream"]
+    return about | found.evaluations["stream"]
 
 
 def rise(gain: dict) -> dict:
