@@ -36,7 +36,7 @@ train:
 	"$(VENV)/bin/engrax" train quickstart --run-dir "$(RUN)" $(TRAIN_FLAGS)
 	"$(VENV)/bin/engrax" evaluate "$(RUN)"
 	"$(VENV)/bin/engrax" generate "$(RUN)" --prompt "def "
-	@find "$(RUN)/evals" -name report.html | sed 's/^/The report is in /'
+	@ls -t "$(RUN)"/evals/*/report.html | head -n 1 | sed 's/^/The report is in /'
 
 test:
 	@sh launch/venv.sh "$(VENV)" test $(PYTHON)

@@ -42,9 +42,11 @@ def measure(dim: int, runs: int, seed: int) -> dict:
     import numpy as np
     from flax import nnx
 
+    from engrax import models
+
     config = make_model(dim)
-    graphdef, params = nnx.split(config.build(rngs=nnx.Rngs(seed)), nnx.Param)
-    read = jax.jit(lambda params, tokens, state: nnx.merge(graphdef, params)(tokens, state))
+    graphdef, params = nnx.split(models.build(config, rngs=nnx.Rngs(seed)), nnx.Param)
+    read = jax.jit(lambda params, tokens, state: nnx.merge(graphdef, params)(tokens, state)[:2])
     tokens = np.random.default_rng(seed).integers(0, 256, (SEGMENTS, 1, config.segment_length)).astype(np.int32)
     state = jax.jit(lambda params: nnx.merge(graphdef, params).init_memory(1))(params)
     states, sizes = [], []

@@ -109,8 +109,8 @@ def recall(run: Path, segments: int = 40) -> np.ndarray:
     texts = texts[: len(texts) // 2 * 2, : segments // 2 * size].reshape(-1, 2, segments // 2, size)
     turns = texts.swapaxes(1, 2).reshape(len(texts), segments * size)
     graphdef, params = nnx.split(opened.load()[0], nnx.Param)
-    found = jax.jit(lambda p: nnx.merge(graphdef, p).report(turns)["hmt.recall"])(params)
-    return np.asarray(found)[0]
+    found = jax.jit(lambda p: nnx.merge(graphdef, p)(turns, collect=("hmt",)).collected)(params)
+    return np.asarray(found["hmt.recall"])[0]
 
 
 def judge(comparison, rows, bits: dict[str, np.ndarray], beyond: int) -> dict[str, list]:

@@ -22,9 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-import optax  # noqa: E402
 from flax import nnx  # noqa: E402
 from neural_memory import report_head  # noqa: E402
+from small_training import SmallTraining  # noqa: E402
+
+from engrax import models  # noqa: E402
+from engrax.train import AdamWConfig, CosineConfig  # noqa: E402
+from engrax.train.objective import score  # noqa: E402
 
 LENGTH, SEGMENTS, MANY, VOCAB, ALPHABET = 8, 8, 20, 32, 4
 ROWS, STEPS, SEEDS = 16, 120, 5
@@ -51,25 +55,20 @@ def documents(rng, rows: int = ROWS, segments: int = SEGMENTS, texts: int = 2) -
 
 def losses(graphdef, params, text):
     """Nats of every next token."""
-    model = nnx.merge(graphdef, params)
-    return optax.softmax_cross_entropy_with_integer_labels(model.logits(model(text)[0])[:, :-1], text[:, 1:])
+    targets = jnp.pad(text[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    return score(nnx.merge(graphdef, params), {"tokens": text, "targets": targets}).nats[:, :-1]
 
 
 class Trainer:
     """One recall's compiled training: `trainer(params, seed, texts)`."""
 
     def __init__(self, config, steps: int):
-        self.graphdef = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))), nnx.Param)[0]
+        self.graphdef = nnx.split(nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0))), nnx.Param)[0]
         self.steps = steps
-        tx = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1e-2, steps // 10, steps, 2e-4))
-
-        def step(carry, text):
-            params, state = carry
-            grads = jax.grad(lambda p: losses(self.graphdef, p, text).mean())(params)
-            updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        self.run = jax.jit(lambda params, rows: jax.lax.scan(step, (params, tx.init(params)), rows)[0][0])
+        schedule = CosineConfig(warmup_steps=steps // 10, final_fraction=0.02)
+        adam = AdamWConfig(learning_rate=1e-2, schedule=schedule, b2=0.999, weight_decay=0.0, clip_norm=0.0)
+        training = SmallTraining(adam, steps, lambda params, text: losses(self.graphdef, params, text).mean())
+        self.run = jax.jit(lambda params, rows: training.run(training.start(params), rows)[0]["params"])
 
     def __call__(self, params, rng, texts: int):
         return self.run(params, jnp.asarray(np.stack([documents(rng, texts=texts) for _ in range(self.steps)])))
@@ -100,17 +99,17 @@ def main() -> None:
         Trainer(change(config, recall=recall), steps)
         for recall, steps in (("last", STEPS), ("attention", 2 * STEPS), ("off", 2 * STEPS))
     )
-    init = jax.jit(lambda key: nnx.state(config.build(rngs=nnx.Rngs(key)), nnx.Param))
+    init = jax.jit(lambda key: nnx.state(models.build(config, rngs=nnx.Rngs(key)), nnx.Param))
     trainers = {"HMT": second, "off": without}
-    score = {kind: jax.jit(lambda p, x, g=t.graphdef: losses(g, p, x)) for kind, t in trainers.items()}
-    look = jax.jit(lambda p, x: nnx.merge(second.graphdef, p).report(x)["hmt.recall"][0])
+    read = {kind: jax.jit(lambda p, x, g=t.graphdef: losses(g, p, x)) for kind, t in trainers.items()}
+    look = jax.jit(lambda p, x: nnx.merge(second.graphdef, p)(x, collect=("hmt",)).collected["hmt.recall"][0])
     found, heats = [], []
     for seed in range(args.seeds):
         rng = np.random.default_rng(seed)
         params = init(jax.random.key(seed))
         trained = {"HMT": second(first(params, rng, 1), rng, 2), "off": without(params, rng, 2)}
         test, begin = documents(rng, rows=128), np.array(BEGIN) - 1
-        nats = {kind: float(np.mean(score[kind](p, test)[:, begin])) for kind, p in trained.items()}
+        nats = {kind: float(np.mean(read[kind](p, test)[:, begin])) for kind, p in trained.items()}
         heats.append(np.asarray(look(trained["HMT"], documents(rng, segments=MANY))))
         ages = by_age(heats[-1])
         even, odd = float(np.mean(ages[1::2])), float(np.mean(ages[0::2]))

@@ -35,17 +35,23 @@ from engrax.evals import plots
 from engrax.evals.comparison import Row, Score
 from engrax.evals.verdicts import Bootstrap, holm
 from engrax.layers import AssociationConfig
+from engrax.models.parameters import declare_roles
 from engrax.models.set_classifier import SetClassifierConfig
+from engrax.train import AdamWConfig, CosineConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from neural_memory import report_head  # noqa: E402
+from small_training import SmallTraining  # noqa: E402
 
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 GRID = LEARNING_RATES[2:7]  # and what lies beside its best, until the best has neighbours
 BAGS, MEAN = (128, 256, 512, 1024, 2048), "mean"  # of training bags; over their numbers
 CHOOSING_SEED, JUDGED_SEEDS = 0, (1, 2, 3, 4, 5)
-CHOOSING, JUDGING, BATCH, WEIGHT_DECAY = 1024, 2048, 128, 0.01
+CHOOSING, JUDGING, BATCH = 1024, 2048, 128
+OPTIMIZER = AdamWConfig(  # a learning rate of the grid is the factor of 1
+    learning_rate=1.0, schedule=CosineConfig(warmup_steps=0, final_fraction=0.0), b2=0.999, weight_decay=0.01
+)
 ONCE, THRICE = (AssociationConfig(heads=4, head_dim=8, steps=steps) for steps in (1, 3))
 MODELS = {
     "Hopfield, 1 update": SetClassifierConfig(pooling="hopfield", hopfield=ONCE),
@@ -60,34 +66,23 @@ BASELINE = "Hopfield, 1 update"
 @partial(jax.jit, static_argnames=("config", "steps"))
 def train(config, steps, count, learning_rate, seed, bags, labels):
     """Returns the parameters after `steps` steps of AdamW with a cosine schedule on the first `count` bags."""
-    graph, params = nnx.split(config.build(rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
-    # The schedule is a factor, so that one program serves all learning rates.
-    schedule = optax.cosine_decay_schedule(1.0, steps)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.scale_by_adam(),
-        optax.add_decayed_weights(WEIGHT_DECAY),
-        optax.scale_by_schedule(schedule),
-    )
+    model = declare_roles(config.build(rngs=nnx.Rngs(jax.random.key(seed))))
+    graph, params = nnx.split(model, nnx.Param)
 
     def loss(params, batch):
         logits = nnx.merge(graph, params)(bags[batch])
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]))
 
-    def step(carry, key):
-        params, state = carry
-        batch = jax.random.randint(key, (BATCH,), 0, count)
-        updates, state = optimizer.update(jax.grad(loss)(params, batch), state, params)
-        return (jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), state), None
-
-    keys = jax.random.split(jax.random.key(seed), steps)
-    return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
+    training = SmallTraining(OPTIMIZER, steps, loss)
+    batches = jax.random.randint(jax.random.key(seed), (steps, BATCH), 0, count)
+    return training.run(training.start(params), batches, learning_rate)[0]["params"]
 
 
 @partial(jax.jit, static_argnames="config")
 def score(config, params, bags, labels):
     """Returns whether every bag is classified rightly, and the mean cross-entropy."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))), nnx.Param)
+    model = nnx.eval_shape(lambda: declare_roles(config.build(rngs=nnx.Rngs(0))))
+    graph, _ = nnx.split(model, nnx.Param)
     logits = nnx.merge(graph, params)(bags)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.argmax(logits, axis=-1) == labels, jnp.mean(loss)

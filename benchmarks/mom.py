@@ -96,8 +96,7 @@ def compile_step(name: str, config, seed: int):
     def loss(params, x):
         module = nnx.merge(graphdef, params)
         y = masked_dense(module, x) if name.startswith("masked") else module(x)[0]
-        balance = jnp.mean(module.auxiliary_loss(x)) if hasattr(module, "auxiliary_loss") else 0
-        return jnp.mean(y * y) + balance
+        return jnp.mean(y * y) + jnp.mean(module.auxiliary_loss(x))
 
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, x).compile()
     leaves = jax.tree.leaves(compiled(params, x))
@@ -107,7 +106,7 @@ def compile_step(name: str, config, seed: int):
 
 
 def compare(args) -> dict:
-    """RoutedLayout all, turn by turn; returns times, parameters, temporary memory and ratios."""
+    """Runs all, turn by turn; returns times, parameters, temporary memory and ratios."""
     import jax
     import jaxlib
     from neural_memory import quantiles

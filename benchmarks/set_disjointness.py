@@ -30,16 +30,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
+from engrax import models
 from engrax.data import SetDisjointness
 from engrax.layers import MIXERS
 from engrax.models import LanguageModelConfig
+from engrax.train import AdamWConfig, CosineConfig, objective
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from neural_memory import report_head  # noqa: E402
+from small_training import SmallTraining  # noqa: E402
 
 LEARNING_RATES = (3e-3, 7e-3, 1.6e-2)
 TOTAL, FIRST = 28, (2, 4, 8, 14, 20, 24, 26)  # elements of both sets, of the first
@@ -85,52 +87,38 @@ def rows(passes: int, seed: int, split: str, count: int) -> tuple[np.ndarray, np
     return np.stack(tokens), np.stack(answers)
 
 
-def logits_of(graph, params, tokens):
-    """Logits at the question, the last token."""
-    model = nnx.merge(graph, params)
-    return model.logits(model(tokens)[0][:, -1:])[:, 0]
+def ask(graph, params, tokens, answers) -> objective.Score:
+    """The score of rows whose last token, the question, alone has a label."""
+    targets = jnp.full(tokens.shape, -1).at[:, -1].set(answers)
+    return objective.score(nnx.merge(graph, params), {"tokens": tokens, "targets": targets})
 
 
 def make_trainer(reading: Reading, steps: int, every: int = 50):
     """(start(seed) -> state, advance(state, rate, tokens, answers) -> state after `every` steps and their mean loss,
     score(state, tokens, answers) -> accuracy)."""
     config = reading.model()
-    graph = nnx.graphdef(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
-    # The schedule is a factor, so that one program serves all learning rates.
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, int(WARMUP * steps), steps)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.scale_by_adam(b2=0.95),
-        optax.add_decayed_weights(WEIGHT_DECAY),
-        optax.scale_by_schedule(schedule),
-    )
+    graph = nnx.graphdef(nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0))))
+    schedule = CosineConfig(warmup_steps=int(WARMUP * steps), final_fraction=0.0)
+    # A learning rate of the grid is the factor of 1.
+    optimizer = AdamWConfig(learning_rate=1.0, schedule=schedule, weight_decay=WEIGHT_DECAY)
+    training = SmallTraining(optimizer, steps, lambda p, batch: jnp.sum(ask(graph, p, *batch).nats) / BATCH)
 
     @jax.jit
     def start(seed):
-        params = nnx.state(config.build(rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
-        return params, optimizer.init(params), jax.random.key(1000 + seed)
-
-    def loss(params, tokens, answers):
-        each = optax.softmax_cross_entropy_with_integer_labels(logits_of(graph, params, tokens), answers)
-        return jnp.mean(each)
+        params = nnx.state(models.build(config, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
+        return training.start(params), jax.random.key(1000 + seed)
 
     @partial(jax.jit, donate_argnums=0)
     def advance(state, rate, tokens, answers):
-        def step(state, _):
-            params, moments, key = state
-            key, drawn = jax.random.split(key)
-            index = jax.random.randint(drawn, (BATCH,), 0, len(tokens))
-            value, grads = jax.value_and_grad(loss)(params, tokens[index], answers[index])
-            updates, moments = optimizer.update(grads, moments, params)
-            params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
-            return (params, moments, key), value
-
-        state, values = jax.lax.scan(step, state, length=every)
-        return state, jnp.mean(values)
+        inner, key = state
+        key, drawn = jax.random.split(key)
+        index = jax.random.randint(drawn, (every, BATCH), 0, len(tokens))
+        inner, losses = training.run(inner, (tokens[index], answers[index]), rate)
+        return (inner, key), jnp.mean(losses)
 
     @jax.jit
     def score(state, tokens, answers):
-        return jnp.mean(jnp.argmax(logits_of(graph, state[0], tokens), axis=-1) == answers)
+        return jnp.mean(ask(graph, state[0]["params"], tokens, answers).correct[:, -1])
 
     return start, advance, score
 

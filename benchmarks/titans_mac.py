@@ -53,8 +53,10 @@ def serve_engrax() -> None:
     import jax
     import jax.numpy as jnp
     import jaxlib
-    import optax
     from flax import nnx
+
+    from engrax import models
+    from engrax.train.objective import score
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # as the training loop does, see train/host.py
     compiled = params = tokens = count = gflop = None
@@ -62,13 +64,12 @@ def serve_engrax() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "build" in request:
-            graphdef, params = nnx.split(make_model().build(rngs=nnx.Rngs(request["seed"])), nnx.Param)
+            graphdef, params = nnx.split(models.build(make_model(), rngs=nnx.Rngs(request["seed"])), nnx.Param)
             tokens = jax.random.randint(jax.random.key(1), (1, request["seq"]), 0, 256)
 
             def loss(params, tokens, graphdef=graphdef):
-                model = nnx.merge(graphdef, params)
-                logits = model.logits(model(tokens[:, :-1])[0])
-                return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
+                batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+                return jnp.mean(score(nnx.merge(graphdef, params), batch).nats)
 
             step = jax.value_and_grad(loss)
             compiled, gflop = jax.jit(step).lower(params, tokens).compile(), products_gflop(step, params, tokens)

@@ -1,4 +1,4 @@
-"""Data: text and generated memory tasks behind one contract (`DataConfig`), found by name in `DATASETS`."""
+"""Data sets: text and generated memory tasks with one contract (`DataConfig`), registered by name in `DATASETS`."""
 
 from typing import TYPE_CHECKING
 

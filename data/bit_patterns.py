@@ -1,8 +1,8 @@
-"""Bit patterns: a multiple-instance task (arXiv 2008.02217, the example of its code).
+"""Bit patterns: a multiple-instance task (arXiv 2008.02217, from the examples of its code).
 
 A bag holds n instances of b bits. S patterns, drawn once, are signals. A positive bag holds `signals_per_bag` of them
-(distinct ones, as far as there are) at random places; everything else, in both kinds of bag, is a uniform pattern that
-is no signal. Half of the bags are positive. Which patterns are signals must be learned from the labels of bags alone.
+(distinct while there are enough) at random positions. All other instances, in both kinds of bag, are drawn uniformly
+from the remaining patterns. Half of the bags are positive. A model learns the signals from the labels of bags only.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ class BitPatterns:
 
     instances: int = 16  # patterns in a bag
     bits: int = 8  # of a pattern
-    signals: int = 8  # patterns that make a bag positive, of 2 ** bits
-    signals_per_bag: int = 1  # of them in a positive bag
+    signals: int = 8  # number of signals among the 2 ** bits patterns
+    signals_per_bag: int = 1  # signals in a positive bag
     train_examples: int = 2048  # bags of the train split
     validation_examples: int = 512  # bags of the validation split
     seed: int = 0
@@ -38,24 +38,24 @@ class BitPatterns:
 
     @property
     def chance(self) -> float:
-        """Accuracy of any guess that does not look at the bag."""
+        """Accuracy of a guess that ignores the bag."""
         return 0.5
 
     def num_examples(self, split: str) -> int:
-        """Returns the bags of a split."""
+        """Returns the number of bags of a split."""
         require(split in SPLITS, f"unknown split {split!r} (known: {', '.join(SPLITS)}).")
         return self.train_examples if split == "train" else self.validation_examples
 
     @property
     def codes(self) -> tuple[Int64[np.ndarray, " S"], Int64[np.ndarray, " R"]]:
-        """The patterns that are signals and those that are not, as numbers."""
+        """The signals and the other patterns, as integers."""
         order = hashing.permutation(2**self.bits, self.seed, _SIGNALS)
         return order[: self.signals], order[self.signals :]
 
     def generate(
         self, split: str, indices: Int64[np.ndarray, " N"]
     ) -> tuple[Int8[np.ndarray, "N instances bits"], Bool[np.ndarray, " N"]]:
-        """Returns bags of bits and their labels; any order, any subset, no state."""
+        """Returns bags of bits and their labels, for any subset in any order, without state."""
         require(split in SPLITS, f"unknown split {split!r} (known: {', '.join(SPLITS)}).")
         bag = np.asarray(indices, np.int64)[:, None]
         key = (self.seed, 1 + SPLITS.index(split), bag)
@@ -70,6 +70,6 @@ class BitPatterns:
         return (codes[..., None] >> np.arange(self.bits) & 1).astype(np.int8), label[:, 0]
 
     def solve(self, bags: Int8[np.ndarray, "N instances bits"]) -> Bool[np.ndarray, " N"]:
-        """The oracle, which knows the signals: whether a bag holds one. It scores 100 %."""
+        """The oracle, which knows the signals: whether each bag holds one. It scores 100 %."""
         codes = np.sum(bags.astype(np.int64) << np.arange(self.bits), axis=-1)
         return np.isin(codes, self.codes[0]).any(axis=1)

@@ -1,4 +1,4 @@
-"""The contract of every data set: a frozen config that knows its vocabulary, its digest and its loaders.
+"""The contract of every data set: a frozen config with a vocabulary size, a digest and loaders.
 
 Axis letters: B rows of a batch, T tokens of a row, N examples, D documents.
 """
@@ -19,27 +19,27 @@ DATASETS = Registry("data", "engrax.data", word="data set")
 SPLITS = ("train", "validation")
 
 IGNORE = -1  # in targets: no loss here; in segment_ids: padding
-FILLER = -2  # in segment_ids: no token, but a place in the row; brings the next document to a multiple of `align`
+FILLER = -2  # in segment_ids: an empty position that moves the next document to a multiple of `align`
 
 
 TokenArray = Integer[np.ndarray, "..."]  # the tokens of one document, of any length
 
 
 class Batch(TypedDict):
-    """One batch of one process."""
+    """The batch of one process."""
 
     tokens: Int32[np.ndarray, "B T"]
-    targets: Int32[np.ndarray, "B T"]  # -1 where no loss is taken
+    targets: Int32[np.ndarray, "B T"]  # -1 = no loss
     segment_ids: Int32[np.ndarray, "B T"]  # 0, 1, 2, ... within a row; -1 at padding, -2 at filler
 
 
 @runtime_checkable
 class Loader(Protocol):
-    """An iterator over batches whose position is a small JSON-able dict.
+    """An iterator over batches; its position is a small JSON-able dict.
 
-    `get_state()` is the position right after the batch last returned: a loader built with the same arguments and given
-    that state returns the next batch. The state is the same on every process of a run, and a text loader's state counts
-    documents and rows, so that it also holds for another number of processes.
+    `get_state()` is the position after the last returned batch: a loader with the same arguments and this state returns
+    the next batch. All processes of a run have the same state. A text loader's state counts documents and rows, so it
+    is also valid for another number of processes.
     """
 
     def __iter__(self) -> "Loader": ...
@@ -53,7 +53,7 @@ class Loader(Protocol):
 
 @runtime_checkable
 class Documents(Protocol):
-    """A random-access source of documents; one with `__getitems__(indices) -> list` is read many at a time."""
+    """A random-access source of documents; if it has `__getitems__(indices) -> list`, it is read in groups."""
 
     def __len__(self) -> int: ...
 
@@ -70,7 +70,7 @@ class Share:
 
     @classmethod
     def of(cls, batch_size: int, process_index: int, process_count: int) -> "Share":
-        """Returns the share of process `process_index`; raises UserError where the batch does not divide."""
+        """Returns the share of process `process_index`; raises UserError if the batch does not divide."""
         require(batch_size > 0, f"batch_size must be positive, not {batch_size}.")
         require(0 <= process_index < process_count, f"process_index {process_index} is not in [0, {process_count}).")
         require(
@@ -100,9 +100,9 @@ class DataConfig(abc.ABC):
         return None
 
     def token_types(self, batch: Batch) -> TokenTypes:
-        """Returns the type of every token of rows, for diagnostics by kind of token; what padding gets is not used.
+        """Returns the type of every token, for diagnostics by type of token; types of padding are not used.
 
-        Those of the tokenizer, else the most frequent tokens of the rows; a task knows better and overrides this.
+        By default these are the tokenizer's types, or without a tokenizer the most frequent tokens. Tasks override it.
         """
         if hasattr(self.tokenizer, "token_types"):
             return self.tokenizer.token_types(batch["tokens"])
@@ -111,7 +111,7 @@ class DataConfig(abc.ABC):
 
     @abc.abstractmethod
     def digest(self) -> str:
-        """Returns the SHA-256 (hex) of what the data IS; raises UserError where it is missing or empty."""
+        """Returns the SHA-256 (hex) of the data; raises UserError if it is missing or empty."""
 
     @abc.abstractmethod
     def loader(
@@ -128,14 +128,14 @@ class DataConfig(abc.ABC):
         """Returns an iterator over batches (`Batch`) of one process.
 
         Args:
-          split: "train" or "validation"; the two never share a document or an example.
+          split: "train" or "validation"; they share no document or example.
           batch_size: rows of the global batch, over all processes.
-          seed: of the order; the data themselves do not depend on it.
-          process_index, process_count: this process takes the rows `[i * b, (i + 1) * b)` of every global batch,
-            b = batch_size // process_count. Joined in process order they are what a single process yields.
-          epochs: None for an endless stream, reshuffled every epoch; n for n passes in one fixed order, the last batch
-            filled up with rows of padding.
-          align: text only: every packed document starts at a multiple of `align` tokens; seq_len must be one too.
+          seed: of the order; the data do not depend on it.
+          process_index, process_count: this process yields the rows `[i * b, (i + 1) * b)` of every global batch,
+            b = batch_size // process_count. In process order they form the batch of a single process.
+          epochs: None for an endless stream, reshuffled every epoch; n for n passes in one fixed order, with the last
+            batch padded by empty rows.
+          align: text only: every packed document starts at a multiple of `align` tokens, which must divide seq_len.
 
         Raises:
           UserError: unknown split, a batch that does not divide, a bad seed, `epochs` or `align`, missing data.
@@ -154,7 +154,7 @@ def check_loader_arguments(config: DataConfig, split: str, seed: int, epochs: in
 
 
 def padding_batch(rows: int, seq_len: int) -> Batch:
-    """Returns a batch of padding alone (tokens 0, targets and segment_ids -1), to write the real rows into."""
+    """Returns a batch of padding (tokens 0, targets and segment_ids -1), to be filled with rows."""
     return {
         "tokens": np.zeros((rows, seq_len), np.int32),
         "targets": np.full((rows, seq_len), IGNORE, np.int32),

@@ -8,9 +8,9 @@ from engrax.data.config import require
 
 
 def load_digits() -> tuple[Float32[np.ndarray, "N 64"], Int64[np.ndarray, " N"]]:
-    """Returns images, row by row, with values in [0, 1], and which digit each is.
+    """Returns flattened images with values in [0, 1], and their digits.
 
-    Raises UserError where scikit-learn is not installed.
+    Raises UserError if scikit-learn is not installed.
     """
     try:
         from sklearn import datasets

@@ -1,4 +1,4 @@
-"""What tells that a file has changed, for the caches of what was read from it."""
+"""Detection of changed files, for caches of file contents."""
 
 import os
 
@@ -6,7 +6,7 @@ from etils import epath
 
 
 def stamp(path: epath.Path) -> tuple[int, int]:
-    """Returns (bytes, time of the last change: nanoseconds of a local file, seconds of a remote one)."""
+    """Returns (bytes, time of the last change: in nanoseconds for a local file, in seconds for a remote one)."""
     try:
         stat = os.stat(path)
         return stat.st_size, stat.st_mtime_ns

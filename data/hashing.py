@@ -1,8 +1,8 @@
 """Counter-based random numbers in numpy: a pure function of integer keys, the same on every machine and version.
 
-numpy's own generators are streams: the number at place n costs n draws or a generator of its own, and their
-distributions may change between numpy versions. Here number (key, i, j) is SplitMix64's output function (Steele, Lea
-and Flood, 2014) applied once per key, over whole arrays of i and j at once: random access and resuming need no state.
+numpy's generators are streams: the n-th number costs n draws or a separate generator, and distributions may change
+between numpy versions. Here number (key, i, j) is SplitMix64's output function (Steele, Lea and Flood, 2014), applied
+once per key to whole arrays of i and j. Random access and resuming need no state.
 """
 
 import numpy as np
@@ -29,10 +29,10 @@ def uniform(*keys) -> Float64[np.ndarray, "..."]:
 
 
 def permutation(length: int, *keys: int) -> Int64[np.ndarray, "length"]:
-    """Returns the random permutation of range(length) that belongs to the keys."""
+    """Returns a random permutation of range(length), determined by the keys."""
     return np.argsort(bits(*keys, np.arange(length)), kind="stable")
 
 
 def seed32(*keys: int) -> int:
-    """Returns a 32-bit seed for a library that takes one."""
+    """Returns a 32-bit seed for a library."""
     return int(bits(*keys)[0] >> np.uint64(32))

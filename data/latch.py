@@ -2,8 +2,8 @@
 
     c n_1 n_2 ... n_{T-1}
 
-c is one of `classes` symbols [0, classes), the rest are uniform among [classes, vocab_size). The target at the last
-position is c, everywhere else -1.
+c is one of `classes` symbols [0, classes); the rest are uniform in [classes, vocab_size). The target is c at the last
+position and -1 elsewhere.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Latch(TaskConfig):
     """The latch task, generated."""
 
     seq_len: int = 32  # tokens per row
-    classes: int = 2  # symbols that a row may begin with
+    classes: int = 2  # symbols for the first position of a row
     vocab_size: int = 20  # symbols, classes included
     train_examples: int = 4096  # rows of the train split
     validation_examples: int = 1024  # rows of the validation split
@@ -51,5 +51,5 @@ class Latch(TaskConfig):
         return tokens, targets
 
     def solve(self, tokens: Int32[np.ndarray, "B T"]) -> Int32[np.ndarray, "B T"]:
-        """The oracle: for every position the row's first symbol. It scores 100 %."""
+        """The oracle: the row's first symbol at every position. It scores 100 %."""
         return np.broadcast_to(tokens[:, :1], tokens.shape)

@@ -1,15 +1,15 @@
-"""Multi-query associative recall (MQAR): a context of key-value pairs, then every key asked once.
+"""Multi-query associative recall (MQAR): a context of key-value pairs, then one query per key.
 
 Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models", arXiv 2312.04927, and its
 published generator. One row of T tokens, N pairs, vocabulary V, h = V // 2:
 
     k_1 v_1 k_2 v_2 ... k_N v_N  (the context, `num_passes` times)  then the queries among filler tokens
 
-Keys are N distinct tokens of [1, h), values N distinct tokens of [h, V). After the context of C = 2 N num_passes tokens
-lie S = (T - C) // 2 slots of two tokens; key j stands at slot g_j (position C + 2 g_j), the slots drawn without
-replacement with probability proportional to a i^(a - 1) for the i-th slot, i = 1..S (a = 1 is uniform, a = 0.01 puts
-the queries early). The target AT THE KEY'S OWN POSITION is its value; everywhere else it is -1. The value itself is not
-shown there: the other tokens are uniform in [0, V), or 0.
+Keys are N distinct tokens of [1, h), values N distinct tokens of [h, V). The context of C = 2 N num_passes tokens is
+followed by S = (T - C) // 2 slots of two tokens. Key j is in slot g_j (position C + 2 g_j). Slots are drawn without
+replacement, with probability proportional to a i^(a - 1) for the i-th slot, i = 1..S (a = 1 is uniform, a = 0.01 puts
+the queries early). The target at the position of the query key is its value, elsewhere -1. The value is not shown
+there: the other tokens are uniform in [0, V), or 0.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class MQAR(TaskConfig):
     num_pairs: int = 4  # key-value pairs per row
     vocab_size: int = 128  # tokens; the lower half are keys, the upper half values
     power_a: float = 0.01  # exponent of the query slots' distribution; 1 is uniform, near 0 is early
-    random_non_queries: bool = True  # fill the places between queries with uniform tokens instead of 0
+    random_non_queries: bool = True  # fill positions between queries with uniform tokens instead of 0
     num_passes: int = 1  # times the context is shown
 
     def __post_init__(self):
@@ -65,7 +65,7 @@ class MQAR(TaskConfig):
     def chance_in_context(self) -> float:
         """Expected accuracy of guessing uniformly among the values shown in the row: 1 / num_pairs.
 
-        A model between `chance` and this has learnt which tokens are answers, but binds no key to its value.
+        A model between `chance` and this value knows which tokens are answers, but does not bind keys to values.
         """
         return 1.0 / self.num_pairs
 
@@ -95,16 +95,16 @@ class MQAR(TaskConfig):
         return tokens, targets
 
     def _slots(self, key: tuple[int, int], row: Int64[np.ndarray, "N 1"]) -> Int64[np.ndarray, "N pairs"]:
-        """Draws each key's slot without replacement: exponential arrival times with rates p, the earliest first."""
+        """Draws each key's slot without replacement: the slots with the earliest exponential arrivals of rates p."""
         count = (self.seq_len - 2 * self.num_pairs * self.num_passes) // 2
         weights = self.power_a * np.arange(1, count + 1) ** (self.power_a - 1.0)
         arrival = -np.log(hashing.uniform(*key, row, _SLOTS, np.arange(count))) / weights
         return choose(arrival, self.num_pairs)
 
     def solve(self, tokens: Int32[np.ndarray, "B T"]) -> Int32[np.ndarray, "B T"]:
-        """The oracle: for every position the value that the context binds to the token there, or -1 where none is.
+        """The oracle: for every position the value bound to its token in the context, or -1 without one.
 
-        It reads the tokens alone and scores 100 % on the labelled positions.
+        It reads only the tokens and scores 100 % on the labelled positions.
         """
         rows = np.arange(len(tokens))[:, None]
         table = np.full((len(tokens), self.vocab_size), IGNORE, np.int32)

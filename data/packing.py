@@ -1,8 +1,8 @@
-"""Packing: a plan that places documents of any length in rows of fixed length, computed from the lengths alone.
+"""Packing: a plan that places documents of any length in rows of fixed length, computed from the lengths.
 
-A document longer than a row fills whole rows; what is left of it, and every shorter document, stays in one piece and
-goes to the row with the least room that still holds it, longest first (best-fit decreasing, as in Ding et al., "Fewer
-Truncations Improve Language Modeling", arXiv 2404.10830). Each piece is one segment of its row.
+A document longer than a row fills whole rows. Its rest, and every shorter document, is not cut: longest first, each
+goes to the fullest row that still has room (best-fit decreasing, as in Ding et al., "Fewer Truncations Improve
+Language Modeling", arXiv 2404.10830). Each piece is one segment of its row.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from engrax.data.config import FILLER, Batch, TokenArray
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Pieces P of documents, sorted by row and place; row r holds pieces [first[r], first[r + 1])."""
+    """Pieces P of documents, sorted by row and position; row r holds pieces [first[r], first[r + 1])."""
 
     document: Int64[np.ndarray, "P"]  # index of the document
     start: Int64[np.ndarray, "P"]  # first token of the piece within its document
     length: Int64[np.ndarray, "P"]  # tokens of the piece
-    offset: Int64[np.ndarray, "P"]  # place of its first token in the row
-    first: Int64[np.ndarray, "R"]  # one more than there are rows
+    offset: Int64[np.ndarray, "P"]  # position of its first token in the row
+    first: Int64[np.ndarray, "R"]  # number of rows + 1 entries
 
     @property
     def rows(self) -> int:
@@ -44,7 +44,7 @@ def plan_rows(lengths: Int64[np.ndarray, "D"], seq_len: int, *, align: int = 1, 
     longest_first = np.argsort(-need, kind="stable")
     row[rest[longest_first]], rows = _best_fit(need[longest_first], seq_len // align, rows)
     row = hashing.permutation(rows, *keys)[row]
-    order = np.lexsort((document, row))  # within a row, documents keep the order in which they came
+    order = np.lexsort((document, row))  # within a row, documents keep their order
     document, start, length, row = document[order], start[order], length[order], row[order]
     first = np.searchsorted(row, np.arange(rows + 1))
     room = -(-length // align) * align
@@ -54,7 +54,7 @@ def plan_rows(lengths: Int64[np.ndarray, "D"], seq_len: int, *, align: int = 1, 
 
 
 def _cut(lengths: Int64[np.ndarray, "D"], seq_len: int):
-    """Cuts documents into pieces of at most a row; full pieces get rows of their own, the rest row -1."""
+    """Cuts documents into pieces of at most one row; each full piece gets its own row, the others row -1."""
     pieces = -(-lengths // seq_len)
     document = np.repeat(np.arange(len(lengths)), pieces)
     start = (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * seq_len
@@ -65,10 +65,10 @@ def _cut(lengths: Int64[np.ndarray, "D"], seq_len: int):
 
 
 def _best_fit(need: Int64[np.ndarray, "P"], capacity: int, rows: int) -> tuple[Int64[np.ndarray, "P"], int]:
-    """Returns a row for each piece, in the order given, and the number of rows; new rows count on from `rows`."""
+    """Returns a row for each piece, in the given order, and the number of rows; new rows are numbered from `rows`."""
     assigned = np.empty(len(need), np.int64)
     rows_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit s is set where some open row has exactly s units of room
+    rooms = 0  # bit s is set if some open row has exactly s units of room
     for i, units in enumerate(need.tolist()):
         fitting = rooms >> units
         if fitting:
@@ -86,10 +86,10 @@ def _best_fit(need: Int64[np.ndarray, "P"], capacity: int, rows: int) -> tuple[I
 
 
 def write_row(batch: Batch, i: int, plan: Plan, row: int, documents: list[TokenArray]) -> None:
-    """Writes row `row` of the plan into row i of a batch of padding, and filler between its pieces.
+    """Writes row `row` of the plan into row i of a padding batch, with filler between its pieces.
 
-    A token's target is the next token of its document: for the last token of a piece that goes on in another row too;
-    the last token of a document has none (-1).
+    A token's target is the next token of its document, even if that token is in another row. The last token of a
+    document has no target (-1).
     """
     end = 0
     for segment, p in enumerate(range(plan.first[row], plan.first[row + 1])):

@@ -1,9 +1,9 @@
-"""The one pipeline of all text: shuffled documents -> tokens -> packed rows -> this process's batches.
+"""The pipeline of all text data: shuffled documents -> tokens -> packed rows -> this process's batches.
 
-An endless sequence of documents (each epoch in an order of its own, through grain's index shuffle, which needs no
-memory) is read in groups of about `buffer_tokens` tokens; a group never crosses an epoch. Each group is packed as a
-whole and its rows come out in random order. Everything is a pure function of (seed, first document of the group), so
-the position is two integers, the same on every process: all processes read all documents, and build only their rows.
+An endless sequence of documents, reshuffled every epoch by grain's index shuffle (which needs no memory), is read in
+groups of about `buffer_tokens` tokens. A group never crosses an epoch. It is packed as a whole, and its rows are
+returned in random order. All this is a pure function of (seed, first document of the group), so the position is two
+integers, equal on all processes. Every process reads all documents and builds only its own rows.
 """
 
 import concurrent.futures
@@ -20,7 +20,7 @@ from engrax.data.config import Batch, Documents, Share, TokenArray, padding_batc
 from engrax.data.packing import Plan, plan_rows, write_row
 from engrax.errors import UserError
 
-_READ_AT_ONCE = 64  # documents of one read; a group is a whole number of reads, or ends with its epoch
+_READ_AT_ONCE = 64  # documents per read; a group is a whole number of reads, or ends with its epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,10 @@ class _Group:
 
 
 class PackedText(grain.DatasetIterator):
-    """Batches of packed rows; see the module's docstring. A grain iterator: get_state, set_state, Orbax-saveable.
+    """Batches of packed rows (see the module). A grain iterator with get_state and set_state, which Orbax can save.
 
     Args:
-      documents: a random-access source of whatever `encode` takes.
+      documents: a random-access source of inputs for `encode`.
       encode: document -> tokens (any integer type); a pure function.
       seq_len, align: see `plan_rows`.
       share: the rows of each global batch to build.
@@ -63,15 +63,15 @@ class PackedText(grain.DatasetIterator):
         require(self._epoch_length > 0, "the data set has no documents.")
         self._total = None if epochs is None else epochs * self._epoch_length
         order = grain.MapDataset.range(self._epoch_length)
-        # grain adds the epoch's number to the seed: hash it, so that the runs of seeds 0 and 1 share no order.
+        # grain adds the epoch to the seed: hash it, so runs with seeds 0 and 1 share no order.
         self._order = (order.shuffle(seed=hashing.seed32(seed)) if self._shuffled else order).repeat(epochs)
         self._ahead: tuple[int, concurrent.futures.Future[_Group]] | None = None  # the group being read in advance
         self._group: _Group | None = None
         self._document, self._row = 0, 0  # first document of the current group; its next row
-        self._barren = 0  # groups without a row since the last one that had any
+        self._barren = 0  # groups without rows since the last one with rows
 
     def get_state(self) -> dict[str, int]:
-        """The position after the batch last returned: the group's first document (epochs count on) and the next row."""
+        """The position after the last batch: the group's first document (counted across epochs) and the next row."""
         return {"document": self._document, "row": self._row}
 
     def set_state(self, state: dict[str, int]) -> None:
@@ -83,7 +83,7 @@ class PackedText(grain.DatasetIterator):
 
     def close(self) -> None:
         """Stops reading ahead."""
-        if not sys.is_finalizing():  # by then Python has stopped the reader itself
+        if not sys.is_finalizing():  # during finalisation Python has already stopped the reader
             self._reader.shutdown(wait=False, cancel_futures=True)
         super().close()
 
@@ -104,7 +104,7 @@ class PackedText(grain.DatasetIterator):
         return batch
 
     def _advance(self) -> bool:
-        """Makes sure that the current group has a row left; False at the end of the last epoch."""
+        """Moves to a group with a row left, if needed; returns False at the end of the last epoch."""
         while True:
             if self._total is not None and self._document >= self._total:
                 return False
@@ -118,7 +118,7 @@ class PackedText(grain.DatasetIterator):
             self._document, self._row, self._group = self._group.end, 0, None
 
     def _take(self, first: int) -> _Group:
-        """Returns the group that starts at document `first`, and has the one after it read in the background."""
+        """Returns the group that starts at document `first` and starts reading the next one in the background."""
         if self._ahead is not None and self._ahead[0] == first:
             group = self._ahead[1].result()
         else:

@@ -1,10 +1,10 @@
-"""Set intersection, the recall task of "Just read twice" (arXiv 2407.05483): which element do two sets share?
+"""Set intersection, the recall task of "Just read twice" (arXiv 2407.05483): find the common element of two sets.
 
     a_1 ... a_m SEP b_1 ... b_n ASK        target at ASK: the one element of both sets
 
-A reader that sees the smaller set first need remember only that one; one that sees the larger first must remember the
-larger, or know already what will be asked. A causal memory of fixed size is hurt by the order, a reader of the whole
-context, or of the context twice (`num_passes=2`, JRT-Prompt: each pass but the last ends with SEP), much less.
+If the smaller set comes first, a model need only remember that one; if the larger comes first, it must remember the
+larger one. The order therefore hurts a causal memory of fixed size, and much less a model that reads the whole context,
+or reads it twice (`num_passes=2`, JRT-Prompt: each pass except the last ends with SEP).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _ELEMENTS, _SHARED, _PLACE, _ORDER = range(4)  # the independent random streams 
 @DATASETS.register("set_disjointness")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SetDisjointness(TaskConfig):
-    """Two sets with one common element, which is asked for."""
+    """Two sets with one common element, the answer."""
 
     seq_len: int = 30  # tokens per row: num_passes (small + large + 2)
     small: int = 4  # elements of the smaller set
@@ -58,7 +58,7 @@ class SetDisjointness(TaskConfig):
         return 1.0 / self.small
 
     def token_types(self, batch: Batch) -> TokenTypes:
-        """Elements of the set that comes first in the row and of the other, the ends of both, and the question."""
+        """Elements of the first and of the second set in the row, the end of each, and the question."""
         tokens = batch["tokens"]
         first = np.argmax(tokens == SEP, axis=1)[:, None]  # elements of the first set
         in_pass = np.arange(self.seq_len) % (self.small + self.large + 2)
@@ -94,7 +94,7 @@ class SetDisjointness(TaskConfig):
         return np.full((len(row), 1), self.order == "small_first")
 
     def solve(self, tokens: Int32[np.ndarray, "B T"]) -> Int32[np.ndarray, "B T"]:
-        """The oracle: for every position the element that the row's first pass holds twice."""
+        """The oracle: at every position, the element that occurs twice in the row's first pass."""
         shown = tokens[:, : self.small + self.large + 1]
         count = np.zeros((len(tokens), self.vocab_size), int)
         np.add.at(count, (np.arange(len(tokens))[:, None], shown), 1)

@@ -1,4 +1,4 @@
-"""Text that every machine has: source and documentation of the running Python's standard library."""
+"""Text available on every machine: source and documentation of the running Python's standard library."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from engrax.data.text import Corpus, CorpusConfig
 from engrax.errors import UserError
 
 _SUFFIXES = (".py", ".txt", ".rst")
-# Installed packages are not the standard library; tests hold broken encodings on purpose, and not every
+# Installed packages are not the standard library. Tests contain broken encodings on purpose, and not every
 # distribution ships them.
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
@@ -21,11 +21,11 @@ _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "
 class StdlibText(CorpusConfig):
     """Source and documentation text (.py, .txt, .rst) of the running Python's standard library, as bytes.
 
-    A document is a file. Needs no network. The text differs between Python versions: `digest()` tells them apart.
+    A document is a file. No network is needed. The text, and so `digest()`, differs between Python versions.
     """
 
-    max_bytes: int = 8_000_000  # bytes of text at most; a broad sample, chosen by a hash of each file's path
-    sample_seed: int = 0  # seed of that choice
+    max_bytes: int = 8_000_000  # maximal bytes of text; files are sampled by a hash of their paths
+    sample_seed: int = 0  # seed of the sample
 
     def __post_init__(self):
         super().__post_init__()
@@ -41,7 +41,7 @@ def _read_stdlib(root: str, max_bytes: int, sample_seed: int) -> Corpus:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
         for name in names:
-            # _sysconfigdata holds the paths of the machine that built this Python: not text.
+            # _sysconfigdata holds paths of the machine that built this Python.
             if name.endswith(_SUFFIXES) and not name.startswith("_sysconfigdata"):
                 path = os.path.join(folder, name)
                 sizes[os.path.relpath(path, root).replace(os.sep, "/")] = os.path.getsize(path)

@@ -1,7 +1,7 @@
-"""Rows that are streams: each row of a batch goes on where the same row of the batch before ended.
+"""Rows as streams: each row of a batch continues the same row of the previous batch.
 
-For memories carried from batch to batch. Row r of B reads the documents r, r + B, r + 2 B, ... of an endless shuffled
-order, one after another; in `segment_ids` they count on over the whole run, so that a memory sees where one ends.
+It serves memories carried from batch to batch. Row r of B reads the documents r, r + B, r + 2 B, ... of an endless
+shuffled order in sequence. `segment_ids` number them over the whole run, so a memory sees where a document ends.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from engrax.errors import UserError
 
 
 class StreamedText(grain.DatasetIterator):
-    """Batches of streamed rows. A grain iterator whose position is, for each row of the global batch, its document in
-    the row's order and the next token in it; a document starts at a multiple of `align` tokens."""
+    """Batches of streamed rows, a grain iterator. Its position is, for each row of the global batch, the document in
+    the row's order and the next token in it. Documents start at multiples of `align` tokens."""
 
     def __init__(
         self,
@@ -35,15 +35,15 @@ class StreamedText(grain.DatasetIterator):
         order = grain.MapDataset.range(len(documents))
         self._order = order.shuffle(seed=hashing.seed32(seed)).repeat(None)
         self._position = [[0, 0] for _ in range(share.batch_size)]
-        self._open: dict[int, tuple[int, TokenArray]] = {}  # the document that each row is in, encoded
+        self._open: dict[int, tuple[int, TokenArray]] = {}  # the encoded current document of each row
 
     @property
     def document_count(self) -> int:
-        """Documents of the split: the first so many of the endless order are all different."""
+        """Number of documents in the split: that many at the start of the endless order are distinct."""
         return len(self._documents)
 
     def get_state(self) -> dict[str, list[list[int]]]:
-        """The position after the batch last returned."""
+        """The position after the last returned batch."""
         return {"stream": [list(place) for place in self._position]}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ class StreamedText(grain.DatasetIterator):
         return batch
 
     def _fill(self, batch: Batch, row: int) -> None:
-        """Writes the next `seq_len` tokens of a row of the global batch, or passes over those of other processes."""
+        """Writes the next `seq_len` tokens of a row of the global batch; rows of other processes are skipped."""
         mine, at, empty = row - self._share.start, 0, 0
         while at < self._seq_len:
             count, begin = self._position[row]

@@ -1,4 +1,4 @@
-"""What all generated tasks share: examples that are a pure function of (seed, split, index), and their loader."""
+"""The shared part of generated tasks: examples as a pure function of (seed, split, index), and their loader."""
 
 import abc
 import dataclasses
@@ -16,13 +16,12 @@ from engrax.data.config import SPLITS, Batch, DataConfig, Loader, Share, check_l
 class TaskConfig(DataConfig):
     """Base of the generated tasks. A subclass has `vocab_size`, `chance`, `_examples` and `solve`.
 
-    The two splits draw from separate key spaces of the random number generator. `train_examples` is the size of an
-    epoch; examples past it do not exist.
+    The two splits use separate key spaces of the random number generator. `train_examples` is the size of an epoch.
     """
 
     train_examples: int = 100_000  # rows of the train split
     validation_examples: int = 1_000  # rows of the validation split
-    seed: int = 0  # of the examples themselves (the loader's seed only orders them)
+    seed: int = 0  # of the examples (the loader's seed only orders them)
 
     def __post_init__(self):
         super().__post_init__()
@@ -33,32 +32,32 @@ class TaskConfig(DataConfig):
     @property
     @abc.abstractmethod
     def chance(self) -> float:
-        """Expected accuracy of guessing uniformly among the tokens that are ever answers."""
+        """Expected accuracy of guessing uniformly among all possible answers."""
 
     @abc.abstractmethod
     def _examples(
         self, key: tuple[int, int], row: Int64[np.ndarray, "N 1"]
     ) -> tuple[Int32[np.ndarray, "N T"], Int32[np.ndarray, "N T"]]:
-        """Tokens and targets (-1 where nothing is asked) of the examples `row` in the key space `key`."""
+        """Tokens and targets (-1 = no question) of the examples `row` in the key space `key`."""
 
     @abc.abstractmethod
     def solve(self, tokens: Int32[np.ndarray, "B T"]) -> Int32[np.ndarray, "B T"]:
-        """The oracle: what is asked for at every position, read off the tokens alone; it scores 100 %."""
+        """The oracle: the answer at every position, computed from the tokens; it scores 100 %."""
 
     def num_examples(self, split: str) -> int:
-        """Returns the rows of a split."""
+        """Returns the number of rows of a split."""
         require(split in SPLITS, f"unknown split {split!r} (known: {', '.join(SPLITS)}).")
         return self.train_examples if split == "train" else self.validation_examples
 
     def generate(
         self, split: str, indices: Int64[np.ndarray, "N"]
     ) -> tuple[Int32[np.ndarray, "N T"], Int32[np.ndarray, "N T"]]:
-        """Returns tokens and targets of the examples `indices` of a split; any order, any subset, no state."""
+        """Returns tokens and targets of the examples `indices` of a split, any subset in any order, without state."""
         require(split in SPLITS, f"unknown split {split!r} (known: {', '.join(SPLITS)}).")
         return self._examples((self.seed, SPLITS.index(split)), np.asarray(indices, np.int64)[:, None])
 
     def digest(self) -> str:
-        """Returns the SHA-256 of the fields that determine the examples and of the first examples themselves."""
+        """Returns the SHA-256 of the fields that determine the examples, and of the first examples."""
         manifest = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode())
         for split in SPLITS:
             tokens, targets = self.generate(split, np.arange(min(16, self.num_examples(split))))
@@ -83,7 +82,7 @@ class TaskConfig(DataConfig):
         share = Share.of(batch_size, process_index, process_count)
         order = grain.MapDataset.range(self.num_examples(split))
         if epochs is None:
-            order = order.shuffle(seed=hashing.seed32(seed))  # grain adds the epoch to the seed: keep seeds far apart
+            order = order.shuffle(seed=hashing.seed32(seed))  # grain adds the epoch to the seed: keep seeds distinct
         order = order.repeat(epochs)
         batches = order.batch(batch_size, drop_remainder=epochs is None)
         batches = batches.map(lambda indices: self._batch(split, indices, share))
@@ -98,7 +97,7 @@ class TaskConfig(DataConfig):
 
 
 def choose(scores: np.ndarray, count: int) -> Int64[np.ndarray, "N count"]:
-    """Returns the places of the `count` smallest scores of each row, in rising order of score."""
+    """Returns the indices of the `count` smallest scores of each row, in ascending order of score."""
     if count < scores.shape[1]:
         places = np.argpartition(scores, count - 1, axis=1)[:, :count]
     else:

@@ -1,4 +1,4 @@
-"""What all text data sets share: the tokenizer, the loader, and corpora of documents held in memory."""
+"""The shared part of text data sets: tokenizer, loader, and corpora of documents in memory."""
 
 import abc
 import dataclasses
@@ -17,7 +17,7 @@ from engrax.data.tokenizers import Tokenizer, load_tokenizer
 class TextConfig(DataConfig):
     """Base of the text data sets: documents, a tokenizer and the packing pipeline."""
 
-    tokenizer_file: str | None = None  # path of a Hugging Face tokenizer.json; None: every byte is a token
+    tokenizer_file: str | None = None  # path of a Hugging Face tokenizer.json; None = bytes
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -26,7 +26,7 @@ class TextConfig(DataConfig):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the vocabulary."""
+        """The vocabulary size in tokens."""
         return self.tokenizer.vocab_size
 
     @abc.abstractmethod
@@ -34,7 +34,7 @@ class TextConfig(DataConfig):
         """Returns (random-access documents of a split, document -> tokens, tokens to pack and shuffle together)."""
 
     def token_documents(self, split: str) -> Iterator[TokenArray]:
-        """The documents of a split one after another, whole, as tokens."""
+        """Yields the whole documents of a split as tokens."""
         check_loader_arguments(self, split, 0, None, 1)
         documents, encode, _ = self._source(split)
         return (encode(documents[i]) for i in range(len(documents)))
@@ -53,7 +53,7 @@ class TextConfig(DataConfig):
     ) -> Loader:
         """See `DataConfig.loader`. The position counts documents and rows, for any number of processes.
 
-        With `stream`, each row of a batch goes on where the same row of the batch before ended (`StreamedText`).
+        With `stream`, each row of a batch continues the same row of the previous batch (`StreamedText`).
         """
         from engrax.data.pipeline import PackedText
         from engrax.data.stream import StreamedText
@@ -77,9 +77,9 @@ class TextConfig(DataConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CorpusConfig(TextConfig):
-    """Base of the text data sets whose documents are held in memory."""
+    """Base of the text data sets with documents in memory."""
 
-    validation_fraction: float = 0.05  # part of the bytes that goes to the validation split, at most
+    validation_fraction: float = 0.05  # maximal fraction of the bytes in the validation split
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,7 +88,7 @@ class CorpusConfig(TextConfig):
 
     @abc.abstractmethod
     def _corpus(self) -> "Corpus":
-        """Returns the documents; raises UserError where there are none."""
+        """Returns the documents; raises UserError if there are none."""
 
     def documents(self, split: str) -> list[bytes]:
         """Returns the documents of a split, in a fixed pseudo-random order."""
@@ -105,10 +105,10 @@ class CorpusConfig(TextConfig):
 
 
 class Corpus:
-    """Files held in memory, as distinct documents: exact copies count once, so that no text is in both splits."""
+    """Files in memory as distinct documents: exact copies count once, so no text is in both splits."""
 
     def __init__(self, files: Sequence[tuple[str, bytes]]):
-        """Takes (relative path, content) of every file, in a fixed order; files without content are left out."""
+        """Takes (relative path, content) of every file, in a fixed order; empty files are skipped."""
         lines = []
         self._documents: dict[bytes, bytes] = {}  # SHA-256 -> content
         for path, content in files:
@@ -124,11 +124,11 @@ class Corpus:
         return len(self._documents)
 
     def _split(self, validation_fraction: float) -> dict[str, list[bytes]]:
-        """Splits by document, in the order of the SHA-256 of the contents: neither name nor place of a file matters.
+        """Splits by document, in the order of the contents' SHA-256, independent of names and paths.
 
-        In that order a document joins the validation split while it fits into its share of the bytes; if none does,
-        the smallest joins. A corpus of a single document is cut in two at the end of a line where one is near: its tail
-        is the validation split.
+        In that order each document joins the validation split if it fits into its share of the bytes; if none fits, the
+        smallest joins. A single document is cut in two, at the end of a line if one is near; its tail is the validation
+        split.
         """
         contents = [self._documents[key] for key in sorted(self._documents)]
         budget = int(validation_fraction * sum(map(len, contents)))
@@ -153,7 +153,7 @@ class Corpus:
 
 
 class EncodedDocuments:
-    """A random-access source of token arrays, each encoded when first read and kept in the smallest integer type."""
+    """A random-access source of token arrays, each encoded at its first use and kept in the smallest integer type."""
 
     def __init__(self, documents: Sequence[bytes], tokenizer: Tokenizer):
         self._dtype = np.min_scalar_type(tokenizer.vocab_size - 1)

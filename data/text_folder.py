@@ -14,14 +14,14 @@ from engrax.errors import UserError
 @DATASETS.register("text_folder")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextFolder(CorpusConfig):
-    """A folder of text files (a document is a file), held in memory; `gs://` and other paths of etils.epath work.
+    """A folder of text files in memory, one document per file; `gs://` and other paths of etils.epath work.
 
-    Files are found at any depth; hidden files and folders are left out. With a single file, or a single distinct
-    content, its head is the train split and its tail the validation split. Larger than memory: use `tfds_text`.
+    Files are found at any depth; hidden files and folders are skipped. A single file (or distinct content) is cut: its
+    head is the train split, its tail the validation split. For text larger than memory use `tfds_text`.
     """
 
     path: str = ""  # folder, or one file
-    suffixes: tuple[str, ...] = (".txt", ".md", ".rst")  # endings of the files to read; () reads all
+    suffixes: tuple[str, ...] = (".txt", ".md", ".rst")  # file name endings; () = all files
 
     def __post_init__(self):
         super().__post_init__()
@@ -39,7 +39,7 @@ class TextFolder(CorpusConfig):
 
 
 def _list_files(root: epath.Path, suffixes: tuple[str, ...]) -> list[tuple[str, epath.Path]]:
-    """Returns (relative path, path) of every file to read, sorted; a single file is taken whatever its ending."""
+    """Returns the sorted (relative path, path) of the files to read; a single file may have any ending."""
     if not root.is_dir():
         return [(root.name, root)]
     found, folders = [], [("", root)]
@@ -58,5 +58,5 @@ def _list_files(root: epath.Path, suffixes: tuple[str, ...]) -> list[tuple[str, 
 
 @functools.lru_cache(maxsize=2)
 def _read_files(listing: tuple[tuple[str, str, tuple[int, int]], ...]) -> Corpus:
-    """Reads files; size and time of change are part of the cache's key, so a changed file is read again."""
+    """Reads files. Size and time of change are part of the cache key, so a changed file is read again."""
     return Corpus([(name, epath.Path(path).read_bytes()) for name, path, _ in listing])

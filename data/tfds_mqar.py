@@ -1,11 +1,11 @@
-"""MQAR as a TFDS data set: built offline as ArrayRecord, read by `tfds.data_source` without this code.
+"""MQAR as a TFDS data set: built offline as ArrayRecord; `tfds.data_source` reads it without this code.
 
     from engrax.data import MQAR
     from engrax.data.tfds_mqar import build_mqar
     build_mqar(MQAR(num_pairs=8), data_dir="data")
     tfds.data_source("engrax_mqar/...", split="train", data_dir="data")[0]     # {"index", "tokens", "targets"}
 
-Not imported by `engrax.data`: it needs `tensorflow_datasets` when imported.
+`engrax.data` does not import this module, because it imports `tensorflow_datasets`.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ _BLOCK = 1024  # examples generated at once
 
 @dataclasses.dataclass(kw_only=True)
 class MQARBuilderConfig(tfds.core.BuilderConfig):
-    """A TFDS config named after the task's size, holding the task itself."""
+    """A TFDS config that holds the task and is named after its size."""
 
     task: MQAR = dataclasses.field(default_factory=MQAR)
 
 
 def config_name(task: MQAR) -> str:
-    """Returns the TFDS config name of a task: its size, and the start of its digest for all the other fields."""
+    """Returns the TFDS config name of a task: its size, and the start of its digest for the other fields."""
     return f"l{task.seq_len}_n{task.num_pairs}_v{task.vocab_size}_{task.digest()[:8]}"
 
 
 class EngraxMqar(tfds.core.GeneratorBasedBuilder):
-    """Multi-query associative recall: "index" (place in its split), "tokens" and "targets" (-1: no loss), int32 [T]."""
+    """Multi-query associative recall: "index" in the split, "tokens" and "targets" (-1 = no loss), int32 [T]."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}
@@ -62,9 +62,9 @@ class EngraxMqar(tfds.core.GeneratorBasedBuilder):
 
 
 def build_mqar(task: MQAR, data_dir: str) -> str:
-    """Builds the task's data set under `data_dir`, unless it is there, and returns its TFDS name.
+    """Builds the task's data set under `data_dir`, if it is missing, and returns its TFDS name.
 
-    Needs neither network nor TensorFlow.
+    Neither network nor TensorFlow is needed.
     """
     config = MQARBuilderConfig(name=config_name(task), description=repr(task), task=task)
     builder = EngraxMqar(data_dir=data_dir, config=config, file_format="array_record")

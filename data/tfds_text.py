@@ -1,4 +1,4 @@
-"""Any text data set of TensorFlow Datasets (TFDS), read as ArrayRecord files: TensorFlow is not needed."""
+"""Any text data set of TensorFlow Datasets (TFDS), read as ArrayRecord files without TensorFlow."""
 
 import dataclasses
 import hashlib
@@ -18,17 +18,16 @@ _DIGEST_SAMPLES = 64  # records of each split that enter the digest
 class TfdsText(TextConfig):
     """A TFDS text data set by name, for example "lm1b" or "my_books/1.0.0"; a document is an example.
 
-    It must be prepared beforehand with `file_format="array_record"`; nothing is downloaded here. The two splits may not
-    share an example; that the data set itself does not hold one text twice is not checked. Documents are read, packed
-    and shuffled `buffer_tokens` at a time, in a new order of the whole split every epoch, so a start costs the same for
-    any size of data set.
+    Prepare it beforehand with `file_format="array_record"`; nothing is downloaded here. The two splits must not share
+    an example; duplicate texts inside the data set are not checked. Every epoch has a new order of the whole split, of
+    which `buffer_tokens` are read, packed and shuffled together: the time to start does not depend on the data set.
     """
 
     name: str = ""  # TFDS name: data set[/config][:version]
-    data_dir: str | None = None  # where it was prepared; None: TFDS's default (~/tensorflow_datasets)
+    data_dir: str | None = None  # its folder; None = TFDS's default (~/tensorflow_datasets)
     train_split: str = "train"  # TFDS split, slices allowed: "train[:99%]"
-    validation_split: str = "validation"  # TFDS split; "test", or "train[99%:]" where there is none
-    text_key: str | None = None  # feature that holds the text; None: the only Text feature, or the one named "text"
+    validation_split: str = "validation"  # TFDS split; if it is missing, "test" or "train[99%:]"
+    text_key: str | None = None  # feature with the text; None = the only Text feature, or the one named "text"
     buffer_tokens: int = 1 << 20  # tokens packed and shuffled together
 
     def __post_init__(self):
@@ -43,7 +42,7 @@ class TfdsText(TextConfig):
     def digest(self) -> str:
         """Returns the SHA-256 of name, version, split sizes, 64 evenly spread records of each split and the tokenizer.
 
-        The records stand in for the whole: hashing all of a large data set would take hours.
+        Hashing all of a large data set would take hours.
         """
         builder = self._builder()
         manifest = hashlib.sha256(f"{builder.info.full_name}\n{self.tokenizer.manifest}\n".encode())
@@ -59,7 +58,7 @@ class TfdsText(TextConfig):
         return self._records(self._builder(), split), self.tokenizer.encode, self.buffer_tokens
 
     def _builder(self):
-        """Returns the TFDS builder, from its code or from its prepared files alone."""
+        """Returns the TFDS builder, from its code or only from its prepared files."""
         import tensorflow_datasets as tfds
 
         try:
@@ -69,11 +68,11 @@ class TfdsText(TextConfig):
                 f"TFDS data set {self.name!r} was not found, neither prepared in {self._where()} nor among the data "
                 "sets that TFDS can build."
             ) from None
-        except Exception as error:  # TFDS raises many kinds for a bad name, config or version
+        except Exception as error:  # TFDS raises many types for a bad name, config or version
             raise UserError(f"TFDS cannot open the data set {self.name!r}: {_first_line(error)}") from error
 
     def _records(self, builder, split: str) -> "_Texts":
-        """Returns the texts of a split; raises UserError where they are not prepared or the splits overlap."""
+        """Returns the texts of a split; raises UserError if they are not prepared or the splits overlap."""
         wanted = self.train_split if split == "train" else self.validation_split
         self._check_splits(builder)
         try:
@@ -90,7 +89,7 @@ class TfdsText(TextConfig):
         return _Texts(records, self._text_key(builder))
 
     def _check_splits(self, builder) -> None:
-        """Raises UserError for an unknown split, and for an example that is in both splits."""
+        """Raises UserError for an unknown split, or if the splits overlap."""
         import tensorflow_datasets as tfds
 
         sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
@@ -134,7 +133,7 @@ class TfdsText(TextConfig):
 
 
 class _Texts:
-    """A random-access source of the texts alone (bytes; str from a mocked data set)."""
+    """A random-access source of the texts (bytes; str from a mocked data set)."""
 
     def __init__(self, records: Sequence[dict], key: str):
         self._records, self._key = records, key

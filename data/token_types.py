@@ -1,13 +1,13 @@
-"""Types of tokens: what a diagnostic of every token is averaged over, such as the load of a memory by kind of token."""
+"""Types of tokens. Diagnostics per token are averaged by type, for example the load of each memory."""
 
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-FREQUENT = 12  # tokens that are types of their own where nothing better is known
+FREQUENT = 12  # number of most frequent tokens that are types by default
 
-_BYTES = {  # every other byte is "other": control characters, and all that is not ASCII
+_BYTES = {  # all other bytes are "other": control characters and non-ASCII
     "lower case": b"abcdefghijklmnopqrstuvwxyz",
     "upper case": b"ABCDEFGHIJKLMNOPQRSTUVWXYZ",
     "digit": b"0123456789",
@@ -21,7 +21,7 @@ _BYTES = {  # every other byte is "other": control characters, and all that is n
 
 
 class TokenTypes(NamedTuple):
-    """A type for every token of some rows."""
+    """The type of every token of some rows."""
 
     names: tuple[str, ...]
     index: Int[np.ndarray, "N T"]  # into names
@@ -36,7 +36,7 @@ def byte_types(tokens: Int[np.ndarray, "N T"]) -> TokenTypes:
 
 
 def frequent_types(tokens: Int[np.ndarray, "N T"], real: Bool[np.ndarray, "N T"], name=str) -> TokenTypes:
-    """The FREQUENT most frequent tokens, each a type, called `name(token)`, and all others together."""
+    """One type, called `name(token)`, for each of the FREQUENT most frequent tokens, and one for all others."""
     ids, counts = np.unique(tokens[real], return_counts=True)
     kept = ids[np.argsort(-counts, kind="stable")[:FREQUENT]]
     index = np.full(tokens.shape, len(kept))

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, or a local Hugging Face `tokenizer.json`. Ids are int32; no special token is ever added."""
+"""Tokenizers: bytes, or a local Hugging Face `tokenizer.json`. Ids are int32; no special tokens are added."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ from engrax.errors import UserError
 
 
 class ByteTokenizer:
-    """Every byte is a token; the vocabulary is 256 and any text, in any encoding, is representable."""
+    """Every byte is a token. The vocabulary is 256; text in any encoding can be represented."""
 
     vocab_size = 256
     manifest = "bytes"
@@ -31,7 +31,7 @@ class ByteTokenizer:
 
     @property
     def byte_lengths(self) -> Int32[np.ndarray, "V"]:
-        """Bytes of text that each token stands for."""
+        """Bytes of text per token id."""
         return np.ones(self.vocab_size, np.int32)
 
     def token_types(self, tokens: Int[np.ndarray, "N T"]) -> TokenTypes:
@@ -40,7 +40,7 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A Hugging Face tokenizer read from a `tokenizer.json` file; needs no network."""
+    """A Hugging Face tokenizer, read from a `tokenizer.json` file without network."""
 
     def __init__(self, path: str):
         """Reads the file (a local path or one that etils.epath opens); raises UserError if it is damaged."""
@@ -53,7 +53,7 @@ class JsonTokenizer:
         except Exception as error:  # the library raises a bare Exception
             reason = " ".join(str(error).split())
             raise UserError(f"tokenizer file {path} is not a readable tokenizer.json ({reason}).") from error
-        # The file may ask for truncation or padding of every text: neither has a place before packing.
+        # The file may enable truncation or padding of every text; packing needs neither.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.manifest = hashlib.sha256(content).hexdigest()
@@ -64,7 +64,7 @@ class JsonTokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str | bytes) -> Int32[np.ndarray, "T"]:
-        """Returns the ids; bytes are read as UTF-8, what is not becomes U+FFFD."""
+        """Returns the ids; bytes are decoded as UTF-8, invalid ones become U+FFFD."""
         if isinstance(text, bytes):
             text = text.decode("utf-8", errors="replace")
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
@@ -75,10 +75,10 @@ class JsonTokenizer:
 
     @functools.cached_property
     def byte_lengths(self) -> Int32[np.ndarray, "V"]:
-        """Bytes of (normalised) text that each token stands for: what bits per byte divides by.
+        """Bytes of (normalised) text per token id, the divisor of bits per byte.
 
-        Added special tokens stand for none. A byte-level vocabulary spells one byte per character, `<0x0A>` is one
-        byte, and the word mark of SentencePiece is a space.
+        Added special tokens have 0 bytes. A byte-level vocabulary spells one byte per character, `<0x0A>` is one byte,
+        and the word mark of SentencePiece is a space.
         """
         byte_level = '"ByteLevel"' in json.dumps([self._spec.get("pre_tokenizer"), self._spec.get("decoder")])
         special = {token["id"] for token in self._spec.get("added_tokens", ()) if token.get("special")}
@@ -111,5 +111,5 @@ def load_tokenizer(tokenizer_file: str | None) -> Tokenizer:
 
 @functools.lru_cache(maxsize=4)
 def _load_json(path: str, changed: tuple[int, int]) -> JsonTokenizer:
-    """Size and time of change are part of the cache's key, so a changed file is read again."""
+    """Size and time of change are part of the cache key, so a changed file is read again."""
     return JsonTokenizer(path)

@@ -315,22 +315,23 @@ def tables(title: str, rows: Sequence[str], panels: dict[str, dict[str, Any]]) -
 
 
 def grids(title: str, x_label: str, panels: dict[str, tuple[Sequence[str], np.ndarray]]) -> bytes:
-    """One heat map per panel, {name: (rows, values [rows, entries])}, each with its scale; up to eight entries have
-    their numbers in them."""
+    """One heat map per panel, {name: (rows, values [rows, entries])}, each with its scale from 0 or the least value;
+    few entries have their numbers in them."""
     across = min(2, len(panels))
     down = math.ceil(len(panels) / across)
     deepest = max(len(rows) for rows, _ in panels.values())
     with canvas(title, rows=down, columns=across, height=0.85 + 0.3 * deepest, width=8.6) as drawn:
         for axis, (name, (rows, values)) in zip(drawn.axes.flat, panels.items()):
-            image = axis.imshow(values, cmap="viridis", aspect="auto")
+            low, high = min(np.nanmin(values, initial=0), 0), np.nanmax(values, initial=0) or 1.0
+            image = axis.imshow(values, cmap="viridis", aspect="auto", vmin=low, vmax=high)
             axis.set_yticks(range(len(rows)), rows)
             axis.set(xlabel=x_label)
             axis.set_title(name, fontsize=9.5)
             axis.grid(visible=False)
             axis.tick_params(length=0, labelsize=8.5)
             _whole_numbers(axis.xaxis)
-            if values.shape[1] <= 8:
-                _write_numbers(axis, values, *image.get_clim())
+            if values.shape[1] * max(len(_short(value)) for value in values.flat) <= 40:  # characters that fit
+                _write_numbers(axis, values, low, high)
             else:
                 drawn.figure.colorbar(image, ax=axis)
         for axis in drawn.axes.flat[len(panels) :]:

@@ -26,7 +26,8 @@ def state_has_a_batch_axis_and_a_fixed_size(s: Subject, deep: bool = False):
         return
     long = s.with_capacity(LONG)
     start = long.start(s.params, ROWS)
-    for length in (1, 2, 3, s.chunk - 1, s.chunk, s.chunk + 1, s.length, LONG):
+    positions = getattr(getattr(s.config, "layout", None), "positions", 0)  # learned ones: no call may have more tokens
+    for length in (1, 2, 3, s.chunk - 1, s.chunk, s.chunk + 1, s.length, min(LONG, positions or LONG)):
         x, ids = s.inputs(ROWS, length), np.zeros((ROWS, length), np.int32)
         for given, segments in ((None, None), (start, ids)):
             _, after = jax.eval_shape(long.apply, s.params, x, given, segments)

@@ -134,6 +134,11 @@ def test_changed_data_is_refused(capsys, run_folder):
     assert "has changed since it was started" in mistake(capsys, "train", "quickstart", "--run-dir", str(run_folder))
 
 
+def test_evaluators_are_named_with_commas(capsys, run_folder):
+    told = mistake(capsys, "evaluate", str(run_folder), "--only", "validation, steam")
+    assert "unknown evaluator 'steam'; did you mean 'stream'?" in told
+
+
 def test_a_run_without_checkpoint(capsys, run_folder):
     assert "holds no checkpoint" in mistake(capsys, "evaluate", str(run_folder))
 

@@ -25,6 +25,7 @@ from engrax.train.loop import train
 from engrax.train.trainer import Trainer
 
 STREAMED = 1024  # tokens
+PASSES = []  # the muted mixers of every pass over the validation rows of `text_results`
 ATTENTION = AttentionConfig(heads=2, head_dim=4, window=8)
 TITANS = TitansConfig(heads=2, head_dim=4, depth=1, chunk_size=8, conv_width=1)  # depth 1 compiles fastest
 
@@ -68,6 +69,13 @@ def text_run(text_folder, tmp_path_factory):
 def text_results(text_run):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streaming, "SIDE_BY_SIDE", 1)  # each document is a group of its own
+        score = scoring.Scorer.score
+
+        def counted(self, rows, *, mute=(), **kwargs):
+            PASSES.append(mute)
+            return score(self, rows, mute=mute, **kwargs)
+
+        patch.setattr(scoring.Scorer, "score", counted)
         return evaluate(text_run, stream=STREAMED, progress=False)
 
 
@@ -157,6 +165,21 @@ def test_streaming_in_pieces_is_one_long_pass(text_results, text_run):
     assert found["gain_over_reset"]["drift"]["value"] == pytest.approx((gain[:, 3] - gain[:, 1]).mean(), abs=1e-4)
     assert found["state_bytes"]["first"] == found["state_bytes"]["last"] > 0
     assert found["time"]["piece"]["first"] > 0 and found["time"]["token"]["ratio"] > 0
+
+
+def test_no_work_is_done_twice(text_results):
+    """Validation, ablation and positions need the model's scores, and the last two those with the memory muted."""
+    assert PASSES == [(), ("titans",)]
+
+
+def test_an_evaluation_overwrites_nothing(task_run, task_results):
+    """When a step is evaluated again, then the first folder stays as it is and the new one has its own name."""
+    before = {file.name: file.read_bytes() for file in task_results.directory.iterdir()}
+    again = evaluate(task_run, only=["costs"], progress=False)
+    assert again.directory.parent == task_results.directory.parent and again.directory.name == "step_4-2"
+    assert list(again.evaluations) == ["costs"] and again.accuracy is None
+    assert {file.name: file.read_bytes() for file in task_results.directory.iterdir()} == before
+    assert str(again.directory) in again.summary()
 
 
 def test_the_drift_is_paired_by_document():

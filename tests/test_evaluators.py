@@ -1,6 +1,7 @@
 """The evaluators one by one: which run, what they share, and what each one draws."""
 
 import dataclasses
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from engrax.data import MQAR, StdlibText
 from engrax.errors import UserError
 from engrax.evals import Context, evaluation, plots, scoring
 from engrax.evals.context import memory_names
+from engrax.evals.evaluator import EVALUATORS
 from engrax.evals.evaluators import diagnostics, memory_ablation, training
 from engrax.layers import AttentionConfig, MixerConfig, TitansConfig
 from engrax.models import LanguageModelConfig
@@ -46,6 +48,13 @@ class Reporter(Model):
         values = jnp.stack([tokens, 2 * tokens]).astype(jnp.float32) * self.scale[...]
         heads = jnp.broadcast_to(jnp.arange(3.0), (2, 3))
         return {"titans.token": values, "titans.mean": values.mean(axis=(1, 2)), "titans.head": heads}
+
+
+def test_the_documentation_lists_every_evaluator(root):
+    rows = re.findall(r"^\| `(\w+)` \|", (root / "docs" / "evaluation.md").read_text(), re.MULTILINE)
+    shipped = [name for name, cls in EVALUATORS.items() if cls.__module__.startswith("engrax.")]
+    assert sorted(rows) == shipped
+    assert rows == [c.registered_name for c in sorted((EVALUATORS[n]() for n in rows), key=lambda c: c.order)]
 
 
 def names(chosen):

@@ -36,7 +36,7 @@ def checkpoint(tmp_path):
 @functools.partial(jax.jit, static_argnums=0)
 def run(graphdef, params, tokens):
     model = nnx.merge(graphdef, params)
-    hidden, _ = model(tokens)
+    hidden, _ = model(tokens)[:2]
     return model.logits(hidden)
 
 

@@ -48,7 +48,7 @@ def build(config):
 def compiled(config):
     """(parameters, f(parameters, tokens) -> (hidden, state))."""
     graphdef, params = parts(config)
-    return params, jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
+    return params, jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens)[:2])
 
 
 def some_tokens(segments=SEGMENTS, seed=0):
@@ -63,7 +63,7 @@ def some_tokens(segments=SEGMENTS, seed=0):
 def test_with_recall_off_hmt_is_its_backbone_with_the_same_prompts(mode):
     config = dataclasses.replace(HMT, recall="off", mode=mode)
     model, tokens = build(config), some_tokens()
-    hidden, _ = jax.jit(lambda t: model(t))(tokens)
+    hidden, _ = jax.jit(lambda t: model(t)[:2])(tokens)
     first = jnp.broadcast_to(model.initial[...], (ROWS, 1, 8))
     embed = lambda t: model.backbone.embed(jnp.asarray(t))  # noqa: E731
 
@@ -138,7 +138,7 @@ def test_backbones_of_other_layouts_serve():
     layout = BlockStyleConfig(norm="layer", mlp="plain", positions=12, unused_positions=2, embed_dim=4, tied=False)
     model = build(dataclasses.replace(HMT, backbone=dataclasses.replace(BACKBONE, layout=layout)))
     tokens = some_tokens()[:, : LENGTH + 3]
-    read = jax.jit(lambda tokens, state: model(tokens, state))
+    read = jax.jit(lambda tokens, state: model(tokens, state)[:2])
     whole, _ = read(tokens, None)
     head, state = read(tokens[:, :-1], None)
     last, _ = read(tokens[:, -1:], state)
@@ -221,7 +221,7 @@ def gradient_by_segment(config, cuts=()):
         def loss(params):
             model, state, bounds = nnx.merge(graphdef, params), None, [0, *cuts, SEGMENTS * LENGTH]
             for a, b in zip(bounds, bounds[1:]):
-                hidden, state = model(tokens[:, a:b], state)
+                hidden, state = model(tokens[:, a:b], state)[:2]
             return jnp.sum(jnp.sin(jnp.arange(8.0)) * hidden[:, -LENGTH:])
 
         return jax.grad(loss)(params)
@@ -274,9 +274,9 @@ def test_a_state_from_the_host_is_not_taken_for_the_start():
     """When a state was fetched, then its rows stand where they stood."""
     model = RMTConfig(memory_tokens=2, **SIZES).build(rngs=nnx.Rngs(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 12, (2, LENGTH)), jnp.int32)
-    whole, _ = model(tokens)
-    _, state = model(tokens[:, :2])
-    rest, _ = model(tokens[:, 2:], jax.device_get(state))
+    whole, _ = model(tokens)[:2]
+    _, state = model(tokens[:, :2])[:2]
+    rest, _ = model(tokens[:, 2:], jax.device_get(state))[:2]
     np.testing.assert_allclose(rest, whole[:, 2:], atol=1e-5)
 
 
@@ -291,7 +291,7 @@ def test_memory_of_the_backward_pass_grows_with_the_unroll_and_not_with_the_docu
 
         def loss(params, tokens, memory):
             model = nnx.merge(graphdef, params)
-            memory = None if memory is None else model.on_grid(memory, tokens.shape[1])
+            memory = None if memory is None else model.at_call_length(memory, tokens.shape[1])
             return jnp.sum(model(tokens, memory)[0] ** 2)
 
         tokens = jax.ShapeDtypeStruct((2, 16 * segments), jnp.int32)
@@ -322,7 +322,7 @@ def test_generation_goes_on_across_segments():
 
 def test_the_report_says_which_segments_were_recalled():
     model = build(HMT)
-    found = jax.device_get(jax.jit(lambda t: model.report(t))(some_tokens()))
+    found = jax.device_get(jax.jit(lambda t: model(t, collect=("hmt",)).collected)(some_tokens()))
     heat = found["hmt.recall"][0]
     assert heat.shape == (SEGMENTS, SEGMENTS)
     np.testing.assert_allclose(heat.sum(axis=1), [0, 1, 1, 1], atol=1e-5)
@@ -345,7 +345,7 @@ def test_an_untrained_associative_memory_gives_the_backbone():
     """W_v = 0: every segment is the backbone's alone, the memory tokens behind it."""
     model = ARMTConfig(memory_tokens=2, key_dim=4, **SIZES).build(rngs=nnx.Rngs(0))
     tokens = some_tokens()
-    hidden, state = jax.jit(lambda t: model(t))(tokens)
+    hidden, state = jax.jit(lambda t: model(t)[:2])(tokens)
     plain = BACKBONE.build(rngs=nnx.Rngs(0))
     nnx.update(plain, nnx.merge_state(*[_without_memory(nnx.state(model.backbone, nnx.Param))]))
     alone = jax.jit(lambda t: plain(t)[0])(tokens.reshape(-1, LENGTH)).reshape(hidden.shape)

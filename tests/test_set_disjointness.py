@@ -3,12 +3,18 @@
 import dataclasses
 import importlib.util
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from engrax import plugins
 from engrax.data import SetDisjointness
 from engrax.data.set_disjointness import ASK, SEP
 from engrax.errors import UserError
+from engrax.models.parameters import declare_roles
+from engrax.train import AdamWConfig, CosineConfig
 
 TASK = SetDisjointness(small=3, large=9, seq_len=14, vocab_size=40)
 MANY = np.arange(500)
@@ -118,3 +124,24 @@ def test_the_benchmark_judges_the_seeds_that_chose_no_rate(benchmark):
     assert (
         judged["readings"]["read once"]["smaller_first"]["value"] > 0.7 and judged["readings"]["prefix"]["seeds"] == 3
     )
+
+
+def test_a_factor_of_the_learning_rate_is_a_learning_rate(root):
+    """The benchmarks' small trainings: one program with the rate as a factor does what a config with that rate does."""
+    small_training = plugins.load(root / "benchmarks" / "small_training.py")
+    model = declare_roles(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(model, nnx.Param)
+    inputs = jnp.asarray(np.random.default_rng(1).normal(size=(4, 5, 3)), jnp.float32)
+
+    def trained(learning_rate, factor):
+        schedule = CosineConfig(warmup_steps=1, final_fraction=0.0)
+        optimizer = AdamWConfig(learning_rate=learning_rate, schedule=schedule, weight_decay=0.5, clip_norm=0.1)
+        training = small_training.SmallTraining(
+            optimizer, 4, lambda p, x: jnp.mean((nnx.merge(graph, p)(x) - jnp.sum(x)) ** 2)
+        )
+        state, losses = jax.jit(training.run)(training.start(params), inputs, factor)
+        return state["params"]["kernel"][...], losses
+
+    (kernel, losses), (wanted, _) = trained(1.0, 0.2), trained(0.2, 1.0)
+    np.testing.assert_allclose(kernel, wanted, rtol=1e-5)
+    assert losses.shape == (4,) and np.abs(kernel - params["kernel"][...]).max() > 0.1

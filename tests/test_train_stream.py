@@ -101,7 +101,7 @@ def test_the_memory_goes_from_batch_to_batch(text):
     @jax.jit
     def logits_of(params, tokens, memory, ids):
         model = nnx.merge(trainer.graphdef, params)
-        hidden, memory = model(tokens, memory, segment_ids=ids)
+        hidden, memory = model(tokens, memory, segment_ids=ids)[:2]
         return model.logits(hidden), memory
 
     for _ in range(2):  # by hand: the loss of every batch, given the memory after the one before
@@ -238,7 +238,7 @@ def test_a_carried_row_goes_on_for_ever(text):
 
 def test_a_memory_is_carried_through_streams_only(text):
     settings = experiment(text)
-    with pytest.raises(UserError, match="carry_memory needs rows that go on .* mqar has not"):
+    with pytest.raises(UserError, match="carry_memory needs rows that continue .* mqar has none"):
         check(dataclasses.replace(settings, data=tiny().data))
 
 

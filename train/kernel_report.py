@@ -43,18 +43,14 @@ def calls(experiment: Experiment, dtype) -> tuple[dispatch.Call, ...]:
     graphdef, params = nnx.split(nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(0))), nnx.Param)
     rows = experiment.batch_size // experiment.optimizer.accumulate
     tokens = jax.ShapeDtypeStruct((rows, experiment.data.seq_len), jnp.int32)
-    arguments = [params, dict(tokens=tokens, targets=tokens, segment_ids=tokens)]
-    loss = train_step.loss_sum
-    if experiment.carry_memory:
-        loss = train_step.carried_loss_sum
+    batch = dict(tokens=tokens, targets=tokens, segment_ids=tokens)
 
-        def memory(params):
-            start = nnx.merge(graphdef, train_step.cast(params, dtype)).init_memory(rows)
-            return jax.tree.map(jnp.asarray, start)
+    def start(params):
+        return jax.tree.map(jnp.asarray, nnx.merge(graphdef, train_step.cast(params, dtype)).init_memory(rows))
 
-        arguments.append(jax.eval_shape(memory, params))
+    memory = jax.eval_shape(start, params) if experiment.carry_memory else None
     with dispatch.recorded_calls() as found:
-        jax.eval_shape(loss(graphdef, dtype), *arguments)
+        jax.eval_shape(train_step.make_loss(graphdef, dtype), params, batch, memory)
     return tuple(dict.fromkeys(found))
 
 
