@@ -60,9 +60,10 @@ def digest() -> str:
     return total.hexdigest()[:16]
 
 
-def run(tests: list[str], workers: int, flags: list[str]) -> dict:
+def run(tests: list[str], sources: str, workers: int, flags: list[str]) -> dict:
     """Runs the tests; returns the section's entry in the report."""
     start = time.monotonic()
+    commit = git("rev-parse", "HEAD").strip() + (" and changes" if git("status", "--porcelain", "*.py") else "")
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
         file.write("\n".join(tests))
         file.flush()
@@ -74,16 +75,14 @@ def run(tests: list[str], workers: int, flags: list[str]) -> dict:
             print(line, end="", flush=True)
             last = line if line.strip() else last
         code = process.wait()
-    if code == 2:
-        sys.exit("Stopped; the section in progress is not in the report.")
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)}
     return {
         "result": "passed" if code == 0 else "failed",
         "minutes": round((time.monotonic() - start) / 60, 1),
         "tests": counts,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD").strip() + (" and changes" if git("status", "--porcelain", "*.py") else ""),
-        "sources": digest(),
+        "commit": commit,
+        "sources": sources,
     }
 
 
@@ -118,7 +117,7 @@ def main() -> int:
         if sections[name]["result"] == "passed" or time.monotonic() - start > 60 * options.minutes:
             continue
         print(f"\n{name}: {len(found[name])} tests", flush=True)
-        sections[name] = run(found[name], options.workers, flags)
+        sections[name] = run(found[name], sources, options.workers, flags)
         write(output, sections)
     for name, entry in sections.items():
         print(f"{name}: {entry['result']}" + (f", {entry['minutes']} minutes" if "minutes" in entry else ""))
@@ -126,4 +125,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The section in progress is not in the report; run the command again to continue.")
