@@ -1,9 +1,8 @@
 """Comparing experiments fairly: the same data, steps and learning-rate grid for all, several seeds at the best rate.
 
-Every experiment is trained at every learning rate of the grid with seed 0; at the rate with the best validation score
-it is trained anew with seeds 1, 2, ..., which alone are judged: the run that was chosen for its luck is not. Runs live
-in one folder each, so that an interrupted comparison goes on where it stopped. What the rows say,
-`engrax.evals.verdicts` decides.
+Every experiment is trained at every learning rate of the grid with seed 0, then at the best rate with seeds 1, 2, ....
+Only these seeds are judged, because seed 0 was selected for its score. Each run has its own folder, so an interrupted
+comparison continues where it stopped. `engrax.evals.verdicts` turns the scores into verdicts.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ LEARNT = 0.95  # accuracy from which a task counts as learnt
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """An ordering that somebody published: `better` scores better than `worse`, names of a comparison's experiments."""
+    """A published ordering: `better` scores better than `worse`, both names of experiments in the comparison."""
 
     better: str
     worse: str
@@ -39,14 +38,14 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Experiments that differ in their model alone, the grid they share, and what is claimed about them.
+    """Experiments that differ only in their model, with their shared grid and claims about them.
 
-    Raises UserError where they differ in data, steps or batch, or a claim names none of them.
+    Raises UserError if they differ in data, steps or batch, or if a claim names an unknown experiment.
     """
 
-    experiments: dict[str, Experiment]  # by their names in the table; the first is what the others are held to
+    experiments: dict[str, Experiment]  # by their names in the table; the first is the baseline
     learning_rates: tuple[float, ...]  # the grid, three or more
-    seeds: int = 3  # at the best learning rate, beside that of the grid
+    seeds: int = 3  # at the best learning rate, in addition to that of the grid
     claims: tuple[Claim, ...] = ()
 
     def __post_init__(self):
@@ -68,7 +67,7 @@ class Comparison:
         for claim in self.claims:
             for name in (claim.better, claim.worse):
                 if name not in self.experiments:
-                    raise UserError(f"a claim speaks of {name!r}, which is no experiment of the comparison.")
+                    raise UserError(f"a claim names {name!r}, which is not an experiment of the comparison.")
 
 
 class Trial(NamedTuple):
@@ -81,27 +80,27 @@ class Trial(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What a trial's last checkpoint says about every validation row; `sums` is None where the training diverged."""
+    """The score of a trial's last checkpoint on every validation row; `sums` is None if the training diverged."""
 
-    sums: np.ndarray | None  # [N] bits (text, tokens) or rightly predicted tokens (task)
+    sums: np.ndarray | None  # [N] bits (text, tokens) or correctly predicted tokens (task)
     counts: np.ndarray | None  # [N] bytes, tokens or labelled tokens
     learnt_at: int | None = None  # first validated step with an accuracy of LEARNT, tasks alone
     seconds: float = 0.0  # of training and scoring
 
     @property
     def mean(self) -> float:
-        """sums / counts over all rows; nan where the training diverged."""
+        """sums / counts over all rows; nan if the training diverged."""
         return float("nan") if self.sums is None else float(self.sums.sum() / self.counts.sum())
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An experiment's line of the table, as it was measured."""
+    """An experiment's measurements for its row of the table."""
 
     name: str
     learning_rate: float  # the best
     grid: dict[float, float]  # learning rate -> score with seed 0, nan where it diverged
-    scores: tuple[Score, ...]  # one a judged seed, at the best learning rate
+    scores: tuple[Score, ...]  # one per judged seed, at the best learning rate
     costs: dict[str, Any]
 
 
@@ -111,9 +110,9 @@ def kind(comparison: Comparison) -> str:
 
 
 def run(comparison: Comparison, folder: epath.PathLike, *, progress: bool = True) -> list[Row]:
-    """Trains and scores what is missing in `folder`, and returns a row for every experiment.
+    """Trains and scores the trials missing in `folder`, and returns a row for every experiment.
 
-    Raises UserError where every learning rate or every judged seed of an experiment diverged, or a run of the folder is
+    Raises UserError if all learning rates or all judged seeds of an experiment diverged, or if a run in the folder is
     another experiment.
     """
     folder = runs.folder(folder)
@@ -125,7 +124,7 @@ def run(comparison: Comparison, folder: epath.PathLike, *, progress: bool = True
 
 
 def _row(comparison: Comparison, name: str, folder: epath.Path, tell: Callable, sign: int) -> Row:
-    """The grid's trials, then those of the judged seeds."""
+    """Runs the trials of the grid, then those of the judged seeds."""
     scored = {trial: _score(comparison, trial, folder, tell) for trial in _grid(name, comparison.learning_rates)}
     sound = [t for t, score in scored.items() if score.sums is not None]
     if not sound:
@@ -144,8 +143,8 @@ def _row(comparison: Comparison, name: str, folder: epath.Path, tell: Callable, 
 
 @contextlib.contextmanager
 def _programs_compiled_once() -> Iterator[None]:
-    """Compiles the training step once for each learning rate, which it holds as a constant, and all else once for each
-    mixer: in a cache for this comparison where the user has none."""
+    """Uses a compilation cache for this comparison, unless the user has one: the training step is compiled once per
+    learning rate, which is a constant in it, and all else once per mixer."""
     if jax.config.jax_compilation_cache_dir:
         yield
         return
@@ -168,7 +167,7 @@ def folder_of(name: str) -> str:
 
 
 def _score(comparison: Comparison, trial: Trial, folder: epath.Path, tell: Callable) -> Score:
-    """The trial's score: read where it was written, else trained for."""
+    """The trial's score, read from its file if it exists, otherwise computed by training."""
     directory = folder / folder_of(trial.name) / f"lr_{trial.learning_rate:g}_seed_{trial.seed}"
     experiment = comparison.experiments[trial.name]
     optimizer = dataclasses.replace(experiment.optimizer, learning_rate=trial.learning_rate)
@@ -183,7 +182,7 @@ def _score(comparison: Comparison, trial: Trial, folder: epath.Path, tell: Calla
     begun = time.perf_counter()
     try:
         if not loop.train(experiment, directory, progress=False).finished:
-            raise UserError(f"stopped at {trial.name!r}; the same command goes on from there.")
+            raise UserError(f"stopped at {trial.name!r}; the same command continues from there.")
         score = _measure(directory)
     except Diverged:
         score = Score(None, None)
@@ -232,7 +231,7 @@ _ARRAYS = ("sums", "counts")
 
 
 def _progress(trials: int) -> Callable[[Trial, Score], None]:
-    """A line on stderr after every trial, with the time left."""
+    """Prints a line on stderr after every trial, with the time left."""
     done, spent = [], []
 
     def tell(trial: Trial, score: Score) -> None:

@@ -29,9 +29,9 @@ class ComparisonResult:
 def compare(
     comparison: Comparison, folder: epath.PathLike, *, command: str = "", progress: bool = True
 ) -> ComparisonResult:
-    """Trains and scores what `folder` lacks, judges, and writes comparison.json, comparison.md and comparison.png.
+    """Trains and scores the missing trials, judges, and writes comparison.json, comparison.md and comparison.png.
 
-    `command` is what the files say to run again. Raises UserError as `engrax.evals.comparison.run` does.
+    `command` is printed in the files as the command to repeat it. Raises UserError like `engrax.evals.comparison.run`.
     """
     rows = run(comparison, folder, progress=progress)
     lines, claims = verdicts.judge(comparison, rows)
@@ -48,7 +48,7 @@ def compare(
 
 
 def _grid(row: Row) -> dict[str, Any]:
-    """Scores by learning rate with seed 0, and by judged seed at the best one; None where a training diverged."""
+    """Scores by learning rate with seed 0, and by judged seed at the best rate; None if a training diverged."""
     plain = lambda value: None if value != value else value  # noqa: E731
     return {
         "learning_rates": {f"{rate:g}": plain(value) for rate, value in row.grid.items()},
@@ -58,7 +58,7 @@ def _grid(row: Row) -> dict[str, Any]:
 
 
 def _head(comparison: Comparison, command: str) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The settings that the numbers depend on."""
     experiment = next(iter(comparison.experiments.values()))
     here = runs.describe_environment(experiment)
     return {

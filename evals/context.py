@@ -1,4 +1,4 @@
-"""What the evaluators of one checkpoint share, so that no work is done twice."""
+"""Data and results shared by the evaluators of one checkpoint, each computed once."""
 
 import functools
 import math
@@ -20,16 +20,16 @@ from engrax.train.runs import Run
 
 
 class Context:
-    """A checkpoint under evaluation. What is costly is computed when an evaluator first asks for it, then kept.
+    """A checkpoint under evaluation. Costly results are computed at their first use and kept.
 
     Attributes:
       run: the run folder, opened.
       experiment: the run's experiment.
       step: the checkpoint's step.
       model: the model with the checkpoint's parameters, on one device or sharded over `mesh`.
-      mesh: the devices that share the work; None where there is one.
-      seed: of whatever an evaluator draws at random; the experiment's.
-      bar: a tqdm bar that shows the progress; None shows none.
+      mesh: the devices that share the work; None for a single device.
+      seed: for random draws of evaluators; the experiment's seed.
+      bar: a tqdm progress bar, or None.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Context:
         mesh: Mesh | None = None,
         batches: int | None = None,
     ):
-        """`batches`: validation batches to score, None for the default."""
+        """`batches`: number of validation batches to score, None for the default."""
         self.run, self.experiment, self.model, self.step, self.mesh = run, run.experiment, model, step, mesh
         self.seed = run.experiment.seed
         self._batches = batches
@@ -49,7 +49,7 @@ class Context:
         self._scores: dict[tuple[str, ...], scoring.Scores] = {}
 
     def expect(self, calls: int) -> Callable[[int], Any]:
-        """Announces work of so many calls to the progress bar; returns tick(n), which says that n of them are done."""
+        """Announces the number of calls to the progress bar; returns tick(n), which reports that n are done."""
         if self.bar is None:
             return lambda n: None
         self.bar.total = (self.bar.total or 0) + calls
@@ -57,12 +57,12 @@ class Context:
         return self.bar.update
 
     def title(self, what: str) -> str:
-        """The title of a plot: what it shows, the run and the step."""
+        """The title of a plot: its subject, the run and the step."""
         return f"{what} · {self.run.directory.name}, step {self.step:,}"
 
     @functools.cached_property
     def kind(self) -> str:
-        """text (bits per byte), task (accuracy) or tokens (bits per token): what the score is."""
+        """The kind of score: text (bits per byte), task (accuracy) or tokens (bits per token)."""
         return scoring.kind_of(self.experiment)
 
     @property
@@ -72,7 +72,7 @@ class Context:
 
     @functools.cached_property
     def rows(self) -> scoring.Rows:
-        """The validation rows that are scored."""
+        """The scored validation rows."""
         return scoring.validation_rows(self.experiment, self._batches)
 
     @functools.cached_property
@@ -86,9 +86,9 @@ class Context:
         return memory_names(self.experiment)
 
     def scores(self, mute: tuple[str, ...] = ()) -> scoring.Scores:
-        """The scores of `rows` with the memory reads of the mixers in `mute` left out; each set is computed once.
+        """The scores of `rows` without the memory reads of the mixers in `mute`; each set is computed once.
 
-        Raises UserError where a loss is not a number.
+        Raises UserError if a loss is not a number.
         """
         if mute not in self._scores:
             tick = self.expect(-(-len(self.rows) // self.scorer.rows))
@@ -103,20 +103,20 @@ class Context:
         return self._scores[mute]
 
     def values(self, mute: tuple[str, ...] = ()) -> Float[np.ndarray, "N T"]:
-        """Every token's part of the score: its bits, or 1 where a task's answer is right; divide by `weights`."""
+        """Every token's part of the score: its bits, or for a task 1 for a correct answer; divide by `weights`."""
         scores = self.scores(mute)
         return scores.right.astype(float) if self.kind == "task" else scores.nats / math.log(2)
 
     @functools.cached_property
     def weights(self) -> Float[np.ndarray, "N T"]:
-        """What the score divides by, per token: the target's bytes for text, else 1; 0 where nothing is scored."""
+        """The divisor of the score, per token: the target's bytes for text, else 1; 0 if the token is not scored."""
         return scoring.divisors(self.experiment, self.rows, self.kind)
 
     @functools.cached_property
     def baseline(self) -> tuple[dict[str, Any], Float[np.ndarray, "orders N T"]]:
-        """(which rows were counted, bits of every token by the n-grams of orders 0, 1, ...), for text.
+        """(description of the counted rows, bits of every token by the n-grams of orders 0, 1, ...), for text.
 
-        The n-grams are counted on the rows that the model was trained on, and score the same targets as the model.
+        The n-grams are counted on the model's training rows and score the same targets as the model.
         """
         vocab = self.experiment.data.vocab_size
         seen, epochs = scoring.seen_rows(self.experiment, self.step)
@@ -134,12 +134,12 @@ class Context:
 
     @functools.cached_property
     def diagnosed_rows(self) -> scoring.Rows:
-        """The validation rows whose diagnostics are taken."""
+        """The validation rows for diagnostics."""
         return scoring.reported_rows(self.rows)
 
     @functools.cached_property
     def diagnostics(self) -> dict[str, np.ndarray]:
-        """The mixers' diagnostics, a row at a time: see `scoring.Scorer.report`; {} where none reports on itself."""
+        """The mixers' diagnostics, one row at a time (see `scoring.Scorer.report`); {} if no mixer reports any."""
         tick = self.expect(1)
         found = self.scorer.report(self.rows)
         tick(1)
@@ -147,7 +147,7 @@ class Context:
 
     @functools.cached_property
     def token_types(self) -> TokenTypes:
-        """The types of the tokens of `diagnosed_rows`; -1 at padding. Types without a token are left out."""
+        """The types of the tokens of `diagnosed_rows`; -1 at padding. Types without tokens are omitted."""
         rows = self.diagnosed_rows
         names, index = self.experiment.data.token_types(rows.arrays())
         real = rows.segment_ids >= 0
@@ -159,7 +159,7 @@ class Context:
     def block(self, name: str, repeat: int) -> str:
         """The block of a diagnostic in one repeat of the pattern: "block 3". Blocks count from 0 through the network.
 
-        name: "titans.lr_mean", or "titans3.lr_mean" where titans stands twice in the pattern.
+        name: "titans.lr_mean", or "titans3.lr_mean" if titans occurs twice in the pattern.
         """
         mixers = [mixer.registered_name for mixer in getattr(self.experiment.model, "mixers", ())]
         labels = [m if mixers.count(m) == 1 else f"{m}{i}" for i, m in enumerate(mixers)]
@@ -173,7 +173,7 @@ class Context:
 
 
 def memory_names(experiment: Experiment) -> tuple[str, ...]:
-    """The registered names of what reads a memory: a model around a backbone (HMT), and mixers with `memory_reads`."""
+    """The registered names of parts that read a memory: models around a backbone (HMT), mixers with `memory_reads`."""
     config, names = experiment.model, []
     while isinstance(config, SegmentRecurrentConfig):
         names.append(config.registered_name)

@@ -1,4 +1,4 @@
-"""Evaluating a checkpoint of a run: the evaluators that apply, in one folder with numbers, plots and a report."""
+"""Evaluating a checkpoint of a run: runs the applicable evaluators and writes numbers, plots and a report."""
 
 import csv
 import dataclasses
@@ -26,11 +26,11 @@ FORMAT_VERSION = 2  # of results.json
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Results:
-    """A finished evaluation; `data` is what results.json holds, and its text the main numbers."""
+    """A finished evaluation; `data` is the content of results.json, and str() gives the main numbers."""
 
-    directory: epath.Path  # RUN/evals/step_N, or step_N-2, ... where that was taken
+    directory: epath.Path  # RUN/evals/step_N, or step_N-2, ... if that exists
     data: dict[str, Any]
-    lines: list[tuple[str, str]]  # (name, value): what the evaluators say in the terminal
+    lines: list[tuple[str, str]]  # (name, value) of the evaluators for the terminal
 
     @property
     def step(self) -> int:
@@ -44,23 +44,23 @@ class Results:
 
     @property
     def evaluations(self) -> dict[str, Any]:
-        """What each evaluator found, by its name."""
+        """The values of each evaluator, by its name."""
         return self.data["evaluations"]
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Of the validation text; None where the data is no text or `validation` was not run."""
+        """Bits per byte of the validation text; None if the data is not text or `validation` was not run."""
         found = self.evaluations.get("validation", {}).get("bits_per_byte")
         return found and found["value"]
 
     @property
     def accuracy(self) -> float | None:
-        """Rightly predicted labelled tokens / all labelled tokens; None where `validation` was not run."""
+        """Correctly predicted labelled tokens / all labelled tokens; None if `validation` was not run."""
         found = self.evaluations.get("validation", {}).get("accuracy")
         return found and found["value"]
 
     def summary(self) -> str:
-        """The main numbers and where the files are, for a terminal."""
+        """The main numbers and the paths of the files, for a terminal."""
         head = ("run", f"{self.data['run']}, step {self.step:,}")
         rows = [head, *self.lines, ("folder", str(self.directory)), ("report", str(self.report))]
         width = max(len(name) for name, _ in rows)
@@ -78,14 +78,14 @@ def evaluate(
     stream: int | None = None,
     progress: bool = True,
 ) -> Results:
-    """Evaluates a checkpoint and writes a folder of its own: RUN/evals/step_N, then step_N-2, step_N-3, ...
+    """Evaluates a checkpoint and writes a new folder: RUN/evals/step_N, then step_N-2, step_N-3, ...
 
-    The folder gets results.json (every number), results.csv (the same, flat), a PNG per plot and report.html, which
-    holds everything and needs no network. With several devices the run's mesh settings spread the work over them.
+    The folder has results.json (all numbers), results.csv (the same, flat), a PNG per plot, and report.html, which is
+    self-contained. On several devices the work is split by the run's mesh settings.
 
     Args:
-      run_dir: a run folder, trained on whatever hardware.
-      step: None = the newest checkpoint, "best" = the one of lowest validation loss, or a number.
+      run_dir: a run folder, trained on any hardware.
+      step: None = the newest checkpoint, "best" = the one with the lowest validation loss, or a number.
       only: names of evaluators, or evaluators with settings; None runs all that apply and are not optional.
       batches: validation batches of `scoring.batch_rows` rows; None scores up to `scoring.DEFAULT_TOKENS` tokens.
       stream: also run the evaluator `stream` to this many tokens of each document.
@@ -96,7 +96,7 @@ def evaluate(
         checkpoint, or a model whose loss is not a number.
     """
     run = runs.open_run(run_dir)
-    chosen = choose(run.experiment, only, stream)  # refuses before anything is loaded
+    chosen = choose(run.experiment, only, stream)  # raises before anything is loaded
     mesh = sharding.evaluation_mesh(run.experiment.parallel)
     model, number = run.load(step, mesh=mesh)
     data = _header(run, number, chosen)
@@ -112,7 +112,7 @@ def evaluate(
 
 
 def _run(chosen: list[EvaluatorConfig], context: Context, progress: bool) -> dict[str, Evaluation]:
-    """What each evaluator finds, in order, under one progress bar."""
+    """Runs the evaluators in order, with one progress bar."""
     from tqdm import tqdm
 
     found: dict[str, Evaluation] = {}
@@ -129,7 +129,7 @@ def _run(chosen: list[EvaluatorConfig], context: Context, progress: bool) -> dic
 
 
 def _write(results: Results, found: dict[str, Evaluation]) -> None:
-    """All files of an evaluation; results.json last, so that its presence means a whole folder."""
+    """Writes all files of an evaluation, results.json last: if it exists, the folder is complete."""
     from engrax.evals import report
 
     for figure in (figure for evaluation in found.values() for figure in evaluation.figures):
@@ -146,7 +146,7 @@ def choose(
 ) -> list[EvaluatorConfig]:
     """The evaluators to run, in the order of the report.
 
-    Raises UserError for an unknown name, and for an evaluator that was named and does not apply.
+    Raises UserError for an unknown name, and for a named evaluator that does not apply.
     """
     named = {}
     for item in only or ():
@@ -168,7 +168,7 @@ def choose(
 
 
 def new_folder(parent: epath.Path, step: int) -> epath.Path:
-    """Creates and returns step_N or, where an earlier evaluation has it, the first free of step_N-2, step_N-3, ..."""
+    """Creates and returns step_N or, if it exists, the first free of step_N-2, step_N-3, ..."""
     parent.mkdir(parents=True, exist_ok=True)
     for name in itertools.chain([f"step_{step}"], (f"step_{step}-{i}" for i in itertools.count(2))):
         if not (parent / name).exists():
@@ -180,7 +180,7 @@ def new_folder(parent: epath.Path, step: int) -> epath.Path:
 
 
 def _header(run: runs.Run, step: int, chosen: list[EvaluatorConfig]) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The settings that the numbers depend on."""
     e, trained, here = run.experiment, run.environment, runs.describe_environment(run.experiment)
     warnings = []
     if trained.get("data_digest") and trained["data_digest"] != here["data_digest"]:
@@ -213,7 +213,7 @@ def _header(run: runs.Run, step: int, chosen: list[EvaluatorConfig]) -> dict[str
 
 
 def _plain(value: Any, name: str) -> Any:
-    """Only what JSON carries: arrays become lists, NaN and infinities null. Raises UserError for anything else."""
+    """The value as JSON: arrays become lists, NaN and infinities null. Raises UserError for other types."""
     if isinstance(value, dict):
         return {str(k): _plain(v, f"{name}.{k}") for k, v in value.items()}
     if isinstance(value, (list, tuple)):

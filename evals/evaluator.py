@@ -1,4 +1,4 @@
-"""The evaluator contract: one thing measured on one checkpoint, in one file, found by name in EVALUATORS.
+"""The evaluator contract: one measurement of a checkpoint, in one file, registered in EVALUATORS.
 
 @engrax.register("my_measure")
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ EVALUATORS = Registry("evaluator", "engrax.evals")
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of texts and numbers, as the report shows it; the first column is aligned to the left."""
+    """A table of texts and numbers in the report; the first column is left-aligned."""
 
     columns: Sequence[str]  # the head; () for a table without one
     rows: Sequence[Sequence[Any]]
@@ -36,7 +36,7 @@ class Figure:
 
     name: str  # of the plot's file, without .png; unique in an evaluation
     heading: str
-    caption: str  # what the reader should see
+    caption: str  # how to read it
     png: bytes | None = None
     table: Table | None = None
     folded: bool = True  # the table is shown on a click
@@ -44,9 +44,9 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What an evaluator found."""
+    """The results of an evaluator."""
 
-    values: dict[str, Any]  # nested names to numbers, lists and strings: what goes into results.json
+    values: dict[str, Any]  # content for results.json: nested names to numbers, lists and strings
     figures: list[Figure] = dataclasses.field(default_factory=list)  # in reading order
     summary: list[tuple[str, Any]] = dataclasses.field(default_factory=list)  # (name, value) of the lines printed
 
@@ -55,18 +55,18 @@ class Evaluation:
 class EvaluatorConfig(abc.ABC):
     """Base of every evaluator's settings. A subclass is a frozen dataclass under `@engrax.register(name)`.
 
-    Every field needs a default. The evaluator runs in each `engrax evaluate` that does not choose others (`--only`).
+    Every field needs a default. The evaluator runs in every `engrax evaluate` without `--only`.
     """
 
     registry: ClassVar[Registry] = EVALUATORS
     registered_name: ClassVar[str] = ""
     order: ClassVar[int] = 100  # place in the report and the summary, ascending
-    optional: ClassVar[bool] = False  # True: it runs only where it is named
+    optional: ClassVar[bool] = False  # True: it runs only if it is named
 
     def unavailable(self, experiment: Any) -> str | None:
-        """Why a run of this experiment cannot be evaluated so, in one sentence; None where it can.
+        """The reason, in one sentence, why this evaluator does not apply to the experiment; None if it applies.
 
-        It is asked before anything is computed. Where the evaluator was named, the sentence is the user's error.
+        It is called before any computation. If the user named the evaluator, the sentence is the error message.
         """
         return None
 

@@ -1,13 +1,13 @@
-"""N-gram baselines: what counting alone predicts from the training tokens that a model has seen.
+"""N-gram baselines: predictions from counts of the training tokens that a model has seen.
 
 An order-k model predicts a token from the k tokens before it. Counts are interpolated from order 0 up after Witten and
 Bell ("The zero-frequency problem", IEEE Trans. Information Theory 37, 1991, method C; Chen and Goodman 1999, eq. 16):
 
     p_k(w | h) = (c(h w) + n(h) p_{k-1}(w | h')) / (c(h) + n(h)),     p_{-1}(w) = 1 / V
 
-c counts occurrences, n(h) the distinct tokens seen after h, and h' is h without its oldest token; for a context never
-seen, p_k = p_{k-1}. There is nothing to tune. A context never reaches beyond its segment, as a model's does not:
-near the start of a segment the longest context there is serves.
+c counts occurrences, n(h) the distinct tokens seen after h, and h' is h without its oldest token; for an unseen
+context p_k = p_{k-1}. There are no parameters to tune. As for a model, a context is limited to its segment: near the
+start of a segment the longest available context is used.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
 """The plots of an evaluation, each a function from numbers to the bytes of a PNG. matplotlib loads on the first one.
 
-Every plot says its run and step, has a unit on each axis, and shows nothing that is not also a number in results.json
-or metrics.jsonl.
+Every plot names its run and step and has a unit on each axis. All its numbers are in results.json or metrics.jsonl.
 """
 
 import contextlib

@@ -37,7 +37,7 @@ _PADDING = {"tokens": 0, "targets": -1, "segment_ids": -1}
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Packed rows N of T tokens, as the loader gives them."""
+    """N packed rows of T tokens from the loader."""
 
     tokens: Int[np.ndarray, "N T"]
     targets: Int[np.ndarray, "N T"]
@@ -63,7 +63,7 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What one pass found, per token."""
+    """The results of one pass, per token."""
 
     nats: Float[np.ndarray, "N T"]  # negative log-likelihood of the target, 0 where there is none
     right: Bool[np.ndarray, "N T"]  # the target had the highest logit
@@ -78,7 +78,7 @@ def kind_of(experiment: Experiment) -> str:
 
 
 def divisors(experiment: Experiment, rows: Rows, kind: str) -> Float[np.ndarray, "N T"]:
-    """What the score divides by, per token: the target's bytes for text, else 1; 0 where nothing is scored."""
+    """The divisor of the score, per token: the target's bytes for text, else 1; 0 if the token is not scored."""
     if kind != "text":
         return rows.labelled.astype(float)
     lengths = np.asarray(experiment.data.tokenizer.byte_lengths)
@@ -106,7 +106,7 @@ def _stack(batches: list[dict[str, np.ndarray]], complete: bool) -> Rows:
 def validation_rows(experiment: Experiment, batches: int | None) -> Rows:
     """The first `batches` validation batches of `batch_rows` rows; None takes up to DEFAULT_TOKENS tokens.
 
-    Raises UserError where `batches` is less than 1 or the split holds nothing to score.
+    Raises UserError if `batches` is less than 1 or the split has no labelled token.
     """
     rows = batch_rows(experiment)
     if batches is None:
@@ -125,8 +125,8 @@ def validation_rows(experiment: Experiment, batches: int | None) -> Rows:
 def seen_rows(experiment: Experiment, step: int) -> tuple[Rows, float]:
     """(the distinct training rows of the first `step` steps, epochs seen); `complete` False where SEEN_TOKENS cut them.
 
-    Past the first epoch the rows hold the same tokens again, which would count as new evidence: the first epoch stays.
-    A run that carries its memory was trained on streams, so streams are counted.
+    Only the first epoch is counted: later epochs repeat the same tokens. For a run with a carried memory, which was
+    trained on streams, streams are counted.
     """
     if experiment.carry_memory:
         return _seen_streams(experiment, step)
@@ -206,7 +206,7 @@ class Scorer:
         self._report = jax.jit(self._diagnose)
 
     def score(self, rows: Rows, *, mute: tuple[str, ...] = (), tick: Callable[[int], Any] = lambda n: None) -> Scores:
-        """Scores every labelled token, with the memory reads of the mixers named in `mute` left out.
+        """Scores every labelled token, without the memory reads of the mixers named in `mute`.
 
         `tick(1)` is called after every batch.
         """
@@ -227,8 +227,8 @@ class Scorer:
     def report(self, rows: Rows) -> dict[str, np.ndarray]:
         """The mixers' diagnostics of `reported_rows(rows)`, one row at a time: {"titans.lr_mean": [rows, repeat]}.
 
-        Row by row, because the mean over a batch hides a memory that runs away on one row in a hundred. A diagnostic of
-        every token is [rows, repeat, T] or, with a value for each memory, [rows, repeat, T, M], NaN at padding.
+        It works row by row, because the mean over a batch hides a memory that diverges on one row in a hundred. A
+        diagnostic per token is [rows, repeat, T] or, with a value per memory, [rows, repeat, T, M], NaN at padding.
         """
         rows = reported_rows(rows)
         copies = 1 if self.mesh is None else self.mesh.size  # every device computes the same row: kernels need one each

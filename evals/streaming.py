@@ -1,9 +1,8 @@
-"""Reading documents far longer than the rows of the training, in pieces, through the memory that the model carries.
+"""Reading documents far longer than training rows, in pieces, through the carried memory.
 
-This shows what a memory promises: whether the loss still falls, or at least does not rise, past the length it was
-trained at, and whether state and time per token stay constant. Some places of a document are easier than others, so
-each document is also read by the same model with a memory that is reset before every piece. In the gain over that
-reading, the difficulty that both share cancels.
+It measures whether the loss falls, or at least does not rise, beyond the training length, and whether state and time
+per token stay constant. Some parts of a document are easier than others. Each document is therefore also read with a
+memory that is reset before every piece; the difference of the two losses cancels this difficulty.
 """
 
 import statistics
@@ -35,7 +34,7 @@ TURNS = 15  # timed calls at the beginning and at the end, by turns
 def long_documents(experiment: Experiment, length: int) -> Int[np.ndarray, "N L"]:
     """The first length + 1 tokens of up to DOCUMENTS validation documents that have as many.
 
-    Raises UserError where the data is no text, or none of its validation documents is long enough.
+    Raises UserError if the data is not text, or if no validation document is long enough.
     """
     if length < LENGTH_UNIT or length % LENGTH_UNIT:
         raise UserError(f"stream={length} tokens must be a multiple of {LENGTH_UNIT}: quarters are read in pieces.")

@@ -116,7 +116,7 @@ def _interval(value: float, sample: Float[np.ndarray, " draws"], level: float = 
 
 
 def judge(comparison: Comparison, rows: list[Row]) -> tuple[list[TableRow], list[ClaimVerdict]]:
-    """The lines of the table, in the comparison's order, and the verdicts on what is claimed."""
+    """The rows of the table, in the comparison's order, and the verdicts on the claims."""
     drawn = Bootstrap(rows)
     higher_is_better = kind(comparison) == "task"
     whole = {row.name for row in rows if _sound(row) == len(row.scores)}
@@ -159,7 +159,7 @@ def _clearness(difference: Interval) -> float:
 
 
 def verdict(difference: Interval, higher_is_better: bool) -> Verdict:
-    """What one difference says by its own interval."""
+    """The verdict of one difference from its own interval."""
     if difference.low > 0 or difference.high < 0:
         return "better" if (difference.low > 0) == higher_is_better else "worse"
     return "inconclusive"  # so is a difference that is not a number

@@ -1,4 +1,4 @@
-"""Flax NNX layers: one mixer per file, found by name in MIXERS."""
+"""Flax NNX layers: one mixer per file, registered by name in MIXERS."""
 
 from typing import TYPE_CHECKING
 

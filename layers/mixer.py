@@ -1,4 +1,4 @@
-"""The mixer contract: what every sequence mixer is, and the registry that finds it by name.
+"""The mixer contract of all sequence mixers, and their registry.
 
 A mixer is two things: a frozen config dataclass (its settings, registered under a name) and the Flax NNX module that
 the config builds. The module maps `[B, T, dim]` to the same shape and carries an explicit state:
@@ -9,8 +9,8 @@ the config builds. The module maps `[B, T, dim]` to the same shape and carries a
     y, state = mixer(x_more, state)           # continues at ANY position
     state    = mixer.init_state(batch_size)   # a pytree, every leaf [B, ...]
 
-Blocks call `mixer.forward`, which also leaves memory reads out and returns diagnostics and losses. The base class
-`Mixer` defines it through the call; a module that is no `Mixer` is wrapped (`as_mixer`).
+Blocks call `mixer.forward`, which can also remove memory reads and returns diagnostics and losses. The base class
+`Mixer` defines it through the call; a module that is not a `Mixer` is wrapped (`as_mixer`).
 
 Axis letters used across engrax: B batch rows, T tokens, D model width, H heads, K key width of a head, V value width
 of a head (or vocabulary, in the models), W window or convolution width, P persistent tokens, L layers of a pattern.
@@ -38,7 +38,7 @@ class MixerConfig:
     exempt_from: ClassVar[
         dict[str, str]
     ] = {}  # {law or law.part: reason}; a test asserts that the exempt law really fails
-    memory_reads: ClassVar[tuple[str, ...]] = ("read",)  # names of what it reads from a memory; () = it has none
+    memory_reads: ClassVar[tuple[str, ...]] = ("read",)  # names of its memory reads; () = no memory
 
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> nnx.Module:
         """Returns the module for model width `dim`; `layer` (from 0, may be traced) is its place among `num_layers`."""
@@ -46,7 +46,7 @@ class MixerConfig:
 
     @classmethod
     def examples(cls) -> tuple["MixerConfig", ...]:
-        """Small settings with every path switched on, then the defaults: the laws run on all of them."""
+        """Small settings that together use every code path, then the defaults; the laws run on all of them."""
         return (cls(),)
 
     def flops_per_token(self, dim: int, seq_len: int) -> float:
@@ -55,11 +55,11 @@ class MixerConfig:
 
 
 class MixerOutput(NamedTuple):
-    """What `Mixer.forward` returns."""
+    """The result of `Mixer.forward`."""
 
     y: Float[Array, "B T D"]
     state: Any  # after the last token
-    aux: Float[Array, " B"]  # a loss per row that is added to each of the row's labelled tokens; 0 for most mixers
+    aux: Float[Array, " B"]  # a loss per row, added per labelled token of the row; 0 for most mixers
     collected: dict[str, Array]  # diagnostics, {} unless asked for
 
 
@@ -68,7 +68,7 @@ class Mixer(nnx.Module):
     the other methods are optional."""
 
     def init_state(self, batch_size: int) -> Any:
-        """The state every row and every segment starts from; every leaf [B, ...]."""
+        """The initial state of every row and segment; every leaf is [B, ...]."""
         raise NotImplementedError(f"{type(self).__name__} must define init_state(batch_size).")
 
     def report(self, x_BTD: Float[Array, "B T D"], state: Any = None, segment_ids: Any = None) -> dict[str, Array]:
@@ -76,13 +76,13 @@ class Mixer(nnx.Module):
         return {}
 
     def auxiliary_loss(self, x_BTD: Float[Array, "B T D"], segment_ids: Any = None) -> Float[Array, " B"]:
-        """A loss per row that training adds to each of the row's labelled tokens (a router's balance)."""
+        """A loss per row, added in training per labelled token of the row (a router's balance loss)."""
         return jnp.zeros(len(x_BTD), jnp.promote_types(x_BTD.dtype, jnp.float32))
 
     def call_without(
         self, reads: tuple[str, ...], x_BTD: Float[Array, "B T D"], state: Any = None, segment_ids: Any = None
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """The call with the memory reads named in `reads` left out. By default the whole output is one read."""
+        """The call without the memory reads named in `reads`. By default the whole output is one read."""
         y, state = self(x_BTD, state, segment_ids)
         return jnp.zeros_like(y), state
 
@@ -95,7 +95,7 @@ class Mixer(nnx.Module):
         collect: tuple[str, ...] = (),
         mute: tuple[str, ...] = (),
     ) -> MixerOutput:
-        """What a block calls. collect: not empty = also return the diagnostics; mute: memory reads left out."""
+        """Called by blocks. collect: if not empty, also return the diagnostics; mute: memory reads to remove."""
         if mute:
             y, after = self.call_without(mute, x_BTD, state, segment_ids)
         else:
@@ -105,7 +105,7 @@ class Mixer(nnx.Module):
 
 
 class PlainMixer(Mixer):
-    """A module that is no `Mixer`, with its optional methods where it has them."""
+    """Wraps a module that is not a `Mixer`; uses its optional methods if it has them."""
 
     def __init__(self, module: nnx.Module):
         self.module = module
@@ -126,5 +126,5 @@ class PlainMixer(Mixer):
 
 
 def as_mixer(module: nnx.Module) -> Mixer:
-    """The module itself where it is a `Mixer`, else wrapped as one."""
+    """The module itself if it is a `Mixer`, else the module wrapped as one."""
     return module if isinstance(module, Mixer) else PlainMixer(module)

@@ -1,4 +1,4 @@
-"""What the memories report about themselves."""
+"""Diagnostics reported by the memories."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from engrax.evals.evaluator import Evaluation, EvaluatorConfig, Figure, Table
 from engrax.evals.words import number
 from engrax.registry import register
 
-RUNS_AWAY = 10  # a diagnostic whose 99th percentile over rows is this many times its median is called out
+RUNS_AWAY = 10  # a diagnostic gets a warning if its 99th percentile over rows is this many times its median
 
 Values = dict[str, dict[str, dict[str, Any]]]  # diagnostic -> block -> summary over rows
 
@@ -19,7 +19,7 @@ Values = dict[str, dict[str, dict[str, Any]]]  # diagnostic -> block -> summary 
 @register("diagnostics")
 @dataclasses.dataclass(frozen=True)
 class DiagnosticsConfig(EvaluatorConfig):
-    """What the memories report about themselves: gates, norms, surprise, loads, by block, entry and position."""
+    """Diagnostics reported by the memories: gates, norms, surprise, loads, by block, entry and position."""
 
     order: ClassVar[int] = 50
 
@@ -73,7 +73,7 @@ def _by_block(title, values: Values) -> Figure | None:
 
 
 def _sentences(values: Values, panels: dict[str, Any]) -> str:
-    """How to read the diagnostics, and a warning where a memory runs away on some rows."""
+    """How to read the diagnostics, and a warning if a memory diverges on some rows."""
     words = []
     if any(name.endswith("surprise_after") for name in panels):
         words.append("A memory that learns at test time has a lower surprise after reading the row than before it.")
@@ -145,7 +145,7 @@ def _by_position(title, values: Values) -> Figure | None:
 
 
 def _recall(title, values: Values) -> Figure | None:
-    """Diagnostics that are a table per block: what a memory recalls of each past segment."""
+    """Diagnostics that are a table per block: the weight of each past segment in a recall."""
     panels = {
         f"{name}, {block}" if len(by) > 1 else name: np.asarray(v["values"], float)
         for name, by in values.items()

@@ -1,4 +1,4 @@
-"""What each memory is worth to the trained model."""
+"""The effect of each memory on the trained model's score."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from engrax.registry import register
 @register("memory_ablation")
 @dataclasses.dataclass(frozen=True)
 class MemoryAblationConfig(EvaluatorConfig):
-    """The score with the reads of each memory set to zero, without training again."""
+    """The score with the reads of each memory set to zero, without retraining."""
 
     order: ClassVar[int] = 20
 
@@ -58,7 +58,7 @@ def _figure(context: Context, score: dict[str, Any], values: dict[str, Any]) -> 
 
 
 def sentence(name: str, change: dict[str, Any], kind: str) -> str:
-    """What muting one memory's reads did, in words that follow the sign and the interval of the change."""
+    """Describes the effect of muting one memory, according to the sign and interval of the change."""
     low, high, value = change["low"], change["high"], change["value"]
     if low is not None and low <= 0 <= high:
         return f"Muting the memory reads of {name} changes the score by {value:+.3f}, which is within chance."

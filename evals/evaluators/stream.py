@@ -1,4 +1,4 @@
-"""Documents far longer than a row of the training, read through the carried memory."""
+"""Documents far longer than a training row, read through the carried memory."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ LONGEST = 16_384  # tokens, where no length is given
 @register("stream")
 @dataclasses.dataclass(frozen=True)
 class StreamConfig(EvaluatorConfig):
-    """Long validation documents read through the carried memory, beside a memory that is reset; runs where named."""
+    """Long validation documents, read with the carried and with a reset memory; runs only if it is named."""
 
     length: int | None = None  # tokens of each document; None: the longest that one has, up to 16,384
 

@@ -1,4 +1,4 @@
-"""Diagnostics of every token by the token's type: which memory gets what, or what is hard to write."""
+"""Diagnostics per token, averaged by token type: the load of each memory, or the surprise."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ ALL = "all tokens"  # the first row of every table
 @register("token_types")
 @dataclasses.dataclass(frozen=True)
 class TokenTypesConfig(EvaluatorConfig):
-    """The memories' diagnostics of tokens by the type of token: which memory gets what, what is hard to write."""
+    """The memories' diagnostics per token, averaged by token type."""
 
     order: ClassVar[int] = 60
 

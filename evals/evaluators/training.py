@@ -1,4 +1,4 @@
-"""How the training went, from the run's metrics.jsonl."""
+"""The course of the training, from the run's metrics.jsonl."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from engrax.registry import register
 @register("training")
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(EvaluatorConfig):
-    """How the training went: loss, speed, and the memories' diagnostics over the steps."""
+    """The course of the training: loss, speed, and the memories' diagnostics by step."""
 
     order: ClassVar[int] = 200
 
@@ -28,7 +28,7 @@ class TrainingConfig(EvaluatorConfig):
 
 
 def _values(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the rows of metrics.jsonl say in a few numbers."""
+    """A summary of metrics.jsonl."""
 
     def of(key: str) -> list[float]:
         return [row[key] for row in history if key in row]
@@ -59,7 +59,7 @@ def series(history: list[dict[str, Any]], key: str, scale: float = 1.0) -> tuple
 def panels(history: list[dict[str, Any]], kind: str, bytes_per_token: float | None) -> list[dict[str, Any]]:
     """The panels of the plot, as `plots.training` takes them; [] with fewer than two logged steps.
 
-    The loss is the data's nats, in bits per byte for text; what mixers add to it has a panel of its own.
+    The loss is that of the data, in bits per byte for text; auxiliary losses have a separate panel.
     """
     in_bits = kind == "text" and bytes_per_token
     unit, scale = ("bits per byte", 1 / math.log(2) / bytes_per_token) if in_bits else ("loss, nats per token", 1.0)

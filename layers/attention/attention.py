@@ -1,10 +1,10 @@
 """Softmax attention: full or sliding window, grouped heads, rotary positions, and a cache of declared capacity.
 
-Its settings cover the attention of published checkpoints too: biases, normalised queries and keys, scaled rotary
-frequencies, no rotation at all.
+Its settings also cover the attention of published checkpoints: biases, normalised queries and keys, scaled rotary
+frequencies, no rotation.
 
-The attention itself is `jax.nn.dot_product_attention`; float64 takes a plain einsum: the library errs 1e-7 there. Long
-rows under a window are cut into blocks, which see themselves and the block before.
+It uses `jax.nn.dot_product_attention`, and a plain einsum in float64, where the library has an error of 1e-7. With a
+window, long rows are cut into blocks, which see themselves and the previous block.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ from engrax.layers.common.segments import last_segment_after, newest, starts_ane
 from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
 from engrax.pallas_kernels.common.segments import mask_tokens, row_lengths
 
-SMALLEST_BLOCK = 32  # tokens of a sliding window's block, at least
+SMALLEST_BLOCK = 32  # minimal tokens of a sliding window's block
 
 
 class AttentionState(NamedTuple):
-    """The keys and values that later tokens may still attend to; C = window - 1 or the capacity.
+    """The keys and values that later tokens may attend to; C = window - 1 or the capacity.
 
-    With a window the cache is a queue (oldest first); without one, token i of the row stands in slot i.
+    With a window the cache is a queue (oldest first); without one, token i of the row is in slot i.
     """
 
     keys: Float[Array, "B C G K"]  # rotated
@@ -43,12 +43,12 @@ class AttentionState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are slowed for rows longer than those of pretraining."""
+    """Scaling of rotary frequencies for rows longer than in pretraining."""
 
     kind: Literal["none", "linear", "llama3"] = "none"  # linear: all alike (arXiv 2306.15595); llama3: the slow ones
     factor: float = 1.0  # a slowed frequency is divided by it
     low_freq_factor: float = 1.0  # llama3: wavelengths above original_context / this are slowed in full
-    high_freq_factor: float = 4.0  # llama3: wavelengths below original_context / this are left alone
+    high_freq_factor: float = 4.0  # llama3: wavelengths below original_context / this do not change
     original_context: int = 8192  # llama3: tokens of a row in pretraining
 
     def __post_init__(self):
@@ -87,8 +87,8 @@ class AttentionConfig(MixerConfig):
     window: int | None = None  # tokens a query sees, itself included; None = all
     capacity: int = 4096  # tokens a row may hold without a window; more raise
     rope_base: float | None = 10_000.0  # longest rotary wavelength / 2 pi, in tokens; None = no rotary positions
-    conv_width: int = 1  # taps of a short convolution on q, k and v, as the memories have; 1 = none
-    persistent_tokens: int = 0  # learned tokens that every token attends to, wherever the window is
+    conv_width: int = 1  # taps of a short convolution on q, k and v; 1 = none
+    persistent_tokens: int = 0  # learned tokens that every token attends to, outside the window too
     rope_scaling: RopeScaling = RopeScaling()
     bias: Literal["none", "qkv", "all"] = "none"  # projections with a bias
     qk_norm_eps: float | None = None  # eps of an RMSNorm over each head's query and key; None = no norm
@@ -180,11 +180,11 @@ def masked_attention(
 def in_blocks(
     window: int | None, tokens: Sequence[Shaped[Array, "B T ..."]], slots: Sequence[Shaped[Array, "B S ..."]]
 ) -> tuple[list[Shaped[Array, "N L ..."]], list[Shaped[Array, "N M ..."]]]:
-    """Cuts long rows into blocks of L tokens, each with the M = 2L slots of its own block and of the one before.
+    """Cuts long rows into blocks of L tokens, each with the M = 2L slots of its own and the previous block.
 
-    A window of at most L tokens reaches no further, so that its work grows with T, not T^2. The slots end with the
-    call's tokens, S - T < window. What is filled up is -1 (segments and positions) or 0. N = B * ceil(T / L). Rows stay
-    whole without a window, and where blocks would not see less.
+    A window of at most L tokens reaches no further, so the work grows with T, not T^2. The slots end with the call's
+    tokens, S - T < window. Fill values are -1 (segments and positions) or 0. N = B * ceil(T / L). Rows are not cut
+    without a window, or if blocks would not see less.
     """
     T, S = tokens[0].shape[1], slots[0].shape[1]
     size = max(window or 0, SMALLEST_BLOCK)
@@ -264,7 +264,7 @@ class Attention(Mixer):
     ) -> tuple[Float[Array, "B T D"], AttentionState]:
         """Attends within each segment; without `segment_ids` all tokens continue the row's last segment.
 
-        Raises ValueError where T exceeds the capacity; a cache that overflows inside jit gives NaN for that row.
+        Raises ValueError if T exceeds the capacity; a cache that overflows inside jit gives NaN for that row.
         """
         B, T, _ = x_BTD.shape
         c = self.config
@@ -284,7 +284,7 @@ class Attention(Mixer):
             q, k = (rotate(y, position_BT, c.rope_base, c.rope_scaling) for y in (q, k))
         *slots, state = self._extend(state, k, v, segment_ids, position_BT, fresh, lengths)
         if c.window is None:
-            position_BT = jnp.minimum(position_BT, c.capacity - 1)  # padding may stand behind the last slot
+            position_BT = jnp.minimum(position_BT, c.capacity - 1)  # padding may be after the last slot
         tokens, slots = in_blocks(c.window, [q, plain_q, segment_ids, position_BT], slots)
         (q, plain_q, ids, position), (keys, values, segments, slot_position) = tokens, slots
         age = position[:, :, None] - slot_position[:, None, :]
@@ -319,8 +319,8 @@ class Attention(Mixer):
         return q, k, v, state
 
     def _with_persistent(self, plain_q, q, keys, values, visible):
-        """Puts the persistent tokens before the others. They have no position: they meet the query as it was before
-        its rotation, for which queries and keys get a second half, zero in every other key."""
+        """Puts the persistent tokens before the others. They have no position and are compared with the unrotated
+        query: queries and keys get a second half for it, which is zero in all other keys."""
         x_1PD = self.persistent[...][None]
         shape = (len(q), x_1PD.shape[1], *keys.shape[2:])
         k, v = (p(x_1PD).reshape(1, *shape[1:]) for p in (self.k, self.v))
@@ -355,7 +355,7 @@ class Attention(Mixer):
                 write(old, x, at) for old, x in ((state.keys, k), (state.values, v), (state.segments, segment_ids))
             ]
             new = new._replace(keys=cache[0], values=cache[1], segments=cache[2])
-            if fresh:  # nothing is cached yet: attend to the call's own tokens, not to the whole capacity
+            if fresh:  # the cache is empty: attend to the call's tokens, not to the whole capacity
                 return k, v, segment_ids, position_BT, new
             return *cache, jnp.broadcast_to(jnp.arange(slots), (k.shape[0], slots)), new
         queue = [

@@ -5,7 +5,7 @@ query finds its k nearest among the keys of its document, by cosine, for each he
 
     m_i = softmax_{j in top-k}(s cos(q_i, k_j)) v_j,   y_i = W_o [g m_i + (1 - g) local_i],   g = sigmoid(b)
 
-with s and b learned for each head. Where a document has nothing in the buffer yet, y is the local attention's.
+with s and b learned for each head. If the buffer has no tokens of the document yet, y is the local attention.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class MemorizingConfig(TransformerXLConfig):
         super().__post_init__()
         if self.bank_size < 1 or self.bank_size % self.segment_length:
             raise UserError(
-                f"bank_size={self.bank_size} is no multiple of segment_length={self.segment_length}; choose one."
+                f"bank_size={self.bank_size} is not a multiple of segment_length={self.segment_length}; choose one."
             )
         if not 1 <= self.neighbours <= self.bank_size:
             raise UserError(f"neighbours={self.neighbours} must lie between 1 and bank_size={self.bank_size}.")
@@ -99,7 +99,7 @@ class Memorizing(TransformerXL):
         return memory, jnp.where(some, gate * read + (1 - gate) * local, local)
 
     def _stored(self, memory: Bank, ids: Int[Array, "B C"], k, v) -> Bank:
-        """The buffer with a segment in the place of its oldest one."""
+        """The buffer, with its oldest segment replaced by the given one."""
         put = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=0))
         k, v = jax.lax.stop_gradient((l2_normalise(k), v))
         at = memory.next
@@ -111,5 +111,5 @@ class Memorizing(TransformerXL):
         )
 
     def report(self, x_BTD, state=None, segment_ids=None) -> dict[str, Array]:
-        """The gate: the part of what a head gives that comes from its neighbours."""
+        """The gate: the fraction of a head's output that comes from its neighbours."""
         return {"gate": jax.nn.sigmoid(self.gate_bias[...])}

@@ -1,4 +1,4 @@
-"""Transformer-XL attention (arXiv 1901.02860): segments that also attend to the segment before, relative positions.
+"""Transformer-XL attention (arXiv 1901.02860): segments also attend to the previous segment, with relative positions.
 
 The row is cut into segments of L tokens. With x the layer's inputs of segment n, SG(x') those of segment n - 1 without
 gradient, and R_d the sinusoids of a distance of d tokens:
@@ -34,12 +34,12 @@ class Inputs(NamedTuple):
 
 
 class TransformerXLState(NamedTuple):
-    """Everything the mixer needs to continue at any position; its size does not depend on T."""
+    """The state for continuing at any position; its size does not depend on T."""
 
-    before: Inputs  # the segment before, without gradient
-    segment: Inputs  # the running one
-    memory: Any  # what a subclass keeps besides, leaves [B, ...]
-    place: Int[Array, " B"]  # tokens of the running segment so far
+    before: Inputs  # the previous segment, without gradient
+    segment: Inputs  # the current one
+    memory: Any  # additional state of a subclass, leaves [B, ...]
+    place: Int[Array, " B"]  # tokens of the current segment so far
     last_segment: Int[Array, " B"]
 
 
@@ -108,11 +108,11 @@ class TransformerXL(Mixer):
         )
 
     def init_recall(self, batch_size: int) -> Any:
-        """What a subclass keeps besides the two segments."""
+        """The additional state of a subclass."""
         return ()
 
     def recall(self, memory: Any, begins: Bool[Array, " B"], before: Inputs, q, k, v, ids, local) -> tuple[Any, Array]:
-        """Its memory and what the tokens get in place of `local`; k, v [B, C, H, K] belong to the segment before."""
+        """The new memory and the replacement of `local`; k, v [B, C, H, K] belong to the previous segment."""
         return memory, local
 
     def __call__(
@@ -123,8 +123,8 @@ class TransformerXL(Mixer):
         *,
         without: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B T D"], TransformerXLState]:
-        """Attends to the tokens of this segment and of the one before. Padding (-1) gives 0; `without`: memory reads
-        that are left out."""
+        """Attends to the tokens of this and the previous segment. Padding (-1) gives 0; `without`: memory reads to
+        remove."""
         B, T, _ = x_BTD.shape
         state = self.init_state(B) if state is None else state
         lengths = None if segment_ids is None else row_lengths(segment_ids)

@@ -1,1 +1,1 @@
-"""What mixers share: projections, norms, gates, convolutions, segments, adapters, the matrix-memory base."""
+"""Shared parts of mixers: projections, norms, gates, convolutions, segments, adapters, the matrix-memory base."""

@@ -1,4 +1,4 @@
-"""Short depthwise causal convolution with an explicit tail, so that it continues at any position."""
+"""Short depthwise causal convolution with an explicit tail, which continues at any position."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ from engrax.pallas_kernels.common.segments import row_lengths
 class ShortConv(nnx.Module):
     """y_t = sum_{j<W} w_j * x_{t-j}, per channel (Titans section 4.4; width 4 in the field's models).
 
-    It never mixes segments: a tap that lies in another segment, in padding, or before the row's start reads 0.
+    It never mixes segments: a tap in another segment, in padding, or before the row's start reads 0.
     """
 
     def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
-        # All taps start alike, so that binding a token to the one before it needs no tap to grow first.
+        # All taps start equal, so combining a token with the previous one needs no tap to grow first.
         kernel = jax.random.normal(rngs.params(), (width, channels)) * width**-0.5
         self.kernel = nnx.Param(kernel, axes=("conv", "channels"), role="convolution")
         self.width = width
@@ -33,8 +33,8 @@ class ShortConv(nnx.Module):
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B tail C"]]:
         """Returns the convolved tokens and the new tail.
 
-        The tail given must belong to the segment of the row's first token (zeros where it starts anew). The new one
-        holds the last W - 1 inputs before the padding at the row's end, zero where they are not of the last segment.
+        The given tail must belong to the segment of the row's first token (zeros for a new segment). The new tail holds
+        the last W - 1 inputs before the padding at the row's end, zero for inputs of other segments.
         """
         W, T = self.width, x_BTC.shape[1]
         kernel_WC = self.kernel[...]

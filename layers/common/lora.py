@@ -1,8 +1,7 @@
 """Low-rank adaptation of projections (LoRA, arXiv 2106.09685): y = x W + (alpha / rank) (x A) B, with B zero at first.
 
-Adapters hang on projections by name, whatever mixer or MLP these belong to. W keeps its name in the parameter tree, so
-the parameters of the unadapted model load into the adapted one; `frozen` parameters are marked, and the optimizer
-leaves what is marked alone.
+Adapters are attached to projections by name, in any mixer or MLP. W keeps its name in the parameter tree, so parameters
+of the unadapted model load into the adapted one. `frozen` parameters are marked; the optimizer does not change them.
 """
 
 import dataclasses
@@ -63,9 +62,9 @@ class LoraLinear(Projection):
 def attach(module: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> frozenset[str]:
     """Replaces every projection below `module` whose name is in `config.targets` by an adapted one.
 
-    Returns the names of all projections that could be targets. Raises UserError where a target names one that cannot:
-    its kernel is no matrix (every memory has its own), or its class lists it in `read_directly`, the names of
-    projections whose kernels it reads without calling them.
+    Returns the names of all possible targets. Raises UserError for a target that is not possible: its kernel is not a
+    matrix (every memory has its own), or its class lists it in `read_directly`, the projections whose kernels are read
+    without a call.
     """
     names = set()
     for parent, name, child in list(_linears(module)) if config.rank else ():
@@ -83,7 +82,7 @@ def attach(module: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> frozens
 
 
 def check_targets(names: Iterable[str], config: LoraConfig) -> None:
-    """Raises UserError where a target is none of the names that `attach` found."""
+    """Raises UserError if a target is not among the names that `attach` returned."""
     names = set(names)
     for target in config.targets if config.rank else ():
         if target not in names:
@@ -110,8 +109,7 @@ def adapter_flops(module: nnx.Module) -> int:
 
 
 def freeze(module: nnx.Module, *, skip: tuple[str, ...] = ()) -> None:
-    """Marks every parameter below `module`, adapters and the parts named in `skip` apart, as one that training leaves
-    alone."""
+    """Marks every parameter below `module` as not trained, except adapters and the parts named in `skip`."""
     for path, value in nnx.iter_graph(module):
         if isinstance(value, nnx.Param) and path[0] not in skip and not str(path[-1]).startswith("lora_"):
             value.set_metadata(frozen=True)

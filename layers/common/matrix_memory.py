@@ -1,12 +1,12 @@
-"""What the mixers with a matrix as memory share: everything but the equation.
+"""The shared part of mixers with a matrix memory: all but the equation.
 
-Tokens are projected to queries, keys and values, convolved where the config says so, and written into and read from a
-matrix by one of the operations `linear_attention` and `gated_delta_rule`; the read is normalised, gated and projected:
+Tokens are projected to queries, keys and values, optionally convolved, and written into and read from a matrix by the
+operation `linear_attention` or `gated_delta_rule`. The read is normalised, gated and projected:
 
     [q, k, v]_t = conv(x W_qkv)_t,   o_t = the operation,   y_t = W_o (norm(o_t) * act(x_t W_gate))
 
-A mixer is a config (`MatrixMemoryConfig`) and a module (`MatrixMemory`) that gives the rest: what becomes of q, k and v
-(`features`), and which gates go with them (`gate_projections`, `gates`); or both at once (`tokens`).
+A mixer is a config (`MatrixMemoryConfig`) and a module (`MatrixMemory`) that defines the rest: the map of q, k and v
+(`features`) and their gates (`gate_projections`, `gates`), or both at once (`tokens`).
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class MatrixMemoryState(NamedTuple):
 
     memory: tuple[Float[Array, "B ..."], ...]  # the matrices [B, HV, K, V], one for each pass of the operation, first
     tail: Float[Array, "B W C"]  # the last conv_width - 1 projected tokens (q, k and v side by side)
-    place: Int[Array, " B"] | None  # tokens of the row's last segment so far; None where the mixer does not ask
+    place: Int[Array, " B"] | None  # tokens of the row's last segment so far; None if the mixer does not count them
     last_segment: Int[Array, " B"]
 
 
@@ -50,7 +50,7 @@ class Matrix(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MatrixMemoryConfig(MixerConfig):
-    """Settings that every mixer with a matrix memory has."""
+    """Settings of every mixer with a matrix memory."""
 
     heads: int = 4  # query and key heads
     value_heads: int | None = None  # value heads, each with its own matrix, a multiple of heads; None = heads
@@ -71,7 +71,7 @@ class MatrixMemoryConfig(MixerConfig):
             if getattr(self, name) is not None:
                 self.at_least_one(name)
         if self.values[0] % self.heads:
-            raise UserError(f"value_heads={self.value_heads} is no multiple of heads={self.heads}; choose a multiple.")
+            raise UserError(f"value_heads={self.value_heads} is not a multiple of heads={self.heads}; choose one.")
 
     def at_least_one(self, name: str):
         """Raises UserError unless the field is 1 or more."""
@@ -95,7 +95,7 @@ class MatrixMemoryConfig(MixerConfig):
         return (Matrix(self.heads, self.values[0], self.head_dim, self.values[1]),)
 
     def gate_multiplies(self, dim: int) -> int:
-        """Multiply-adds per token of the projections of gates, the output's apart."""
+        """Multiply-adds per token of the projections of gates, without the output gate."""
         return 0
 
     def output_multiplies(self, dim: int) -> int:
@@ -124,8 +124,8 @@ class MatrixMemoryConfig(MixerConfig):
 class MatrixMemory(Mixer):
     """x [B, T, D] -> y [B, T, D], MatrixMemoryState. A subclass gives `features` and its gates, or `tokens`."""
 
-    counts_tokens = False  # whether `tokens` needs the places of the tokens in their segments
-    norm_width = "head"  # what the read is normalised over: "head", "all" heads together, or "none"
+    counts_tokens = False  # whether `tokens` needs the positions of the tokens in their segments
+    norm_width = "head"  # the read is normalised over: each "head", "all" heads together, or "none"
     gate_activation = staticmethod(jax.nn.silu)
 
     def __init__(self, config: Any, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
@@ -158,8 +158,8 @@ class MatrixMemory(Mixer):
         *,
         without: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B T D"], MatrixMemoryState]:
-        """Writes and reads every token; a new segment starts from zero. Padding (-1) gives 0; `without` names memory
-        reads that a subclass with several leaves out."""
+        """Writes and reads every token; a new segment starts from zero. Padding (-1) gives 0; `without` names the
+        memory reads to remove, in a subclass with several."""
         read, state, _ = self._mix(x_BTD, state, segment_ids, without)
         y = self.project_read(x_BTD, read)
         return y if segment_ids is None else mask_tokens(segment_ids >= 0, y), state
@@ -184,20 +184,20 @@ class MatrixMemory(Mixer):
         return found
 
     def tokens(self, x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT) -> tuple[Array, Array, Array, dict[str, Any]]:
-        """What is written and read: (q, k, v, further arguments of the operation: g, beta, scale)."""
+        """The operation's inputs: (q, k, v, further arguments: g, beta, scale)."""
         logits = {name: project(x_BTD) for name, project in self.gate_projections().items()}
         return *self.features(q_BTHK, k_BTHK, v_BTHV), self.gates(logits)
 
     def features(self, q_BTHK, k_BTHK, v_BTHV) -> tuple[Array, Array, Array]:
-        """What becomes of queries, keys and values."""
+        """The map of queries, keys and values before the operation."""
         raise NotImplementedError(f"{type(self).__name__} must define features(q, k, v), or tokens(x, q, k, v, place).")
 
     def gate_projections(self) -> dict[str, nnx.Module]:
-        """The projections of the input that gates are made of, by name."""
+        """The projections for the gates, by name."""
         return {}
 
     def gates(self, logits: dict[str, Array]) -> dict[str, Any]:
-        """The gates (g, beta) from what `gate_projections` give."""
+        """The gates (g, beta) from the outputs of `gate_projections`."""
         return {}
 
     def apply_operation(self, q, k, v, terms, state: Any, segment_ids) -> tuple[Array, tuple[Array, ...]]:
@@ -222,11 +222,11 @@ class MatrixMemory(Mixer):
         return self.out(y)
 
     def wide_dtype(self):
-        """Of gates and memory: float32, float64 where the parameters are."""
+        """The dtype of gates and memory: float32, or float64 if the parameters are."""
         return jnp.promote_types(self.out.kernel.dtype, jnp.float32)
 
     def short_activation(self, x: Array) -> Array:
-        """SiLU where there is a convolution before it, as in the field's models; else the identity."""
+        """SiLU after a convolution, as in published models; else the identity."""
         return jax.nn.silu(x) if self.config.conv_width > 1 else x
 
     def _mix(self, x_BTD, state: MatrixMemoryState | None, segment_ids, without: tuple[str, ...] = ()):
@@ -264,9 +264,9 @@ class MatrixMemory(Mixer):
 def positions_in_segment(
     seen: Int[Array, " B"], last_segment: Int[Array, " B"], segment_ids: Int[Array, "B T"] | None, length: int
 ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
-    """Each token's place in its segment, from 0, and how many tokens the row's last segment has after the call.
+    """Each token's position in its segment, from 0, and the number of tokens in the row's last segment after the call.
 
-    seen: tokens that the segment `last_segment` had before. Padding is not counted; its place is -1.
+    seen: tokens of the segment `last_segment` before the call. Padding is not counted; its position is -1.
     """
     if segment_ids is None:
         return seen[:, None] + jnp.arange(length), seen + length

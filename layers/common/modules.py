@@ -1,4 +1,4 @@
-"""Small parts that every mixer and block shares: projections with logical axis names, norms, MLPs."""
+"""Small parts shared by mixers and blocks: projections with logical axis names, norms, MLPs."""
 
 import functools
 
@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 @jax.custom_vjp
 def _matmul(x: Float[Array, "*B I"], kernel: Float[Array, "I O"]) -> Float[Array, "*B O"]:
-    """x W. Its derivative by W is x^T y as one product, [I, O]: automatic differentiation asks for y^T x and transposes
-    that, which XLA's CPU code does by transposing y at half the speed, along with whatever computes y."""
+    """x W, with the derivative by W as the product x^T y, [I, O]. Automatic differentiation would transpose y^T x; for
+    that, XLA's CPU code transposes y and the computation of y, at half the speed."""
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
@@ -42,7 +42,7 @@ _matmul_wide.defvjp(lambda x, kernel: (_matmul_wide(x, kernel), (x, kernel)), _m
 
 
 class Projection(nnx.Linear):
-    """x W + b over the last axis. The product is of the dtype of input and kernel, whatever the bias's dtype is.
+    """x W + b over the last axis. The product has the dtype of input and kernel, independent of the bias's dtype.
 
     wide: the product stays in the accumulator's dtype, float32 or wider: for the gates of a memory.
     """
@@ -89,14 +89,14 @@ _NORM = {"axes": ("norm",), "role": "norm"}
 
 
 class RMSNorm(nnx.RMSNorm):
-    """Flax's, in the dtype of its input, though the scale is float32."""
+    """Flax's RMSNorm, with the dtype of its input although the scale is float32."""
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return super().__call__(x).astype(x.dtype)
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Flax's, in the dtype of its input, though scale and bias are float32."""
+    """Flax's LayerNorm, with the dtype of its input although scale and bias are float32."""
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return super().__call__(x).astype(x.dtype)

@@ -1,7 +1,7 @@
-"""Rows cut into segments of C tokens, each token at its place in its segment: for attention inside segments.
+"""Rows cut into segments of C tokens, for attention inside segments: each token has a place in its segment.
 
-Rows may be at different places. A call of several tokens becomes blocks of C slots, slot s for place s, with holes
-where a row has no token; a call of one token becomes one block of one slot.
+Rows may be at different places. A call of several tokens becomes blocks of C slots, slot s for place s; a slot without
+a token is a hole. A call of one token becomes one block of one slot.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from engrax.layers.common.segments import first_real_segment
 
 
 class BlockIndex(NamedTuple):
-    """Where the tokens of one block stand (all blocks of a call have a leading axis N)."""
+    """The positions of the tokens of one block (for all blocks of a call, with a leading axis N)."""
 
     holds: Bool[Array, "*N B S"]  # the slot holds a token
     place: Int[Array, "*N B S"]  # the slot's place in its segment
@@ -38,7 +38,7 @@ class BlockIndex(NamedTuple):
 
 
 class BlockLayout(NamedTuple):
-    """The blocks of a call and which token is in which slot."""
+    """The blocks of a call, and the slot of every token."""
 
     blocks: BlockIndex  # leading axis N
     length: int  # tokens of every row
@@ -65,9 +65,9 @@ class BlockLayout(NamedTuple):
 def block_index(
     place: Int[Array | np.ndarray, " B"], length: int, size: int, lengths: Int[Array, " B"] | None = None
 ) -> BlockLayout:
-    """Lays out `length` tokens of rows whose first token stands at `place`; `lengths`: how many count (None: all).
+    """Lays out `length` tokens of rows with the first token at `place`; `lengths`: number of valid tokens (None: all).
 
-    A NumPy array of zeros is known when a program is traced and saves a block.
+    A NumPy array of zeros is known when a program is traced, and saves a block.
     """
     aligned = isinstance(place, np.ndarray) and not place.any()
     place, t = jnp.asarray(place, jnp.int32), jnp.arange(length)
@@ -91,9 +91,9 @@ def block_index(
 def conv_in_block(
     conv: ShortConv, x: Float[Array, "B S N"], tail: Float[Array, "B W N"], places: BlockIndex, ids: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S N"], Float[Array, "B W N"]]:
-    """A short convolution over the tokens of one block, holes left out: (what it gives, the new tail).
+    """A short convolution over the tokens of one block without holes: (output, new tail).
 
-    ids: -1 in holes and padding. The tail is put right before the row's first token, as if it stood in the row.
+    ids: -1 in holes and padding. The tail is placed directly before the row's first token.
     """
     W, _S = tail.shape[1], x.shape[1]
     if W == 0:

@@ -1,8 +1,8 @@
-"""Packed rows: what a mixer needs to know where one segment ends and the next begins.
+"""Packed rows: helpers for mixers at the boundaries of segments.
 
-`segment_ids [B, T]` are int32, non-decreasing over the real tokens of a row, -1 on padding, which stands after a row's
-last token, and -2 on the packer's filler (see `engrax.pallas_kernels.common.segments`). A mixer's state carries
-`last_segment [B]`, the id of the row's last real token (-1: none yet), so that a cut exactly at a boundary resets too.
+`segment_ids [B, T]` are int32 and non-decreasing over the real tokens of a row. They are -1 on padding, which follows a
+row's last token, and -2 on the packer's filler (see `engrax.pallas_kernels.common.segments`). A mixer's state has
+`last_segment [B]`, the id of the row's last real token (-1: none yet), so a cut exactly at a boundary also resets.
 """
 
 import jax
@@ -11,13 +11,13 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 
 def first_real_segment(segment_ids: Int[Array, "B T"]) -> Int[Array, " B"]:
-    """The id of each row's first real token, -1 where the row has none."""
+    """The id of each row's first real token, -1 for a row without one."""
     first = jnp.argmax(segment_ids >= 0, axis=1)
     return jnp.maximum(jnp.take_along_axis(segment_ids, first[:, None], axis=1)[:, 0], -1)
 
 
 def starts_anew(last_segment: Int[Array, " B"], segment_ids: Int[Array, "B T"]) -> Bool[Array, " B"]:
-    """True where the row's first real token belongs to another segment than the state it continues."""
+    """True for rows whose first real token belongs to another segment than the state."""
     first = first_real_segment(segment_ids)
     return (last_segment >= 0) & (first >= 0) & (first != last_segment)
 
@@ -30,9 +30,9 @@ def last_segment_after(last_segment: Int[Array, " B"], segment_ids: Int[Array, "
 def newest(
     joined: Shaped[Array, "B _ *D"], width: int, lengths: Int[Array, " B"] | None
 ) -> Shaped[Array, "B width *D"]:
-    """The newest `width` entries of rows that hold `width` older ones and then a call's T.
+    """The newest `width` entries of rows with `width` older entries, followed by the T of a call.
 
-    lengths: how many of the T count in each row (`row_lengths`), as padding does not; None: all do.
+    lengths: the number of valid entries of the T in each row (`row_lengths`); None: all.
     """
     if lengths is None:
         return joined[:, joined.shape[1] - width :]

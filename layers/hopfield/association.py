@@ -3,9 +3,8 @@
     q = norm(R) W_q,  k = norm(Y) W_k,  v = norm(Y') W_v
     q <- sep(beta sim(q, k)) k   (steps - 1 times),   Z = sep(beta sim(q, k)) v W_o
 
-Every normalisation and projection can be left out; `AssociationConfig.raw` leaves out all of them, and what remains is
-the associative memory itself. `Hopfield` takes sets; the mixers of hopfield_mixer, hopfield_pooling and hopfield_layer
-are made of it.
+Every normalisation and projection is optional; `AssociationConfig.raw` has none of them, only the associative memory.
+`Hopfield` takes sets; the mixers in mixer.py, pooling.py and layer.py are built from it.
 """
 
 import dataclasses
@@ -27,16 +26,16 @@ Norm = Literal["none", "rms", "layer"]
 
 @dataclasses.dataclass(frozen=True)
 class AssociationConfig:
-    """Settings that everything with a Hopfield association has."""
+    """Settings of every Hopfield association."""
 
     heads: int = 4
     head_dim: int = 32  # width of a head's association space
-    value_dim: int | None = None  # width of what a head reads; None = head_dim
+    value_dim: int | None = None  # width of a head's values; None = head_dim
     beta: float | tuple[float, ...] | None = None  # inverse temperature, of all heads or one each; None = head_dim^-1/2
-    trainable_beta: bool = False  # whether every head learns its own, from there
+    trainable_beta: bool = False  # whether every head learns its beta, initialised there
     steps: int | None = 1  # updates, the one that reads the values included; None = until the state rests
     tolerance: float = 1e-4  # steps=None: a state rests that moves by less, in lengths of its longest pattern
-    max_steps: int = 64  # steps=None: updates at most
+    max_steps: int = 64  # steps=None: maximal number of updates
     separation: Literal["softmax", "sparsemax", "entmax"] = "softmax"
     alpha: float = 1.5  # of entmax, above 1; 2 is sparsemax
     similarity: Literal["dot", "cosine", "l2", "l1"] = "dot"
@@ -45,17 +44,17 @@ class AssociationConfig:
     )
     state_norm: Norm = "layer"  # of states before their projection
     stored_norm: Norm = "layer"  # of stored patterns before their projection
-    value_norm: Norm = "layer"  # of what values are made of before their projection
+    value_norm: Norm = "layer"  # of the values' inputs before their projection
     space_norm: Norm = "none"  # of each head's states and patterns after their projections, one for both
-    project_state: bool = True  # False: a state is cut into heads as it is
-    project_stored: bool = True  # False: so is a stored pattern
+    project_state: bool = True  # False: a state is split into heads without projection
+    project_stored: bool = True  # False: a stored pattern likewise
     values: Literal["projected", "of_stored", "plain"] = (
         "projected"  # of_stored: a projection of the projected patterns
     )
     project_output: bool = True  # False: the heads side by side
     bias: bool = False  # whether projections have one
-    bias_pattern: bool = False  # one learned pattern and value beside the stored ones, always visible
-    zero_pattern: bool = False  # one pattern of zeros with the value 0 beside them, always visible
+    bias_pattern: bool = False  # one additional learned pattern and value, always visible
+    zero_pattern: bool = False  # one additional pattern of zeros with value 0, always visible
     implementation: str | None = None  # of the operation: reference | xla | ...; None = chosen by platform
 
     def __post_init__(self):
@@ -90,12 +89,12 @@ class AssociationConfig:
 
     @property
     def width(self) -> int:
-        """Of the association space, all heads."""
+        """Width of the association space, all heads."""
         return self.heads * self.head_dim
 
     @property
     def value_width(self) -> int:
-        """Of what is read, all heads."""
+        """Width of the values, all heads."""
         return self.heads * (self.value_dim or self.head_dim)
 
     @property
@@ -129,8 +128,8 @@ class AssociationConfig:
 class Hopfield(nnx.Module):
     """States [B, N, S] retrieve from stored patterns [B, M, D] with values [B, M, E]: [B, N, O].
 
-    dim: width of the states, and of stored patterns, values and results unless said otherwise. Parts that others do not
-    need are left out by `parts`: HopfieldPooling has no states to project, HopfieldLayer no patterns.
+    dim: width of the states, and by default of stored patterns, values and results. `parts` selects the projections:
+    HopfieldPooling does not project states, HopfieldLayer does not project patterns.
     """
 
     def __init__(
@@ -188,8 +187,8 @@ class Hopfield(nnx.Module):
         *,
         mask: Bool[Array, "B M"] | Bool[Array, "B N M"] | None = None,
     ) -> Float[Array, "B N O"]:
-        """Retrieves. stored: the states themselves by default; values: what they are made of, the stored patterns by
-        default. mask: True = visible; what no state sees may hold anything, and a state that sees nothing retrieves 0
+        """Retrieves. stored: by default the states; values: inputs of the values, by default the stored patterns.
+        mask: True = visible. Invisible patterns may have any value, and a state without visible patterns retrieves 0
         before the output projection."""
         q, k, v = self.spaces(state_BNS, stored_BMD, values_BME, mask)
         return self.read(self.retrieve(q, k, v, mask))
@@ -199,7 +198,7 @@ class Hopfield(nnx.Module):
         return self.weights_of(*self.spaces(state_BNS, stored_BMD, None, mask), mask)
 
     def weights_of(self, q_BNHK, k_BMHK, v_BMHV, mask=None) -> Float[Array, "B N H M"]:
-        """The same of states, patterns and values in association space."""
+        """The same for states, patterns and values in association space."""
         k, _, mask = self.with_extra_patterns(k_BMHK, v_BMHV, mask)
         identity = jnp.broadcast_to(jnp.eye(k.shape[1], dtype=k.dtype)[None, :, None], (*k.shape[:3], k.shape[1]))
         return hopfield_retrieval(q_BNHK, k, identity, beta=self.betas(), mask=mask, **self.settings.retrieval)
@@ -221,7 +220,7 @@ class Hopfield(nnx.Module):
         return self.states(state_BNS), *self.memory(stored, values_BME, mask)
 
     def memory(self, stored_BMD, values_BME=None, mask=None):
-        """Returns patterns [B, M, H, K] and values [B, M, H, V], made of zeros where `mask` shows them to no state."""
+        """Returns patterns [B, M, H, K] and values [B, M, H, V], with zeros for patterns that no state sees."""
         stored = blanked(stored_BMD, mask)
         k = self.patterns(stored)
         return k, self.contents(stored if values_BME is None else blanked(values_BME, mask), k)
@@ -235,7 +234,7 @@ class Hopfield(nnx.Module):
         return self.normed(self._heads(_apply(self.k, _apply(self.stored_norm, x_BMD))))
 
     def contents(self, x_BME: Float[Array, "B M E"], k_BMHK: Float[Array, "B M H K"]) -> Float[Array, "B M H V"]:
-        """What is read."""
+        """The values."""
         if self.settings.values == "of_stored":
             return self._heads(self.v(k_BMHK.reshape(*k_BMHK.shape[:2], -1)))
         return self._heads(_apply(self.v, _apply(self.value_norm, x_BME)))
@@ -252,7 +251,7 @@ class Hopfield(nnx.Module):
         return jax.nn.softplus(raw.astype(jnp.promote_types(raw.dtype, jnp.float32)))
 
     def retrieve(self, q_BNHK, k_BMHK, v_BMHV, mask=None) -> Float[Array, "B N H V"]:
-        """What states in association space retrieve."""
+        """Retrieval by states in association space."""
         k, v, mask = self.with_extra_patterns(k_BMHK, v_BMHV, mask)
         return hopfield_retrieval(q_BNHK, k, v, beta=self.betas(), mask=mask, **self.settings.retrieval)
 
@@ -278,9 +277,9 @@ class Hopfield(nnx.Module):
 
 
 def blanked(x_BMD: Float[Array, "B M D"], mask: Bool[Array, "B M"] | Bool[Array, "B N M"] | None):
-    """Zeros in the place of what no state sees: parameters would get 0 times what it holds as a gradient, NaN for NaN.
+    """Replaces invisible patterns by zeros: gradients of parameters would be 0 times their values, and NaN for NaN.
 
-    A mask of another size is left to the operation, which names it.
+    A mask of the wrong size is left to the operation, whose error names it.
     """
     if mask is None:
         return x_BMD

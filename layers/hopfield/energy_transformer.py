@@ -6,7 +6,7 @@
     x <- x - step_size dE/dg   (steps times)
 
 g is the gradient of a Lagrangian of x that is convex where gamma > 0, so that the energy falls along the flow. A token
-is pulled both as a query and as a key: it sees later tokens, so the block is one for sets, and no language-model mixer.
+is moved both as a query and as a key, so it sees later tokens: the block is for sets and not a language-model mixer.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class EnergyTransformerConfig:
     steps: int = 12  # of descent
     step_size: float = 0.1
     beta: float | None = None  # inverse temperature of the attention term; None = head_dim^-1/2
-    sees_itself: bool = False  # whether a token's query meets its own key
+    sees_itself: bool = False  # whether a token's query sees its own key
 
     def __post_init__(self):
         for name in ("heads", "head_dim", "memories", "steps"):
@@ -47,7 +47,7 @@ class EnergyTransformerConfig:
 
 
 class EnergyTransformer(nnx.Module):
-    """x [B, N, D] -> [B, N, D]; tokens have no order but the one that x gives them."""
+    """x [B, N, D] -> [B, N, D]; the block uses no order of the tokens."""
 
     def __init__(self, config: EnergyTransformerConfig, dim: int, *, rngs: nnx.Rngs):
         self.config = config
@@ -61,7 +61,7 @@ class EnergyTransformer(nnx.Module):
     def __call__(
         self, x_BND: Float[Array, "B N D"], *, mask: Bool[Array, "B N"] | None = None
     ) -> Float[Array, "B N D"]:
-        """The tokens after the descent. mask: True = a token; the others pull nothing and stay where they are."""
+        """The tokens after the descent. mask: True = a token; the others have no effect and do not move."""
         return self.descend(x_BND, mask=mask)[0]
 
     def descend(
@@ -109,5 +109,5 @@ class EnergyTransformer(nnx.Module):
 
 
 def _shown(x_BND, mask):
-    """Zeros in the place of what is masked: it may hold anything, and a gradient of 0 times that must be 0."""
+    """Replaces masked tokens by zeros: they may have any value, and 0 times it must be 0 in the gradient."""
     return x_BND if mask is None else jnp.where(mask[..., None], x_BND, 0)

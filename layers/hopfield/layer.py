@@ -2,7 +2,7 @@
 
     y_t = W_o sep(beta sim(W_q x_t, K)) V,   K [P, H, K] and V [P, H, V] learned
 
-Every token looks up by itself. `HopfieldLayer` takes sets of any kind; `HopfieldLayerConfig` is the mixer.
+Tokens are independent of each other. `HopfieldLayer` takes any sets; `HopfieldLayerConfig` is the mixer.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
 
 
 class LookupState(NamedTuple):
-    """A lookup remembers nothing but which segment it is in."""
+    """A lookup has no state except the current segment."""
 
     last_segment: Int[Array, " B"]
 
@@ -28,11 +28,11 @@ class LookupState(NamedTuple):
 @MIXERS.register("hopfield_layer")
 @dataclasses.dataclass(frozen=True)
 class HopfieldLayerConfig(AssociationConfig, MixerConfig):
-    """Settings of the lookup; the settings of stored patterns' and values' projections do not count here."""
+    """Settings of the lookup; settings of the projections of stored patterns and values are not used."""
 
     state_norm: Norm = "none"
     patterns: int = 64  # learned stored patterns, in every head
-    targets: Literal["learned", "patterns"] = "learned"  # what is read: values of their own, or the patterns themselves
+    targets: Literal["learned", "patterns"] = "learned"  # the values: learned, or the patterns
     init_scale: float = 1.0  # standard deviation of patterns and targets, in units of head_dim^-1/2 and value_dim^-1/2
 
     def __post_init__(self):
@@ -63,7 +63,7 @@ class HopfieldLayerConfig(AssociationConfig, MixerConfig):
 
 
 class HopfieldLayer(nnx.Module):
-    """x [B, N, D] -> [B, N, O]: what every vector looks up."""
+    """x [B, N, D] -> [B, N, O]: the lookup of every vector."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class HopfieldLayer(nnx.Module):
             self.targets = nnx.Param(_draw(c, c.value_width // c.heads, rngs), axes=axes, role="initial memory")
 
     def __call__(self, x_BND: Float[Array, "B N D"]) -> Float[Array, "B N O"]:
-        """Looks up every vector by itself."""
+        """Looks up every vector independently."""
         a, c = self.association, self.config
         q = a.states(x_BND)
         k = a.normed(self.stored[...].astype(q.dtype))
@@ -104,7 +104,7 @@ class LookupMixer(HopfieldLayer, Mixer):
         state: LookupState | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LookupState]:
-        """Looks up every token by itself; padding (-1) gives 0."""
+        """Looks up every token independently; padding (-1) gives 0."""
         last = self.init_state(len(x_BTD)).last_segment if state is None else state.last_segment
         if segment_ids is None:
             return super().__call__(x_BTD), LookupState(jnp.maximum(last, 0))

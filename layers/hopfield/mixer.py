@@ -1,6 +1,6 @@
 """Hopfield association as a causal mixer: every token retrieves from the tokens of its segment up to itself.
 
-With one update it is attention without positions; with several the state of a token moves towards what it met before.
+With one update it is attention without positions; with several, a token's state moves towards earlier patterns.
 The cache is attention's: a queue of window - 1 tokens, or a declared capacity.
 """
 
@@ -22,7 +22,7 @@ from engrax.pallas_kernels.common.segments import row_lengths
 @MIXERS.register("hopfield")
 @dataclasses.dataclass(frozen=True)
 class HopfieldConfig(AssociationConfig, MixerConfig):
-    """Settings of the causal Hopfield mixer. Blocks hand normalised tokens to a mixer: it normalises no more itself."""
+    """Settings of the causal Hopfield mixer. It does not normalise its input, which blocks have already normalised."""
 
     state_norm: Norm = "none"
     stored_norm: Norm = "none"
@@ -61,7 +61,7 @@ class HopfieldConfig(AssociationConfig, MixerConfig):
 
 
 class CausalHopfield(Attention):
-    """The module of HopfieldConfig: x [B, T, D] -> y [B, T, D], AttentionState; attention's cache, and nothing else."""
+    """The module of HopfieldConfig: x [B, T, D] -> y [B, T, D], AttentionState, the same cache as attention's."""
 
     def __init__(self, config: HopfieldConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
         self.config = config
@@ -89,7 +89,7 @@ class CausalHopfield(Attention):
     ) -> tuple[Float[Array, "B T D"], AttentionState]:
         """Retrieves within each segment; without `segment_ids` all tokens continue the row's last segment.
 
-        Raises ValueError where T exceeds the capacity; a cache that overflows inside jit gives NaN for that row.
+        Raises ValueError if T exceeds the capacity; a cache that overflows inside jit gives NaN for that row.
         """
         q, k, v, visible, ids, state = self._see(x_BTD, state, segment_ids)
         y = jnp.where((ids >= 0)[..., None, None], self.association.retrieve(q, k, v, visible), 0)
@@ -139,6 +139,6 @@ class CausalHopfield(Attention):
         return q, keys.astype(q.dtype), values.astype(q.dtype), visible, ids, state
 
     def _dtype(self):
-        """Of the parameters; where there are none the widest that JAX is set to: tokens of any dtype fit in."""
+        """The dtype of the parameters, or without parameters the widest that JAX allows, which fits any tokens."""
         leaves = jax.tree.leaves(nnx.state(self.association, nnx.Param))
         return leaves[0].dtype if leaves else jnp.result_type(float)

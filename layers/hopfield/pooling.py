@@ -2,9 +2,9 @@
 
     Z = sep(beta sim(S, norm(Y) W_k)) (norm(Y') W_v) W_o,   S [Q, H, K] learned
 
-The states are learned in association space; a projection before them would only be another name for the same. The
-mixer pools, at every token, all tokens of its segment so far. With one softmax update that needs no cache: sums of
-exp(score) v and exp(score), relative to the highest score so far, are all that is carried:
+The states are learned in association space; a projection before them would be redundant. At every token the mixer pools
+all tokens of its segment so far. With one softmax update this needs no cache: the state is the sums of exp(score) v and
+exp(score), relative to the highest score so far:
 
     m_t = max(m_{t-1}, s_t),   A_t = e^(m_{t-1} - m_t) A_{t-1} + e^(s_t - m_t) [v_t, 1],   y_t = A_t[:V] / A_t[V]
 """
@@ -52,8 +52,8 @@ class HopfieldPooling(nnx.Module):
         *,
         mask: Bool[Array, "B M"] | None = None,
     ) -> Float[Array, "B Q O"]:
-        """Pools; mask: True = an element of the set, the others may hold anything. Of an empty set, 0 before the
-        output projection."""
+        """Pools; mask: True = an element of the set; others may have any value. An empty set gives 0 before the output
+        projection."""
         q, k, v = self._spaces(stored_BMD, values_BME, mask)
         return self.association.read(self.association.retrieve(q, k, v, mask))
 
@@ -68,7 +68,7 @@ class HopfieldPooling(nnx.Module):
 
 
 class PoolingState(NamedTuple):
-    """The running sums; Q queries of each head side by side. The size does not depend on T."""
+    """The running sums, for Q queries of each head. The size does not depend on T."""
 
     sums: Float[Array, "B R one V"]  # of exp(score - highest) [v, 1], R = queries x heads
     highest: Float[Array, "B R"]  # score so far
@@ -78,7 +78,7 @@ class PoolingState(NamedTuple):
 @MIXERS.register("hopfield_pooling")
 @dataclasses.dataclass(frozen=True)
 class HopfieldPoolingConfig(AssociationConfig, MixerConfig):
-    """Settings of running pooling; the settings of the states' projection do not count here."""
+    """Settings of running pooling; settings of the states' projection are not used."""
 
     stored_norm: Norm = "none"
     value_norm: Norm = "none"

@@ -25,7 +25,7 @@ from engrax.layers.mixer import MIXERS
 class BasedConfig(MatrixMemoryConfig):
     """Settings of Based's linear attention; head_dim is the paper's feature dimension d."""
 
-    head_dim: int = 16  # key width of a head before the feature map, which makes 1 + d + d (d + 1) / 2 of it
+    head_dim: int = 16  # key width d of a head before the feature map to 1 + d + d (d + 1) / 2 features
     value_dim: int | None = 32  # value width of a head; None = head_dim
 
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> "Based":

@@ -2,7 +2,7 @@
 
     [a, b]_t = x_t W_in,   y_t = W_out (silu(conv(a)_t) * b_t)
 
-It compares a token with the few before it, and remembers nothing else.
+It combines a token with a few previous ones and has no other memory.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
     S_t = diag(alpha_t) S_{t-1} + k_t v_t^T,  o_t = q_t S_t / sqrt(K),  alpha_t = sigmoid(x_t W_1 W_2 + b)^(1/16)
     y_t = W_o (norm(o_t) * silu(x_t W_gate))
 
-The projection of the gate is low-rank; the root keeps alpha near 1, so that nothing is forgotten at once.
+The projection of the gate is low-rank; the root keeps alpha near 1 at the start, so forgetting is slow.
 """
 
 import dataclasses

@@ -3,9 +3,9 @@
     K_t = diag(alpha_t) K_{t-1} + (1 - alpha_t) k_t^T,  V_t = diag(alpha_t) V_{t-1} + (1 - alpha_t) v_t^T
     o_t = V_t^T softmax(K_t q_t),  alpha_t = sigmoid(x_t W_alpha)^(1/8),  y_t = W_o norm(silu(o_t))
 
-with SiLU on q, k and v. These are two passes of linear attention. In the first the decay goes along the axis that is
-read, not along the keys: every slot is a value head of width 1 with a decay of its own. In the second 1 - alpha are the
-keys and the softmax the queries.
+with SiLU on q, k and v. These are two passes of linear attention. In the first, the decay acts on the value axis, not
+on the keys: every slot is a value head of width 1 with its own decay. In the second, 1 - alpha are the keys and the
+softmax gives the queries.
 """
 
 import dataclasses

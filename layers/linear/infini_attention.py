@@ -1,14 +1,14 @@
-"""Infini-attention (arXiv 2404.07143): softmax inside blocks of N tokens, a compressed memory of all before.
+"""Infini-attention (arXiv 2404.07143): softmax inside blocks of N tokens, a compressed memory of all earlier ones.
 
     A_mem,t = phi(q_t) M_{b-1} / (phi(q_t) . z_{b-1}),  A_dot,t = softmax(q_t . k_j / sqrt(K)) v_j, j <= t in block b
     M_b = M_{b-1} + sum_{j in b} phi(k_j) v_j^T,  z_b = z_{b-1} + sum_{j in b} phi(k_j),  phi = elu + 1
     y_t = W_o (sigmoid(beta) A_mem,t + (1 - sigmoid(beta)) A_dot,t)
 
-with one beta for each head; queries and keys of the softmax are rotated by their places in the block, those of the
-memory are not. Blocks are counted from the start of a segment. The tokens of a block that is not complete are cached.
+with one beta per head. Queries and keys of the softmax are rotated by their positions in the block, those of the memory
+are not. Blocks are counted from the start of a segment. Tokens of an incomplete block are cached.
 
-The memory is linear attention in which a block is first read and then written: every token stands twice in its row,
-in a first place that reads and, after the last reader of its block, in a second one that writes.
+The memory is linear attention in which a block is first read and then written: every token is twice in the row, first
+at a position that reads and, after the last reader of its block, at a position that writes.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class InfiniAttentionConfig(MatrixMemoryConfig):
 
     memory_reads: ClassVar[tuple[str, ...]] = ("compressed",)
 
-    block: int = 32  # tokens that see one another by softmax, the paper's segment length N
+    block: int = 32  # tokens that attend to each other, the paper's segment length N
     rope_base: float = 10_000.0  # longest rotary wavelength / 2 pi, in tokens
 
     def __post_init__(self):

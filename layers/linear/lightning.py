@@ -43,7 +43,7 @@ class Lightning(MatrixMemory):
 
     def __init__(self, config: LightningConfig, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1):
         super().__init__(config, dim, rngs=rngs, num_layers=num_layers)
-        # Layers are built under vmap, so what depends on the layer can be kept in parameters alone.
+        # Layers are built under vmap, so only parameters can depend on the layer.
         self.depth = nnx.Param(jnp.full((1,), 1 - layer / num_layers, jnp.float32), axes=("layer",), role="constant")
 
     def tokens(self, x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT):

@@ -2,8 +2,8 @@
 
     S_t = S_{t-1} + phi(k_t) v_t^T,  z_t = z_{t-1} + phi(k_t),  o_t = phi(q_t) S_t / (phi(q_t) . z_t)
 
-The normaliser z is one more column of S, that of a value that is always 1. Without it the read is divided by its own
-root mean square instead (arXiv 2210.10340): it needs no positive features.
+The normaliser z is an additional column of S, for a value that is always 1. Without it the read is divided by its root
+mean square (arXiv 2210.10340), which does not need positive features.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ def normalised_operation(apply_operation, q, k, v, terms, state, segment_ids):
 
 
 def with_ones(v_BTHV):
-    """Values with a column of ones beside them: what is read there is the sum of the scores."""
+    """Values with an additional column of ones, whose read is the sum of the scores."""
     return jnp.concatenate([v_BTHV, jnp.ones((*v_BTHV.shape[:-1], 1), v_BTHV.dtype)], axis=-1)
 
 

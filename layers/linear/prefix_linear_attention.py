@@ -1,4 +1,4 @@
-"""Prefix linear attention, JRT-RNN (arXiv 2407.05483): linear attention that has read the prefix before.
+"""Prefix linear attention, JRT-RNN (arXiv 2407.05483): linear attention that reads the whole prefix first.
 
 The first P tokens of every segment, its prefix, have keys k' and values v' of a second projection, which all tokens of
 the segment see at once:
@@ -6,8 +6,8 @@ the segment see at once:
     S_t = sum_{j<=t} phi(k_j) v_j^T + sum_{j<P} phi(k'_j) v'_j^T,  z_t = the same sums of phi(k_j) and phi(k'_j)
     o_t = phi(q_t) S_t / (phi(q_t) . z_t)
 
-Inside the prefix this is not causal: a token sees the prefix tokens after it, those of the same call. So a cut between
-two calls comes after the prefix, and a next-token loss counts from there. phi is Based's.
+Inside the prefix this is not causal: a token sees later prefix tokens of the same call. A cut between two calls must
+therefore follow the prefix, and a next-token loss is valid after it. phi is that of Based.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from engrax.layers.mixer import MIXERS
 class PrefixLinearAttentionConfig(BasedConfig):
     """Settings of prefix linear attention; head_dim is the feature dimension d of Based."""
 
-    prefix: int = 16  # tokens at the start of every segment that all its tokens see
+    prefix: int = 16  # tokens at the start of every segment, visible to all its tokens
 
     exempt_from: ClassVar[dict[str, str]] = {
         "causality": "the prefix is not causal: its tokens see one another",

@@ -25,7 +25,7 @@ from engrax.layers.mixer import MIXERS
 class ReBasedConfig(MatrixMemoryConfig):
     """Settings of ReBased; head_dim is the width before the feature map."""
 
-    head_dim: int = 16  # key width of a head before the feature map, which makes d (d + 1) / 2 of it
+    head_dim: int = 16  # key width d of a head before the feature map to d (d + 1) / 2 features
     value_dim: int | None = 32  # value width of a head; None = head_dim
 
     def __post_init__(self):

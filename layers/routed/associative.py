@@ -1,4 +1,4 @@
-"""The associative memory of ARMT (arXiv 2407.04841): a delta-rule matrix that is written once a segment.
+"""The associative memory of ARMT (arXiv 2407.04841): a delta-rule matrix, written once per segment.
 
 With phi = DPFP-3, A the matrix and z its normaliser:
 
@@ -23,7 +23,7 @@ EPSILON = 1e-5  # added to the normaliser
 
 
 class Association(NamedTuple):
-    """What an associative memory holds; F = 6 K features."""
+    """The state of an associative memory; F = 6 K features."""
 
     matrix: Float[Array, "*L B F D"]
     sum: Float[Array, "*L B F"]
@@ -54,7 +54,7 @@ class AssociativeMemory(nnx.Module):
     def read(
         self, x_BSD: Float[Array, "B S D"], memory: Association, reads_BS: Bool[Array, "B S"]
     ) -> Float[Array, "B S D"]:
-        """What the memory adds to each vector; 0 where the vector does not read."""
+        """The memory's contribution to each vector; 0 for vectors that do not read."""
         found = self._recall(dpfp(self.query(x_BSD).astype(memory.sum.dtype)), memory)
         return jnp.where(reads_BS[..., None], found, 0).astype(x_BSD.dtype)
 

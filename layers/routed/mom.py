@@ -6,17 +6,16 @@
     y_t = W_o (norm(sum_m a_tm o_tm + o_t,shared) * act(x_t W_gate))
 
 The rule is that of any mixer with a matrix memory (`base`): linear attention, GLA, DeltaNet, Gated DeltaNet, KDA. A
-memory that was not chosen does not change, it does not decay either. The short convolution runs over each memory's own
-tokens (padding is none: it is passed over), and the shared memory, which has weight 1, sees every token. Queries, the
-convolution, what is not a projection in the gates (rates, biases), the norm, the output gate and W_o are common to all
-memories.
+memory that is not chosen does not change or decay. The short convolution runs over each memory's own tokens (padding is
+skipped). The shared memory has weight 1 and sees every token. Common to all memories are queries, the convolution, the
+rates and biases of gates, the norm, the output gate and W_o.
 
 No token is dropped and no memory is padded: every row's copies are laid out by memory
-(`engrax.layers.routed.routing`), the projections of one memory run over blocks of its own copies, and the operation
-gives each memory a state of its own.
+(`engrax.layers.routed.routing`), the projections of a memory run over blocks of its copies, and the operation keeps a
+separate state for each memory.
 
-The router learns from the weights a_tm and from the losses that keep the memories in use (`auxiliary_loss`). With k = 1
-the weight is always 1, and only those losses reach it.
+The router learns from the weights a_tm and from the losses that balance the memories (`auxiliary_loss`). With k = 1 the
+weight is always 1, and only those losses train it.
 """
 
 import dataclasses
@@ -60,7 +59,7 @@ class MoMState(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What one call found: for the outputs and for the report."""
+    """Intermediate results of a call, for the outputs and the report."""
 
     read: Float[Array, "B T HV V"]
     state: MoMState
@@ -95,7 +94,7 @@ class MoMConfig(MixerConfig):
 
     @property
     def exempt_from(self) -> dict[str, str]:
-        """A weight that is always 1 teaches the router nothing."""
+        """With top_k = 1 and without losses the router has no gradient: its weight is always 1."""
         return {} if self.top_k > 1 else {"trainability.gradients": "top-1 router: its own gradient"}
 
     @property
@@ -170,9 +169,9 @@ class MoM(Mixer):
     def auxiliary_loss(
         self, x_BTD: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, " B"]:
-        """What the mixer adds to the training loss of each row's tokens, weighted: the balance loss and the z-loss.
+        """The weighted balance loss and z-loss of every row, added to its training loss.
 
-        It is that of the row alone, so that rows stay independent and microbatches and devices change nothing.
+        Each row has its own loss, so rows stay independent, and microbatches and devices do not change the result.
         """
         if not (self.config.balance_weight or self.config.z_weight):
             return super().auxiliary_loss(x_BTD)
@@ -202,7 +201,7 @@ class MoM(Mixer):
         }
 
     def route(self, x_BTD: Float[Array, "B T D"]) -> Choice:
-        """The memories of every token, the shared one apart."""
+        """The memories of every token, without the shared one."""
         wide = self.base.wide_dtype()
         kernel, highest = self.router.kernel[...].astype(wide), jax.lax.Precision.HIGHEST
         logits = jnp.einsum("BTD,DM->BTM", x_BTD.astype(wide), kernel, precision=highest)

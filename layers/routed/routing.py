@@ -1,9 +1,9 @@
-"""Routing tokens to memories: the choice, the layout in which every memory's tokens stand together, and what is done
-with each memory's own weights there.
+"""Routing tokens to memories: the choice, a layout with the tokens of each memory together, and products with each
+memory's own weights.
 
-A token that goes to J memories has J copies. Copies are laid out by memory, in the order of the tokens inside each: a
-stable sort, made by counting. So all shapes are static, nothing is dropped, and where a copy stands in its memory's run
-depends on earlier tokens alone.
+A token for J memories has J copies. Copies are laid out by memory and inside each memory in token order: a stable
+counting sort. All shapes are static, nothing is dropped, and a copy's position in its memory's run depends only on
+earlier tokens.
 
 Axis letters here: J copies of a token, N memories, L places of a layout, M blocks of a layout, C places of a block.
 """
@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-BLOCK = 64  # copies that a product with a memory's own weights takes at once
+BLOCK = 64  # copies per product with a memory's weights
 
 
 class Choice(NamedTuple):
-    """What a router decides for every token."""
+    """The router's decision for every token."""
 
     logits: Float[Array, "B T M"]  # float32 or wider
     memory: Int[Array, "B T J"]  # best first; ties go to the lowest index
@@ -32,7 +32,7 @@ def choose(logits_BTM: Float[Array, "B T M"], top_k: int) -> Choice:
 
 
 def loads(choice: Choice, real_BT: Bool[Array, "B T"]) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:
-    """Of every row the share of its real tokens that chose each memory (sums to J), and the mean probabilities."""
+    """Per row: the fraction of real tokens that chose each memory (sums to J), and the mean probabilities."""
     dtype, memories = choice.logits.dtype, choice.logits.shape[-1]
     real = real_BT[..., None].astype(dtype)
     tokens = jnp.maximum(jnp.sum(real, axis=1), 1)
@@ -42,9 +42,9 @@ def loads(choice: Choice, real_BT: Bool[Array, "B T"]) -> tuple[Float[Array, "B 
 
 
 def balance_loss(choice: Choice, real_BT: Bool[Array, "B T"]) -> Float[Array, " B"]:
-    """M sum_m f_m P_m of every row (arXiv 2101.03961 for J = 1): J at perfect balance, more where memories collapse.
+    """M sum_m f_m P_m of every row (arXiv 2101.03961 for J = 1): J at perfect balance, more if memories collapse.
 
-    f_m is the share of tokens that chose m, without gradient, P_m the mean probability of m.
+    f_m is the fraction of tokens that chose m, without gradient; P_m is the mean probability of m.
     """
     share, probability = loads(choice, real_BT)
     return choice.logits.shape[-1] * jnp.sum(share * probability, axis=-1)
@@ -64,8 +64,8 @@ class Places(NamedTuple):
 
 
 class RoutedLayout(NamedTuple):
-    """Every memory's copies without a gap, memory after memory, each run behind `lead` free places (for what came
-    before the call), and the same copies in blocks, of one memory each.
+    """The copies of all memories in contiguous runs, each after `lead` free places (for inputs before the call), and
+    the same copies in blocks of one memory each.
     """
 
     places: Places
@@ -92,7 +92,7 @@ class RoutedLayout(NamedTuple):
 def lay_out(
     memory: Int[Array, "B T J"], document: Int[Array, "B T"], first: Int[Array, " B"], *, memories: int, lead: int
 ) -> RoutedLayout:
-    """Lays out the copies of tokens. document: -1 = padding, which is left out; first: the row's first document."""
+    """Lays out the copies of tokens. document: -1 = padding, which is skipped; first: the row's first document."""
     B, T, J = memory.shape
     real = document >= 0
     chosen = jnp.sum(jax.nn.one_hot(memory, memories, dtype=jnp.int32), axis=2) * real[..., None]
@@ -118,7 +118,7 @@ def lay_out(
 
 
 def _place(memory, rank, start, real, length) -> Places:
-    """The layout in which memory m's copies stand at start[m], start[m] + 1, ..."""
+    """The layout with memory m's copies at start[m], start[m] + 1, ..."""
     B, copies = memory.shape[0], memory[0].size
     start = jnp.take_along_axis(start, memory.reshape(B, -1), axis=1)
     place = jnp.where(real[..., None], start.reshape(memory.shape) + rank, length).reshape(B, -1)
@@ -141,14 +141,14 @@ def _before(x: Int[Array, "B L"], first: int) -> Int[Array, "B L"]:
 
 
 def dispatch(x: Shaped[Array, "B T F"], places: Places) -> Shaped[Array, "B L F"]:
-    """Puts every token where its copies are; free places hold zeros."""
+    """Copies every token to the places of its copies; free places are zero."""
     B, T, _ = x.shape
     copies = places.place.reshape(B, T, -1)
     return _gather(x, places.copy // copies.shape[2], copies)
 
 
 def combine(y: Shaped[Array, "B L F"], places: Places) -> Shaped[Array, "B TJ F"]:
-    """Returns what the places of all copies hold; zeros for padding."""
+    """Returns the values at the places of all copies; zeros for padding."""
     return _gather(y, places.place, places.copy[..., None])
 
 
@@ -182,9 +182,9 @@ def _take(x, index, fill):
 def grouped_matmul(
     x: Float[Array, "B M C D"], kernels: Float[Array, "N D E"], owner: Int[Array, "B M"]
 ) -> Float[Array, "B M C E"]:
-    """x kernels[owner]: every block times its memory's weights, block after block.
+    """x kernels[owner]: every block times its memory's weights, one block at a time.
 
-    A batched product would copy the weights for every block, and its derivative a product for every block.
+    A batched product would copy the weights for every block, and its derivative would keep a product per block.
     """
     blocks = (x.reshape(-1, *x.shape[2:]), owner.reshape(-1))
     y = jax.lax.map(lambda block: block[0] @ _of(kernels, block[1]), blocks)

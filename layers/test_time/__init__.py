@@ -1,7 +1,7 @@
-"""Memories that are trained at test time: one engine, and the published members of the family as its settings.
+"""Memories that are trained at test time: one engine; published memories are its settings.
 
-`structures`, `losses`, `retention` and `features` are what a memory may be made of; `coefficients` and `engine` run it;
-`shell` is the mixer around any memory; `mixer` the general one, `presets` those with names.
+`structures`, `losses`, `retention` and `features` are the parts of a memory; `coefficients` and `engine` run it. `base`
+is the mixer around any memory, `mixer` the general mixer, `presets` the published ones.
 """
 
 from engrax.layers.test_time.mixer import MemoryConfig

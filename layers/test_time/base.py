@@ -1,8 +1,8 @@
 """The mixer around a memory that is trained at test time (Titans, arXiv 2501.00663, section 4.4).
 
-Keys, values and queries are projected, convolved, passed through SiLU and normalised to length 1; persistent tokens are
-written first, in chunks of their own; what is read is normalised, gated and projected. What the memory is and how it
-learns, a subclass says.
+Keys, values and queries are projected, convolved, passed through SiLU and normalised to length 1. Persistent tokens are
+written first, in separate chunks. The read is normalised, gated and projected. A subclass defines the memory and its
+learning rule.
 """
 
 import math
@@ -20,13 +20,13 @@ from engrax.layers.mixer import Mixer
 
 
 def logit(p: float) -> float:
-    """Returns the x of which p, in (0, 1), is the sigmoid: where a gate's bias begins."""
+    """Returns x with sigmoid(x) = p, for p in (0, 1): the initial bias of a gate."""
     return math.log(p / (1 - p))
 
 
 def default_lr_bound(chunk_size: int, depth: int) -> float:
-    """Returns the upper bound of a token's step size at which a key that fills its chunk is not overshot, for a memory
-    MLP of `depth` layers: half of what the chunk's tokens may do together, halved for every hidden-to-hidden layer."""
+    """Returns the upper bound of a token's step size for a memory MLP of `depth` layers: 1 / (2 chunk_size), halved for
+    every hidden-to-hidden layer, so a key that fills its chunk does not overshoot (docs/titans.md)."""
     return 0.5 / chunk_size / 2 ** max(depth - 2, 0)
 
 
@@ -79,7 +79,7 @@ class TestTimeMixerBase(Mixer):
         raise NotImplementedError
 
     def _at_place_of(self, memory, other):
-        """Returns the memory at the other's place of the chunk grid, which is the row's and runs on."""
+        """Returns the memory at the other's position in the row's chunk grid."""
         raise NotImplementedError
 
     def _gates(self, x_BTD: Float[Array, "B T D"]):
@@ -89,16 +89,16 @@ class TestTimeMixerBase(Mixer):
     def _memory(self, q, k, v, gates, memory, reset, segment_ids):
         """Writes and reads q, k, v `[B, T, H, K]`. Returns (reads, memory).
 
-        reset: the memory of one row that new segments start from; None where none can begin.
+        reset: the initial memory of new segments, for one row; None if no segment can start.
         """
         raise NotImplementedError
 
     def _resets_itself(self) -> bool:
-        """Whether the memory needs its reset state inside a segment too."""
+        """Whether the memory also needs its reset state inside a segment."""
         return False
 
     def reset_state(self):
-        """Returns the memory of one row that every segment starts from: the persistent tokens are in it."""
+        """Returns the initial memory of every segment, for one row, with the persistent tokens written."""
         memory = self._learned_memory()
         if self.config.persistent_tokens:
             x_1PD = self.persistent[...][None]
@@ -130,9 +130,9 @@ class TestTimeMixerBase(Mixer):
         return self._project_read(x_BTD, read), state
 
     def errors_by_token(self, x_BTD, state: ShellState | None, segment_ids) -> dict[str, Float[Array, "B T"]]:
-        """1/2 |M(key) - target|^2 of what every token writes, by the memory right before and right after that write.
+        """1/2 |M(key) - target|^2 of every token's write, for the memory before and after that write.
 
-        NaN at padding, and where the token before is none of the segment's: nothing was written yet.
+        NaN at padding, and if the previous token is not in the segment: nothing was written yet.
         """
         q_k_v, gates, memory, reset, _, _ = self._prepare(x_BTD, state, segment_ids)
         _, k, v = q_k_v

@@ -1,4 +1,4 @@
-"""What each token's memory is made of, from the gates alone: the general form of `neural_memory`'s coefficients.
+"""Coefficients of each token's memory, computed from the gates: the general form of `neural_memory`'s coefficients.
 
 Inside a block, with L_a[t,s] = prod_{j=s+1..t} a_j for t >= s, n orders of momentum and a window of c tokens,
 
@@ -6,8 +6,8 @@ Inside a block, with L_a[t,s] = prod_{j=s+1..t} a_j for t >= s, n orders of mome
     S^m_t = momentum^m_t S^m_{t-1} + S^{m-1}_t                    (m = 1..n)
     W_t   = (1 - forget_t) W_{t-1} + S^n_t
 
-are sums of what the block began with (or of the reset state, where the token's segment began inside it) and of the
-gradients grad_i = x_i^T delta_i. Products are cumulative products of the gates themselves, so exact 0 and 1 are exact.
+are sums of the block's initial state (or the reset state, if the token's segment starts inside the block) and of the
+gradients grad_i = x_i^T delta_i. Products are cumulative products of the gates, so gates of 0 and 1 are exact.
 
 Letters: S slots of the block; E gradients: the window's c - 1 earlier tokens, then the slots; R bases (carried state,
 reset state); C channels of the forget gate, 1 or K; M orders of momentum.
@@ -40,10 +40,10 @@ class Sums(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """Of one block: the anchor of every gradient, the memory that every slot reads, and what the block leaves.
+    """Coefficients of one block: the anchor of every gradient, the memory read by every slot, and the final state.
 
-    last_momenta: for every order m what S^m is made of: of the bases' momenta `[M R]`, of the gradients `[E]`.
-    segment: how many segments have begun in the block before or at the slot.
+    last_momenta: the terms of S^m for every order m: factors of the bases' momenta `[M R]` and of the gradients `[E]`.
+    segment: number of segments that start in the block up to and including the slot.
     """
 
     anchor: Float[Array, "E R C"] | None  # None: the one base itself
@@ -59,7 +59,7 @@ def _products(a: Float[Array, "S C"], mask: Bool[Array, "S S"]) -> Float[Array, 
 
 
 def _window(lr, weight, real, segment, tail_weight, window: int) -> Float[Array, "S E"]:
-    """Returns what each slot's step makes of every gradient."""
+    """Returns the weight of every gradient in each slot's step."""
     if window == 1:
         return jnp.diag(lr)
     earlier = window - 1
@@ -128,7 +128,7 @@ def coefficients(
 
 
 def _before(x, first, fill):
-    """Returns what stood one slot earlier, `fill` where a block or a segment begins."""
+    """Returns the values one slot earlier, `fill` at the start of a block or segment."""
     return jnp.where(first.reshape(-1, *[1] * (x.ndim - 1)), fill, jnp.roll(x, 1, axis=0))
 
 

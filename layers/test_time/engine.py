@@ -1,13 +1,13 @@
-"""Runs any test-time memory over a row: blocks of the chunk grid, one after the other.
+"""Runs any test-time memory over a row, one block of the chunk grid at a time.
 
-Two kinds of update. Where the update is linear in the gradient (`Rule.linear`) every token has a memory of its own, in
-the exact dual form: with the coefficients A, B, C of `coefficients` each matrix of the memory acts on u_t as
+There are two kinds of update. If the update is linear in the gradient (`Rule.linear`), every token has its own memory
+in the exact dual form: with the coefficients A, B, C of `coefficients`, each matrix of the memory acts on u_t as
 
     u_t W_t = A_t u_t W_0 + B_t u_t S_0 - sum_{i<=t} C[t,i] (u_t . x_i) delta_i.
 
-Where it is not (Newton-Schulz, norms, softmax) the memory changes at the ends of chunks, and what the chunk's tokens
-add up to until then is carried. Gradients delta come from autodiff through the structure and the loss, at the memory as
-it stood at the start of the chunk; the outer gradient goes through all of it.
+Otherwise (Newton-Schulz, norms, softmax) the memory changes at the ends of chunks, and the sums over the chunk's tokens
+are carried until then. Gradients delta come from automatic differentiation of structure and loss, at the memory at the
+start of the chunk. The outer gradient flows through all of this.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Rule:
 
     @property
     def linear(self) -> bool:
-        """Whether the update is linear in the gradient, so that the dual form serves."""
+        """Whether the update is linear in the gradient, as the dual form requires."""
         return self.retention == "decay" and not self.muon
 
     @property
@@ -69,14 +69,14 @@ class Tail(NamedTuple):
 
 
 class Previous(NamedTuple):
-    """The key of the row's last token, for memories that store the next value; there: it was no padding."""
+    """The key of the row's last token, for memories that store the next value; there: it was not padding."""
 
     k: Float[Array, "B H K"]
     there: Bool[Array, " B"]
 
 
 class Pending(NamedTuple):
-    """What the chunk's tokens (those of its last segment) add up to before the memory takes it in."""
+    """Sums over the chunk's tokens (those of its last segment) that are not yet in the memory."""
 
     steps: Matrices  # their sum, forgotten on the way; {} where Newton-Schulz takes the momentum instead
     keep: Float[Array, "B H"]  # the product of their (1 - forget)
@@ -85,7 +85,7 @@ class Pending(NamedTuple):
 
 
 class MemoryState(NamedTuple):
-    """What a test-time memory carries; its size does not depend on T.
+    """The state of a test-time memory; its size does not depend on T.
 
     stored: the memory; momenta: S^1 to S^n; anchor: the memory as the chunk began, for linear rules; pending: for the
     others. position: tokens of the row so far, modulo the chunk (or the span between two periodic resets).
@@ -101,7 +101,7 @@ class MemoryState(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What the scan runs over: tokens `[B, H, S, ...]` and, by row, what the block is."""
+    """The scan's inputs: tokens `[B, H, S, ...]` and properties of the block, by row."""
 
     q: Float[Array, "B H S K"]
     k: Float[Array, "B H S K"]
@@ -153,7 +153,7 @@ def run(
 ) -> tuple[Float[Array, "B T H V"], MemoryState]:
     """Writes and reads every token.
 
-    reset: the state of one row that new segments and periodic resets start from; None where there are none.
+    reset: the initial state of new segments and after periodic resets, for one row; None if there are none.
     """
     (batch, length), size = q.shape[:2], rule.chunk_size
     aligned = isinstance(state.position, np.ndarray) and not state.position.any()
@@ -317,7 +317,7 @@ def _chunk_end_step(rule: Rule, c: Coefficients, carry, bases, block: Block, key
     after = update(rule, carry)
     ends = jnp.any(block.ends)
     at = c.anchor
-    if not rule.read_first:  # the token that completes the chunk reads what the chunk became
+    if not rule.read_first:  # the token that completes the chunk reads the new memory
         weights.append(read_from(after.stored))
         at = jnp.ones((len(block.k), 1, 1), block.k.dtype) if at is None else at[rule.window - 1 :]
         at = jnp.concatenate([at, jnp.zeros_like(at[:, :1])], axis=1)
@@ -331,7 +331,7 @@ def _chunk_end_step(rule: Rule, c: Coefficients, carry, bases, block: Block, key
 
 
 def update(rule: Rule, state: MemoryState) -> MemoryState:
-    """Ends the chunk of one head: what is pending goes into the memory. Linear rules have nothing pending."""
+    """Ends the chunk of one head: adds the pending sums to the memory. Linear rules have none."""
     if rule.linear:
         return state
     pending = state.pending
@@ -345,7 +345,7 @@ def update(rule: Rule, state: MemoryState) -> MemoryState:
 
 
 def close(rule: Rule, state: MemoryState) -> MemoryState:
-    """Returns the state of one row with its chunk ended wherever it stands, at phase 0, without earlier tokens."""
+    """Returns the state of one row with its chunk ended at the current position, at phase 0, without earlier tokens."""
     state = jax.vmap(jax.vmap(partial(update, rule)))(state._replace(tail=(), previous=(), position=()))
     first = jax.tree.map(lambda leaf: leaf[0], (state.stored, state.momenta))
     return start_state(rule, first[0], 1, first[1])

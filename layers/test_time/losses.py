@@ -1,4 +1,4 @@
-"""Inner losses: what the memory is trained on, per token. Their derivative is the surprise."""
+"""Inner losses of the memory, per token. Their derivative is the surprise."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float

@@ -1,11 +1,11 @@
 """The general test-time memory as a mixer: structure x inner loss x retention x inner optimiser x schedule.
 
-The frame is MIRAS' (arXiv 2504.13173): a memory M is a small network, and every token is a step of gradient descent on
-an inner loss of its key and value, against what the memory should keep. In plain form, per head,
+The framework is MIRAS (arXiv 2504.13173): a memory M is a small network. Every token is a step of gradient descent on
+an inner loss of its key and value, balanced by retention. In plain form, per head,
 
     S_t = eta_t S_{t-1} - theta_t grad loss(M(k_t), v_t),     W_t = retain(W_{t-1}) + S_t,     y_t = M_t(q_t).
 
-`presets` gives published members of the family their names.
+`presets` registers published memories under their names.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ CHOICES = {
 @MIXERS.register("test_time_memory")
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig(MixerConfig):
-    """Settings of a test-time memory. Combinations that have no meaning are refused with the reason."""
+    """Settings of a test-time memory. Meaningless combinations are refused with the reason."""
 
     heads: int = 4  # independent memories
     head_dim: int = 32  # key and value width of a head
@@ -69,7 +69,7 @@ class MemoryConfig(MixerConfig):
     window: int = 1  # tokens whose gradients make one step (Omega rule)
     feature_degree: int = 1  # highest degree of polynomial features of keys and queries
     chunk_size: int = 16  # tokens whose gradients are taken at one anchor
-    reset_every: int = 0  # chunks after which the memory starts anew; 0 = never
+    reset_every: int = 0  # chunks after which the memory is reset; 0 = never
     conv_width: int = 4  # taps of the short convolution; 1 = none
     persistent_tokens: int = 0  # learned tokens written into the memory before every segment
     max_lr: float | None = None  # upper bound of theta / (1 - eta), per token; None: see `lr_bound`
@@ -99,7 +99,7 @@ class MemoryConfig(MixerConfig):
                 raise UserError(reason)
 
     def _meaningless(self):
-        """Pairs of a condition and the reason why settings of that kind are refused."""
+        """Pairs of a condition and the reason why such settings are refused."""
         degree_one = self.feature_degree == 1
         yield self.loss == "lp" and self.loss_power < 2, "loss_power below 2: its gradient has no finite derivative."
         yield self.norm_power < 2, "norm_power below 2 divides by a norm that vanishes; it must be at least 2."
@@ -144,10 +144,10 @@ class MemoryConfig(MixerConfig):
 
     @property
     def lr_bound(self) -> float:
-        """Upper bound of theta / (1 - eta), or of theta with muon, whose step has a size of its own.
+        """Upper bound of theta / (1 - eta), or of theta with muon, whose step is normalised.
 
-        The default is that of `default_lr_bound`, shared by the tokens of a window. A normed output has the length of
-        head_dim^1/2, not about 1, and its gradients are as much larger.
+        The default is `default_lr_bound`, divided among the tokens of a window. A normed output has length
+        head_dim^1/2 instead of about 1, and its gradients are larger by the same factor.
         """
         layers = self.depth if self.structure.endswith("mlp") else 1
         sharers = self.window * (self.head_dim if self.normed else 1)
@@ -249,9 +249,8 @@ class TestTimeMemory(TestTimeMixerBase):
         self.gate_bias = nnx.Param(jnp.concatenate(bias), axes=("gate", "heads"), role="gate")
         if c.forgetting == "head":
             self.forget_bias = nnx.Param(starts["forget"], axes=("heads",), role="gate")
-        # A last matrix of zeros: what is read is what was written and not the initial function. A memory whose
-        # matrices are kept at a norm, or whose output or steps are normalised, must begin with one: the derivative of
-        # a normalised 0 is as good as infinite.
+        # The last matrix starts at zero, so reads do not contain the initial function. It starts random if matrices are
+        # kept at a norm, or if output or steps are normalised: the derivative of a normalised 0 is almost infinite.
         last = 1.0 if c.normed or rule.muon or c.retention in ("row_norm", "q_norm") else 0.0
         matrices = initial_matrices(rule.structure, c.heads, rngs.params(), last)
         axes = ("heads", "memory_in", "memory_out")
@@ -329,8 +328,8 @@ class TestTimeMemory(TestTimeMixerBase):
         return k, v
 
     def report(self, x_BTD, state=None, segment_ids=None) -> dict[str, Array]:
-        """Diagnostics of one call: gate means, how often they saturate, the memory's norms after it, and [B, T] how
-        well each token's write is known before and after it."""
+        """Diagnostics of one call: gate means, fraction of saturated gates, the memory's norms after it, and [B, T] the
+        error of each token's write before and after it."""
         _, after, (_, _, _, gates) = self._mix(x_BTD, state, segment_ids)
         found = self.errors_by_token(x_BTD, state, segment_ids)
         found |= {"lr_mean": jnp.mean(gates.lr), "forget_mean": jnp.mean(gates.forget)}
@@ -345,9 +344,9 @@ class TestTimeMemory(TestTimeMixerBase):
 
 
 def _previous_key(k, gates: Gates, memory: engine.MemoryState, segment_ids):
-    """Shifts keys by one token, so that a key stores the next token's value as soon as that token is there.
+    """Shifts keys by one token, so a key stores the next token's value when that token arrives.
 
-    A segment's first token, and one after padding, writes nothing; a periodic reset begins no segment.
+    A segment's first token, and a token after padding, writes nothing. A periodic reset does not start a segment.
     """
     before, real = memory.previous, jnp.ones(k.shape[:2], bool)
     begins, lengths = jnp.zeros(k.shape[:2], bool), None

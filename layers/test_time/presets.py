@@ -1,6 +1,6 @@
-"""Published test-time memories as settings of the general one: each a registered mixer under its own name.
+"""Published test-time memories as settings of the general one, each registered under its name.
 
-Where a paper leaves a choice open, or the published code another than the paper, the docstring says what stands here.
+If a paper leaves a choice open, or differs from its published code, the docstring states the choice made here.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class TTTLinearConfig(_Preset):
 class TTTMLPConfig(TTTLinearConfig):
     """TTT-MLP (arXiv 2407.04620): TTT-Linear with f(x) = x + LN(gelu(x W_1 + b_1) W_2 + b_2).
 
-    The paper's hidden width is four times the head's: set `hidden` so.
+    The paper's hidden width is four times that of the head: set `hidden` accordingly.
     """
 
     depth: int = 2
@@ -53,9 +53,9 @@ class TTTMLPConfig(TTTLinearConfig):
 class LaCTConfig(_Preset):
     """LaCT (arXiv 2505.23884): a SwiGLU memory, loss -<f(k), v>, large chunks that are read before they are written.
 
-    At the end of a chunk W <- row_norm(W + NS(S)), where row_norm gives the weights of every output the norm they had.
-    The paper's chunk is 2048 tokens and its step that of Muon alone; here the step is scaled by the chunk's mean
-    learning rate, so that a rate of 0 writes nothing, and momentum is per token, not per chunk.
+    At the end of a chunk W <- row_norm(W + NS(S)); row_norm restores the norm of the weights of every output. The
+    paper's chunk is 2048 tokens and its step is Muon's. Here the step is scaled by the chunk's mean learning rate, so a
+    rate of 0 writes nothing, and momentum is per token, not per chunk.
     """
 
     structure: str = "swiglu"
@@ -112,11 +112,11 @@ class MemoraConfig(_Preset):
 @MIXERS.register("omeganet")
 @dataclasses.dataclass(frozen=True)
 class OmegaNetConfig(_Preset):
-    """OmegaNet (arXiv 2505.23735): every step is taken on the last c tokens, each with a weight of its own; keys and
-    queries have polynomial features; no momentum.
+    """OmegaNet (arXiv 2505.23735): every step uses the last c tokens with individual weights; keys and queries have
+    polynomial features; no momentum.
 
-    The paper's memory is x + W_1 gelu(W_2 x). With features its input is wider than its output, so that here the
-    residual is left out.
+    The paper's memory is x + W_1 gelu(W_2 x). With features its input is wider than its output, so the residual is
+    omitted here.
     """
 
     optimizer: str = "sgd"
@@ -131,10 +131,10 @@ class OmegaNetConfig(_Preset):
 @MIXERS.register("atlas")
 @dataclasses.dataclass(frozen=True)
 class AtlasConfig(OmegaNetConfig):
-    """ATLAS (arXiv 2505.23735): OmegaNet with momentum, whose step goes through Newton-Schulz (Muon).
+    """ATLAS (arXiv 2505.23735): OmegaNet with momentum and Newton-Schulz steps (Muon).
 
-    The paper orthogonalises the momentum of every token; here, as all that is not linear in the gradient, at the ends
-    of chunks, where the step is the chunk's mean learning rate times NS(S).
+    The paper orthogonalises the momentum of every token. Here, like every nonlinear update, it happens at the ends of
+    chunks, with the chunk's mean learning rate times NS(S) as the step.
     """
 
     optimizer: str = "muon"

@@ -1,7 +1,7 @@
-"""How a memory that updates at the ends of chunks keeps what it holds, and Newton-Schulz.
+"""Retention for memories that update at the ends of chunks, and Newton-Schulz.
 
-Such a memory stores `stored`; what keys and queries are multiplied with is `effective(stored)`. At the end of a chunk
-`retain(stored, keep, update)` gives the next `stored`; keep is the product of the chunk's (1 - forget).
+Such a memory stores `stored`; keys and queries are multiplied by `effective(stored)`. At the end of a chunk
+`retain(stored, keep, update)` returns the next `stored`; keep is the product of the chunk's (1 - forget).
 """
 
 from functools import partial
@@ -14,16 +14,16 @@ from jaxtyping import Array, Float
 RETENTIONS = ("decay", "row_norm", "q_norm", "softmax")
 Matrix = Float[Array, "I O"]
 _TINY = 1e-12
-_DAMPING = 1e-8  # of a squared norm: what is far smaller than 1e-4 stays small, and so does the derivative at 0
+_DAMPING = 1e-8  # of a squared norm: norms far below 1e-4 stay small, and so does the derivative at 0
 # Quintic of Muon's Newton-Schulz iteration: it drives singular values from anywhere in (0, 1] to about 1.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def effective(kind: str, stored: Matrix, power: float) -> Matrix:
-    """Returns the matrix that is read.
+    """Returns the matrix for reading.
 
     q_norm: A / |A|_q^(q-2) (Moneta, arXiv 2504.13173); softmax: every column (the input weights of one output) on the
-    probability simplex (Memora, same paper, with its constant c = 1); else what is stored.
+    probability simplex (Memora, same paper, with its constant c = 1); else `stored`.
     """
     if kind == "q_norm":
         norm = (jnp.sum(jnp.abs(stored) ** power) + _TINY) ** (1 / power)
@@ -34,7 +34,7 @@ def effective(kind: str, stored: Matrix, power: float) -> Matrix:
 
 
 def retain(kind: str, stored: Matrix, keep: Float[Array, ""], update: Matrix) -> Matrix:
-    """Returns what is stored after a chunk.
+    """Returns the stored matrix after a chunk.
 
     decay, q_norm: keep A + U; row_norm: the same with the input weights of every output rescaled to the norm they had
     (LaCT, arXiv 2505.23884); softmax: keep log W + U, the logits of the next W (KL retention, Memora).

@@ -1,8 +1,7 @@
-"""What a test-time memory is: a small network whose matrices are trained by gradient descent on the tokens that pass.
+"""Structures of a test-time memory: small networks whose matrices are trained by gradient descent on the tokens.
 
-A structure computes M(x) through a callback `linear(name, x)`, the product of x with the matrix of that name. The
-engine that calls it decides what stands behind the name: the matrix itself, or the dual form of the matrix as it is
-after each token. Each name is used once.
+A structure computes M(x) with a callback `linear(name, x)`, the product of x and the named matrix. The engine supplies
+either the matrix itself, or the dual form of the matrix after each token. Each name is used once.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ from jaxtyping import Array, Float
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS
 
 Linear = Callable[[str, Array], Array]
-Extra = dict[str, Float[Array, " V"]]  # what a head learns in the outer loop alone: the norm's scale and bias
+Extra = dict[str, Float[Array, " V"]]  # parameters of a head that only the outer loop learns: the norm's scale and bias
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,20 +1,19 @@
 """Titans neural memory as a token mixer (arXiv 2501.00663, sections 3 and 4.4).
 
-Keys, values and queries are projected, convolved, passed through SiLU and l2-normalised; per-token,
-per-head gates drive the memory; its read is normalised, gated and projected:
+Keys, values and queries are projected, convolved, passed through SiLU and l2-normalised. Gates per token and head
+control the memory. Its read is normalised, gated and projected:
 
     eta_t = sigmoid(x_t w_eta),  alpha_t = sigmoid(x_t w_alpha),  theta_t = max_lr sigmoid(x_t w_theta) (1 - eta_t)
     S_t = eta_t S_{t-1} - theta_t grad 1/2 ||M(k_t) - v_t||^2        (eq. 14; the gradient at the chunk's anchor)
     M_t = (1 - alpha_t) M_{t-1} + S_t                                (eq. 13)
     y_t = W_o (norm(M_t(q_t)) * silu(x_t W_g))                       (eq. 15)
 
-The paper leaves the range of theta open. A key repeated through a chunk of b tokens is written b times against one
-anchor, and each write acts 1 / (1 - eta) times through the momentum: with b theta / (1 - eta) times the curvature of
-the inner loss above about 2 the inner gradient descent diverges. Hence the factor (1 - eta_t), max_lr = 1 / 2b by
-default, and values of unit length too: long values make large weights, and those the curvature (without it a byte-level
-run diverged at step 41). The norm of the read makes its length irrelevant. Each layer between two hidden ones adds to
-the curvature: the default is halved for it (at 1 / 2b a memory of 4 layers met a run of spaces at step 363 and diverged
-in float32 and bfloat16 alike; on that batch 3/8b did not, and after 500 steps 1/4b and 1/16b had the same loss).
+The paper does not give a range for theta. A key repeated in a chunk of b tokens is written b times against one anchor,
+and momentum multiplies each write by 1 / (1 - eta). If b theta / (1 - eta) times the curvature of the inner loss
+exceeds about 2, the inner gradient descent diverges. Therefore theta has the factor (1 - eta_t), max_lr is 1 / 2b by
+default, and values have unit length: long values cause large weights, and large weights a large curvature (without it a
+byte-level run diverged at step 41). The norm of the read makes its length irrelevant. Each layer between two hidden
+layers adds to the curvature, so it halves the default; docs/titans.md has the measurements.
 """
 
 import dataclasses
@@ -96,12 +95,12 @@ class TitansConfig(MixerConfig):
 
     @property
     def lr_bound(self) -> float:
-        """Upper bound of theta / (1 - eta): `max_lr`, or what keeps a key that fills its chunk from being overshot."""
+        """Upper bound of theta / (1 - eta): `max_lr`, or a default without overshoot for a key that fills its chunk."""
         return self.max_lr or default_lr_bound(self.chunk_size, self.depth)
 
     @property
     def gates(self) -> int:
-        """Gates per head: the learning rate and, where they are on, momentum and forgetting."""
+        """Gates per head: the learning rate and, if enabled, momentum and forgetting."""
         return 1 + self.momentum + self.forgetting
 
     def flops_per_token(self, dim: int, seq_len: int) -> float:
@@ -135,7 +134,7 @@ class Titans(TestTimeMixerBase):
         bias += [spread] if config.momentum else []
         bias += [logit(config.forget_init) + spread] if config.forgetting else []
         self.gate_bias = nnx.Param(jnp.stack(bias), axes=("gate", "heads"), role="gate")
-        # The last layer starts at zero, so that what is read is what was written and not the initial function.
+        # The last layer starts at zero, so reads do not contain the initial function.
         widths = config.layer_widths
         scales = [*[2**0.5] * (config.depth - 1), 0.0]
         self.initial = nnx.List(
@@ -191,8 +190,8 @@ class Titans(TestTimeMixerBase):
     def report(
         self, x_BTD: Float[Array, "B T D"], state: ShellState | None = None, segment_ids=None
     ) -> dict[str, Array]:
-        """Diagnostics of one call: gate means, how often they saturate, surprise before and memory norms after it, and
-        [B, T] how well each token's write is known before and after it."""
+        """Diagnostics of one call: gate means, fraction of saturated gates, surprise before and memory norms after it,
+        and [B, T] the error of each token's write before and after it."""
         before = self.init_state(x_BTD.shape[0]) if state is None else state
         _, after, (_, k, v, gates) = self._mix(x_BTD, state, segment_ids)
         saturated = lambda g: jnp.mean((g < 0.01) | (g > 0.99))  # noqa: E731

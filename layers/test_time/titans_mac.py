@@ -5,11 +5,11 @@ without a write (eq. 21 to 25):
 
     h = M*(x W_Q),   y = attention([p; h; x]),   M <- write(M, y),   o = y (x) M*(y)
 
-Printed so, a token attends to what later tokens of its segment retrieved, and is gated by a memory that has seen the
-whole segment. In a language model both leak. Mode "causal": token i attends to h_j for j <= i alone, and its gate is
-the token-level memory right after its own write. Mode "paper": as printed.
+As printed, a token attends to vectors retrieved by later tokens of its segment, and its gate is a memory that has seen
+the whole segment. Both leak in a language model. Mode "causal": token i attends only to h_j with j <= i, and its gate
+is the token-level memory after its own write. Mode "paper": as printed.
 
-(x) is norm(y) 2 sigmoid(M(y)): a memory that holds nothing lets the attention through.
+(x) is norm(y) 2 sigmoid(M(y)): an empty memory passes the attention unchanged.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from engrax.pallas_kernels.neural_memory.xla import run_grid
 
 
 class Segment(NamedTuple):
-    """What is kept of the running segment, by place: keys and values of its tokens and of what they retrieved."""
+    """The cache of the current segment, by place: keys and values of its tokens and of their retrieved vectors."""
 
     keys: Float[Array, "B C H K"]
     values: Float[Array, "B C H K"]
@@ -49,11 +49,11 @@ class MACState(NamedTuple):
     """Everything the mixer needs to continue at any position; its size does not depend on T."""
 
     memory: NeuralMemoryState
-    frozen: Layers  # the weights as the segment of C tokens (or the document in it) began
+    frozen: Layers  # the weights at the start of the segment of C tokens (or of the document in it)
     segment: Segment
     tail: Float[Array, "B W N"]  # of the convolution of q, k, v and the retrieval's query
     memory_tail: Float[Array, "B W M"]  # of the memory's own convolution
-    place: Int[Array, " B"]  # tokens of the running segment so far
+    place: Int[Array, " B"]  # tokens of the current segment so far
     last_segment: Int[Array, " B"]
 
 
@@ -76,7 +76,7 @@ class MACConfig(MixerConfig):
     def __post_init__(self):
         if self.chunk_size % self.memory.chunk_size:
             raise UserError(
-                f"chunk_size={self.chunk_size} of the segment is no multiple of memory.chunk_size="
+                f"chunk_size={self.chunk_size} of the segment is not a multiple of memory.chunk_size="
                 f"{self.memory.chunk_size}; choose one."
             )
         if self.head_dim % 2 or self.head_dim < 2:
@@ -161,8 +161,8 @@ class MAC(Mixer):
         *,
         without: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B T D"], MACState]:
-        """Attends within the segment of C tokens and to what its memory recalls. Padding (-1) gives 0; `without`:
-        memory reads that are left out, what was retrieved and the gate."""
+        """Attends within the segment of C tokens and to the memory's recalled vectors. Padding (-1) gives 0; `without`:
+        memory reads to remove, of the retrieved vectors and the gate."""
         B, T, _ = x_BTD.shape
         packed = segment_ids is not None
         lengths = row_lengths(segment_ids) if packed else None
@@ -204,7 +204,7 @@ class MAC(Mixer):
         return self.out(places.from_blocks(out)), state
 
     def report(self, x_BTD, state=None, segment_ids=None) -> dict[str, Array]:
-        """Diagnostics of one call: the memory's norms after it, and how far its chunk-start self has moved."""
+        """Diagnostics of one call: the memory's norms after it, and its distance from the memory at the chunk start."""
         _, after = self(x_BTD, state, segment_ids)
         norm = lambda xs: jnp.sqrt(sum(jnp.mean(jnp.sum(x * x, axis=(-2, -1))) for x in xs))  # noqa: E731
         moved = [a - b for a, b in zip(after.memory.weights, after.frozen)]
@@ -215,7 +215,7 @@ class MAC(Mixer):
         }
 
     def _anew(self, state: MACState, start: MACState, segment_ids) -> MACState:
-        """Rows whose first token begins another document: an empty memory at the same place of the grid."""
+        """Resets rows whose first token starts a new document: an empty memory at the same place of the grid."""
         anew = starts_anew(state.last_segment, segment_ids)
         memory = start.memory._replace(phase=state.memory.phase)
         return state._replace(
@@ -260,7 +260,7 @@ class MAC(Mixer):
         return (memory, frozen, segment, memory_tail, last), y
 
     def _recall(self, frozen: Layers, reset, query, started: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
-        """What the memory of the segment's start (of the document's start, if that is later) gives for each query."""
+        """The read of each query from the memory at the segment's start, or at a later document's start."""
         dtype = query.dtype
         found = _apply(frozen, query.astype(frozen[0].dtype), self.config.memory.activation)
         if reset is not None:
@@ -269,7 +269,7 @@ class MAC(Mixer):
         return self.recalled(self.recalled_norm(found.astype(dtype)).reshape(*query.shape[:2], -1))
 
     def _attend(self, q, segment: Segment, ids, place, recalls: bool = True) -> Float[Array, "B S D"]:
-        """Softmax attention over persistent tokens, what was retrieved, and the segment's tokens."""
+        """Softmax attention over persistent tokens, retrieved vectors, and the segment's tokens."""
         (B, S), c = ids.shape, self.config
         keys, values = [segment.recalled_keys, segment.keys], [segment.recalled_values, segment.values]
         same = (segment.ids[:, None] == ids[:, :, None]) & (ids >= 0)[:, :, None]
@@ -288,7 +288,7 @@ class MAC(Mixer):
         return self.attended(y.reshape(B, S, -1))
 
     def _write_and_read(self, y, memory, tail, places: BlockIndex, ids, start, reset, last):
-        """Writes y into the memory. Returns what gates the tokens [B, S, D], the memory and its convolution's tail."""
+        """Writes y into the memory. Returns the tokens' gates [B, S, D], the memory and its convolution's tail."""
         titans, c = self.memory, self.config.memory
         mixed, tail = conv_in_block(titans.conv, titans.qkv(y), tail, places, ids)
         B, S = ids.shape

@@ -1,14 +1,13 @@
 """Memory as gate (MAG) and memory as layer (MAL; Titans, arXiv 2501.00663, sections 4.2 and 4.3).
 
-MAG, eq. 26 to 28: a sliding window sees the near past, the memory the far one, and gates it,
+MAG, eq. 26 to 28: a sliding window sees the recent past; the memory sees the distant past and gates the window,
 
     y = attention([p; x]),   o = norm(y) (x) sigma(norm(M([p; x])))
 
-where the persistent tokens p stay visible to every query and are written into the memory before every segment;
-attention and memory have some of their own each. (x) sigma is 2 sigmoid: a memory that holds nothing lets the attention
-through.
+where the persistent tokens p are visible to every query and written into the memory before every segment; attention and
+memory have separate ones. sigma is 2 sigmoid: an empty memory passes the attention unchanged.
 
-MAL, eq. 29 to 31: the attention reads what the memory gives, o = attention([p; norm(M([p; x]))]).
+MAL, eq. 29 to 31: the attention reads the memory's output, o = attention([p; norm(M([p; x]))]).
 """
 
 import dataclasses
@@ -44,7 +43,7 @@ class _PairConfig(MixerConfig):
 
     @property
     def exempt_from(self) -> dict[str, str]:
-        """What its parts are exempt from."""
+        """The exemptions of its parts."""
         return {**self.memory.exempt_from, **self.attention.exempt_from}
 
     @classmethod
@@ -133,8 +132,8 @@ class MAL(_Pair):
         *,
         without: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B T D"], PairState]:
-        """Remembers, then attends to what was remembered. Padding (-1) gives 0; without the memory the attention reads
-        the input itself."""
+        """Runs the memory, then attention on its output. Padding (-1) gives 0; without the memory the attention reads
+        the input."""
         state = PairState(None, None) if state is None else state
         m, memory = self.memory(x_BTD, state.memory, segment_ids)
         m = x_BTD if "memory" in without else m
