@@ -12,6 +12,8 @@ import pytest
 from flax import nnx
 
 from engrax.errors import UserError
+from engrax.layers import MIXERS, LinearAttentionConfig, MoMConfig
+from engrax.models import LanguageModelConfig
 from engrax.tests.experiments import small, tiny
 from engrax.train import (
     AdamWConfig,
@@ -369,3 +371,23 @@ class Both:
 def test_a_parameters_own_value_is_no_part_of_its_name():
     params = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
     assert sorted(flatten({"params": params})) == ["params.bias", "params.kernel"]
+
+
+def test_no_array_of_the_first_state_is_weakly_typed():
+    """Else the state comes back from the first step as other types, and the second step compiles again."""
+    mixers = (MIXERS["hgrn2"].examples()[0], MIXERS["memorizing"].examples()[0])
+    model = LanguageModelConfig(vocab_size=32, dim=16, mixers=mixers, repeat=1, mlp_hidden=16)
+    state = Trainer(tiny(model=model)).init_state()
+    assert not [name for name, leaf in flatten(state).items() if leaf.weak_type]
+
+
+def test_the_logged_loss_is_the_datas():
+    """What a router's balance adds to the training loss is logged apart, as aux_loss."""
+    mixer = MoMConfig(base=LinearAttentionConfig(heads=1, head_dim=4), balance_weight=5.0)
+    model = LanguageModelConfig(vocab_size=32, dim=16, mixers=(mixer,), repeat=1, mlp_hidden=16)
+    trainer = Trainer(tiny(model=model))
+    state, batch = trainer.init_state(), trainer.put(next(trainer.loader("train")))
+    nats, count, _ = jax.device_get(trainer.eval_step(state["params"], batch))
+    _, values = trainer.train_step(state, batch)
+    assert float(values["loss"]) == pytest.approx(float(nats / count), rel=1e-5)
+    assert float(values["aux_loss"]) > 5.0 * 1.9  # top-2: at least 2 at perfect balance

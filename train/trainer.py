@@ -111,8 +111,10 @@ class Trainer:
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         given = self._imported_params() if params is None else flatten({"params": params})
 
-        def fresh():  # given parameters are not returned, so they are not computed
-            return {name: leaf for name, leaf in flatten(self._fresh_state()).items() if name not in given}
+        def fresh():  # what is given is neither returned nor, therefore, computed
+            flat = {name: leaf for name, leaf in flatten(self._fresh_state()).items() if name not in given}
+            # A weakly typed array would come back from the first step as another type, and the step compile twice.
+            return {name: jax.lax.convert_element_type(leaf, leaf.dtype) for name, leaf in flat.items()}
 
         shardings = {name: s for name, s in flatten(self.state_shardings).items() if name not in given}
         found = jax.jit(fresh, out_shardings=shardings, compiler_options=options)()
