@@ -15,6 +15,7 @@ from engrax.layers.common.modules import projection
 from engrax.models import LanguageModelConfig
 from engrax.models.language_model import LanguageModel
 from engrax.tests.experiments import tiny
+from engrax.train import loop
 from engrax.train.probe import refuse_leaks
 from engrax.train.trainer import Trainer
 
