@@ -16,6 +16,7 @@ from flax import nnx
 from engrax.laws.breach import Breach
 from engrax.laws.layouts import ROWS, packed_ids
 from engrax.models import ModelConfig
+from engrax.models.parameters import cast, declare_roles
 
 BOUND = 1e3  # outputs and states beyond it: the memory diverges, and every law would fail by rounding
 
@@ -107,7 +108,8 @@ class Subject:
 
     def _build(self, config):
         rngs = nnx.Rngs(0)
-        return config.build(rngs=rngs) if self.is_model else config.build(self.dim, rngs=rngs)
+        module = config.build(rngs=rngs) if self.is_model else config.build(self.dim, rngs=rngs)
+        return declare_roles(module, strict=False)  # training refuses parameters without a role; the laws do without
 
     def _vocabulary(self) -> int:
         """Tokens that a model knows: the width of its logits."""
@@ -241,4 +243,4 @@ def is_float(leaf) -> bool:
 
 def in_bfloat16(params):
     """The parameters as a bfloat16 training computes with them; where 64-bit types are off."""
-    return jax.tree.map(lambda p: p.astype(jnp.bfloat16) if is_float(p) else p, params)
+    return cast(params, jnp.bfloat16)

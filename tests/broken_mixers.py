@@ -72,9 +72,9 @@ class GatedDecay(nnx.Module):
         self.write = projection(dim, WIDTH, ("embed", "heads"), rngs=rngs)
         self.gate = projection(dim, WIDTH, ("embed", "heads"), rngs=rngs)
         slow = -30.0 if self.fault == "documents leak" else 1.0  # forgets at once, as it begins
-        self.bias = nnx.Param(jnp.full(WIDTH, slow))
+        self.bias = nnx.Param(jnp.full(WIDTH, slow), role="gate")
         self.read = projection(WIDTH, dim, ("heads", "embed"), rngs=rngs)
-        self.spare = nnx.Param(jnp.ones(WIDTH))
+        self.spare = nnx.Param(jnp.ones(WIDTH), role="bias")
 
     def init_state(self, batch_size: int) -> dict[str, Any]:
         dtype = jnp.promote_types(self.bias.dtype, jnp.float32)

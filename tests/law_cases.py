@@ -19,6 +19,7 @@ OWN_PROGRAMS += ("stability.long", "state.start")
 COSTLY = ("test_time", "routed", "prefix_linear_attention")  # tens of seconds for all laws; models too
 OF_COSTLY = ("state.shapes", "state_carry.steps")  # and NO_GRADIENTS
 FOUNDATIONS = ("attention", "linear_attention", "titans")
+THOROUGH = ("attention", "linear_attention")  # with rows of every layout; the others in `make test-long`
 FEW_PROGRAMS = ("causality.finite_change", "independence.rows", "padding.content")
 NO_GRADIENTS = (*FEW_PROGRAMS, "state_carry.blocks", "packing.apart", "packing.slow_decay")
 RELATIVES = ("titans_mac", "titans_mag", "titans_mal", "retnet", "lightning", "hgrn2", "mamba2", "rebased")
@@ -33,7 +34,7 @@ NOT_YET = ("padding.nothing", "state_carry.padding")
 
 def is_thorough(name: str, index: int) -> bool:
     """Whether the config is one that `make test` tests in full."""
-    return not index and name in FOUNDATIONS
+    return not index and name in THOROUGH
 
 
 def _marks(registry, name: str, index: int, part: str) -> list:
@@ -63,11 +64,17 @@ def _is_left_out(registry, name: str, index: int, part: str) -> bool:
     if index or part in DEEP_ONLY:
         return True
     if name in FOUNDATIONS:
-        return name == "titans" and part in OWN_PROGRAMS  # they take a minute
+        costly = (*OWN_PROGRAMS, "padding.nothing", "causality.jacobian")
+        return name == "titans" and part in costly  # they take a minute
     if _is_setting(registry[name], registry):
         return name in SETTINGS_LEFT_OUT + MODELS_LEFT_OUT or part not in FEW_PROGRAMS
     if name in RELATIVES:
         return part not in NO_GRADIENTS
+    if part in ("independence.gradients", "stability.gradients"):
+        return True
+    costly = registry.kind == "model" or any(word in registry[name].__module__ for word in COSTLY)
+    if costly and part in ("state.shapes", "causality.jacobian", "trainability.finite_differences", "padding.nothing"):
+        return True
     of_mixers = part in GRADIENTS and issubclass(registry[name], LanguageModelConfig)  # its mixers' gradients will do
     return of_mixers or part in OWN_PROGRAMS
 

@@ -253,7 +253,6 @@ def test_gate_logits_accumulate_in_float32_and_norms_keep_the_dtype():
         assert logits.dtype == jnp.float32 and normed.dtype == y.dtype == jnp.bfloat16
 
 
-@engrax.register("contract_bare")
 @dataclasses.dataclass(frozen=True)
 class BareConfig(engrax.MixerConfig):
     """A mixer with a parameter that declares no role."""

@@ -65,7 +65,8 @@ def test_a_folder_that_does_not_fit_is_refused_before_anything_is_written(folder
 
 def test_an_update_keeps_the_bits_of_what_is_frozen():
     """Without a compiler between, adding an update of 0 turns -0 into 0."""
-    params = nnx.State({"still": nnx.Param(jnp.array([-0.0, 1.0]), frozen=True), "moves": nnx.Param(jnp.ones(2))})
+    still, moves = jnp.array([-0.0, 1.0]), jnp.ones(2)
+    params = nnx.State({"still": nnx.Param(still, frozen=True, role="bias"), "moves": nnx.Param(moves, role="bias")})
     tx = optimizers.build(AdamWConfig(), 10, params)
     grads = jax.tree.map(jnp.ones_like, params)
     new, _ = train_step.apply_gradient(tx, {"opt_state": tx.init(params)}, params, grads, jnp.float32(1.0), 1.0)

@@ -72,7 +72,7 @@ class Leaky(nnx.Module):
     def __init__(self, config, dim, *, rngs):
         self.sees = config.sees
         self.map = projection(dim, dim, ("embed", "mlp"), rngs=rngs)
-        self.gate = nnx.Param(jnp.zeros(()))  # shut where the training begins
+        self.gate = nnx.Param(jnp.zeros(()), role="gate")  # shut where the training begins
 
     def init_state(self, batch_size):
         return jnp.zeros((batch_size, 1))

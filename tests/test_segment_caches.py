@@ -73,7 +73,7 @@ def test_no_gradient_reaches_the_segment_before():
 
 
 @pytest.mark.parametrize(
-    "change, says", [(dict(bank_size=10), "no multiple of segment_length=4"), (dict(neighbours=9), "between 1 and")]
+    "change, says", [(dict(bank_size=10), "not a multiple of segment_length=4"), (dict(neighbours=9), "between 1 and")]
 )
 def test_settings_that_do_not_fit_are_refused(change, says):
     sizes = dict(heads=HEADS, head_dim=WIDTH, segment_length=LENGTH, bank_size=8, neighbours=3) | change

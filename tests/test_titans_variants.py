@@ -125,7 +125,7 @@ def test_persistent_tokens_are_seen_from_everywhere(x64):
 @pytest.mark.parametrize(
     "fields, words",
     [
-        (dict(chunk_size=10), "no multiple of memory.chunk_size=4"),
+        (dict(chunk_size=10), "not a multiple of memory.chunk_size=4"),
         (dict(head_dim=3), "pairs of channels"),
         (dict(mode="printed"), "causal, paper"),
         (dict(memory=dataclasses.replace(MEMORY, implementation="reference")), "segment by segment"),

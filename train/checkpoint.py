@@ -29,7 +29,8 @@ def flatten(tree: Any) -> dict[str, Any]:
         name = _name(path)
         if name in found:
             raise ValueError(f"two arrays have the name {name}; rename one of the keys.")
-        found[name] = leaf.get_value() if _is_variable(leaf) else leaf
+        if _holds_array(leaf):
+            found[name] = leaf.get_value() if _is_variable(leaf) else leaf
     return found
 
 
@@ -39,6 +40,8 @@ def unflatten(flat: dict[str, Any], like: Any) -> Any:
     leaves, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_variable)
 
     def one(path, leaf):
+        if not _holds_array(leaf):
+            return leaf
         name, wanted = _name(path), leaf.get_value() if _is_variable(leaf) else leaf
         if name not in flat and math.prod(wanted.shape):
             raise ValueError(f"there is no array {name}.")
@@ -50,6 +53,11 @@ def unflatten(flat: dict[str, Any], like: Any) -> Any:
 
 def _is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
+
+
+def _holds_array(leaf: Any) -> bool:
+    """False for the state that an optimizer keeps in the place of a frozen parameter."""
+    return not _is_variable(leaf) or bool(jax.tree.leaves(leaf))
 
 
 def _not_empty(flat: dict[str, Any]) -> dict[str, Any]:
