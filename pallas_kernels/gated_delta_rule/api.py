@@ -58,7 +58,7 @@ def gated_delta_rule(
       initial_state: `[B, HV, K, V]`, with num_segments `[B, N, HV, K, V]`; None: zero.
       segment_ids: int `[B, T]`, non-decreasing along a row, -1 = padding (no write, no decay, output 0, may hold
         anything). Without num_segments the row's first segment continues `initial_state`, later ones start from zero.
-      num_segments: N: every segment id in [0, N) has its own state.
+      num_segments: N: every segment id in [0, N) has a state of its own.
       chunk_size: tokens worked on at once.
       implementation: None (choose), "reference" (token by token), "xla" (chunk by chunk), or a kernel,
         see `engrax.pallas_kernels.available`.
