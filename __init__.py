@@ -54,7 +54,7 @@ __getattr__ = lazy.attach(__name__)
 
 
 def _train(config, run_dir, *, source=None, progress=True, **fields):
-    """What calling `engrax.train` does; see there."""
+    """The call of `engrax.train`; see there."""
     from engrax import configs
     from engrax.train import experiment as experiments
     from engrax.train import loop
@@ -122,7 +122,7 @@ def generate(run, prompt, *, tokens=200, temperature=0.8, seed=0, step=None, plu
 def export(run, folder, *, step=None, plugins=()):
     """Writes a run that began from a published checkpoint (`init_from`) back into its files' layout, into `folder`.
 
-    A wrapped backbone (HMT, say) is written without what stands around it. Raises UserError where the run began anew.
+    Of a wrapping model (HMT, for example) only the backbone is written. Raises UserError if the run has no `init_from`.
     """
     from engrax.models import imported
     from engrax.train import runs

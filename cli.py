@@ -44,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         sys.stdout = None
         return 0
-    except OSError as error:  # a disk is full, a folder may not be written, a file stands where a folder should
+    except OSError as error:  # a full disk, a folder without write permission, a file in place of a folder
         print(f"engrax: {error}", file=sys.stderr)
         return 2
 
@@ -194,7 +194,7 @@ def _compare(args: list[str]) -> int:
     parser = _parser(
         "compare",
         "Trains and tabulates a comparison: every experiment at every learning rate of the grid, the best rate with "
-        "several seeds. Goes on where it was interrupted. Any field of all experiments is a flag: --steps 300.",
+        "several seeds. Continues after an interruption. Any field of all experiments is a flag: --steps 300.",
     )
     parser.add_argument("config", help="a comparison that `engrax list` shows, or a .py file with comparison()")
     parser.add_argument("--folder", help="where its runs and tables go (default: runs/COMPARISON)")

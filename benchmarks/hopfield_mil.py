@@ -10,7 +10,7 @@ engrax.models.set_classifier.SetClassifier with the same embedding and as many p
 
 The rule, written before the run. For each pooling and number of bags: the learning rates 3e-4 to 3e-2 with seed 0, and
 as long as the best of them ends this grid, the next one too. The best on 1024 held-out bags (equal ones: the lower
-cross-entropy) is trained anew with seeds 1 to 5, which alone are judged, on 2048 other held-out bags. Every seed has an
+cross-entropy) is retrained with seeds 1 to 5; only these are judged, on 2048 other held-out bags. Every seed has an
 initialisation, an order and training bags of its own, the same bags for all poolings. Intervals and verdicts are those
 of engrax.evals.verdicts: a bootstrap over seeds and judged bags with Student's t, "inconclusive" where the difference
 to Hopfield pooling with one update may be 0. The target, to be ahead of mean and max pooling, is judged on the accuracy

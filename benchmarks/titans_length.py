@@ -4,7 +4,7 @@
         --plot docs/titans_length.png
 
 The memory alone (LMM) and memory as context (MAC), `configs/titans_lmm.py` and `titans_mac.py`, are trained on rows of
-256 bytes: as documents cut into rows; as streams whose memory goes on from row to row (`--carry-memory`; no gradient
+256 bytes: as documents cut into rows; as streams with a memory carried from row to row (`--carry-memory`; no gradient
 passes from row to row); and on such streams after the rows, in a second stage. Half of the text is held out, for its
 long documents: every validation document of more than 16,384 bytes is read from its beginning, in pieces of 256.
 

@@ -1,8 +1,8 @@
 """Times every implementation of an operation and says how far from the device's limits it is; `engrax bench`.
 
-Only jax is needed. Forward is the call alone; forward + backward has the gradient of every array argument. A figure
-is the median over runs, wall clock around a call that is waited for; on a GPU the time of the kernels themselves
-(CUPTI) stands beside it. Error is the relative root mean square difference from the float64 reference on shorter rows.
+Only jax is needed. Forward is the call alone; forward + backward has the gradient of every array argument. A figure is
+the median over runs of the wall-clock time of a blocking call; on a GPU the time of the kernels (CUPTI) is also
+reported. Error is the relative root mean square difference from the float64 reference on shorter rows.
 Peers, other libraries' implementations, are timed in the same run where they can be (`baselines`).
 """
 

@@ -1,1 +1,1 @@
-"""What operations share: validation, canonical shapes, segments, decays, matrix products, costs, partitioning."""
+"""Shared parts of operations: validation, canonical shapes, segments, decays, matrix products, costs, partitioning."""

@@ -1,4 +1,4 @@
-"""What the log-decay operations do to their arguments around the chunkwise form: dtypes, segments, padding."""
+"""Conversion of the log-decay operations' arguments for the chunkwise form: dtypes, segments, padding."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ from engrax.pallas_kernels.common.segments import (
     to_slots,
 )
 
-AnyArray = Array | np.ndarray  # what a caller may give
+AnyArray = Array | np.ndarray  # accepted from callers
 
 
 def token_dtype(q: AnyArray, k: AnyArray, v: AnyArray, *others: AnyArray | None) -> np.dtype:
@@ -45,9 +45,9 @@ def lay_out(
     num_segments: int | None,
     chunk: int,
 ) -> tuple[tuple[Float[Array, "B L ..."], ...], Float[Array, "B L *D"] | None, SegmentLayout | None]:
-    """Returns tokens, gates and layout with L a multiple of the chunk; what is no real token is zero in all of them.
+    """Returns tokens, gates and layout with L a multiple of the chunk; all are zero at positions without a real token.
 
-    Segments without states of their own become gates of -inf: `g` None must not meet those.
+    Segments without separate states become gates of -inf, so they need a `g`.
     """
     batch, length = tokens[0].shape[:2]
     if num_segments is not None:

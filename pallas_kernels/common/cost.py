@@ -1,4 +1,4 @@
-"""What the cost tables of the operations share."""
+"""Shared parts of the operations' cost tables."""
 
 from typing import NamedTuple
 

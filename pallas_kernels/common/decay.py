@@ -1,7 +1,7 @@
 """Log decays: products of gates as differences of a cumulative sum, without the cancellation.
 
 The product of the gates between two tokens is exp(G_i - G_j), G the cumulative sum of log gates inside a chunk. In
-float32 that difference loses all digits where gates of -50 stand beside gates of -1e-4. Here every gate is split into a
+float32 this difference loses all digits if gates of -50 and of -1e-4 are mixed. Here every gate is split into a
 multiple of 2^-7, whose sums are exact, and a small rest:
 
     g = round(2^7 g) / 2^7 + rest,    hi = cumsum(multiples),    lo = cumsum(rests)
@@ -42,8 +42,8 @@ class Decay(NamedTuple):
 def cumulative_decay(g: Float[Array, "..."], axis: int, *, segments: bool = False) -> Decay:
     """Returns the cumulative sums of log gates (float32 or float64) along the axis of the tokens of one chunk.
 
-    segments: gates at the floor are boundaries. Nothing passes them, so that `lo` may begin anew there, and then no
-    rounding of a gradient passes them either.
+    segments: gates at the floor are boundaries. Nothing passes them, so `lo` restarts there, and no rounding error of a
+    gradient passes them either.
     """
     floor = FLOOR if g.dtype == jnp.float64 else FLOOR_32
     boundary, g = g <= floor, jnp.maximum(g, floor)
@@ -53,7 +53,7 @@ def cumulative_decay(g: Float[Array, "..."], axis: int, *, segments: bool = Fals
 
 
 def _sum_since(boundary, x, axis: int):
-    """Returns the cumulative sum of x, begun anew at every boundary: by doubling, so that nothing is subtracted."""
+    """Returns the cumulative sum of x, restarted at every boundary, by doubling: nothing is subtracted."""
     x, segment = jnp.moveaxis(x, axis, 0), jnp.cumsum(jnp.moveaxis(boundary, axis, 0), axis=0, dtype=jnp.int32)
     shift = 1
     while shift < x.shape[0]:

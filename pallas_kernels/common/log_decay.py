@@ -1,4 +1,4 @@
-"""What the log-decay operations (`linear_attention`, `gated_delta_rule`) tell an implementation about a call."""
+"""Description of a call of the log-decay operations (`linear_attention`, `gated_delta_rule`) for implementations."""
 
 from typing import NamedTuple
 

@@ -20,7 +20,7 @@ class EmulatedPrecision(NamedTuple):
     dtype: DTypeLike
 
 
-Operands = DTypeLike | EmulatedPrecision  # what the operands of a product are
+Operands = DTypeLike | EmulatedPrecision  # the dtype of a product's operands
 
 
 def emulated_on_cpu(dtype: DTypeLike) -> Operands:
@@ -37,10 +37,10 @@ def accumulator(dtype: DTypeLike) -> jnp.dtype:
 def dot(
     a: Float[Array, "_ _"], b: Float[Array, "_ _"], axis_a: int, axis_b: int, operands: Operands
 ) -> Float[Array, "_ _"]:
-    """Returns the product of two matrices, summed over one axis of each; rows are what is left of a.
+    """Returns the product of two matrices, summed over one axis of each; the rows are the other axis of a.
 
-    Both are rounded to the operands' dtype, what the matrix unit is fed with, here and (with the result's cotangent)
-    in the derivative. The result, and the derivative's, has the accumulator's dtype.
+    Both are rounded to the operands' dtype, which the matrix unit multiplies; the derivative rounds them and the
+    cotangent likewise. The results have the accumulator's dtype.
     """
     a, b = rounded(a, operands), rounded(b, operands)
     contract = (((axis_a,), (axis_b,)), ((), ()))
@@ -56,7 +56,7 @@ def rounded(x: Float[Array, "..."], operands: Operands) -> Float[Array, "..."]:
 
 
 def precision(operand: Float[Array, "..."]) -> lax.Precision:
-    """Returns the precision at which no digit of an operand is dropped; 16 bits are what matrix units take."""
+    """Returns the precision that drops no digit of an operand; matrix units take 16 bits."""
     return lax.Precision.DEFAULT if operand.dtype.itemsize == 2 else lax.Precision.HIGHEST
 
 

@@ -23,7 +23,7 @@ from engrax.pallas_kernels.gated_delta_rule.reference import gated_delta_rule_re
 from engrax.pallas_kernels.gated_delta_rule.vjp import OP, DeltaInputs
 
 
-@no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked
+@no_type_check  # its errors name the argument and the expected shape; the functions it calls are checked
 def gated_delta_rule(
     q,
     k,
@@ -38,18 +38,18 @@ def gated_delta_rule(
     chunk_size=64,
     implementation=None,
 ):
-    """Corrects in a matrix that decays what every token's key reads there towards its value, and reads its query.
+    """Corrects the read of every token's key in a decaying matrix towards its value, and reads with its query.
 
-    For every row and value head, whose query head is j // (HV // H) for value head j:
+    For every row and value head j, with query head j // (HV // H):
 
         S = exp(g_t) S_{t-1},   S_t = S + beta_t k_t (v_t - S^T k_t)^T,   out_t = scale q_t S_t
 
-    that is DeltaNet (arXiv:2406.06484) without a gate, Gated DeltaNet (arXiv:2412.06464) with one gate per head, and
+    This is DeltaNet (arXiv:2406.06484) without a gate, Gated DeltaNet (arXiv:2412.06464) with one gate per head, and
     KDA (arXiv:2510.26692) with one per channel.
 
     Args:
-      q, k: queries and keys `[B, T, H, K]`, any T >= 1; float64, float32, bfloat16 or float16. The state stays bounded
-        where keys have a norm of at most 1.
+      q, k: queries and keys `[B, T, H, K]`, any T >= 1; float64, float32, bfloat16 or float16. The state is bounded if
+        keys have a norm of at most 1.
       v: values `[B, T, HV, V]`, HV a multiple of H.
       beta: strength of the correction `[B, T, HV]`, in [0, 2] (not checked); 1 replaces what unit keys read.
       g: log decay `[B, T, HV]` or `[B, T, HV, K]`, <= 0 (checked in debug mode only); -inf forgets everything, with

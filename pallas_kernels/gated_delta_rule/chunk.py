@@ -1,4 +1,4 @@
-"""One chunk of one head of the gated delta rule, as matrix products: what a kernel body and the XLA form share.
+"""One chunk of one head of the gated delta rule, as matrix products, shared by kernels and the XLA form.
 
 With G the cumulative log decay of the chunk, G_C its last, and S the state before the chunk:
 

@@ -240,7 +240,7 @@ def _retreat_all(plan: StateWalk, stages: int, inputs, outputs, scratch):
             both = kept(scratch, state, row) * load_matrix(blocks["match_with"].at[pl.ds(row, 64), :])
             outputs["matches"][column, batch, head, chunk, pl.ds(row, 64)] = sum_columns(both)
         rows_bar = _rows_bar(plan, blocks, scratch)
-        plgpu.commit_smem()  # all warps have read `rows`, an operand of that product, before it is written anew
+        plgpu.commit_smem()  # all warps have read `rows`, an operand of that product, before it is overwritten
         outputs["dots"][column, batch, head, pl.ds(chunk * CHUNK, CHUNK)] = sum_columns(
             rows_bar * load_matrix(blocks["v"])
         )

@@ -1,4 +1,4 @@
-"""The gated delta rule as it is defined: token after token. The oracle, not fast."""
+"""The gated delta rule by its definition, token by token. The oracle, not fast."""
 
 import jax
 import jax.numpy as jnp

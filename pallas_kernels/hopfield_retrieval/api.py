@@ -21,7 +21,7 @@ OP = "hopfield_retrieval"
 GRADIENTS = ("unrolled", "implicit")
 
 
-@no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked
+@no_type_check  # its errors name the argument and the expected shape; the functions it calls are checked
 def hopfield_retrieval(
     state,
     stored,
@@ -38,7 +38,7 @@ def hopfield_retrieval(
     mask=None,
     implementation=None,
 ):
-    """Returns what states retrieve from stored patterns (arXiv 2008.02217), each row, head and state by itself:
+    """Retrieves from stored patterns (arXiv 2008.02217), independently for each row, head and state:
 
         xi <- X^T p   (steps - 1 times),   retrieved = V^T p,   p = sep(beta sim(X, xi))
 
@@ -49,25 +49,25 @@ def hopfield_retrieval(
     Args:
       state: the states xi to begin from, `[B, N, H, D]`; float64, float32, bfloat16 or float16.
       stored: the patterns X, `[B, M, H, D]`.
-      values: what is read with the last weights, `[B, M, H, V]`; None: the patterns.
+      values: read with the last weights, `[B, M, H, V]`; None: the patterns.
       beta: inverse temperature, a number or `[H]`, at least 0 (not checked). 0: all visible patterns weigh the same.
-      steps: updates, the last, which reads the values, included; None: until the state rests, decided for each row,
-        head and state alone.
+      steps: updates, including the last, which reads the values; None: until the state converges, decided separately
+        for each row, head and state.
       tolerance: with `steps=None`: a state rests once an update moves it by no more than this times the length of its
         longest visible pattern. An implicit gradient's own iteration stops by the same number.
-      max_steps: with `steps=None`: updates at most.
+      max_steps: with `steps=None`: maximal number of updates.
       separation: "softmax", "sparsemax" (arXiv 1602.02068) or "entmax" (arXiv 1905.05702).
       alpha: of "entmax", above 1; 2 is sparsemax, towards 1 it becomes softmax.
       similarity: "dot", "cosine", "l2" (-1/2 |x - xi|^2) or "l1" (-sum |x - xi|).
       gradient: "unrolled": through every update, keeping the states between them. "implicit", with `steps=None`: that
         of the state at rest, in memory that does not depend on the number of updates; the initial state then has none.
         The two agree where the iteration has converged.
-      mask: bool `[B, M]` or `[B, N, M]`, True = visible; None: everything is. What no state sees may hold anything.
-        A state that sees nothing may hold anything too; it retrieves 0, and no gradient comes from it.
+      mask: bool `[B, M]` or `[B, N, M]`, True = visible; None: all are visible. Invisible patterns may have any value.
+        A state without visible patterns may too; it retrieves 0 and gives no gradient.
       implementation: None (choose), "reference" (state by state), "xla", "pallas_gpu" or "pallas_tpu".
 
     Returns:
-      What is retrieved, `[B, N, H, V]`, in the widest dtype among state, stored and values.
+      The retrieved vectors, `[B, N, H, V]`, in the widest dtype among state, stored and values.
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value; the message names it.
@@ -101,14 +101,14 @@ def hopfield_retrieval(
 
 @no_type_check
 def hopfield_energy(state, stored, *, beta, separation="softmax", alpha=1.5, similarity="dot", mask=None):
-    """Returns the energy of every state, which no update of `hopfield_retrieval` makes rise:
+    """Returns the energy of every state; no update of `hopfield_retrieval` increases it:
 
         dot   E = 1/2 |xi|^2 - (Omega*(beta X xi) - Omega*(0)) / beta
         l2    E =            - (Omega*(-beta/2 |x - xi|^2) - Omega*(0)) / beta
 
     Omega* is the conjugate of the separation's entropy: for softmax log sum exp, and Omega*(0) = log M, which gives the
-    energy of arXiv 2008.02217 up to its constant 1/2 max |x|^2. At beta 0 it is the limit; where a state sees nothing,
-    what is left without Omega*. Under "cosine" and "l1" the updates descend no energy.
+    energy of arXiv 2008.02217 up to its constant 1/2 max |x|^2. At beta 0 it is the limit; for a state without visible
+    patterns, the expression without Omega*. For "cosine" and "l1" the updates do not descend an energy.
 
     Args: as of `hopfield_retrieval`. Returns `[B, N, H]`, float32 (float64 where an input is).
     Raises ValueError: an argument has a wrong shape, dtype or value; the message names it.
@@ -159,7 +159,7 @@ def _power(separation: str, alpha) -> float:
 
 
 def _prepare(dtype, state, stored, values, beta, mask):
-    """Beta for every head, hidden patterns and states that see nothing blank, the mask with a middle axis."""
+    """Beta for every head, zeros for hidden patterns and for states without visible ones, the mask with three axes."""
     beta = jnp.broadcast_to(jnp.asarray(beta, accumulator(dtype)), state.shape[2:3])
     if mask is not None:
         mask = mask[:, None] if mask.ndim == 2 else mask
@@ -194,7 +194,7 @@ def _attention(state, stored, values, beta, mask):
     state, stored = (_widened(x, value) for x in (state, stored))
     shown = None if mask is None else mask[:, None]
     out = jax.nn.dot_product_attention(state, stored, _widened(values, width), mask=shown, scale=1.0)[..., :value]
-    # The library gives the mean of what is hidden to a state that sees nothing.
+    # For a state without visible patterns the library returns the mean of the hidden ones.
     return out if mask is None else jnp.where(jnp.any(mask, axis=-1)[..., None, None], out, 0)
 
 

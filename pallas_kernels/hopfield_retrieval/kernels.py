@@ -1,4 +1,4 @@
-"""What the kernels of all devices share: what they serve, and the derivative, which is the XLA form's."""
+"""Shared by the kernels of all devices: the supported calls, and the derivative, which is the XLA form's."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from engrax.pallas_kernels.hopfield_retrieval.xla import hopfield_retrieval_xla
 from engrax.pallas_kernels.passes import Passes, pull_back
 
 MOST_STEPS = 8  # on TPU they are written out: loops of few patterns end in an error of the compiler for v6e
-HIDDEN = -1e30  # added to the score of what is hidden
+HIDDEN = -1e30  # added to the score of hidden patterns
 
 
 def unserved(device: str, shapes: RetrievalShapes) -> str | None:

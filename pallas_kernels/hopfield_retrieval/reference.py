@@ -1,4 +1,4 @@
-"""Hopfield retrieval as it is defined, one row, head and state at a time. The oracle.
+"""Hopfield retrieval by its definition, one row, head and state at a time. The oracle.
 
 The implicit gradient is that of one update at the resting state xi*, times (I - J)^-1 with J its Jacobian there, D x D:
 d xi* = (I - J)^-1 (df / d theta) d theta.
@@ -29,7 +29,7 @@ def hopfield_retrieval_reference(
     beta: Float[Array, " H"],
     visible: Bool[Array, "B N M"],
 ) -> Float[Array, "B H N V"]:
-    """Returns what every state retrieves; all arrays in the dtype of the computation."""
+    """Returns the retrieved vector of every state; all arrays have the dtype of the computation."""
 
     def one(xi, x, v, b, seen):
         def weights(xi, x, b):

@@ -59,7 +59,7 @@ def exponentials(
     """Returns softmax as (weights that are not normalised, what to divide them by)."""
     scores = scores if visible is None else jnp.where(visible, scores, -jnp.inf)
     top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    # What guards rows that see nothing costs a CPU a third of an update: the sums are made anew for what divides them.
+    # Guards for rows without visible patterns cost a third of an update on a CPU: XLA recomputes sums for each divisor.
     exponential = jnp.exp(scores - (top if visible is None else jnp.where(jnp.isfinite(top), top, 0)))
     total = jnp.sum(exponential, axis=-1, keepdims=True)
     return exponential, total if visible is None else jnp.where(total > 0, total, 1)

@@ -1,4 +1,4 @@
-"""What is static about a call of Hopfield retrieval."""
+"""Types of a call of Hopfield retrieval: static settings, inputs, shapes."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class RetrievalForm(NamedTuple):
 
 
 class RetrievalInputs(NamedTuple):
-    """What every implementation of retrieval gets; `visible` has a middle axis of N or 1."""
+    """The inputs of every implementation of retrieval; `visible` has a middle axis of N or 1."""
 
     state: Float[Array, "B H N D"]
     stored: Float[Array, "B H M D"]
@@ -39,7 +39,7 @@ class RetrievalInputs(NamedTuple):
 
 
 class RetrievalShapes(NamedTuple):
-    """What a kernel is asked to serve."""
+    """The sizes of a call, by which a kernel decides whether it serves it."""
 
     steps: int | None
     separation: str

@@ -32,7 +32,7 @@ def hopfield_retrieval_xla(
     beta: Float[Array, " H"],
     visible: Bool[Array, "B _ M"] | None,
 ) -> Float[Array, "B H N V"]:
-    """Returns what every state retrieves, in the accumulator's dtype; `visible` has a middle axis of N or 1."""
+    """Returns every state's retrieved vector in the accumulator's dtype; `visible` has a middle axis of N or 1."""
     on_a_cpu = form._replace(operands=emulated_on_cpu(form.operands), scores=CACHED_SCORES)
     branches = {"cpu": partial(_by_blocks, on_a_cpu), "default": partial(_by_blocks, form)}
     return lax.platform_dependent(state, stored, values, beta, visible, **branches)

@@ -23,7 +23,7 @@ from engrax.pallas_kernels.linear_attention.reference import linear_attention_re
 from engrax.pallas_kernels.linear_attention.vjp import OP, LinearInputs
 
 
-@no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked
+@no_type_check  # its errors name the argument and the expected shape; the functions it calls are checked
 def linear_attention(
     q,
     k,
@@ -37,13 +37,13 @@ def linear_attention(
     chunk_size=64,
     implementation=None,
 ):
-    """Adds every token's key and value to a matrix that decays, and reads the matrix with its query.
+    """Adds every token's key and value to a decaying matrix, and reads the matrix with its query.
 
-    For every row and value head, whose query head is j // (HV // H) for value head j:
+    For every row and value head j, with query head j // (HV // H):
 
         S_t = exp(g_t) S_{t-1} + k_t v_t^T,   out_t = scale q_t S_t
 
-    that is linear attention (arXiv:2006.16236) without a gate, RetNet (arXiv:2307.08621) and Mamba-2's scan
+    This is linear attention (arXiv:2006.16236) without a gate, RetNet (arXiv:2307.08621) and Mamba-2's scan
     (arXiv:2405.21060) with one gate per head, GLA (arXiv:2312.06635) with one per channel.
 
     Args:

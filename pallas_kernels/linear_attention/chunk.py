@@ -1,4 +1,4 @@
-"""One chunk of one head of linear attention, as two-dimensional arrays: what a kernel body and the XLA form share.
+"""One chunk of one head of linear attention, as two-dimensional arrays, shared by kernels and the XLA form.
 
 With G the cumulative log decay of the chunk, S the state before it and C its last token:
 

@@ -1,4 +1,4 @@
-"""Linear attention as it is defined: token after token. The oracle, not fast."""
+"""Linear attention by its definition, token by token. The oracle, not fast."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What every implementation of linear attention's core gets.
+"""The inputs of every implementation of linear attention's core.
 
 Nothing else is saved for the backward pass: it runs the states forward again, which costs one product in ten.
 """
@@ -14,7 +14,7 @@ OP = "linear_attention"
 
 
 class LinearInputs(NamedTuple):
-    """What every implementation below `api` gets: T a multiple of the chunk, padding with k = v = 0 and no decay.
+    """The inputs of every implementation below `api`: T a multiple of the chunk, padding with k = v = 0 and no decay.
 
     q, k, v share a dtype; decay and state have the accumulator's. decay: hi and lo `[B, T, HV]` or `[B, T, HV, K]`,
     cumulative inside each chunk. layout: None, or where a chunk begins from the state of another segment; then the

@@ -1,6 +1,6 @@
 """Linear attention for any device: groups of chunks one after another, the chunks of a group at once but for the state.
 
-A group is sized for the device: small enough that what it computes stays in a CPU's cache, large enough to fill a GPU.
+A group is sized for the device: small enough for a CPU's cache, large enough to fill a GPU.
 So temporary memory is that of one group, and the backward pass adds one state per group.
 
 Axes here: M chunks, B rows, C tokens of a chunk, K and V features, N segments. The axes of heads, H below, are those
@@ -27,7 +27,7 @@ UNROLL = 8  # chunks per step of the scan over states: a step is a handful of el
 
 
 class LinearForm(NamedTuple):
-    """What is static. group: chunks times rows times value heads; operands: of the matrix products."""
+    """Static settings. group: chunks times rows times value heads; operands: of the matrix products."""
 
     chunk: int
     scale: float

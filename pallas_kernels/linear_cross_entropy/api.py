@@ -27,7 +27,7 @@ class CrossEntropyShapes(NamedTuple):
     dtype: np.dtype
 
 
-@no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked
+@no_type_check  # its errors name the argument and the expected shape; the functions it calls are checked
 def linear_cross_entropy(hidden, embedding, labels, *, soft_cap=None, chunk_size=1024, implementation=None):
     """Returns the cross entropy of every token under a linear head, and whether the head predicts it:
 

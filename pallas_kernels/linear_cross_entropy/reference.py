@@ -1,4 +1,4 @@
-"""The cross entropy of a linear head as it is defined, logits and all. The oracle."""
+"""The cross entropy of a linear head by its definition, with all logits. The oracle."""
 
 import jax
 import jax.numpy as jnp

@@ -115,7 +115,7 @@ def _to_end(scratch):
 
 def _add_over(scratch, window, *level):
     """Makes `_decay` add over this window of tokens."""
-    plgpu.commit_smem()  # all warps' products have read what is written anew from here on
+    plgpu.commit_smem()  # all warps' products have read the buffers overwritten below
     scratch["window"][...] = jnp.where(window(scratch, *level), 1.0, 0.0).astype(jnp.bfloat16)
     plgpu.commit_smem()
 

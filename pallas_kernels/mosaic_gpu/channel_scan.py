@@ -242,7 +242,7 @@ def _solve_bar(blocks, scratch, written_bar, send):
     split(scratch["inverse"], load_matrix(blocks["inverse"]))
     plgpu.commit_smem()
     (rows_bar,) = products([(transposed(part), scratch["rows"]) for part in scratch["inverse"]])
-    plgpu.commit_smem()  # all warps have read `rows`, an operand of that product, before it is written anew
+    plgpu.commit_smem()  # all warps have read `rows`, an operand of that product, before it is overwritten
     scratch["rows"][...] = rows_bar.astype(jnp.bfloat16)
     plgpu.commit_smem()
     send(scratch["rows"], "rows")

@@ -206,7 +206,7 @@ def ladder(a, left, right):
         split(right, corner(level))
         plgpu.commit_smem()
         (first,) = products(pairs(left, right))
-        plgpu.commit_smem()  # all warps' products have read the right operand, which is written anew
+        plgpu.commit_smem()  # all warps' products have read the right operand, which is overwritten
         split(right, first)
         plgpu.commit_smem()
         (second,) = products(pairs(right, left))

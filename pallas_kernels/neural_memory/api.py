@@ -15,7 +15,7 @@ from engrax.pallas_kernels.neural_memory.vjp import group_size
 from engrax.pallas_kernels.neural_memory.xla import neural_memory_xla
 
 
-@no_type_check  # its own messages name the argument and the shape wanted; what it calls is checked
+@no_type_check  # its errors name the argument and the expected shape; the functions it calls are checked
 def neural_memory(
     q,
     k,

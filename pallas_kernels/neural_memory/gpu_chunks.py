@@ -99,7 +99,7 @@ def _differentiate(plan: MemorySizes, inputs, outputs, scratch):
     plgpu.copy_smem_to_gmem(scratch["write"], outputs["write_bar"].at[program])
     rows_bar = outputs["rows_bar"].at[program]
     found = {"q": _of_queries(scratch, rows_bar)}
-    plgpu.commit_smem()  # nothing of what follows is begun before, for which the registers do not suffice
+    plgpu.commit_smem()  # keeps later work from starting earlier, for which registers do not suffice
     found["k"] = _of_keys(scratch, rows_bar)
     plgpu.commit_smem()  # all threads' products have read q and k, which make room
     for name, value in found.items():

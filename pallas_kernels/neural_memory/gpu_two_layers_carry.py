@@ -191,7 +191,7 @@ def _matches(chunk: CarryChunk):
 def _of_deltas(chunk: CarryChunk):
     """Leaves dr, and the parts of dz and dk that come from d delta and delta; writes those of dC and dE.
 
-    Each cotangent is rounded anew for dk and for d delta: registers do not hold both sums.
+    Each cotangent is rounded twice, for dk and for d delta: registers do not hold both sums.
     """
     for tile in range(chunk.plan.tiles):
         put((chunk.tile("r_bar", tile), chunk.exact(DELTA, tile)))  # for now

@@ -140,7 +140,7 @@ class TwoLayerProgram(NamedTuple):
         self.outputs[name].at[self.batch, self.head, *index][...] = value
 
     def send(self, name: str, tile, *index):
-        """Lets a tile in SMEM leave for its place in an output by head; `sent` before it is written anew."""
+        """Starts storing a tile from SMEM to its place in an output by head; call `sent` before overwriting it."""
         plgpu.copy_smem_to_gmem(tile, self.outputs[name].at[self.batch, self.head, *index])
 
     def send_tokens(self, name: str, tile, chunk):
@@ -336,7 +336,7 @@ def _read(chunk: TwoLayerChunk):
 
 
 def _carry(chunk: TwoLayerChunk):
-    """Brings weights and momentum to the end of the chunk; delta and e are computed anew: registers are scarce."""
+    """Brings weights and momentum to the end of the chunk; delta and e are recomputed: registers are scarce."""
     tiles = range(chunk.plan.tiles)
     for tile in tiles:
         _write(chunk, {tile: lambda: chunk.blocks["k"]}, _delta(chunk, tile))

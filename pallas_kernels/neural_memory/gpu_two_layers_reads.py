@@ -196,7 +196,7 @@ def _second_layer(chunk: ReadsChunk):
     put((chunk.tile("square"), chunk.scaled(matches)))
     for tile in hidden:
         g, total = f(load_matrix(scratch["before"][tile])), 0.0
-        plgpu.commit_smem()  # nothing of what follows is begun before, for which the registers do not suffice
+        plgpu.commit_smem()  # keeps later work from starting earlier, for which registers do not suffice
         for number, (name, row) in enumerate(_READS):
             (part,) = products((chunk.tile("out_bar"), transposed(chunk.tile(name, chunk.plan.tiles + tile))))
             rows[number] = rows[number] + sum_columns(g * part)
