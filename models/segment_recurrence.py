@@ -323,8 +323,8 @@ class SegmentRunner:
     def inserted(self, state: Running) -> Running:
         memory, x = self.model.infix(state.memory, state.recent)
         ids = self.of_last(state, x)
-        _, backbone, _ = self.model.read(x, ids, state.backbone, memory, state.last_segment, 0)
-        return state._replace(memory=memory, backbone=backbone)
+        read = self.model.read(x, ids, state.backbone, memory, state.last_segment, self.call)
+        return state._replace(memory=memory, backbone=read.state)
 
     def finish(self, state: Running) -> Running:
         x = self.model.suffix(state.memory)

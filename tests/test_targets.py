@@ -8,7 +8,7 @@ CODE = """
 import json, sys
 import engrax
 engrax.train(sys.argv[1], "run", progress=False)
-print(json.dumps(engrax.evaluate("run", progress=False).data))
+print(json.dumps(engrax.evaluate("run", progress=False).data["evaluations"]))
 """
 
 
@@ -37,8 +37,8 @@ def test_quickstart_learns_with_its_memory(reached):
     data = reached("quickstart")
     order_3 = next(found["value"] for found in data["baselines"]["orders"] if found["order"] == 3)
     assert data["validation"]["bits_per_byte"]["value"] < order_3
-    assert data["ablation"]
-    assert all(found["difference"]["value"] >= 0.05 for found in data["ablation"].values()), data["ablation"]
+    muted = data["memory_ablation"]
+    assert muted and all(found["difference"]["value"] >= 0.05 for found in muted.values()), muted
 
 
 DEEP = """
