@@ -20,7 +20,7 @@ def every_parameter_has_a_gradient(s: Subject, deep: bool = False):
         leaves = jax.tree_util.tree_leaves_with_path(grads)
         for path, g in leaves:
             demand(np.all(np.isfinite(g)), "its gradient is not finite", position=leaf_position(path))
-        largest = max(float(np.max(np.abs(g))) for _, g in leaves if np.size(g))
+        largest = max((float(np.max(np.abs(g))) for _, g in leaves if np.size(g)), default=0.0)
         here = [_dead(np.abs(np.asarray(g)), NOTHING * largest) for _, g in leaves]
         dead = here if dead is None else [a & b for a, b in zip(dead, here)]
         if not any(np.any(entries) for entries in dead):

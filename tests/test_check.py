@@ -137,3 +137,29 @@ def test_a_claimed_exemption_must_be_needed():
     (breach,) = check(paper(), laws=("causality",), progress=False)
     assert breach.law == "exemptions" and "which it obeys" in str(breach)
     assert not check(paper("next token"), laws=("causality",), progress=False)
+
+
+NO_PARAMETERS = """
+import dataclasses
+import engrax, jax.numpy as jnp
+from flax import nnx
+
+@engrax.register("without_parameters")
+@dataclasses.dataclass(frozen=True)
+class StillConfig(engrax.MixerConfig):
+    def build(self, dim, *, rngs, layer=0, num_layers=1):
+        return Still()
+
+class Still(nnx.Module):
+    def init_state(self, batch_size):
+        return {"none": jnp.zeros((batch_size,))}
+
+    def __call__(self, x, state=None, segment_ids=None):
+        y = x if segment_ids is None else jnp.where((segment_ids >= 0)[..., None], x, 0)
+        return y, self.init_state(len(x)) if state is None else state
+"""
+
+
+def test_a_mixer_without_parameters_passes(tmp_path):
+    (tmp_path / "still.py").write_text(NO_PARAMETERS)
+    assert engrax.check(str(tmp_path / "still.py"), progress=False) == []
