@@ -162,4 +162,4 @@ class Still(nnx.Module):
 
 def test_a_mixer_without_parameters_passes(tmp_path):
     (tmp_path / "still.py").write_text(NO_PARAMETERS)
-    assert engrax.check(str(tmp_path / "still.py"), progress=False) == []
+    assert check(tmp_path / "still.py", progress=False) == []
