@@ -75,7 +75,7 @@ def cuts_continue(s: Subject, deep: bool = False):
 
 @law("state_carry.blocks")
 def every_cut_continues(s: Subject, deep: bool = False):
-    """Two calls of chunk + 3 tokens, begun at every position of a chunk at once: each row is another cut."""
+    """Two calls of chunk + 3 tokens that start at every position of a chunk: each row has another cut."""
     block, starts = s.chunk + 3, range(s.chunk + 2)
     for ids, rows in ((s.ids, (0, 1)), (None, (0,)))[: 1 + deep]:
         wanted, _ = s.run(s.params, s.x, None, ids)
@@ -88,12 +88,12 @@ def every_cut_continues(s: Subject, deep: bool = False):
                 return np.concatenate([array[np.asarray(rows), a + offset : a + offset + block] for a in starts])
 
             def place(index, offset=offset, rows=rows):
-                begun = index[0] // len(rows) + offset
-                return output_position((rows[index[0] % len(rows)], *index[1:]), begun)
+                first = index[0] // len(rows) + offset
+                return output_position((rows[index[0] % len(rows)], *index[1:]), first)
 
             here = None if ids is None else cut(ids)
             y, state = s.run(s.params, cut(s.x), state, here)
-            what = f"call {1 + offset // block} of {block} tokens, begun at every position of a chunk"
+            what = f"call {1 + offset // block} of {block} tokens, from every position of a chunk"
             close(s.shown(y, here), cut(wanted), what, s.rounding, place)
 
 
