@@ -55,7 +55,7 @@ class TfdsText(TextConfig):
         return manifest.hexdigest()
 
     def _source(self, split):
-        return self._records(self._builder(), split), self.tokenizer.encode, self.buffer_tokens
+        return self._records(self._builder(), split), self.tokenizer.encode_with_bytes, self.buffer_tokens
 
     def _builder(self):
         """Returns the TFDS builder, from its code or only from its prepared files."""
