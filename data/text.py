@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from engrax.data.config import DataConfig, Documents, Loader, Share, check_loader_arguments, require
+from engrax.data.config import SPLITS, DataConfig, Documents, Loader, Share, check_loader_arguments, require
 from engrax.data.encoded import Encoded
 from engrax.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -33,6 +33,26 @@ class TextConfig(DataConfig):
     @abc.abstractmethod
     def _source(self, split: str) -> tuple[Documents, Callable[[Any], Encoded], int]:
         """Returns (random-access documents of a split, document -> `Encoded`, tokens to pack and shuffle together)."""
+
+    @abc.abstractmethod
+    def _texts(self, split: str) -> Documents:
+        """Returns the texts of a split's documents (bytes or str)."""
+
+    def warnings(self) -> list[str]:
+        """Names a tokenizer that does not give back the first documents of the splits."""
+        from engrax.data import round_trip
+
+        if self.tokenizer_file is None:
+            return []
+        texts = [self._texts(split) for split in SPLITS]
+        first = (found[i] for found in texts for i in range(min(len(found), round_trip.FIRST_DOCUMENTS)))
+        change = round_trip.first_change(self.tokenizer, first)
+        if change is None:
+            return []
+        return [
+            f"tokenizer {self.tokenizer_file} does not give back its text: {change[0]!r} comes back as {change[1]!r}. "
+            "Bits per byte divide by the bytes of the text itself, and what the tokenizer drops costs no bits."
+        ]
 
     def token_documents(self, split: str) -> Iterator[Encoded]:
         """Yields the whole documents of a split as tokens, with the bytes of each token."""
@@ -93,6 +113,9 @@ class CorpusConfig(TextConfig):
     def digest(self) -> str:
         """Returns the SHA-256 of the manifest (path, size and SHA-256 of every file) and of the tokenizer."""
         return hashlib.sha256(f"{self._corpus().manifest}\n{self.tokenizer.manifest}".encode()).hexdigest()
+
+    def _texts(self, split):
+        return self.documents(split)
 
     def _source(self, split):
         encoded = self._corpus().encoded(self.validation_fraction, self.tokenizer)
