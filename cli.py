@@ -185,6 +185,12 @@ def _describe(args: list[str]) -> int:
     device = None if known.device is None else kernel_report.find_device(known.device)
     experiment = override(_find(known.config).experiment, rest, f"engrax describe {known.config}")
     print(cost.format_costs(cost.costs(experiment, jax.device_count())))
+    try:
+        warnings = experiment.data.warnings()
+    except UserError as error:  # the costs are known without the data
+        warnings = [f"the tokenizer was not tried on the data: {error}"]
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if device is not None:
         print("\n" + kernel_report.format_report(experiment, device))
     return 0

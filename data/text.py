@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from engrax.data.config import DataConfig, Documents, Loader, Share, TokenArray, check_loader_arguments, require
+from engrax.data.config import SPLITS, DataConfig, Documents, Loader, Share, check_loader_arguments, require
+from engrax.data.encoded import Encoded
 from engrax.data.tokenizers import Tokenizer, load_tokenizer
 
 
@@ -30,11 +31,31 @@ class TextConfig(DataConfig):
         return self.tokenizer.vocab_size
 
     @abc.abstractmethod
-    def _source(self, split: str) -> tuple[Documents, Callable[[Any], TokenArray], int]:
-        """Returns (random-access documents of a split, document -> tokens, tokens to pack and shuffle together)."""
+    def _source(self, split: str) -> tuple[Documents, Callable[[Any], Encoded], int]:
+        """Returns (random-access documents of a split, document -> `Encoded`, tokens to pack and shuffle together)."""
 
-    def token_documents(self, split: str) -> Iterator[TokenArray]:
-        """Yields the whole documents of a split as tokens."""
+    @abc.abstractmethod
+    def _texts(self, split: str) -> Documents:
+        """Returns the texts of a split's documents (bytes or str)."""
+
+    def warnings(self) -> list[str]:
+        """Names a tokenizer that does not give back the first documents of the splits."""
+        from engrax.data import round_trip
+
+        if self.tokenizer_file is None:
+            return []
+        texts = [self._texts(split) for split in SPLITS]
+        first = (found[i] for found in texts for i in range(min(len(found), round_trip.FIRST_DOCUMENTS)))
+        change = round_trip.first_change(self.tokenizer, first)
+        if change is None:
+            return []
+        return [
+            f"tokenizer {self.tokenizer_file} does not give back its text: {change[0]!r} comes back as {change[1]!r}. "
+            "Bits per byte divide by the bytes of the text itself, and what the tokenizer drops costs no bits."
+        ]
+
+    def token_documents(self, split: str) -> Iterator[Encoded]:
+        """Yields the whole documents of a split as tokens, with the bytes of each token."""
         check_loader_arguments(self, split, 0, None, 1)
         documents, encode, _ = self._source(split)
         return (encode(documents[i]) for i in range(len(documents)))
@@ -50,10 +71,12 @@ class TextConfig(DataConfig):
         epochs: int | None = None,
         align: int = 1,
         stream: bool = False,
+        target_bytes: bool = False,
     ) -> Loader:
         """See `DataConfig.loader`. The position counts documents and rows, for any number of processes.
 
-        With `stream`, each row of a batch continues the same row of the previous batch (`StreamedText`).
+        With `stream`, each row of a batch continues the same row of the previous batch (`StreamedText`). With
+        `target_bytes`, the batches have this field (`Batch`).
         """
         from engrax.data.pipeline import PackedText
         from engrax.data.stream import StreamedText
@@ -61,18 +84,10 @@ class TextConfig(DataConfig):
         check_loader_arguments(self, split, seed, epochs, align)
         share = Share.of(batch_size, process_index, process_count)
         documents, encode, buffer_tokens = self._source(split)
+        same = {"seq_len": self.seq_len, "share": share, "seed": seed, "align": align, "target_bytes": target_bytes}
         if stream:
-            return StreamedText(documents, encode, seq_len=self.seq_len, share=share, seed=seed, align=align)
-        return PackedText(
-            documents,
-            encode,
-            seq_len=self.seq_len,
-            share=share,
-            seed=seed,
-            epochs=epochs,
-            align=align,
-            buffer_tokens=buffer_tokens,
-        )
+            return StreamedText(documents, encode, **same)
+        return PackedText(documents, encode, epochs=epochs, buffer_tokens=buffer_tokens, **same)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +113,9 @@ class CorpusConfig(TextConfig):
     def digest(self) -> str:
         """Returns the SHA-256 of the manifest (path, size and SHA-256 of every file) and of the tokenizer."""
         return hashlib.sha256(f"{self._corpus().manifest}\n{self.tokenizer.manifest}".encode()).hexdigest()
+
+    def _texts(self, split):
+        return self.documents(split)
 
     def _source(self, split):
         encoded = self._corpus().encoded(self.validation_fraction, self.tokenizer)
@@ -153,20 +171,21 @@ class Corpus:
 
 
 class EncodedDocuments:
-    """A random-access source of token arrays, each encoded at its first use and kept in the smallest integer type."""
+    """A random-access source of `Encoded`, each made at its first use and kept in the smallest integer types."""
 
     def __init__(self, documents: Sequence[bytes], tokenizer: Tokenizer):
         self._dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
         self._documents, self._tokenizer = documents, tokenizer
-        self._tokens: list[TokenArray | None] = [None] * len(documents)
+        self._encoded: list[Encoded | None] = [None] * len(documents)
 
     def __len__(self) -> int:
         return len(self._documents)
 
-    def __getitem__(self, index: int) -> TokenArray:
-        if self._tokens[index] is None:
-            self._tokens[index] = self._tokenizer.encode(self._documents[index]).astype(self._dtype)
-        return self._tokens[index]
+    def __getitem__(self, index: int) -> Encoded:
+        if self._encoded[index] is None:
+            found = self._tokenizer.encode_with_bytes(self._documents[index])
+            self._encoded[index] = Encoded(found.tokens.astype(self._dtype), found.bytes)
+        return self._encoded[index]
 
 
 def _cut_in_two(content: bytes, budget: int) -> tuple[bytes, bytes]:
@@ -177,5 +196,5 @@ def _cut_in_two(content: bytes, budget: int) -> tuple[bytes, bytes]:
     return content[:cut], content[cut:]
 
 
-def _identity(tokens: TokenArray) -> TokenArray:
-    return tokens
+def _identity(document: Encoded) -> Encoded:
+    return document

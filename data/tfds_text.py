@@ -54,8 +54,11 @@ class TfdsText(TextConfig):
                 manifest.update(hashlib.sha256(text.encode() if isinstance(text, str) else text).digest())
         return manifest.hexdigest()
 
+    def _texts(self, split):
+        return self._records(self._builder(), split)
+
     def _source(self, split):
-        return self._records(self._builder(), split), self.tokenizer.encode, self.buffer_tokens
+        return self._texts(split), self.tokenizer.encode_with_bytes, self.buffer_tokens
 
     def _builder(self):
         """Returns the TFDS builder, from its code or only from its prepared files."""

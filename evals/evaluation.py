@@ -182,7 +182,7 @@ def new_folder(parent: epath.Path, step: int) -> epath.Path:
 def _header(run: runs.Run, step: int, chosen: list[EvaluatorConfig]) -> dict[str, Any]:
     """The settings that the numbers depend on."""
     e, trained, here = run.experiment, run.environment, runs.describe_environment(run.experiment)
-    warnings = []
+    warnings = e.data.warnings()
     if trained.get("data_digest") and trained["data_digest"] != here["data_digest"]:
         warnings.append(
             "the data is not what this run was trained on (its digest differs): validation may hold text that the "
