@@ -185,9 +185,21 @@ def _describe(args: list[str]) -> int:
     device = None if known.device is None else kernel_report.find_device(known.device)
     experiment = override(_find(known.config).experiment, rest, f"engrax describe {known.config}")
     print(cost.format_costs(cost.costs(experiment, jax.device_count())))
+    _print_splits(experiment.data)
     if device is not None:
         print("\n" + kernel_report.format_report(experiment, device))
     return 0
+
+
+def _print_splits(data: Any) -> None:
+    """Prints the sizes of both splits of a text; without the text, why they are unknown."""
+    try:
+        splits = data.splits()
+    except UserError as error:  # a config is described before its text is there
+        print(f"\nsplits unknown: {error}")
+        return
+    if splits is not None:
+        print("\n" + "\n".join(f"{name:<17} {value}" for name, value in splits.rows()))
 
 
 def _compare(args: list[str]) -> int:

@@ -82,6 +82,36 @@ class Share:
         return cls(batch_size, process_index * rows, rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class SplitSize:
+    """How much text a split has."""
+
+    documents: int
+    bytes: int | None = None  # None = unknown without reading the whole data set
+    lengths: tuple[int, int, int] | None = None  # bytes of the shortest, the median and the longest document
+
+    def __str__(self) -> str:
+        words = f"{self.documents:,} document{'s' * (self.documents != 1)}"
+        if self.bytes is None:
+            return words
+        shortest, median, longest = self.lengths
+        return f"{words}, {self.bytes:,} bytes; shortest {shortest:,}, median {median:,}, longest {longest:,} bytes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The sizes of both splits, and what a reader should know of them, a sentence each."""
+
+    train: SplitSize
+    validation: SplitSize
+    notes: tuple[str, ...] = ()
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The splits as (name, value), for a terminal and the evaluation report."""
+        rows = [(f"{split} split", str(getattr(self, split))) for split in SPLITS]
+        return rows + [("about the text", note) for note in self.notes]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(abc.ABC):
     """Base of every data set's config. A subclass is a frozen dataclass, registered with `@engrax.register(name)`."""
@@ -108,6 +138,10 @@ class DataConfig(abc.ABC):
             return self.tokenizer.token_types(batch["tokens"])
         name = str if self.tokenizer is None else lambda token: repr(self.tokenizer.decode([token]))
         return frequent_types(batch["tokens"], batch["segment_ids"] >= 0, name)
+
+    def splits(self) -> Splits | None:
+        """Returns the sizes of both splits of a text; None for a generated task. Raises UserError as `digest` does."""
+        return None
 
     @abc.abstractmethod
     def digest(self) -> str:

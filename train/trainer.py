@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -26,6 +27,8 @@ from engrax.train.experiment import Experiment
 from engrax.train.objective import score
 from engrax.train.optimizers import base as optimizers
 from engrax.train.train_step import Loss, Placement
+
+NO_LABELS = "the validation split holds no labelled token; give more or longer documents, or another validation split."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +206,14 @@ class Trainer:
             **({"stream": True} if e.carry_memory and split == "train" else {}),
         )
 
+    def check_validation(self) -> None:
+        """Raises UserError if the validation batches of the training hold no labelled token."""
+        with contextlib.closing(self.loader("validation")) as loader:
+            batches = itertools.islice(loader, self.experiment.eval.batches)
+            if any((batch["targets"] >= 0).any() for batch in batches):
+                return
+        raise UserError(NO_LABELS)
+
     def validate(self, params: Any, batches: int) -> dict[str, float]:
         """Loss in nats per labelled token, and accuracy, over the first validation batches."""
         loss, count, right = 0.0, 0.0, 0.0
@@ -211,9 +222,7 @@ class Trainer:
                 sums = jax.device_get(self.eval_step(params, self.put(batch)))
                 loss, count, right = loss + float(sums[0]), count + float(sums[1]), right + float(sums[2])
         if not count:
-            raise UserError(
-                "the validation split holds no labelled token; give more text, or a larger validation part."
-            )
+            raise UserError(NO_LABELS)
         return {"validation_loss": loss / count, "validation_accuracy": right / count}
 
     def diagnose(self, params: Any) -> dict[str, float]:
