@@ -5,7 +5,7 @@ Axis letters: B rows of a batch, T tokens of a row, N examples, D documents.
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
+from typing import Any, ClassVar, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Integer
@@ -31,6 +31,7 @@ class Batch(TypedDict):
     tokens: Int32[np.ndarray, "B T"]
     targets: Int32[np.ndarray, "B T"]  # -1 = no loss
     segment_ids: Int32[np.ndarray, "B T"]  # 0, 1, 2, ... within a row; -1 at padding, -2 at filler
+    target_bytes: NotRequired[Int32[np.ndarray, "B T"]]  # source bytes of the target, 0 without; for the host, if asked
 
 
 @runtime_checkable
@@ -161,6 +162,9 @@ class DataConfig(abc.ABC):
     ) -> Loader:
         """Returns an iterator over batches (`Batch`) of one process.
 
+        The loader of a data set of text takes `target_bytes` too. Then every batch says how many bytes of the source
+        each target stands for (`engrax.data.encoded`), and the data set is scored in bits per byte.
+
         Args:
           split: "train" or "validation"; they share no document or example.
           batch_size: rows of the global batch, over all processes.
@@ -187,13 +191,14 @@ def check_loader_arguments(config: DataConfig, split: str, seed: int, epochs: in
     )
 
 
-def padding_batch(rows: int, seq_len: int) -> Batch:
-    """Returns a batch of padding (tokens 0, targets and segment_ids -1), to be filled with rows."""
-    return {
+def padding_batch(rows: int, seq_len: int, *, target_bytes: bool = False) -> Batch:
+    """Returns a batch of padding (tokens and bytes 0, targets and segment_ids -1), to be filled with rows."""
+    batch: Batch = {
         "tokens": np.zeros((rows, seq_len), np.int32),
         "targets": np.full((rows, seq_len), IGNORE, np.int32),
         "segment_ids": np.full((rows, seq_len), IGNORE, np.int32),
     }
+    return batch | {"target_bytes": np.zeros((rows, seq_len), np.int32)} if target_bytes else batch
 
 
 def require(condition: bool, sentence: str) -> None:

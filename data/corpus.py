@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from engrax.data import split
-from engrax.data.config import SPLITS, Splits, TokenArray, require
+from engrax.data.config import SPLITS, Splits, require
+from engrax.data.encoded import Encoded, encode_in_parts, joined
 from engrax.data.tokenizers import Tokenizer
 
 
@@ -112,17 +113,19 @@ def _distinct(texts: Iterable[bytes], notes: list[str], where: str = "") -> dict
 
 
 class EncodedDocuments:
-    """A random-access source of token arrays, each encoded at its first use and kept in the smallest integer type."""
+    """A random-access source of `Encoded`, each made at its first use and kept in the smallest integer types."""
 
     def __init__(self, documents: Sequence[bytes], tokenizer: Tokenizer):
         self._dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
         self._documents, self._tokenizer = documents, tokenizer
-        self._tokens: list[TokenArray | None] = [None] * len(documents)
+        self._encoded: list[Encoded | None] = [None] * len(documents)
 
     def __len__(self) -> int:
         return len(self._documents)
 
-    def __getitem__(self, index: int) -> TokenArray:
-        if self._tokens[index] is None:
-            self._tokens[index] = self._tokenizer.encode(self._documents[index]).astype(self._dtype)
-        return self._tokens[index]
+    def __getitem__(self, index: int) -> Encoded:
+        if self._encoded[index] is None:
+            parts = list(encode_in_parts(self._tokenizer, [self._documents[index]]))
+            found = parts[0] if len(parts) == 1 else joined(parts)
+            self._encoded[index] = Encoded(found.tokens.astype(self._dtype), found.bytes)
+        return self._encoded[index]

@@ -16,7 +16,8 @@ import grain
 import numpy as np
 
 from engrax.data import hashing
-from engrax.data.config import Batch, Documents, Share, TokenArray, padding_batch, require
+from engrax.data.config import Batch, Documents, Share, padding_batch, require
+from engrax.data.encoded import Document
 from engrax.data.packing import Plan, plan_rows, write_row
 from engrax.errors import UserError
 
@@ -25,7 +26,7 @@ _READ_AT_ONCE = 64  # documents per read; a group is a whole number of reads, or
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    documents: list[TokenArray]
+    documents: list[Document]
     plan: Plan
     end: int  # the document after the group's last one
 
@@ -35,17 +36,18 @@ class PackedText(grain.DatasetIterator):
 
     Args:
       documents: a random-access source of inputs for `encode`.
-      encode: document -> tokens (any integer type); a pure function.
+      encode: document -> its tokens and their bytes; a pure function.
       seq_len, align: see `plan_rows`.
       share: the rows of each global batch to build.
       seed, epochs: see `DataConfig.loader`.
       buffer_tokens: tokens packed and shuffled together.
+      target_bytes: the batches have this field.
     """
 
     def __init__(
         self,
         documents: Documents,
-        encode: Callable[[Any], TokenArray],
+        encode: Callable[[Any], Document],
         *,
         seq_len: int,
         share: Share,
@@ -53,12 +55,14 @@ class PackedText(grain.DatasetIterator):
         epochs: int | None,
         align: int,
         buffer_tokens: int,
+        target_bytes: bool = False,
     ):
         super().__init__()
         self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engrax-packing")
         self._documents, self._encode = documents, encode
         self._seq_len, self._align, self._share = seq_len, align, share
         self._seed, self._shuffled, self._buffer_tokens = seed, epochs is None, buffer_tokens
+        self._target_bytes = target_bytes
         self._epoch_length = len(documents)
         require(self._epoch_length > 0, "the data set has no documents.")
         self._total = None if epochs is None else epochs * self._epoch_length
@@ -88,7 +92,7 @@ class PackedText(grain.DatasetIterator):
         super().close()
 
     def __next__(self) -> Batch:
-        batch = padding_batch(self._share.rows, self._seq_len)
+        batch = padding_batch(self._share.rows, self._seq_len, target_bytes=self._target_bytes)
         filled = 0
         while filled < self._share.batch_size and self._advance():
             group = self._group
@@ -131,7 +135,7 @@ class PackedText(grain.DatasetIterator):
     def _read(self, first: int) -> _Group:
         """Reads, encodes and plans the group that starts at document `first`. A pure function: runs in any thread."""
         end_of_epoch = (first // self._epoch_length + 1) * self._epoch_length
-        documents: list[TokenArray] = []
+        documents: list[Document] = []
         tokens, end = 0, first
         while end < end_of_epoch and tokens < self._buffer_tokens:
             stop = min(end + _READ_AT_ONCE, end_of_epoch)
@@ -142,7 +146,7 @@ class PackedText(grain.DatasetIterator):
         keys = (self._seed, first) if self._shuffled else (0, first % self._epoch_length)
         return _Group(documents, plan_rows(lengths, self._seq_len, align=self._align, keys=keys), end)
 
-    def _fetch(self, indices: list[int]) -> list[TokenArray]:
+    def _fetch(self, indices: list[int]) -> list[Document]:
         if hasattr(self._documents, "__getitems__"):
             return [self._encode(document) for document in self._documents.__getitems__(indices)]
         return [self._encode(self._documents[index]) for index in indices]

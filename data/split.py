@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from engrax.data.config import SplitSize, require
+from engrax.data.encoded import character_start
 
 SECTION = 64 * 1024  # bytes of a section, at least
 _TO_LINE_END = 4 * 1024  # bytes that a section may be longer, to end with a line
@@ -79,14 +80,6 @@ def _section_end(text: bytearray) -> int:
     at_most = min(SECTION + _TO_LINE_END, len(text) - SECTION)
     line_end = text.find(b"\n", SECTION - 1, at_most)
     return line_end + 1 if line_end >= 0 else character_start(text, SECTION)
-
-
-def character_start(text: bytes | bytearray, at: int) -> int:
-    """Returns the first place from `at` on where a character of UTF-8 starts, at most 3 bytes on."""
-    for place in range(at, min(at + 3, len(text))):
-        if text[place] & 0xC0 != 0x80:
-            return place
-    return min(at + 3, len(text))
 
 
 def cut_in_two(content: bytes, fraction: float) -> tuple[bytes, bytes]:

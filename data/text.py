@@ -12,11 +12,11 @@ from engrax.data.config import (
     Loader,
     Share,
     Splits,
-    TokenArray,
     check_loader_arguments,
     require,
 )
 from engrax.data.corpus import Corpus
+from engrax.data.encoded import Document
 from engrax.data.tokenizers import Tokenizer, load_tokenizer
 
 SPLIT_RULE = "split by size class"  # changes with every change of engrax.data.split that moves documents
@@ -39,11 +39,11 @@ class TextConfig(DataConfig):
         return self.tokenizer.vocab_size
 
     @abc.abstractmethod
-    def _source(self, split: str) -> tuple[Documents, Callable[[Any], TokenArray], int]:
-        """Returns (random-access documents of a split, document -> tokens, tokens to pack and shuffle together)."""
+    def _source(self, split: str) -> tuple[Documents, Callable[[Any], Document], int]:
+        """Returns (random-access documents of a split, document -> `Document`, tokens to pack and shuffle together)."""
 
-    def token_documents(self, split: str) -> Iterator[TokenArray]:
-        """Yields the whole documents of a split as tokens."""
+    def token_documents(self, split: str) -> Iterator[Document]:
+        """Yields the whole documents of a split as tokens, with the bytes of each token."""
         check_loader_arguments(self, split, 0, None, 1)
         documents, encode, _ = self._source(split)
         return (encode(documents[i]) for i in range(len(documents)))
@@ -59,10 +59,12 @@ class TextConfig(DataConfig):
         epochs: int | None = None,
         align: int = 1,
         stream: bool = False,
+        target_bytes: bool = False,
     ) -> Loader:
         """See `DataConfig.loader`. The position counts documents and rows, for any number of processes.
 
-        With `stream`, each row of a batch continues the same row of the previous batch (`StreamedText`).
+        With `stream`, each row of a batch continues the same row of the previous batch (`StreamedText`). With
+        `target_bytes`, the batches have this field (`Batch`).
         """
         from engrax.data.pipeline import PackedText
         from engrax.data.stream import StreamedText
@@ -70,18 +72,10 @@ class TextConfig(DataConfig):
         check_loader_arguments(self, split, seed, epochs, align)
         share = Share.of(batch_size, process_index, process_count)
         documents, encode, buffer_tokens = self._source(split)
+        same = {"seq_len": self.seq_len, "share": share, "seed": seed, "align": align, "target_bytes": target_bytes}
         if stream:
-            return StreamedText(documents, encode, seq_len=self.seq_len, share=share, seed=seed, align=align)
-        return PackedText(
-            documents,
-            encode,
-            seq_len=self.seq_len,
-            share=share,
-            seed=seed,
-            epochs=epochs,
-            align=align,
-            buffer_tokens=buffer_tokens,
-        )
+            return StreamedText(documents, encode, **same)
+        return PackedText(documents, encode, epochs=epochs, buffer_tokens=buffer_tokens, **same)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,5 +113,5 @@ class CorpusConfig(TextConfig):
         return encoded[split], _identity, 1 << 24
 
 
-def _identity(tokens: TokenArray) -> TokenArray:
-    return tokens
+def _identity(document: Document) -> Document:
+    return document

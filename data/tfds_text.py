@@ -60,7 +60,7 @@ class TfdsText(TextConfig):
         return Splits(*(SplitSize(len(self._records(builder, split))) for split in SPLITS))
 
     def _source(self, split):
-        return self._records(self._builder(), split), self.tokenizer.encode, self.buffer_tokens
+        return self._records(self._builder(), split), self.tokenizer.encode_with_bytes, self.buffer_tokens
 
     def _builder(self):
         """Returns the TFDS builder, from its code or only from its prepared files."""

@@ -144,7 +144,7 @@ def test_streaming_in_pieces_is_one_long_pass(text_results, text_run):
     found, run = text_results.evaluations["stream"], runs.open_run(text_run)
     documents = [d for d in run.experiment.data.token_documents("validation") if len(d) > STREAMED]
     assert found["documents"] == len(documents) == 2 and found["trained_length"] == 64
-    tokens = np.stack([d[: STREAMED + 1] for d in documents]).astype(np.int32)
+    tokens = np.stack([d.tokens[: STREAMED + 1] for d in documents]).astype(np.int32)
     model, _ = run.load()
     logits = jax.nn.log_softmax(model.logits(model(jnp.asarray(tokens[:, :-1]))[0]))
     bits = -np.take_along_axis(np.asarray(logits), tokens[:, 1:, None], axis=-1)[..., 0] / math.log(2)
@@ -348,7 +348,7 @@ def test_bits_per_byte_of_a_json_tokenizer(text_folder, tmp_path):
     e = experiment(data)
     rows = scoring.validation_rows(e, None)
     bits = np.where(rows.labelled, math.log2(data.vocab_size), 0.0)
-    found = statistics.mean(bits, scoring.divisors(e, rows, scoring.kind_of(e)))
+    found = statistics.mean(bits, scoring.divisors(rows, scoring.kind_of(e)))
     texts = [data.tokenizer.encode(document) for document in data.documents("validation")]
     tokens = sum(len(text) - 1 for text in texts)
     size = sum(len(data.tokenizer.decode(text[1:]).encode()) for text in texts)

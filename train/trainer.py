@@ -192,8 +192,11 @@ class Trainer:
         """This process's rows as part of a global batch on the mesh."""
         return sharding.put_batch(batch, self.mesh, self.experiment.batch_size)
 
-    def loader(self, split: str) -> Iterator[dict[str, np.ndarray]]:
-        """This process's batches: endless and shuffled for "train", one fixed pass for "validation"."""
+    def loader(self, split: str, *, target_bytes: bool = False) -> Iterator[dict[str, np.ndarray]]:
+        """This process's batches: endless and shuffled for "train", one fixed pass for "validation".
+
+        `target_bytes`, of text alone: the batches have this field too. It is for the host and not for `put`.
+        """
         e = self.experiment
         return e.data.loader(
             split,
@@ -204,6 +207,7 @@ class Trainer:
             epochs=None if split == "train" else 1,
             align=e.align,
             **({"stream": True} if e.carry_memory and split == "train" else {}),
+            **({"target_bytes": True} if target_bytes else {}),
         )
 
     def check_validation(self) -> None:
