@@ -186,6 +186,12 @@ def _describe(args: list[str]) -> int:
     experiment = override(_find(known.config).experiment, rest, f"engrax describe {known.config}")
     print(cost.format_costs(cost.costs(experiment, jax.device_count())))
     _print_splits(experiment.data)
+    try:
+        warnings = experiment.data.warnings()
+    except UserError as error:  # the costs are known without the data
+        warnings = [f"the tokenizer was not tried on the data: {error}"]
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if device is not None:
         print("\n" + kernel_report.format_report(experiment, device))
     return 0

@@ -5,6 +5,7 @@ Axis letters: B rows of a batch, T tokens of a row, N examples, D documents.
 
 import abc
 import dataclasses
+import inspect
 from typing import Any, ClassVar, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
@@ -130,6 +131,18 @@ class DataConfig(abc.ABC):
         """The tokenizer (`engrax.data.tokenizers`), or None for a generated task."""
         return None
 
+    @property
+    def counts_bytes(self) -> bool:
+        """Whether the loader takes `target_bytes`; if so, the data is text and scored in bits per byte."""
+        return "target_bytes" in inspect.signature(self.loader).parameters
+
+    def warnings(self) -> list[str]:
+        """Sentences on what makes scores of this data doubtful, for `describe`, training and the report of a run.
+
+        Raises UserError if the data is missing.
+        """
+        return []
+
     def token_types(self, batch: Batch) -> TokenTypes:
         """Returns the type of every token, for diagnostics by type of token; types of padding are not used.
 
@@ -162,8 +175,8 @@ class DataConfig(abc.ABC):
     ) -> Loader:
         """Returns an iterator over batches (`Batch`) of one process.
 
-        The loader of a data set of text takes `target_bytes` too. Then every batch says how many bytes of the source
-        each target stands for (`engrax.data.encoded`), and the data set is scored in bits per byte.
+        The loader of a data set of text takes `target_bytes` too: whether every batch says how many bytes of the source
+        each target stands for (`engrax.data.encoded`).
 
         Args:
           split: "train" or "validation"; they share no document or example.

@@ -37,7 +37,9 @@ _KEPT = 256  # records in memory
 def cache() -> Path:
     """Returns the folder of everything that can be computed again."""
     base = os.environ.get("ENGRAX_CACHE")
-    return Path(base).expanduser() if base else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "engrax"
+    return (
+        Path(base).expanduser() if base else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "engrax"
+    )
 
 
 def folder_of(**header: Any) -> Path:

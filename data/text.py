@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from engrax.data.config import (
+    SPLITS,
     DataConfig,
     Documents,
     Loader,
@@ -41,6 +42,26 @@ class TextConfig(DataConfig):
     @abc.abstractmethod
     def _source(self, split: str) -> tuple[Documents, Callable[[Any], Document], int]:
         """Returns (random-access documents of a split, document -> `Document`, tokens to pack and shuffle together)."""
+
+    @abc.abstractmethod
+    def _texts(self, split: str) -> Documents:
+        """Returns the texts of a split's documents (bytes or str)."""
+
+    def warnings(self) -> list[str]:
+        """Names a tokenizer that does not give back the first documents of the splits."""
+        from engrax.data import round_trip
+
+        if self.tokenizer_file is None:
+            return []
+        texts = [self._texts(split) for split in SPLITS]
+        first = (found[i] for found in texts for i in range(min(len(found), round_trip.FIRST_DOCUMENTS)))
+        change = round_trip.first_change(self.tokenizer, first)
+        if change is None:
+            return []
+        return [
+            f"tokenizer {self.tokenizer_file} does not give back its text: {change[0]!r} comes back as {change[1]!r}. "
+            "Bits per byte divide by the bytes of the text itself, and what the tokenizer drops costs no bits."
+        ]
 
     def token_documents(self, split: str) -> Iterator[Document]:
         """Yields the whole documents of a split as tokens, with the bytes of each token."""
@@ -107,6 +128,9 @@ class CorpusConfig(TextConfig):
         the split: under another rule, validation may hold text that a run was trained on."""
         parts = (self._corpus().manifest, self.tokenizer.manifest, SPLIT_RULE)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def _texts(self, split):
+        return self.documents(split)
 
     def _source(self, split):
         encoded = self._corpus().encoded(self.validation_fraction, self.tokenizer)

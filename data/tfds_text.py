@@ -59,8 +59,11 @@ class TfdsText(TextConfig):
         builder = self._builder()
         return Splits(*(SplitSize(len(self._records(builder, split))) for split in SPLITS))
 
+    def _texts(self, split):
+        return self._records(self._builder(), split)
+
     def _source(self, split):
-        return self._records(self._builder(), split), self.tokenizer.encode_with_bytes, self.buffer_tokens
+        return self._texts(split), self.tokenizer.encode_with_bytes, self.buffer_tokens
 
     def _builder(self):
         """Returns the TFDS builder, from its code or only from its prepared files."""

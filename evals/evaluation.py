@@ -183,7 +183,7 @@ def _header(run: runs.Run, step: int, chosen: list[EvaluatorConfig]) -> dict[str
     """The settings that the numbers depend on."""
     e, trained, here = run.experiment, run.environment, runs.describe_environment(run.experiment)
     splits = e.data.splits()
-    warnings = []
+    warnings = e.data.warnings()
     if trained.get("data_digest") and trained["data_digest"] != here["data_digest"]:
         warnings.append(
             "the data is not what this run was trained on (its digest differs): validation may hold text that the "

@@ -5,7 +5,6 @@ One compiled program per set of muted memories, at one static shape. It runs on 
 """
 
 import dataclasses
-import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -78,11 +77,7 @@ def kind_of(experiment: Experiment) -> str:
     """The kind of score, one of UNITS: of text, of a generated task with known answers, or of other tokens."""
     if hasattr(experiment.data, "solve") and hasattr(experiment.data, "chance"):
         return "task"
-    return "text" if _counts_bytes(experiment) else "tokens"
-
-
-def _counts_bytes(experiment: Experiment) -> bool:
-    return "target_bytes" in inspect.signature(experiment.data.loader).parameters
+    return "text" if experiment.data.counts_bytes else "tokens"
 
 
 def divisors(rows: Rows, kind: str) -> Float[np.ndarray, "N T"]:
@@ -101,7 +96,7 @@ def _loader(experiment: Experiment, split: str, rows: int) -> Iterator[dict[str,
     """The training's own loader of a split, whose rows come in the same order at any batch size."""
     optimizer = dataclasses.replace(experiment.optimizer, accumulate=1)
     same = dataclasses.replace(experiment, batch_size=rows, optimizer=optimizer)
-    return Trainer(same).loader(split, target_bytes=_counts_bytes(experiment))
+    return Trainer(same).loader(split, target_bytes=experiment.data.counts_bytes)
 
 
 def _stack(batches: list[dict[str, np.ndarray]], complete: bool) -> Rows:
@@ -154,7 +149,7 @@ def _seen_streams(experiment: Experiment, step: int) -> tuple[Rows, float]:
     """
     rows = experiment.batch_size
     steps = min(step, max(1, SEEN_TOKENS // (rows * experiment.data.seq_len)))
-    loader = Trainer(experiment).loader("train", target_bytes=_counts_bytes(experiment))
+    loader = Trainer(experiment).loader("train", target_bytes=experiment.data.counts_bytes)
     seen = _stack(list(itertools.islice(loader, steps)), complete=steps == step)
     # Row r of B reads the documents r, r + B, ... of the shuffled order, which repeats.
     place = seen.segment_ids * rows + np.tile(np.arange(rows), steps)[:, None]

@@ -52,20 +52,22 @@ def sentence_piece(*, space: bool):
     vocab = FALLBACK | {c: 257 + i for i, c in enumerate(letters)}
     made = bpe([("t", "h"), ("th", "e")], vocab, byte_fallback=True, unk_token="<unk>")
     made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    joined = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence([*joined, decoders.Replace(SPACE, " "), decoders.Strip(" ", 1, 0)])
     return made
 
 
 def normalised(normalizer):
     """A model of single characters, others by byte fallback, after a normalizer."""
     made = bpe((), FALLBACK | {c: 257 + i for i, c in enumerate(LETTERS)}, byte_fallback=True, unk_token="<unk>")
-    made.normalizer = normalizer
+    made.normalizer, made.decoder = normalizer, decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return made
 
 
 def unigram():
     pieces = [("<unk>", 0.0), (SPACE, -2.0), (SPACE + "the", -3.0), *((c, -4.0) for c in LETTERS)]
     made = Tokenizer(models.Unigram(pieces, unk_id=0))
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return made
 
 
@@ -324,3 +326,71 @@ def test_kept_bytes_are_small(kinds):
     assert JsonTokenizer(kinds("byte_level")).encode_with_bytes("the cat").bytes.dtype == np.uint8
     assert JsonTokenizer(kinds("strip")).encode_with_bytes("a" + " " * 300).bytes.tolist() == [301]
     assert ByteTokenizer().encode_with_bytes(b"a" * 1000).bytes.strides == (0,)
+
+
+# A tokenizer that does not give back its text.
+
+
+GIVES_BACK = {"byte_level", "sentence_piece", "sentence_piece_without_a_space_piece"}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_tokenizer_that_changes_its_text_is_named(name, kinds, corpus):
+    """When decoded documents differ from the text, then one sentence names the tokenizer's file; else there is none."""
+    told = TextFolder(path=corpus, tokenizer_file=kinds(name)).warnings()
+    assert len(told) == (name not in GIVES_BACK)
+    assert all(sentence.startswith(f"tokenizer {kinds(name)} does not give back its text: ") for sentence in told)
+
+
+def test_the_warning_shows_the_first_change(kinds, tmp_path):
+    """When only a later document is changed, then it is found; data that is given back has no warning."""
+    for i in range(9):
+        (tmp_path / f"{i}.txt").write_text(f"the cat on {'on ' * i}the cat")
+    data = TextFolder(path=str(tmp_path), tokenizer_file=kinds("word_level"))
+    assert data.warnings() == []  # the same tokenizer as above: on this data it does give back the text
+    (tmp_path / "9.txt").write_text("the cat on the on the  Cat on the on")
+    assert "' the on the  Cat on the ' comes back as ' the on the ? on the on'" in data.warnings()[0]
+    assert TextFolder(path=str(tmp_path)).warnings() == []
+
+
+def test_a_run_divides_by_the_bytes_and_names_the_tokenizer(kinds, corpus, tmp_path, capsys):
+    """When a run is trained, validated, evaluated and described, then all divide by the source's bytes and warn."""
+    from engrax import cli
+    from engrax.evals import evaluate, scoring, streaming
+    from engrax.layers import AttentionConfig
+    from engrax.models import LanguageModelConfig
+    from engrax.train import EvalConfig, Experiment, LogConfig, metrics
+    from engrax.train.loop import train
+
+    data = TextFolder(path=corpus, seq_len=32, validation_fraction=0.4, tokenizer_file=kinds("nfkc_and_lower_case"))
+    mixer = AttentionConfig(heads=1, head_dim=4, window=8)
+    model = LanguageModelConfig(vocab_size=data.vocab_size, dim=8, mixers=(mixer,), repeat=1, mlp_hidden=8)
+    short = {"steps": 1, "batch_size": 2, "eval": EvalConfig(every=1, batches=100), "log": LogConfig(every=1)}
+    train(Experiment(model=model, data=data, compute_dtype="float32", **short), tmp_path / "run", progress=False)
+    told = data.warnings()[0]
+    assert capsys.readouterr().err.count(f"warning: {told}") == 1
+
+    results = evaluate(tmp_path / "run", only=["validation", "baselines"], progress=False)
+    assert results.data["warnings"] == [told] and told in capsys.readouterr().err
+    found = results.evaluations["validation"]
+    kept = {split: list(data.token_documents(split)) for split in ("train", "validation")}
+    size = {split: sum(map(len, data.documents(split))) - sum(int(d.bytes[0]) for d in kept[split]) for split in kept}
+    assert found["complete"] and found["bytes"] == size["validation"]
+    bits = found["loss_nats_per_token"] * found["tokens"] / np.log(2)
+    assert results.bits_per_byte == pytest.approx(bits / size["validation"], rel=1e-6)
+    validated = metrics.read(tmp_path / "run")[-1]["validation_bits_per_byte"]
+    assert validated == pytest.approx(results.bits_per_byte, rel=1e-5)
+
+    seen, _ = scoring.seen_rows(Experiment(model=model, data=data, **short | {"steps": 100}), 100)
+    assert seen.complete and seen.target_bytes.sum() == size["train"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "LENGTH_UNIT", 32)
+        read = streaming.long_documents(Experiment(model=model, data=data), 64)
+    for tokens, counted in zip(read.tokens, read.bytes, strict=True):
+        whole = next(d for d in kept["validation"] if np.array_equal(d.tokens[:65], tokens))
+        np.testing.assert_array_equal(counted, whole.bytes[:65])
+
+    assert cli.main(["describe", str(tmp_path / "run")]) == 0
+    assert f"warning: {told}" in capsys.readouterr().err
+    assert cli.main(["describe", str(tmp_path / "run"), "--data.path", str(tmp_path / "none")]) == 0
+    assert "was not tried on the data" in capsys.readouterr().err

@@ -14,6 +14,7 @@ The order is a contract:
 """
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -88,6 +89,8 @@ def train(
     if saved:
         state = _restore(trainer, checkpoints, data, saved)
     start = saved
+    for warning in experiment.data.warnings() if main else ():
+        _warn(warning)
     if main and start:
         print(f"resuming {run.directory} at step {start}", file=sys.stderr)
     if start >= experiment.steps:
@@ -202,6 +205,12 @@ class Loop:
             loss = {k: v for k, v in self.validated.get(step, {}).items() if k == "validation_loss"}
             self.checkpoints.save(step, state, data.get_state(), loss or None)
             self.saved = step
+
+
+@functools.cache
+def _warn(sentence: str) -> None:
+    """Prints a warning, once in a process that trains several times."""
+    print(f"warning: {sentence}", file=sys.stderr)
 
 
 def _due(step: int, every: int, last: int) -> bool:

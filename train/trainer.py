@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from engrax import models
@@ -219,15 +221,19 @@ class Trainer:
         raise UserError(NO_LABELS)
 
     def validate(self, params: Any, batches: int) -> dict[str, float]:
-        """Loss in nats per labelled token, and accuracy, over the first validation batches."""
-        loss, count, right = 0.0, 0.0, 0.0
-        with contextlib.closing(self.loader("validation")) as loader:
+        """Loss in nats per labelled token and, for text, in bits per byte, and accuracy, over the first validation
+        batches."""
+        loss, count, right, size = 0.0, 0.0, 0.0, 0
+        with contextlib.closing(self.loader("validation", target_bytes=self.experiment.data.counts_bytes)) as loader:
             for _, batch in zip(range(batches), loader):
+                size += int(batch.pop("target_bytes", np.zeros(0, np.int32)).sum())
                 sums = jax.device_get(self.eval_step(params, self.put(batch)))
                 loss, count, right = loss + float(sums[0]), count + float(sums[1]), right + float(sums[2])
         if not count:
             raise UserError(NO_LABELS)
-        return {"validation_loss": loss / count, "validation_accuracy": right / count}
+        size = int(np.sum(multihost_utils.process_allgather(np.asarray(size))))  # each process has read its rows
+        in_bits = {"validation_bits_per_byte": loss / math.log(2) / size} if size else {}
+        return {"validation_loss": loss / count, "validation_accuracy": right / count} | in_bits
 
     def diagnose(self, params: Any) -> dict[str, float]:
         """The mixers' scalar diagnostics on the first validation batch: {"memory/titans.lr_mean/0": ...} by repeat."""
