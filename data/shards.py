@@ -5,8 +5,8 @@ record holds the tokens and, unless each stands for one byte, the bytes of each.
 data and tokenizer it is of. `SPLIT.places.npy` has the first token and the number of tokens of every document, and
 `index.json` the rest. A process reads only the records that hold its own rows.
 
-Shards lie in a cache, `$ENGRAX_CACHE` or `~/.cache/engrax`, and may be deleted at any time. A folder appears there whole
-or not at all, and one process writes it while the others wait.
+Shards lie in a cache, `$ENGRAX_CACHE` or `~/.cache/engrax`, and may be deleted at any time. A folder appears there
+whole or not at all, and one process writes it while the others wait.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ def write(
     tokenizer: Tokenizer,
     header: dict[str, Any],
 ) -> None:
-    """Writes the shards of (split, index in the split, document in chunks), in any order, and moves them to `folder`."""
+    """Writes the shards of (split, index in it, document in chunks), in any order, whole or not at all."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed: the caller holds the lock
     part.mkdir(parents=True)

@@ -114,6 +114,10 @@ class CorpusConfig(TextConfig):
     def _corpus(self) -> Corpus:
         """Returns the documents; raises UserError if there are none."""
 
+    def _last_corpus(self) -> Corpus:
+        """Returns the documents as they were found last, for loaders: a validation pass must not list a folder anew."""
+        return self._corpus()
+
     def documents(self, split: str) -> list[bytes]:
         """Returns the documents of a split, in a fixed pseudo-random order."""
         check_loader_arguments(self, split, 0, None, 1)
@@ -133,7 +137,7 @@ class CorpusConfig(TextConfig):
         return self.documents(split)
 
     def _source(self, split):
-        encoded = self._corpus().encoded(self.validation_fraction, self.tokenizer)
+        encoded = self._last_corpus().encoded(self.validation_fraction, self.tokenizer)
         return encoded[split], _identity, 1 << 24
 
 

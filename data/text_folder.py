@@ -21,7 +21,8 @@ class TextFolder(CorpusConfig):
     """A folder of text, JSON Lines and Parquet files, plain or compressed; `gs://` and other paths of etils.epath work.
 
     Files are found at any depth; hidden ones are skipped. `engrax.data.sources` says how files become documents, and
-    `engrax.data.split` how documents are split. The folder is listed once for a config; `digest` lists it again.
+    `engrax.data.split` how documents are split. A config's loaders read the folder as it was
+    listed by its first loader, or since then by `digest`, `documents` or `splits`.
     """
 
     path: str = ""  # folder, or one file
@@ -37,19 +38,14 @@ class TextFolder(CorpusConfig):
         if self.encoding is not None:
             encodings.check(self.encoding)
 
-    def digest(self) -> str:
-        """See `CorpusConfig.digest`."""
-        self.__dict__.pop("_read", None)
-        return super().digest()
-
     def _corpus(self) -> Corpus:
-        return self._read
-
-    @functools.cached_property
-    def _read(self) -> Corpus:
         files, others = self._list(self.path)
         given, _ = (None, ()) if self.validation_path is None else self._list(self.validation_path)
-        return _read_files(files, given, Reader(self.field, self.encoding), others)
+        self.__dict__["_last"] = _read_files(files, given, Reader(self.field, self.encoding), others)
+        return self._last
+
+    def _last_corpus(self) -> Corpus:
+        return self.__dict__["_last"] if "_last" in self.__dict__ else self._corpus()
 
     def _list(self, path: str) -> tuple[tuple[Listed, ...], tuple[tuple[str, int], ...]]:
         root = epath.Path(path)
