@@ -18,6 +18,7 @@ from engrax.registry import Registry
 DATASETS = Registry("data", "engrax.data", word="data set")
 
 SPLITS = ("train", "validation")
+SPLIT_RULE = "split by size class"  # changes with every change of engrax.data.split that moves documents
 
 IGNORE = -1  # in targets: no loss here; in segment_ids: padding
 FILLER = -2  # in segment_ids: an empty position that moves the next document to a multiple of `align`
@@ -107,6 +108,14 @@ class Splits:
     train: SplitSize
     validation: SplitSize
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Splits":
+        """The inverse of `dataclasses.asdict`, also after a way through JSON."""
+        sizes = (
+            data[split] | {"lengths": data[split]["lengths"] and tuple(data[split]["lengths"])} for split in SPLITS
+        )
+        return cls(*(SplitSize(**size) for size in sizes), notes=tuple(data["notes"]))
 
     def rows(self) -> list[tuple[str, str]]:
         """The splits as (name, value), for a terminal and the evaluation report."""

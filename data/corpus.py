@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from engrax.data import split
-from engrax.data.config import SPLITS, Splits, require
+from engrax.data import shards, split
+from engrax.data.config import SPLITS, Documents, Splits, require
 from engrax.data.encoded import Encoded, encode_in_parts, joined
 from engrax.data.tokenizers import Tokenizer
 
@@ -41,34 +41,21 @@ class Corpus:
         self, manifest: str, contents: Iterable[bytes], given: Iterable[bytes] | None = None, notes: Sequence[str] = ()
     ) -> None:
         self.manifest = manifest
-        self._notes = list(notes)
-        held_out = _distinct(given or (), self._notes, "of the validation files")
-        documents = _distinct(contents, self._notes)
-        if given is not None:
-            both = documents.keys() & held_out.keys()
-            if both:
-                self._notes.append(f"{len(both):,} document(s) of the validation files were left out of train.")
-            documents = {key: text for key, text in documents.items() if key not in both}
+        held_out, copies = _distinct(given or ())
+        documents, more = _distinct(contents)
+        shared = documents.keys() & held_out.keys()
+        parts = None
         if given is None and len(documents) == 1:
-            documents = self._sections(*documents.values())
+            documents, _ = _distinct(split.sections(documents.values()))
+            parts = len(documents)
+        self._notes = (*notes, *split.notes(copies + more, len(shared), parts))
         self._documents = dict(sorted((documents | held_out).items()))
-        keys, texts = list(self._documents), self._documents.values()
-        self._catalogue = split.Catalogue(
-            np.array([split.place_of(key) for key in keys], np.float64),
-            np.array([len(text) for text in texts], np.int64),
-            None if given is None else np.array([key in held_out for key in keys], bool),
-        )
+        keys = list(self._documents)
+        self._places = np.array([split.place_of(key) for key in keys], np.float64)
+        self._sizes = np.array([len(text) for text in self._documents.values()], np.int64)
+        self._given = None if given is None else np.array([key in held_out for key in keys], bool)
         self.split = functools.lru_cache(maxsize=4)(self._split)
         self.encoded = functools.lru_cache(maxsize=4)(self._encoded)
-
-    def _sections(self, text: bytes) -> dict[bytes, bytes]:
-        parts = list(split.sections([text]))
-        self._notes.append(
-            f"the corpus is one document, cut into {len(parts)} sections of {split.SECTION // 1024} KiB."
-            if len(parts) > 1
-            else f"the corpus is one document shorter than {2 * split.SECTION // 1024} KiB, cut in two."
-        )
-        return _distinct(parts, self._notes)
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -76,10 +63,12 @@ class Corpus:
     def _split(self, validation_fraction: float) -> dict[str, list[bytes]]:
         """Returns the documents of both splits, in the order of their SHA-256, independent of names and paths."""
         texts = list(self._documents.values())
-        if len(texts) == 1 and self._catalogue.given is None:
+        if len(texts) == 1 and self._given is None:
             head, tail = split.cut_in_two(texts[0], validation_fraction)
             return {"train": [head], "validation": [tail]}
-        chosen = self._catalogue.validation(validation_fraction)
+        chosen = self._given
+        if chosen is None:
+            chosen = split.choose(self._places, self._sizes, validation_fraction)
         found = {name: [t for t, c in zip(texts, chosen) if c == (name == "validation")] for name in SPLITS}
         require(bool(found["train"]), "the validation files hold every document: nothing is left to train on.")
         require(bool(found["validation"]), "the validation files hold no text.")
@@ -91,25 +80,41 @@ class Corpus:
             name: split.size_of(np.array([len(text) for text in texts], np.int64))
             for name, texts in self.split(validation_fraction).items()
         }
-        return Splits(**sizes, notes=tuple(self._notes))
+        return Splits(**sizes, notes=self._notes)
 
-    def _encoded(self, validation_fraction: float, tokenizer: Tokenizer) -> dict[str, "EncodedDocuments"]:
+    def first_texts(self, validation_fraction: float, name: str, count: int) -> list[bytes]:
+        """Returns the first documents of a split."""
+        return self.split(validation_fraction)[name][:count]
+
+    def tokenized(self, validation_fraction: float, tokenizer: Tokenizer) -> shards.Shards:
+        """Returns the token shards, which are written if they are missing."""
+        header = shards.header(self.manifest, validation_fraction, tokenizer)
+        folder = shards.folder_of(**header)
+        with shards.locked(folder):
+            if not folder.exists():
+                splits = self.split(validation_fraction)
+                texts = ((name, i, [text]) for name, found in splits.items() for i, text in enumerate(found))
+                shards.write(folder, texts, self.splits(validation_fraction), tokenizer, header)
+        return shards.Shards(folder, header)
+
+    def _encoded(self, validation_fraction: float, tokenizer: Tokenizer) -> dict[str, Documents]:
+        header = shards.header(self.manifest, validation_fraction, tokenizer)
+        folder = shards.folder_of(**header)
+        if folder.exists():
+            return shards.Shards(folder, header).documents()
         splits = self.split(validation_fraction)
         return {name: EncodedDocuments(documents, tokenizer) for name, documents in splits.items()}
 
 
-def _distinct(texts: Iterable[bytes], notes: list[str], where: str = "") -> dict[bytes, bytes]:
-    """Returns {SHA-256: text} of the texts that are not empty."""
+def _distinct(texts: Iterable[bytes]) -> tuple[dict[bytes, bytes], int]:
+    """Returns {SHA-256: text} of the texts that are not empty, and the number of exact copies."""
     found: dict[bytes, bytes] = {}
     copies = 0
-    for text in texts:
-        if text:
-            key = hashlib.sha256(text).digest()
-            copies += key in found
-            found[key] = text
-    if copies:
-        notes.append(f"{copies:,} exact cop{'ies' if copies > 1 else 'y'} {where} left out.".replace("  ", " "))
-    return found
+    for text in filter(None, texts):
+        key = hashlib.sha256(text).digest()
+        copies += key in found
+        found[key] = text
+    return found, copies
 
 
 class EncodedDocuments:

@@ -1,10 +1,11 @@
 """Files of a folder, and detection of changed files for caches of their contents."""
 
 import collections
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -39,6 +40,18 @@ def stamp(path: epath.Path) -> tuple[int, int]:
 
 def _local_stamp(found: os.stat_result) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
+
+
+def manifest_of(files: tuple[Listed, ...], given: tuple[Listed, ...] | None, reader: Any) -> str:
+    """Returns the SHA-256 of path, size and SHA-256 of every file, those of a given validation split too, and of how
+    they are read (the text of `reader`)."""
+    manifest = hashlib.sha256()
+    for file in files + (given or ()):
+        with epath.Path(file.path).open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        manifest.update(f"{file.name}\t{file.stamp[0]}\t{digest}\n".encode(errors="surrogateescape"))
+    manifest.update(f"{reader}\t{None if given is None else len(given)}".encode())
+    return manifest.hexdigest()
 
 
 def list_files(root: epath.Path, suffixes: tuple[str, ...]) -> Listing:

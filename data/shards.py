@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from engrax.data.config import SPLITS, Splits, SplitSize, TokenArray
+from engrax.data.config import SPLIT_RULE, SPLITS, Splits, TokenArray
 from engrax.data.encoded import Encoded, encode_in_parts
 from engrax.data.tokenizers import Tokenizer
 from engrax.errors import UserError
@@ -40,6 +40,11 @@ def cache() -> Path:
     return (
         Path(base).expanduser() if base else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "engrax"
     )
+
+
+def header(manifest: str, validation_fraction: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns what the shards of a corpus are of: the digests of data and tokenizer, and the split."""
+    return {"data": manifest, "tokenizer": tokenizer.manifest, "split": [SPLIT_RULE, validation_fraction]}
 
 
 def folder_of(**header: Any) -> Path:
@@ -156,11 +161,7 @@ class Shards:
             if self._index["header"] != header or self._index["format"] != FORMAT:
                 raise ValueError("they are of other data")
             self._documents = {split: self._open(split, header) for split in SPLITS}
-            sizes = self._index["sizes"]
-            self.sizes = Splits(
-                *(SplitSize(**sizes[s] | {"lengths": tuple(sizes[s]["lengths"])}) for s in SPLITS),
-                notes=tuple(sizes["notes"]),
-            )
+            self.sizes = Splits.from_dict(self._index["sizes"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise damaged(folder, error) from None
 

@@ -9,7 +9,6 @@ A corpus of one document is cut into sections of 64 KiB, which are split in the 
 sections is cut in two; its tail is the validation split.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -20,19 +19,6 @@ from engrax.data.encoded import character_start
 
 SECTION = 64 * 1024  # bytes of a section, at least
 _TO_LINE_END = 4 * 1024  # bytes that a section may be longer, to end with a line
-
-
-@dataclasses.dataclass(frozen=True)
-class Catalogue:
-    """The distinct documents D of a corpus, in the order of their hashes."""
-
-    places: Float64[np.ndarray, " D"]  # of the hashes in [0, 1)
-    sizes: Int64[np.ndarray, " D"]  # bytes
-    given: Bool[np.ndarray, " D"] | None = None  # a validation split of the user's own
-
-    def validation(self, fraction: float) -> Bool[np.ndarray, " D"]:
-        """Returns which documents are the validation split."""
-        return choose(self.places, self.sizes, fraction) if self.given is None else self.given
 
 
 def place_of(digest: bytes) -> float:
@@ -101,3 +87,23 @@ def size_of(sizes: Int64[np.ndarray, " D"]) -> SplitSize:
     """Returns the size of a split whose documents have the given bytes."""
     lengths = (int(sizes.min()), int(np.median(sizes)), int(sizes.max())) if len(sizes) else None
     return SplitSize(len(sizes), int(sizes.sum()), lengths)
+
+
+def notes(copies: int, shared: int, parts: int | None) -> list[str]:
+    """Returns what a reader should know of a corpus.
+
+    Args:
+      copies: exact copies that were left out.
+      shared: documents of the validation files that were left out of train.
+      parts: sections of a corpus of one document, else None.
+    """
+    found = []
+    if copies:
+        found.append(f"{copies:,} exact cop{'ies were' if copies > 1 else 'y was'} left out.")
+    if shared:
+        found.append(f"{shared:,} document(s) of the validation files were left out of train.")
+    if parts == 1:
+        found.append(f"the corpus is one document shorter than {2 * SECTION // 1024} KiB, cut in two.")
+    elif parts is not None:
+        found.append(f"the corpus is one document, cut into {parts:,} sections of {SECTION // 1024} KiB.")
+    return found

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from engrax.data.config import (
+    SPLIT_RULE,
     SPLITS,
     DataConfig,
     Documents,
@@ -17,10 +18,10 @@ from engrax.data.config import (
     require,
 )
 from engrax.data.corpus import Corpus
+from engrax.data.disk_corpus import DiskCorpus
 from engrax.data.encoded import Document
+from engrax.data.shards import Shards
 from engrax.data.tokenizers import Tokenizer, load_tokenizer
-
-SPLIT_RULE = "split by size class"  # changes with every change of engrax.data.split that moves documents
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class TextConfig(DataConfig):
 
     @abc.abstractmethod
     def _texts(self, split: str) -> Documents:
-        """Returns the texts of a split's documents (bytes or str)."""
+        """Returns the texts of a split's documents (bytes or str), of the first ones at least."""
 
     def warnings(self) -> list[str]:
         """Names a tokenizer that does not give back the first documents of the splits."""
@@ -111,10 +112,10 @@ class CorpusConfig(TextConfig):
         require(0.0 < fraction < 1.0, f"validation_fraction must lie between 0 and 1, not {fraction}.")
 
     @abc.abstractmethod
-    def _corpus(self) -> Corpus:
+    def _corpus(self) -> Corpus | DiskCorpus:
         """Returns the documents; raises UserError if there are none."""
 
-    def _last_corpus(self) -> Corpus:
+    def _last_corpus(self) -> Corpus | DiskCorpus:
         """Returns the documents as they were found last, for loaders: a validation pass must not list a folder anew."""
         return self._corpus()
 
@@ -133,8 +134,14 @@ class CorpusConfig(TextConfig):
         parts = (self._corpus().manifest, self.tokenizer.manifest, SPLIT_RULE)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    def tokenize(self) -> Shards:
+        """Writes the token shards, if they are missing, and returns them; loaders read them from then on."""
+        return self._corpus().tokenized(self.validation_fraction, self.tokenizer)
+
     def _texts(self, split):
-        return self.documents(split)
+        from engrax.data import round_trip
+
+        return self._corpus().first_texts(self.validation_fraction, split, round_trip.FIRST_DOCUMENTS)
 
     def _source(self, split):
         encoded = self._last_corpus().encoded(self.validation_fraction, self.tokenizer)

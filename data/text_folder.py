@@ -2,17 +2,19 @@
 
 import dataclasses
 import functools
-import hashlib
 
 from etils import epath
 
 from engrax.data import encodings
 from engrax.data.config import DATASETS, require
 from engrax.data.corpus import Corpus
-from engrax.data.files import Listed, list_files
+from engrax.data.disk_corpus import DiskCorpus
+from engrax.data.files import Listed, list_files, manifest_of
 from engrax.data.sources import Reader
 from engrax.data.text import CorpusConfig
 from engrax.errors import UserError
+
+IN_MEMORY = 64 << 20  # bytes of text; a larger corpus is tokenised into shards at its first use
 
 
 @DATASETS.register("text_folder")
@@ -38,13 +40,13 @@ class TextFolder(CorpusConfig):
         if self.encoding is not None:
             encodings.check(self.encoding)
 
-    def _corpus(self) -> Corpus:
+    def _corpus(self) -> Corpus | DiskCorpus:
         files, others = self._list(self.path)
         given, _ = (None, ()) if self.validation_path is None else self._list(self.validation_path)
         self.__dict__["_last"] = _read_files(files, given, Reader(self.field, self.encoding), others)
         return self._last
 
-    def _last_corpus(self) -> Corpus:
+    def _last_corpus(self) -> Corpus | DiskCorpus:
         return self.__dict__["_last"] if "_last" in self.__dict__ else self._corpus()
 
     def _list(self, path: str) -> tuple[tuple[Listed, ...], tuple[tuple[str, int], ...]]:
@@ -64,29 +66,32 @@ def _read_files(
     given: tuple[Listed, ...] | None,
     reader: Reader,
     others: tuple[tuple[str, int], ...],
-) -> Corpus:
+) -> Corpus | DiskCorpus:
     """Reads files. Size and time of change are part of the cache key, so a changed file is read again."""
-    manifest = _manifest(files, given, reader)
     notes = []
     if others:
         kinds = ", ".join(f"{ending} {count:,}" for ending, count in others[:6])
         notes.append(f"files of other endings were left out ({kinds}); see suffixes.")
-    contents = _documents(files, reader)
-    corpus = Corpus.of(manifest, contents, None if given is None else _documents(given, reader), notes)
+    left = IN_MEMORY - sum(file.stamp[0] for file in files + (given or ()))
+    contents = _contents(files, reader, IN_MEMORY) if left >= 0 else None
+    held_out = None if given is None or contents is None else _contents(given, reader, IN_MEMORY)
+    if contents is None or (given is not None and held_out is None):
+        return DiskCorpus(files, given, reader, notes)
+    corpus = Corpus.of(manifest_of(files, given, reader), contents, held_out, notes)
     require(len(corpus) > 0, "the text folder holds no text: every document is empty.")
     return corpus
 
 
-def _documents(files: tuple[Listed, ...], reader: Reader):
-    return (b"".join(chunks) for file in files if file.stamp[0] for chunks in reader.documents(file.path))
-
-
-def _manifest(files: tuple[Listed, ...], given: tuple[Listed, ...] | None, reader: Reader) -> str:
-    """The SHA-256 of path, size and SHA-256 of every file, and of how they are read."""
-    manifest = hashlib.sha256()
-    for file in files + (given or ()):
-        with epath.Path(file.path).open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        manifest.update(f"{file.name}\t{file.stamp[0]}\t{digest}\n".encode(errors="surrogateescape"))
-    manifest.update(f"{reader}\t{None if given is None else len(given)}".encode())
-    return manifest.hexdigest()
+def _contents(files: tuple[Listed, ...], reader: Reader, at_most: int) -> list[bytes] | None:
+    """Returns the documents, None where they are more than `at_most` bytes."""
+    found = []
+    for file in files:
+        for chunks in reader.documents(file.path) if file.stamp[0] else ():
+            pieces = []
+            for chunk in chunks:
+                pieces.append(chunk)
+                at_most -= len(chunk)
+                if at_most < 0:
+                    return None
+            found.append(b"".join(pieces))
+    return found
