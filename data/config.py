@@ -97,6 +97,8 @@ class SplitSize:
         words = f"{self.documents:,} document{'s' * (self.documents != 1)}"
         if self.bytes is None:
             return words
+        if self.lengths is None:
+            return f"{words}, {self.bytes:,} bytes"
         shortest, median, longest = self.lengths
         return f"{words}, {self.bytes:,} bytes; shortest {shortest:,}, median {median:,}, longest {longest:,} bytes"
 
@@ -129,6 +131,7 @@ class DataConfig(abc.ABC):
 
     registry: ClassVar[Registry] = DATASETS
     registered_name: ClassVar[str] = ""
+    even_epochs: ClassVar[bool] = True  # the endless order shows every row once before it shows one again
 
     seq_len: int = 512  # tokens per row
 

@@ -72,7 +72,7 @@ def list_files(root: epath.Path, suffixes: tuple[str, ...]) -> Listing:
             found.append(Listed(name, path, look()))
         else:
             others[os.path.splitext(plain)[1] or "none"] += 1
-    return Listing(tuple(sorted(found)), tuple(others.most_common()))
+    return Listing(tuple(sorted(found)), tuple(sorted(others.items(), key=lambda other: (-other[1], other[0]))))
 
 
 def _walk(root: epath.Path) -> Iterator[tuple]:
@@ -88,7 +88,7 @@ def _walk(root: epath.Path) -> Iterator[tuple]:
             for entry in sorted(entries, key=lambda entry: entry.name, reverse=True):
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                if os.path.isdir(entry.path):  # as entry.is_dir(), but False for a link to itself
                     folders.append((f"{prefix}{entry.name}/", entry.path))
                 else:
                     yield prefix + entry.name, entry.path, lambda entry=entry: _checked_stamp(entry)

@@ -94,18 +94,26 @@ class PackedText(grain.DatasetIterator):
     def __next__(self) -> Batch:
         batch = padding_batch(self._share.rows, self._seq_len, target_bytes=self._target_bytes)
         filled = 0
-        while filled < self._share.batch_size and self._advance():
-            group = self._group
-            rows = min(self._share.batch_size - filled, group.plan.rows - self._row)
-            for i in range(rows):
-                mine = filled + i - self._share.start
-                if 0 <= mine < self._share.rows:
-                    write_row(batch, mine, group.plan, self._row + i, group.documents)
-            self._row += rows
-            filled += rows
+        while filled < self._share.batch_size and self.next_length() is not None:
+            self.write_next(batch, filled)
+            filled += 1
         if not filled:
             raise StopIteration
         return batch
+
+    def next_length(self) -> int | None:
+        """Returns the tokens of the next row, None at the end of the last epoch. All processes know them."""
+        if not self._advance():
+            return None
+        plan = self._group.plan
+        return int(plan.length[plan.first[self._row] : plan.first[self._row + 1]].sum())
+
+    def write_next(self, batch: Batch, row: int) -> None:
+        """Writes the next row as the given row of the global batch, if it is this process's, and moves on."""
+        mine = row - self._share.start
+        if 0 <= mine < self._share.rows:
+            write_row(batch, mine, self._group.plan, self._row, self._group.documents)
+        self._row += 1
 
     def _advance(self) -> bool:
         """Moves to a group with a row left, if needed; returns False at the end of the last epoch."""

@@ -20,7 +20,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from etils import epath
 
@@ -62,7 +62,7 @@ class Reader:
                 raise
             raise UserError(f"{path} is damaged or cut off: {_reason(error)}; restore it.") from None
 
-    def _read(self, path: str, stream: BinaryIO) -> Iterator[Iterable[bytes]]:
+    def _read(self, path: str, stream: Any) -> Iterator[Iterable[bytes]]:
         """Yields the documents of a file that is text, when decompressed."""
         first = stream.read(_BLOCK)
         require(
@@ -102,7 +102,7 @@ class Reader:
             raise UserError(f"{where} has no field {self.field!r} (it has: {_names(found)}); set field to one of them.")
         return _utf8(found[self.field], self.field, where)
 
-    def _rows(self, path: str, raw: BinaryIO) -> Iterator[Iterable[bytes]]:
+    def _rows(self, path: str, raw: Any) -> Iterator[Iterable[bytes]]:
         """Yields the rows of a Parquet file."""
         import pyarrow as pa
         from pyarrow import parquet
@@ -175,14 +175,14 @@ def _reason(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")
 
 
-def _starts(raw: BinaryIO, magic: bytes) -> bool:
+def _starts(raw: Any, magic: bytes) -> bool:
     found = raw.read(len(magic)) == magic
     raw.seek(0)
     return found
 
 
 @contextlib.contextmanager
-def _decompressed(raw: BinaryIO) -> Iterator[BinaryIO]:
+def _decompressed(raw: Any) -> Iterator[Any]:
     """The content of a file, decompressed if it starts as a compressed file."""
     if _starts(raw, b"\x1f\x8b"):
         with gzip.GzipFile(fileobj=raw) as stream:

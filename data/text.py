@@ -88,16 +88,22 @@ class TextConfig(DataConfig):
         With `stream`, each row of a batch continues the same row of the previous batch (`StreamedText`). With
         `target_bytes`, the batches have this field (`Batch`).
         """
-        from engrax.data.pipeline import PackedText
         from engrax.data.stream import StreamedText
 
         check_loader_arguments(self, split, seed, epochs, align)
         share = Share.of(batch_size, process_index, process_count)
-        documents, encode, buffer_tokens = self._source(split)
         same = {"seq_len": self.seq_len, "share": share, "seed": seed, "align": align, "target_bytes": target_bytes}
         if stream:
+            documents, encode, _ = self._source(split)
             return StreamedText(documents, encode, **same)
-        return PackedText(documents, encode, epochs=epochs, buffer_tokens=buffer_tokens, **same)
+        return self.packed(split, epochs=epochs, **same)
+
+    def packed(self, split: str, **settings: Any) -> Any:
+        """Returns the packed rows of a split (`engrax.data.pipeline.PackedText` has the settings)."""
+        from engrax.data.pipeline import PackedText
+
+        documents, encode, buffer_tokens = self._source(split)
+        return PackedText(documents, encode, buffer_tokens=buffer_tokens, **settings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,9 +140,9 @@ class CorpusConfig(TextConfig):
         parts = (self._corpus().manifest, self.tokenizer.manifest, SPLIT_RULE)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def tokenize(self) -> Shards:
+    def tokenize(self) -> tuple[Shards, ...]:
         """Writes the token shards, if they are missing, and returns them; loaders read them from then on."""
-        return self._corpus().tokenized(self.validation_fraction, self.tokenizer)
+        return (self._corpus().tokenized(self.validation_fraction, self.tokenizer),)
 
     def _texts(self, split):
         from engrax.data import round_trip

@@ -169,7 +169,9 @@ def _first_rows(experiment: Experiment, split: str, count: int) -> Rows:
 
 
 def _whole_epoch(experiment: Experiment, seen: int) -> int | None:
-    """Labelled tokens of the whole training split, or None where they are more than `seen`."""
+    """Labelled tokens of the whole training split, or None where they are more than `seen` or epochs are uneven."""
+    if not experiment.data.even_epochs:
+        return None
     loader = experiment.data.loader("train", batch_size=256, epochs=1)
     total = 0
     for batch in loader:
