@@ -226,7 +226,7 @@ def test_a_corpus_is_read_and_encoded_once(folder, tokenizer_file):
         first, _, _ = TextFolder(path=str(folder), **fields)._source("train")
         again, _, _ = TextFolder(path=str(folder), seq_len=64, **fields)._source("train")
         assert again is first
-        assert first[0].tokens.dtype == (np.uint8 if not fields else np.uint16)
+        assert first[0].tokens.dtype == (np.uint8 if not fields else np.uint16) and first[0].bytes.dtype == np.uint8
 
 
 def test_registered_names():
