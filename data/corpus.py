@@ -46,8 +46,10 @@ class Corpus:
         shared = documents.keys() & held_out.keys()
         parts = None
         if given is None and len(documents) == 1:
-            documents, _ = _distinct(split.sections(documents.values()))
-            parts = len(documents)
+            sections = list(split.sections(documents.values()))
+            parts = len(sections)
+            documents, again = _distinct(sections)
+            copies += again
         self._notes = (*notes, *split.notes(copies + more, len(shared), parts))
         self._documents = dict(sorted((documents | held_out).items()))
         keys = list(self._documents)
