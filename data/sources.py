@@ -22,10 +22,9 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from etils import epath
-
 from engrax.data import encodings
 from engrax.data.config import require
+from engrax.data.files import PACKED, open_bytes
 from engrax.errors import UserError
 
 _BLOCK = 1 << 20  # bytes read at once
@@ -48,12 +47,14 @@ class Reader:
         and the line, for what cannot be read.
         """
         try:
-            with epath.Path(path).open("rb") as raw:
-                if _starts(raw, b"PAR1"):
+            with open_bytes(path) as raw:
+                magic = raw.read(4)
+                raw.seek(0)
+                if magic == b"PAR1":
                     yield from self._rows(path, raw)
                     return
                 require(not path.lower().endswith(".parquet"), f"{path} is no Parquet file: it does not start as one.")
-                with _decompressed(raw) as stream:
+                with _decompressed(raw, magic) as stream:
                     yield from self._read(path, stream)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path} is damaged or cut off: {_reason(error)}; restore it.") from None
@@ -82,7 +83,7 @@ class Reader:
 
     def _is_lines(self, path: str, head: bytes, whole: bool) -> bool:
         name = path.lower()
-        for ending in (".gz", ".bz2", ".zst"):
+        for ending in PACKED:
             name = name.removesuffix(ending)
         if name.endswith(_LINES):
             return True
@@ -175,22 +176,16 @@ def _reason(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")
 
 
-def _starts(raw: Any, magic: bytes) -> bool:
-    found = raw.read(len(magic)) == magic
-    raw.seek(0)
-    return found
-
-
 @contextlib.contextmanager
-def _decompressed(raw: Any) -> Iterator[Any]:
-    """The content of a file, decompressed if it starts as a compressed file."""
-    if _starts(raw, b"\x1f\x8b"):
+def _decompressed(raw: Any, magic: bytes) -> Iterator[Any]:
+    """The content of a file, decompressed if its first bytes are those of a compressed file."""
+    if magic.startswith(b"\x1f\x8b"):
         with gzip.GzipFile(fileobj=raw) as stream:
             yield stream
-    elif _starts(raw, b"BZh"):
+    elif magic.startswith(b"BZh"):
         with bz2.BZ2File(raw) as stream:
             yield stream
-    elif _starts(raw, b"\x28\xb5\x2f\xfd"):
+    elif magic == b"\x28\xb5\x2f\xfd":
         import pyarrow as pa
 
         with pa.CompressedInputStream(pa.PythonFile(raw), "zstd") as stream:
