@@ -133,6 +133,7 @@ def write(
     header: dict[str, Any],
 ) -> None:
     """Writes the shards of (split, index in it, document in chunks), in any order, whole or not at all."""
+    _require_array_record()
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed: the caller holds the lock
     part.mkdir(parents=True)
@@ -149,6 +150,15 @@ def write(
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def _require_array_record() -> None:
+    try:
+        import array_record  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "token shards need the package array_record, which has no build for this system; use less text."
+        ) from None
 
 
 class Shards:
