@@ -147,8 +147,10 @@ def write(
         index |= {"splits": found, "sizes": dataclasses.asdict(sizes)}
         (part / "index.json").write_text(json.dumps(index, indent=1))
         part.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, RuntimeError):  # of array_record: a full disk, say
+            raise UserError(f"the token shards cannot be written: {_reason(error)}; see ENGRAX_CACHE.") from None
         raise
 
 
@@ -206,8 +208,13 @@ class Shards:
 
 def damaged(folder: Path, error: Exception) -> UserError:
     """The error for shards that cannot be read."""
-    reason = " ".join(str(error).split())[:200].rstrip(".")
-    return UserError(f"the token shards in {folder} are damaged ({reason}); delete the folder, it is written anew.")
+    return UserError(
+        f"the token shards in {folder} are damaged ({_reason(error)}); delete the folder, it is written anew."
+    )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".")
 
 
 class StoredDocuments:

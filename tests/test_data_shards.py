@@ -254,6 +254,17 @@ def test_nothing_is_left_where_writing_failed(large, texts, monkeypatch):
     assert batches(config, 1)[0]
 
 
+def test_a_full_disk_is_one_sentence(large, texts, monkeypatch):
+    class Full:
+        def __init__(self, *arguments):
+            raise RuntimeError("write() failed: No space left on device;\n at byte 0")
+
+    monkeypatch.setattr("array_record.python.array_record_module.ArrayRecordWriter", Full)
+    with pytest.raises(UserError, match="cannot be written: .* No space left on device; at byte 0; see ENGRAX_CACHE"):
+        batches(TextFolder(path=str(texts), seq_len=SEQ), 1)
+    assert [path.suffix for path in (large / "tokens").iterdir()] == [".lock"]
+
+
 def test_a_corpus_that_changes_while_it_is_read(large, texts, tmp_path, monkeypatch):
     root = tmp_path / "changing"
     shutil.copytree(texts, root)
