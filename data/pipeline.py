@@ -93,8 +93,11 @@ class PackedText(grain.DatasetIterator):
 
     def __next__(self) -> Batch:
         batch = padding_batch(self._share.rows, self._seq_len, target_bytes=self._target_bytes)
-        filled = 0
+        filled, group = 0, None
         while filled < self._share.batch_size and self.next_length() is not None:
+            if group is not self._group:
+                group = self._group
+                self._read_ahead(filled)
             self.write_next(batch, filled)
             filled += 1
         if not filled:
@@ -114,6 +117,17 @@ class PackedText(grain.DatasetIterator):
         if 0 <= mine < self._share.rows:
             write_row(batch, mine, self._group.plan, self._row, self._group.documents)
         self._row += 1
+
+    def _read_ahead(self, filled: int) -> None:
+        """Reads at once what this process needs of the current group for a batch that has `filled` rows."""
+        if not hasattr(self._documents, "read_ahead"):
+            return
+        plan, first = self._group.plan, self._row + self._share.start - filled  # the row of this process's first one
+        begin, end = max(first, self._row), min(first + self._share.rows, plan.rows)
+        if begin < end:
+            pieces = range(plan.first[begin], plan.first[end])
+            documents = (self._group.documents[plan.document[p]] for p in pieces)
+            self._documents.read_ahead([(d, plan.start[p], plan.length[p] + 1) for d, p in zip(documents, pieces)])
 
     def _advance(self) -> bool:
         """Moves to a group with a row left, if needed; returns False at the end of the last epoch."""

@@ -100,16 +100,19 @@ def test_a_position_is_exact_and_shared_by_processes(large, config):
 
 
 def test_a_process_reads_its_part_only(large, texts, monkeypatch):
+    """Records of its rows alone: here 50 tokens, and a row of 32 with the target of its last touches few of them."""
     read = []
-    inner = shards.StoredDocuments.read
-    monkeypatch.setattr(
-        shards.StoredDocuments, "read", lambda self, start, stop: read.append(stop - start) or inner(self, start, stop)
-    )
-    config = TextFolder(path=str(texts), seq_len=SEQ)
-    loader = config.loader("train", batch_size=16, process_index=3, process_count=16)
-    for _ in range(20):
-        next(loader)
-    assert 0 < sum(read) <= 2 * 20 * (SEQ + 1)  # tokens and targets of one row of sixteen
+    inner = shards.StoredDocuments._parsed
+    monkeypatch.setattr(shards, "_KEPT", 2)
+    monkeypatch.setattr(shards.StoredDocuments, "_parsed", lambda self, record: read.append(1) or inner(self, record))
+    config, counts = TextFolder(path=str(texts), seq_len=SEQ), []
+    for share in ({}, {"process_index": 3, "process_count": 16}):
+        loader = config.loader("train", batch_size=16, **share)
+        read.clear()
+        for _ in range(20):
+            next(loader)
+        counts.append(len(read))
+    assert 0 < counts[1] < counts[0] / 8
 
 
 def test_one_document_is_cut_into_sections(large, tmp_path, monkeypatch):
