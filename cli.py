@@ -23,6 +23,7 @@ EXAMPLES = {
     "generate": 'engrax generate runs/quickstart --prompt "def " --tokens 200',
     "export": "engrax export runs/tuned exported --step best",
     "describe": "engrax describe quickstart --model.dim 512 --device h200",
+    "tokenize": "engrax tokenize my_config.py --data.path corpus",
     "compare": "engrax compare titans_ablation --folder runs/titans_ablation --steps 300",
     "check": "engrax check my_mixer.py --law causality",
     "list": "engrax list",
@@ -185,6 +186,7 @@ def _describe(args: list[str]) -> int:
     device = None if known.device is None else kernel_report.find_device(known.device)
     experiment = override(_find(known.config).experiment, rest, f"engrax describe {known.config}")
     print(cost.format_costs(cost.costs(experiment, jax.device_count())))
+    _print_splits(experiment.data)
     try:
         warnings = experiment.data.warnings()
     except UserError as error:  # the costs are known without the data
@@ -194,6 +196,37 @@ def _describe(args: list[str]) -> int:
     if device is not None:
         print("\n" + kernel_report.format_report(experiment, device))
     return 0
+
+
+def _tokenize(args: list[str]) -> int:
+    parser = _parser(
+        "tokenize",
+        "Writes the tokens of a config's text once, as shards in the cache ($ENGRAX_CACHE or ~/.cache/engrax). "
+        "Trainings on the same text read them. More than 64 MiB of text are tokenised at their first use.",
+    )
+    parser.add_argument("config", help="a name that `engrax list` shows, or the path of a .py file with config()")
+    known, rest = _split_help(parser, args)
+    from engrax.data.config import SPLITS
+
+    data = override(_find(known.config).experiment, rest, f"engrax tokenize {known.config}").data
+    if not hasattr(data, "tokenize"):
+        raise UserError(f"{data.registered_name} has nothing to tokenise: only a corpus of text is written as tokens.")
+    for shards in data.tokenize():
+        tokens = ", ".join(f"{split} {shards.tokens(split):,} tokens" for split in SPLITS)
+        print(f"{shards.folder}\n{tokens}")
+        print("\n".join(f"{name:<17} {value}" for name, value in shards.sizes.rows()))
+    return 0
+
+
+def _print_splits(data: Any) -> None:
+    """Prints the sizes of both splits of a text; without the text, why they are unknown."""
+    try:
+        splits = data.splits()
+    except UserError as error:  # a config is described before its text is there
+        print(f"\nsplits unknown: {error}")
+        return
+    if splits is not None:
+        print("\n" + "\n".join(f"{name:<17} {value}" for name, value in splits.rows()))
 
 
 def _compare(args: list[str]) -> int:
@@ -294,6 +327,7 @@ COMMANDS = {
     "generate": _generate,
     "export": _export,
     "describe": _describe,
+    "tokenize": _tokenize,
     "compare": _compare,
     "check": _check,
     "list": _list,

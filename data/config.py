@@ -18,6 +18,7 @@ from engrax.registry import Registry
 DATASETS = Registry("data", "engrax.data", word="data set")
 
 SPLITS = ("train", "validation")
+SPLIT_RULE = "split by size class"  # changes with every change of engrax.data.split that moves documents
 
 IGNORE = -1  # in targets: no loss here; in segment_ids: padding
 FILLER = -2  # in segment_ids: an empty position that moves the next document to a multiple of `align`
@@ -84,12 +85,53 @@ class Share:
         return cls(batch_size, process_index * rows, rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class SplitSize:
+    """How much text a split has."""
+
+    documents: int
+    bytes: int | None = None  # None = unknown without reading the whole data set
+    lengths: tuple[int, int, int] | None = None  # bytes of the shortest, the median and the longest document
+
+    def __str__(self) -> str:
+        words = f"{self.documents:,} document{'s' * (self.documents != 1)}"
+        if self.bytes is None:
+            return words
+        if self.lengths is None:
+            return f"{words}, {self.bytes:,} bytes"
+        shortest, median, longest = self.lengths
+        return f"{words}, {self.bytes:,} bytes; shortest {shortest:,}, median {median:,}, longest {longest:,} bytes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The sizes of both splits, and what a reader should know of them, a sentence each."""
+
+    train: SplitSize
+    validation: SplitSize
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Splits":
+        """The inverse of `dataclasses.asdict`, also after a way through JSON."""
+        sizes = (
+            data[split] | {"lengths": data[split]["lengths"] and tuple(data[split]["lengths"])} for split in SPLITS
+        )
+        return cls(*(SplitSize(**size) for size in sizes), notes=tuple(data["notes"]))
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The splits as (name, value), for a terminal and the evaluation report."""
+        rows = [(f"{split} split", str(getattr(self, split))) for split in SPLITS]
+        return rows + [("about the text", note) for note in self.notes]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(abc.ABC):
     """Base of every data set's config. A subclass is a frozen dataclass, registered with `@engrax.register(name)`."""
 
     registry: ClassVar[Registry] = DATASETS
     registered_name: ClassVar[str] = ""
+    even_epochs: ClassVar[bool] = True  # the endless order shows every row once before it shows one again
 
     seq_len: int = 512  # tokens per row
 
@@ -122,6 +164,10 @@ class DataConfig(abc.ABC):
             return self.tokenizer.token_types(batch["tokens"])
         name = str if self.tokenizer is None else lambda token: repr(self.tokenizer.decode([token]))
         return frequent_types(batch["tokens"], batch["segment_ids"] >= 0, name)
+
+    def splits(self) -> Splits | None:
+        """Returns the sizes of both splits of a text; None for a generated task. Raises UserError as `digest` does."""
+        return None
 
     @abc.abstractmethod
     def digest(self) -> str:

@@ -16,6 +16,8 @@ document is no target: bits per byte are the bits of the targets over the bytes 
 
 import codecs
 import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -24,7 +26,18 @@ from engrax.data.config import TokenArray
 
 _INVALID = 0xDC00  # plus the number of bytes: stands for bytes that are not UTF-8 (a surrogate: UTF-8 has none)
 _REPLACEMENT = 0xFFFD
+PART = 1 << 20  # bytes of a document that are encoded at once
 _WIDER = (0x80, 0x800, 0x10000)  # from each of these code points on, UTF-8 takes one byte more
+
+
+@runtime_checkable
+class Document(Protocol):
+    """A document as tokens: `Encoded`, or one on disk, which is read where `tokens` and `bytes` are sliced."""
+
+    tokens: Any
+    bytes: Any
+
+    def __len__(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +49,37 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+def encode_in_parts(tokenizer: Any, chunks: Iterable[bytes]) -> Iterator[Encoded]:
+    """Encodes a document, given in chunks, with a tokenizer of `engrax.data.tokenizers`.
+
+    A document longer than PART bytes is encoded in parts, which end with a line if one ends in the last sixteenth, else
+    with a character: memory does not grow with it.
+    """
+    rest = bytearray()
+    for chunk in chunks:
+        rest += chunk
+        while len(rest) > PART:
+            line_end = rest.rfind(b"\n", PART - PART // 16, PART)
+            cut = line_end + 1 if line_end >= 0 else character_start(rest, PART - 3)
+            yield tokenizer.encode_with_bytes(bytes(rest[:cut]))
+            del rest[:cut]
+    if rest:
+        yield tokenizer.encode_with_bytes(bytes(rest))
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """Returns the document of its parts."""
+    return Encoded(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "bytes")))
+
+
+def character_start(text: bytes | bytearray, at: int) -> int:
+    """Returns the first place from `at` on where a character of UTF-8 starts, at most 3 bytes on."""
+    for place in range(at, min(at + 3, len(text))):
+        if text[place] & 0xC0 != 0x80:
+            return place
+    return min(at + 3, len(text))
 
 
 def readable(text: str | bytes) -> tuple[str, Int[np.ndarray, "C"]]:

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 
 from engrax.data import hashing
 from engrax.data.config import FILLER, Batch
-from engrax.data.encoded import Encoded
+from engrax.data.encoded import Document
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _best_fit(need: Int64[np.ndarray, "P"], capacity: int, rows: int) -> tuple[I
     return assigned, rows
 
 
-def write_row(batch: Batch, i: int, plan: Plan, row: int, documents: list[Encoded]) -> None:
+def write_row(batch: Batch, i: int, plan: Plan, row: int, documents: list[Document]) -> None:
     """Writes row `row` of the plan into row i of a padding batch, with filler between its pieces.
 
     A token's target is the next token of its document, even if that token is in another row. The last token of a
@@ -101,7 +101,7 @@ def write_row(batch: Batch, i: int, plan: Plan, row: int, documents: list[Encode
         end = offset + length
 
 
-def write_piece(batch: Batch, i: int, offset: int, document: Encoded, start: int, length: int) -> None:
+def write_piece(batch: Batch, i: int, offset: int, document: Document, start: int, length: int) -> None:
     """Writes `length` tokens of a document from `start` on, with their targets, at `offset` of row i of a batch."""
     following = slice(start + 1, start + length + 1)
     targets = document.tokens[following]

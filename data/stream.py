@@ -11,7 +11,7 @@ import grain
 
 from engrax.data import hashing
 from engrax.data.config import FILLER, Batch, Documents, Share, padding_batch, require
-from engrax.data.encoded import Encoded
+from engrax.data.encoded import Document
 from engrax.data.packing import write_piece
 from engrax.errors import UserError
 
@@ -23,7 +23,7 @@ class StreamedText(grain.DatasetIterator):
     def __init__(
         self,
         documents: Documents,
-        encode: Callable[[Any], Encoded],
+        encode: Callable[[Any], Document],
         *,
         seq_len: int,
         share: Share,
@@ -38,7 +38,7 @@ class StreamedText(grain.DatasetIterator):
         order = grain.MapDataset.range(len(documents))
         self._order = order.shuffle(seed=hashing.seed32(seed)).repeat(None)
         self._position = [[0, 0] for _ in range(share.batch_size)]
-        self._open: dict[int, tuple[int, Encoded]] = {}  # the encoded current document of each row
+        self._open: dict[int, tuple[int, Document]] = {}  # the encoded current document of each row
 
     @property
     def document_count(self) -> int:
@@ -79,7 +79,7 @@ class StreamedText(grain.DatasetIterator):
             at += room
             self._position[row] = [count + 1, 0] if done else [count, begin + length]
 
-    def _read(self, row: int, index: int) -> Encoded:
+    def _read(self, row: int, index: int) -> Document:
         if row not in self._open or self._open[row][0] != index:
             self._open[row] = index, self._encode(self._documents[self._order[index]])
         return self._open[row][1]

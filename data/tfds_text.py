@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engrax.data.config import DATASETS, SPLITS, require
+from engrax.data.config import DATASETS, SPLITS, Splits, SplitSize, require
 from engrax.data.text import TextConfig
 from engrax.errors import UserError
 
@@ -53,6 +53,11 @@ class TfdsText(TextConfig):
                 text = records[index]
                 manifest.update(hashlib.sha256(text.encode() if isinstance(text, str) else text).digest())
         return manifest.hexdigest()
+
+    def splits(self) -> Splits:
+        """Returns the number of documents of both splits; their bytes are known only after reading them all."""
+        builder = self._builder()
+        return Splits(*(SplitSize(len(self._records(builder, split))) for split in SPLITS))
 
     def _texts(self, split):
         return self._records(self._builder(), split)

@@ -22,7 +22,7 @@ from engrax.models.parameters import cast, map_parameters
 from engrax.train import sharding, train_step
 from engrax.train.experiment import Experiment
 from engrax.train.objective import score
-from engrax.train.trainer import Trainer
+from engrax.train.trainer import NO_LABELS, Trainer
 
 # Tokens of one forward pass: the training's batch may have been spread over many devices, or be tiny.
 LEAST_BATCH_TOKENS, BATCH_TOKENS = 4_096, 16_384
@@ -119,7 +119,7 @@ def validation_rows(experiment: Experiment, batches: int | None) -> Rows:
     complete = next(loader, None) is None
     _close(loader)
     if not any((batch["targets"] >= 0).any() for batch in taken):
-        raise UserError("the validation split holds no labelled token; give more text, or a larger validation part.")
+        raise UserError(NO_LABELS)
     return _stack(taken, complete)
 
 
@@ -169,7 +169,9 @@ def _first_rows(experiment: Experiment, split: str, count: int) -> Rows:
 
 
 def _whole_epoch(experiment: Experiment, seen: int) -> int | None:
-    """Labelled tokens of the whole training split, or None where they are more than `seen`."""
+    """Labelled tokens of the whole training split, or None where they are more than `seen` or epochs are uneven."""
+    if not experiment.data.even_epochs:
+        return None
     loader = experiment.data.loader("train", batch_size=256, epochs=1)
     total = 0
     for batch in loader:

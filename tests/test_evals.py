@@ -115,6 +115,9 @@ def test_results_json_holds_every_number(text_results, text_run):
     assert data["format_version"] == evaluation.FORMAT_VERSION and data["run"] == "text_run" and data["step"] == 4
     assert data["seeds"] == {"experiment": 3} and len(data["data_digest"]) == 64 and not data["warnings"]
     assert data["config"]["batch_size"] == 4 and data["device"].startswith("cpu")
+    splits = runs.open_run(text_run).experiment.data.splits()
+    assert data["splits"]["validation"]["bytes"] == splits.validation.bytes > 0
+    assert str(splits.train) in text_results.report.read_text()
     found = data["evaluations"]
     names = ["validation", "baselines", "memory_ablation", "by_position", "stream", "diagnostics", "token_types"]
     assert list(found) == list(data["evaluators"]) == [*names, "training", "costs"]

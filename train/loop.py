@@ -63,6 +63,7 @@ def train(
     experiments.check_saveable(experiment)  # before data and devices are touched
     trainer = Trainer(experiment)
     mesh = trainer.mesh  # raises if the mesh or batch does not divide, before anything is written
+    trainer.check_validation()
     saved = _latest_step(run_dir)
     # Errors are raised before anything is written.
     begins_at, params = (None, None) if saved else _earlier_params(trainer, run_dir)

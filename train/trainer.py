@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -28,6 +29,8 @@ from engrax.train.experiment import Experiment
 from engrax.train.objective import score
 from engrax.train.optimizers import base as optimizers
 from engrax.train.train_step import Loss, Placement
+
+NO_LABELS = "the validation split holds no labelled token; give more or longer documents, or another validation split."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +212,14 @@ class Trainer:
             **({"target_bytes": True} if target_bytes else {}),
         )
 
+    def check_validation(self) -> None:
+        """Raises UserError if the validation batches of the training hold no labelled token."""
+        with contextlib.closing(self.loader("validation")) as loader:
+            batches = itertools.islice(loader, self.experiment.eval.batches)
+            if any((batch["targets"] >= 0).any() for batch in batches):
+                return
+        raise UserError(NO_LABELS)
+
     def validate(self, params: Any, batches: int) -> dict[str, float]:
         """Loss in nats per labelled token and, for text, in bits per byte, and accuracy, over the first validation
         batches."""
@@ -219,9 +230,7 @@ class Trainer:
                 sums = jax.device_get(self.eval_step(params, self.put(batch)))
                 loss, count, right = loss + float(sums[0]), count + float(sums[1]), right + float(sums[2])
         if not count:
-            raise UserError(
-                "the validation split holds no labelled token; give more text, or a larger validation part."
-            )
+            raise UserError(NO_LABELS)
         size = int(np.sum(multihost_utils.process_allgather(np.asarray(size))))  # each process has read its rows
         in_bits = {"validation_bits_per_byte": loss / math.log(2) / size} if size else {}
         return {"validation_loss": loss / count, "validation_accuracy": right / count} | in_bits
