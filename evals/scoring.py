@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
+from engrax.data.config import check_rows
 from engrax.errors import UserError
 from engrax.models import contract
 from engrax.models.parameters import cast, map_parameters
@@ -100,7 +101,9 @@ def _loader(experiment: Experiment, split: str, rows: int) -> Iterator[dict[str,
 
 def _stack(batches: list[dict[str, np.ndarray]], complete: bool) -> Rows:
     arrays = (np.concatenate([batch[name] for batch in batches]) for name in ("tokens", "targets", "segment_ids"))
-    return Rows(*arrays, complete=complete)
+    rows = Rows(*arrays, complete=complete)
+    check_rows(rows.segment_ids)
+    return rows
 
 
 def validation_rows(experiment: Experiment, batches: int | None) -> Rows:

@@ -153,11 +153,11 @@ def compact(segment_ids: Int[Array, "B T"] | None) -> Rows:
     """
     if segment_ids is None or segment_ids.shape[1] == 1 or segment_ids is _padding_last.get():
         return Rows(segment_ids, None, None)
-    padding = jnp.asarray(segment_ids) == PADDING
+    padding = segment_ids == PADDING
     kept = jnp.cumsum(~padding, axis=1, dtype=jnp.int32)
     behind = kept[:, -1:] + jnp.cumsum(padding, axis=1, dtype=jnp.int32)
     order = jnp.argsort(padding, axis=1, stable=True)
-    return Rows(_take(jnp.asarray(segment_ids), order), order, jnp.where(padding, behind, kept) - 1)
+    return Rows(_take(segment_ids, order), order, jnp.where(padding, behind, kept) - 1)
 
 
 _padding_last: contextvars.ContextVar[Any] = contextvars.ContextVar("padding_last", default=None)
@@ -166,9 +166,8 @@ _padding_last: contextvars.ContextVar[Any] = contextvars.ContextVar("padding_las
 @contextmanager
 def padding_last(segment_ids: Int[Array, "B T"] | None) -> Iterator[None]:
     """In this context, models that are given this very array trust that no padding (-1) precedes a token or filler in
-    it, as in the rows of a data set. Where one does, outputs and memory are wrong: it is not checked here, and
-    `engrax.train.objective.check_rows` checks it on the host. The claim is about the array: ids that a model makes
-    from it are other ids."""
+    it, as in the rows of a data set. Where one does, outputs and memory are wrong; rows are checked where they are read
+    (`engrax.data.config.check_rows`). The claim is about the array: ids that a model makes from it are other ids."""
     token = _padding_last.set(segment_ids)
     try:
         yield

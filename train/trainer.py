@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from engrax import models
+from engrax.data.config import check_rows
 from engrax.errors import UserError
 from engrax.models import contract, imported
 from engrax.models.block_style import BlockStyleConfig
@@ -186,7 +187,8 @@ class Trainer:
         return self.forward(report)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows as part of a global batch on the mesh."""
+        """This process's rows as part of a global batch on the mesh. Raises UserError if padding precedes a token."""
+        check_rows(batch["segment_ids"])
         return sharding.put_batch(batch, self.mesh, self.experiment.batch_size)
 
     def loader(self, split: str) -> Iterator[dict[str, np.ndarray]]:
