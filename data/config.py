@@ -32,7 +32,7 @@ class Batch(TypedDict):
 
     tokens: Int32[np.ndarray, "B T"]
     targets: Int32[np.ndarray, "B T"]  # -1 = no loss
-    segment_ids: Int32[np.ndarray, "B T"]  # 0, 1, 2, ... within a row; -1 at padding, -2 at filler
+    segment_ids: Int32[np.ndarray, "B T"]  # 0, 1, 2, ... within a row; -1 at padding after them, -2 at filler
     target_bytes: NotRequired[Int32[np.ndarray, "B T"]]  # source bytes of the target, 0 without; for the host, if asked
 
 
@@ -214,6 +214,17 @@ def check_loader_arguments(config: DataConfig, split: str, seed: int, epochs: in
         align >= 1 and config.seq_len % align == 0,
         f"seq_len {config.seq_len} is not a multiple of align {align}; choose a seq_len that is.",
     )
+
+
+def check_rows(segment_ids: Int32[np.ndarray, "B T"]) -> None:
+    """Raises UserError if padding precedes a token or filler in a row: training programs move no padding."""
+    wrong = np.argwhere((segment_ids[:, :-1] == IGNORE) & (segment_ids[:, 1:] != IGNORE))
+    if len(wrong):
+        row, place = map(int, wrong[0])
+        raise UserError(
+            f"row {row} of the data set's segment_ids has padding ({IGNORE}) at position {place} and "
+            f"{segment_ids[row, place + 1]} after it; put padding after a row's last token, or make it filler ({FILLER})."
+        )
 
 
 def padding_batch(rows: int, seq_len: int, *, target_bytes: bool = False) -> Batch:

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
+from engrax.data.config import check_rows
 from engrax.errors import UserError
 from engrax.models import contract
 from engrax.models.parameters import cast, map_parameters
@@ -101,7 +102,9 @@ def _loader(experiment: Experiment, split: str, rows: int) -> Iterator[dict[str,
 
 def _stack(batches: list[dict[str, np.ndarray]], complete: bool) -> Rows:
     arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in _FIELDS if name in batches[0]}
-    return Rows(**{"target_bytes": None} | arrays, complete=complete)
+    rows = Rows(**{"target_bytes": None} | arrays, complete=complete)
+    check_rows(rows.segment_ids)
+    return rows
 
 
 def validation_rows(experiment: Experiment, batches: int | None) -> Rows:

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from engrax import models
+from engrax.data.config import check_rows
 from engrax.errors import UserError
 from engrax.models import contract, imported
 from engrax.models.block_style import BlockStyleConfig
@@ -191,7 +192,8 @@ class Trainer:
         return self.forward(report)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows as part of a global batch on the mesh."""
+        """This process's rows as part of a global batch on the mesh. Raises UserError if padding precedes a token."""
+        check_rows(batch["segment_ids"])
         return sharding.put_batch(batch, self.mesh, self.experiment.batch_size)
 
     def loader(self, split: str, *, target_bytes: bool = False) -> Iterator[dict[str, np.ndarray]]:
