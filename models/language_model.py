@@ -20,7 +20,17 @@ from engrax.layers.common.lora import LoraConfig
 from engrax.layers.common.modules import projection
 from engrax.layers.mixer import MixerOutput, as_mixer
 from engrax.models.block_style import BlockStyleConfig, LearnedPositions, without_place
-from engrax.models.contract import GATHERED, LinearHead, Model, Output, gathered, is_gathering, no_loss, split_rows
+from engrax.models.contract import (
+    GATHERED,
+    LinearHead,
+    Model,
+    Output,
+    compact,
+    gathered,
+    is_gathering,
+    no_loss,
+    split_rows,
+)
 from engrax.models.model import MODELS, ModelConfig
 from engrax.models.parameters import declare_roles, stack_axes
 from engrax.registry import did_you_mean
@@ -198,7 +208,9 @@ class LanguageModel(Model):
         "*". `collect` returns their diagnostics as {"titans.lr_mean": [repeat, ...]}; the name has the pattern position
         if a mixer occurs twice. `mute` removes their memory reads.
         """
-        return self.encode(self.embed(tokens_BT), memory, segment_ids=segment_ids, collect=collect, mute=mute)
+        rows = compact(segment_ids)
+        x_BTD = self.embed(rows.gather(tokens_BT))
+        return rows.scatter(self.encode(x_BTD, memory, segment_ids=rows.segment_ids, collect=collect, mute=mute))
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The vectors of tokens."""
@@ -214,7 +226,7 @@ class LanguageModel(Model):
         collect: tuple[str, ...] = (),
         mute: tuple[str, ...] = (),
     ) -> Output:
-        """A call on vectors: embedded tokens, a prompt or a memory."""
+        """A call on vectors: embedded tokens, a prompt or a memory. Padding must follow a row's last vector."""
         calls = self._calls(collect, mute)
         x_BTD, memory, place, lost = self._add_positions(x_BTD, memory, segment_ids)
 
