@@ -7,7 +7,7 @@ steps is an argument. Memories are donated, so that they are updated in place.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from engrax.errors import UserError
 from engrax.models import sampling as draws
-from engrax.models.contract import as_model
-from engrax.models.parameters import cast
+from engrax.models.contract import as_model, padding_last
+from engrax.models.parameters import LAYERS, axes_of, cast
 from engrax.models.sampling import Sampling, Traced
 
 PREFILL = 64  # tokens of the prompts read at a time
@@ -68,18 +68,19 @@ def _start(structure: Structure, params: Any, rows: int) -> Any:
 def _read(structure: Structure, params: Any, tokens_BT, ids_BT, logits_BV, memory) -> tuple[Array, Any]:
     """Logits after each row's last real token, and the memory; a row of padding alone keeps its logits."""
     model = structure.model(params)
-    out = model(tokens_BT, memory, segment_ids=ids_BT)
+    with padding_last(ids_BT):
+        out = model(tokens_BT, memory, segment_ids=ids_BT)
     count = jnp.sum(ids_BT >= 0, axis=1)
     last = jnp.take_along_axis(out.hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
     return jnp.where((count > 0)[:, None], model.logits(last)[:, 0], logits_BV), out.memory
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+@partial(jax.jit, static_argnums=0)
 def _open(structure: Structure, params: Any, memory: Any) -> Any:
     return structure.model(params).open_memory(memory)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+@partial(jax.jit, static_argnums=0)
 def _close(structure: Structure, params: Any, memory: Any) -> Any:
     return structure.model(params).close_memory(memory)
 
@@ -123,12 +124,13 @@ def _write(structure: Structure, params: Any, flow: Flow, settings: Traced, most
 
 @partial(jax.jit, static_argnums=0)
 def _diagnose(structure: Structure, params: Any, logits_BV, memory) -> dict[str, Array]:
+    """What the mixers report of reading each row's likeliest token."""
     token = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)[:, None]
     return structure.model(params)(token, memory, collect=("*",)).collected
 
 
 class Compiled:
-    """A model's parameters, and the compiled functions of its structure.
+    """A model's parameters with the compiled functions of its structure.
 
     dtype: the compute dtype, to which matrices are cast as in training; None leaves the parameters as they are.
     """
@@ -137,61 +139,54 @@ class Compiled:
         graphdef, params = nnx.split(as_model(model), nnx.Param)
         self.structure = Structure(graphdef)
         self.params = params if dtype is None else cast(params, dtype)
-        self.vocabulary, self.logits_dtype, self.piece = _sizes(self.structure, _shapes(self.params))
-
-    def __getattr__(self, name: str) -> Any:
-        functions = {"start": _start, "read": _read, "open": _open, "close": _close, "write": _write}
-        functions["diagnose"] = _diagnose
-        if name not in functions:
-            raise AttributeError(name)
-        return partial(functions[name], self.structure, self.params)
+        leaves, tree = jax.tree.flatten(self.params)
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+        self.vocabulary, self.logits_dtype, self.piece = _sizes(self.structure, tree, shapes)
+        functions = (_start, _read, _open, _write, _close, _diagnose)
+        self.start, self.read, self.open, self.write, self.close, self.diagnose = (
+            partial(function, self.structure, self.params) for function in functions
+        )
 
     def not_numbers(self, name: str) -> UserError:
         """The error where logits are NaN: weights that hold NaN, else a cache that is full."""
-        for path, value in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(self.params)):
-            if jnp.issubdtype(value.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(value))):
-                layer = ".".join(str(getattr(part, "key", part)) for part in path)
-                return UserError(f"the weights of {name} hold values that are not numbers, in {layer}.")
+        for path, variable in nnx.to_flat_state(self.params):
+            value = np.asarray(variable.get_value())
+            bad = (
+                np.argwhere(~np.isfinite(value.astype(np.float32))) if jnp.issubdtype(value.dtype, jnp.floating) else ()
+            )
+            if len(bad):
+                where = ".".join(map(str, path)) + (
+                    f", layer {bad[0][0]}" if axes_of(variable)[:1] == (LAYERS,) else ""
+                )
+                return UserError(f"the weights of {name} hold values that are not numbers, in {where}.")
         return UserError(
-            "the model's outputs are not numbers: prompt and sample exceed an attention cache's capacity or the learned "
-            "positions; sample fewer tokens, or train with a window."
+            "the model's outputs are not numbers: prompt and sample exceed an attention cache's capacity or the "
+            "learned positions; sample fewer tokens, or train with a window."
         )
 
 
-def _shapes(params: Any) -> Any:
-    """The shapes of parameters, hashable."""
-    leaves, tree = jax.tree.flatten(params)
-    return tree, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-
-
-_SIZES: dict[tuple[Structure, Any], tuple[int, Any, int]] = {}
-
-
-def _sizes(structure: Structure, shapes: Any) -> tuple[int, Any, int]:
+@lru_cache(maxsize=64)
+def _sizes(structure: Structure, tree: Any, shapes: tuple) -> tuple[int, Any, int]:
     """(vocabulary, dtype of the logits, tokens that are read at a time) of a model, found without computing.
 
     A piece is PREFILL tokens; fewer where a cache holds less, more where a mixer must see more at once.
     """
-    if (structure, shapes) not in _SIZES:
-        tree, leaves = shapes
-        params = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+    params = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in shapes])
 
-        def read(params, tokens, ids):
-            model = structure.model(params)
-            return model.logits(model(tokens, model.init_memory(1), segment_ids=ids).hidden)
+    def read(params, tokens, ids):
+        model = structure.model(params)
+        return model.logits(model(tokens, model.init_memory(1), segment_ids=ids).hidden)
 
-        piece = max(PREFILL, structure.model(params).least_call)
-        while True:
-            tokens = jax.ShapeDtypeStruct((1, piece), jnp.int32)
-            try:
-                found = jax.eval_shape(read, params, tokens, tokens)
-                break
-            except UserError:
-                if piece == 1:
-                    raise
-                piece //= 2
-        _SIZES[structure, shapes] = found.shape[-1], found.dtype, piece
-    return _SIZES[structure, shapes]
+    piece = max(PREFILL, structure.model(params).least_call)
+    while True:
+        tokens = jax.ShapeDtypeStruct((1, piece), jnp.int32)
+        try:
+            found = jax.eval_shape(read, params, tokens, tokens)
+            return found.shape[-1], found.dtype, piece
+        except UserError:
+            if piece == 1:
+                raise
+            piece //= 2
 
 
 def sample(

@@ -26,7 +26,7 @@ class Sampling:
     top_k: int | None = None  # only the k likeliest tokens
     top_p: float | None = None  # only the likeliest tokens that together reach this probability
     min_p: float | None = None  # only tokens at least this fraction as likely as the likeliest
-    stop: tuple[int | str, ...] = ()  # tokens, or texts, that end a row; both are the last of what it returns
+    stop: int | str | tuple[int | str, ...] = ()  # tokens, or texts, that end a row; it returns them last
     seed: int = 0  # of the draws
 
     def __post_init__(self):

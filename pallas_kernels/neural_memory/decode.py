@@ -165,16 +165,19 @@ def _settle(memory: DecodingMemory, due: Bool[Array, " B"]) -> DecodingMemory:
     """The memory with the writes of the rows `due` added, row after row and in place; at phase 0 the anchor follows."""
     order = jnp.argsort(~due, stable=True)
 
-    def settle(i, memory: DecodingMemory) -> DecodingMemory:
-        row = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, order[i], 1), memory)
+    def settle(i, matrices):
+        row = memory._replace(**dict(zip(names, matrices)))
+        row = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, order[i], 1), row)
         weights, momentum = _settled(row)
         begins = row.phase[:, None, None, None] == 0
         anchor = tuple(jnp.where(begins, w, old) for w, old in zip(weights, row.anchor))
-        put = lambda old, new: lax.dynamic_update_slice_in_dim(old, new, order[i], 0)  # noqa: E731
-        matrices = jax.tree.map(put, tuple(memory[:3]), (weights, momentum, anchor))
-        return memory._replace(**dict(zip(("weights", "momentum", "anchor"), matrices)))
+        # All is made before anything is put: else fusions read a matrix that is updated, of which XLA keeps a copy.
+        new = lax.optimization_barrier((weights, momentum, anchor))
+        return jax.tree.map(lambda old, rows: lax.dynamic_update_slice_in_dim(old, rows, order[i], 0), matrices, new)
 
-    memory = lax.fori_loop(0, jnp.sum(due), settle, memory)
+    names = ("weights", "momentum", "anchor")
+    matrices = lax.fori_loop(0, jnp.sum(due), settle, tuple(memory[:3]))
+    memory = memory._replace(**dict(zip(names, matrices)))
     start = Factors(*(jnp.asarray(x, memory.factors.a.dtype) for x in (1, 0, 1, 0, 0)))
     factors = jax.tree.map(
         lambda new, old: jnp.where(due.reshape(-1, *[1] * (old.ndim - 1)), new, old), start, memory.factors
