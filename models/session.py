@@ -229,7 +229,7 @@ class Session:
 
     def _end_of_text(self) -> tuple[int, ...]:
         ids = getattr(self.tokenizer, "end_of_text", ())
-        return tuple(i for i in ids if i < self._compiled.vocabulary)
+        return tuple(int(i) for i in ids if i < self._compiled.vocabulary)
 
     def _note(self, rows: list[np.ndarray]) -> None:
         """Remembers what the rows have read, as digests."""

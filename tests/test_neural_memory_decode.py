@@ -30,10 +30,18 @@ def part(tokens, start, stop):
     return {name: x[:, start:stop] for name, x in tokens.items()}
 
 
-@pytest.mark.parametrize(("chunk_size", "widths"), [(1, (4, 4)), (5, WIDTHS), (24, WIDTHS), (7, (4, 6, 5, 4))])
+@pytest.mark.parametrize(
+    ("chunk_size", "widths"),
+    [
+        (5, WIDTHS),
+        pytest.param(1, (4, 4), marks=pytest.mark.deep),
+        pytest.param(24, WIDTHS, marks=pytest.mark.deep),
+        pytest.param(7, (4, 6, 5, 4), marks=pytest.mark.long),
+    ],
+)
 def test_single_tokens_equal_chunks(chunk_size, widths, x64):
     """Rows that begin at different phases, each padded for a while in the middle, against one call of each row."""
-    length, prefix = 40, (0, 3, 11)
+    length, prefix = 40, (0, 3, 3)
     tokens, start = problem(length, widths)
     call = functools.partial(neural_memory, chunk_size=chunk_size)
     states = [
