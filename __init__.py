@@ -126,16 +126,16 @@ def generate(
     alone with the same seed.
     """
     from engrax.models import sampling as draws
+    from engrax.models.tokens import is_one
 
     chosen = draws.of(sampling, settings)
-    several = not isinstance(prompt, str | bytes) and len(prompt) > 0 and hasattr(prompt[0], "__len__")
-    rows = len(prompt) if several else 1
+    rows = 1 if is_one(prompt) else len(prompt)
     options = dict(rows=rows, tokenizer=tokenizer, dtype=dtype, step=step, plugins=plugins)
     opened = session(run_or_model, **options).feed(prompt)
     if stream:
         return opened.stream_text(tokens, chosen)
     found = opened.generate(tokens, chosen)
-    return [found] if several and rows == 1 else found
+    return [found] if rows == 1 and not is_one(prompt) else found
 
 
 def session(run_or_model, *, rows=1, tokenizer=None, dtype=None, step=None, plugins=()):

@@ -6,7 +6,6 @@ prompts: prompts are read in pieces of one length, filled with padding, and toke
 steps is an argument. Memories are donated, so that they are updated in place.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from engrax.models import sampling as draws
 from engrax.models.contract import as_model, padding_last
 from engrax.models.parameters import LAYERS, axes_of, cast
 from engrax.models.sampling import Sampling, Traced
+from engrax.models.tokens import is_one
 
 PREFILL = 64  # tokens of the prompts read at a time
 PIECE = 64  # most tokens written by one call
@@ -207,6 +207,5 @@ def sample(
     """
     from engrax.models.session import Session
 
-    several = isinstance(prompts, Sequence | np.ndarray | jax.Array) and len(prompts) and np.ndim(prompts[0]) > 0
-    session = Session(model, rows=len(prompts) if several else 1, dtype=dtype)
+    session = Session(model, rows=1 if is_one(prompts) else len(prompts), dtype=dtype)
     return session.feed(prompts).sample(tokens, draws.of(sampling, settings))

@@ -22,7 +22,7 @@ from engrax.models import session_file
 from engrax.models.contract import as_model
 from engrax.models.generate import PIECE, Compiled, Flow
 from engrax.models.sampling import Sampling
-from engrax.models.tokens import check_ids
+from engrax.models.tokens import check_ids, is_one
 
 LONGEST_STOP = 16  # tokens of a row that are searched for a text that stops it, beside the text's own bytes
 
@@ -240,8 +240,7 @@ class Session:
 
     def _rows_of(self, given: Any) -> list[np.ndarray]:
         """The ids of every row. Raises UserError where they cannot be read."""
-        alone = isinstance(given, str | bytes) or not len(given) or np.ndim(given[0]) == 0 and not _is_text(given[0])
-        rows = [given] * self.rows if alone else list(given)
+        rows = [given] * self.rows if is_one(given) else list(given)
         if len(rows) != self.rows:
             raise UserError(
                 f"{len(rows)} texts for a session of {self.rows} row(s); branch(n) or rows=n makes as many rows."
@@ -249,7 +248,7 @@ class Session:
         return [self._ids_of(row, i) for i, row in enumerate(rows)]
 
     def _ids_of(self, row: Any, place: int) -> np.ndarray:
-        if _is_text(row):
+        if isinstance(row, str | bytes):
             if self.tokenizer is None:
                 raise UserError("the session has no tokenizer to read a text with; give token ids, or tokenizer=...")
             row = self.tokenizer.encode(row)
@@ -277,7 +276,3 @@ class Session:
 def _repeat(x: jax.Array, count: int, axis: int) -> jax.Array:
     """Every row `count` times, in an array of its own: the calls on either use up theirs."""
     return jnp.array(jnp.repeat(x, count, axis=axis), copy=True)
-
-
-def _is_text(x: Any) -> bool:
-    return isinstance(x, str | bytes)

@@ -44,6 +44,11 @@ def as_tokens(tokens: Any, vocabulary: int | None) -> Any:
     return jnp.asarray(tokens if np.ndim(tokens) == 2 else tokens[None], jnp.int32)
 
 
+def is_one(given: Any) -> bool:
+    """Whether what a caller gives is one text or one row of ids, and not several."""
+    return isinstance(given, str | bytes) or not len(given) or not (isinstance(given[0], str) or np.ndim(given[0]))
+
+
 def check_ids(tokens: Any, vocabulary: int) -> None:
     """Raises UserError for the first id outside the vocabulary."""
     values = np.asarray(tokens)
