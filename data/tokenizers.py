@@ -16,12 +16,27 @@ from engrax.data.files import stamp
 from engrax.data.token_types import TokenTypes, byte_types
 from engrax.errors import UserError
 
+ENDS_OF_TEXT = frozenset(
+    [
+        "<|endoftext|>",
+        "</s>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<eos>",
+        "[EOS]",
+        "<end_of_turn>",
+    ]
+)
+
 
 class ByteTokenizer:
     """Every byte is a token. The vocabulary is 256; text in any encoding can be represented."""
 
     vocab_size = 256
     manifest = "bytes"
+    end_of_text: tuple[int, ...] = ()  # tokens that end a text
 
     def encode(self, text: str | bytes) -> Int32[np.ndarray, "T"]:
         """Returns the bytes of the text (UTF-8 of a string)."""
@@ -61,6 +76,12 @@ class JsonTokenizer:
         # It adds special tokens, which are not wanted, and some trim the space off a token's span, which is its own.
         self._tokenizer.post_processor = None
         self.manifest = hashlib.sha256(content).hexdigest()
+
+    @property
+    def end_of_text(self) -> tuple[int, ...]:
+        """Ids of the added special tokens that end a text, by the names that the published tokenizers give them."""
+        added = {token["id"]: token["content"] for token in self._spec.get("added_tokens", ()) if token.get("special")}
+        return tuple(sorted(index for index, content in added.items() if content in ENDS_OF_TEXT))
 
     @property
     def vocab_size(self) -> int:

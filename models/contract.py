@@ -17,6 +17,7 @@ a layer uses them, not earlier (`gathering`, `gathered`).
 """
 
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
+from engrax.models.tokens import as_tokens, taking_lists
 from engrax.pallas_kernels.common.segments import PADDING
 
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that split the batch
@@ -59,7 +61,30 @@ class LinearHead(NamedTuple):
 
 
 class Model(nnx.Module):
-    """Base of the models' modules. A subclass defines `__call__`, `head` and `init_memory`."""
+    """Base of the models' modules. A subclass defines `__call__`, `head` and `init_memory`.
+
+    A call also takes tokens as lists, and one row as one sequence. Outside jit it refuses ids beyond `vocabulary`.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "__call__" in cls.__dict__:
+            cls.__call__ = taking_lists(cls.__call__)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens that the model knows; None: not known, or it reads no tokens."""
+        return None
+
+    @property
+    def least_call(self) -> int:
+        """Tokens at the start of a text that one call must hold, where it has as many."""
+        return 1
+
+    def logits_of(self, tokens: Any) -> Float[Array, "B T V"]:
+        """The logits after each token, float32 or wider, in one compiled call; tokens are lists, [T] or [B, T]."""
+        graphdef, params = nnx.split(self, nnx.Param)
+        return _logits_of(graphdef, params, as_tokens(tokens, self.vocabulary))
 
     def head(self, hidden_BTD: Float[Array, "B T D"]) -> LinearHead:
         """The head's operands for the model's hidden states."""
@@ -76,6 +101,17 @@ class Model(nnx.Module):
     def memory_axes(self, memory: Any) -> Any:
         """The batch axis of every leaf of a memory, by default 0."""
         return jax.tree.map(lambda _: 0, memory)
+
+    def open_memory(self, memory: Any) -> Any:
+        """The memory in the form for many calls of one token without gradients: batch axes first, updated in place.
+
+        In this form, segment ids say what is padding (-1); other ids continue the row's segment.
+        """
+        return memory
+
+    def close_memory(self, memory: Any) -> Any:
+        """The memory that `open_memory` opened, in its own form."""
+        return memory
 
     def at_call_length(self, memory: Any, length: int) -> Any:
         """The same memory, for a caller whose calls all have `length` tokens: a model may then trace a single path."""
@@ -104,6 +140,12 @@ class PlainModel(Model):
 
     def init_memory(self, batch_size: int):
         return self.module.init_memory(batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits_of(graphdef: nnx.GraphDef, params: Any, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    model = nnx.merge(graphdef, params)
+    return model.logits(model(tokens_BT).hidden)
 
 
 def as_model(module: nnx.Module) -> Model:

@@ -39,6 +39,10 @@ class SegmentRecurrent(Model):
         """The width of the backbone's vectors."""
         return jax.eval_shape(lambda: self.backbone.embed(jnp.zeros((1, 1), jnp.int32))).shape[-1]
 
+    @property
+    def vocabulary(self) -> int:
+        return self.config.vocab_size
+
     # The hooks. `memory` is that of the model; vectors are [B, S, D].
 
     def start_memory(self, batch_size: int) -> Any:
