@@ -77,17 +77,18 @@ def load(run, step=None, plugins=()):
     return _open(run, plugins, runs).load(step)
 
 
-def evaluate(run, *, step=None, only=None, batches=None, stream=None, plugins=(), progress=True):
+def evaluate(run, *, step=None, only=None, batches=None, stream=None, plugins=(), data=None, progress=True):
     """Evaluates a checkpoint of a run folder and writes a new folder in RUN/evals; returns `engrax.evals.Results`.
 
     `only`: names of evaluators to run, all that apply where it is None. `stream`: also read that many tokens of long
     validation documents through the carried memory. `plugins`: files that register the user's own mixers or evaluators.
+    `data`: fields of the data set to replace, {"path": "elsewhere/books"} for a run away from its data.
     """
     from engrax import evals
     from engrax.train import runs
 
-    _open(run, plugins, runs)
-    return evals.evaluate(run, step=step, only=only, batches=batches, stream=stream, progress=progress)
+    _open(run, plugins, runs, data)
+    return evals.evaluate(run, step=step, only=only, batches=batches, stream=stream, data=data, progress=progress)
 
 
 def check(target, *, laws=(), progress=True):
@@ -101,12 +102,15 @@ def check(target, *, laws=(), progress=True):
     return run(target, laws=laws, progress=progress)
 
 
-def generate(run, prompt, *, tokens=200, temperature=0.8, seed=0, step=None, plugins=()):
-    """A sampled continuation of `prompt` (str), `tokens` tokens long; temperature 0 takes the likeliest token."""
+def generate(run, prompt, *, tokens=200, temperature=0.8, seed=0, step=None, plugins=(), data=None):
+    """A sampled continuation of `prompt` (str), `tokens` tokens long; temperature 0 takes the likeliest token.
+
+    No data are read. `data`: fields of the data set to replace, {"tokenizer_file": "tokenizer.json"} for example.
+    """
     from engrax.models.generate import sample
     from engrax.train import runs
 
-    opened = _open(run, plugins, runs)
+    opened = _open(run, plugins, runs, data)
     tokenizer = opened.experiment.data.tokenizer
     if tokenizer is None:
         raise UserError(
@@ -127,6 +131,7 @@ def export(run, folder, *, step=None, plugins=()):
     from engrax.models import imported
     from engrax.train import runs
 
+    imported.check_export(folder)
     opened = _open(run, plugins, runs)
     source = opened.directory / "pretrained"
     if not source.exists():
@@ -139,9 +144,12 @@ def export(run, folder, *, step=None, plugins=()):
     imported.export(model, folder, like=str(source))
 
 
-def _open(run, plugins, runs):
+def _open(run, plugins, runs, data=None):
     from engrax.plugins import load as load_plugin
+    from engrax.train import run_sources
 
     for path in plugins:
         load_plugin(path)
-    return runs.open_run(run)
+    opened = runs.open_run(run, data)
+    run_sources.warn_of_changes(opened.directory, plugins)
+    return opened
