@@ -3,18 +3,30 @@
 A user's mistake ends with exit code 2 and one line on stderr; a traceback is a bug.
 """
 
+import os
+import signal
+import sys
+
+if (
+    __name__ == "__main__" or os.path.basename((sys.argv or [""])[0]) == "engrax"
+):  # until `main` runs, Ctrl-C ends the process
+
+    def _leave(number, frame):
+        os.write(2, b"engrax: interrupted\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, _leave)
+
+# ruff: noqa: E402
 import argparse
-import contextlib
 import dataclasses
 import json
 import shlex
-import signal
-import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engrax import interrupts
 from engrax.errors import UserError
 from engrax.flags import override
 from engrax.registry import KINDS, did_you_mean, find_registry
@@ -35,7 +47,7 @@ EXAMPLES = {
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 for a broken law, 2 for a user's mistake, 130 for Ctrl-C."""
     args = list(sys.argv[1:] if args is None else args)
-    with _interrupts() as interrupted:
+    with interrupts.handled() as interrupted:
         try:
             return _run(args)
         except KeyboardInterrupt as error:
@@ -58,27 +70,6 @@ def _fail(error: BaseException, code: int) -> int:
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     print(f"engrax: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
     return code
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Yields a list that is no longer empty once Ctrl-C was pressed, which also raises KeyboardInterrupt as usual."""
-    pressed: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-
-    def press(number: int, frame: Any) -> None:
-        pressed.append(number)
-        sys.unraisablehook = lambda _: None  # what was cut short inside libraries would print its traceback
-        raise KeyboardInterrupt
-
-    old, hook = signal.signal(signal.SIGINT, press), sys.unraisablehook
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, old)
-        sys.unraisablehook = hook
 
 
 def _run(args: list[str]) -> int:
@@ -336,8 +327,7 @@ def _bench(args: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="the first shape of each operation only")
     parser.add_argument("--output", type=_filled, help="write the rows as JSON to this file")
     known = parser.parse_args(args)
-    if known.output and Path(known.output).is_dir():
-        raise UserError(f"--output {known.output} is a folder; give the name of a file.")
+    _check_output(known.output)
     import jax
 
     from engrax.pallas_kernels.bench import bench
@@ -357,6 +347,15 @@ def _bench(args: list[str]) -> int:
         Path(known.output).parent.mkdir(parents=True, exist_ok=True)
         Path(known.output).write_text(json.dumps(bench.report(rows, known.dtype), indent=1) + "\n")
     return 0
+
+
+def _check_output(output: str | None) -> None:
+    """Raises UserError if no file can be written there, before anything is timed."""
+    if output and Path(output).is_dir():
+        raise UserError(f"--output {output} is a folder; give the name of a file.")
+    for folder in Path(output).parents if output else ():
+        if folder.is_file():
+            raise UserError(f"--output {output}: {folder} is a file, not a folder.")
 
 
 COMMANDS = {

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "flags": {"errors", "registry"},
+    "interrupts": set(),
     "lazy": set(),
     "registry": {"errors"},
     "plugins": {"errors"},
