@@ -81,17 +81,18 @@ def load(run, step=None, plugins=()):
     return _open(run, plugins, runs).load(step)
 
 
-def evaluate(run, *, step=None, only=None, batches=None, stream=None, plugins=(), progress=True):
+def evaluate(run, *, step=None, only=None, batches=None, stream=None, plugins=(), data=None, progress=True):
     """Evaluates a checkpoint of a run folder and writes a new folder in RUN/evals; returns `engrax.evals.Results`.
 
     `only`: names of evaluators to run, all that apply where it is None. `stream`: also read that many tokens of long
     validation documents through the carried memory. `plugins`: files that register the user's own mixers or evaluators.
+    `data`: fields of the data set to replace, {"path": "elsewhere/books"} for a run away from its data.
     """
     from engrax import evals
     from engrax.train import runs
 
-    _open(run, plugins, runs)
-    return evals.evaluate(run, step=step, only=only, batches=batches, stream=stream, progress=progress)
+    _open(run, plugins, runs, data)
+    return evals.evaluate(run, step=step, only=only, batches=batches, stream=stream, data=data, progress=progress)
 
 
 def check(target, *, laws=(), progress=True):
@@ -116,11 +117,12 @@ def generate(
     dtype=None,
     step=None,
     plugins=(),
+    data=None,
     **settings,
 ):
     """A sampled continuation of `prompt`, up to `tokens` tokens long; for a list of prompts a list, side by side.
 
-    `run_or_model`, `tokenizer`, `dtype`, `step`, `plugins`: as for `engrax.session`. `prompt`: text or token ids, which
+    `run_or_model`, `tokenizer`, `dtype`, `step`, `plugins`, `data`: as for `engrax.session`. `prompt`: text or token ids, which
     give text or ids. `sampling`: a `Sampling`, or its fields by name: `temperature=0` takes the likeliest token.
     `stream=True` returns an iterator of the text of one prompt as it is written. Each row of a list gets what it gets
     alone with the same seed.
@@ -130,7 +132,7 @@ def generate(
 
     chosen = draws.of(sampling, settings)
     rows = 1 if is_one(prompt) else len(prompt)
-    options = dict(rows=rows, tokenizer=tokenizer, dtype=dtype, step=step, plugins=plugins)
+    options = dict(rows=rows, tokenizer=tokenizer, dtype=dtype, step=step, plugins=plugins, data=data)
     opened = session(run_or_model, **options).feed(prompt)
     if stream:
         return opened.stream_text(tokens, chosen)
@@ -138,11 +140,12 @@ def generate(
     return [found] if rows == 1 and not is_one(prompt) else found
 
 
-def session(run_or_model, *, rows=1, tokenizer=None, dtype=None, step=None, plugins=()):
+def session(run_or_model, *, rows=1, tokenizer=None, dtype=None, step=None, plugins=(), data=None):
     """A model's memory as a thing to hold (`engrax.models.session.Session`): feed it a text, ask, branch, save.
 
     `run_or_model`: a run folder, read at `step` with the run's tokenizer and compute dtype, or a model, with a
     `tokenizer` for texts. `dtype`: another compute dtype. `rows`: texts read side by side. `plugins`: as for `load`.
+    No data are read. `data`: fields of the data set to replace, {"tokenizer_file": "tokenizer.json"} for example.
     """
     from engrax.models.session import Session
 
@@ -150,7 +153,7 @@ def session(run_or_model, *, rows=1, tokenizer=None, dtype=None, step=None, plug
         return Session(run_or_model, tokenizer=tokenizer, rows=rows, dtype=dtype)
     from engrax.train import runs, train_step
 
-    opened = _open(run_or_model, plugins, runs)
+    opened = _open(run_or_model, plugins, runs, data)
     model, number = opened.load(step)
     return Session(
         model,
@@ -169,6 +172,7 @@ def export(run, folder, *, step=None, plugins=()):
     from engrax.models import imported
     from engrax.train import runs
 
+    imported.check_export(folder)
     opened = _open(run, plugins, runs)
     source = opened.directory / "pretrained"
     if not source.exists():
@@ -181,9 +185,12 @@ def export(run, folder, *, step=None, plugins=()):
     imported.export(model, folder, like=str(source))
 
 
-def _open(run, plugins, runs):
+def _open(run, plugins, runs, data=None):
     from engrax.plugins import load as load_plugin
+    from engrax.train import run_sources
 
     for path in plugins:
         load_plugin(path)
-    return runs.open_run(run)
+    opened = runs.open_run(run, data)
+    run_sources.warn_of_changes(opened.directory, plugins)
+    return opened

@@ -3,18 +3,32 @@
 A user's mistake ends with exit code 2 and one line on stderr; a traceback is a bug.
 """
 
+import os
+import signal
+import sys
+
+if (
+    __name__ == "__main__" or os.path.basename((sys.argv or [""])[0]) == "engrax"
+):  # until `main` runs, Ctrl-C ends the process
+
+    def _leave(number, frame):
+        os.write(2, b"engrax: interrupted\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, _leave)
+
+# ruff: noqa: E402
 import argparse
-import contextlib
 import dataclasses
-import io
 import json
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engrax import interrupts
 from engrax.errors import UserError
+from engrax.flags import override
 from engrax.registry import KINDS, did_you_mean, find_registry
 
 EXAMPLES = {
@@ -32,22 +46,31 @@ EXAMPLES = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 where a law is broken, or 2 for a user's mistake."""
+    """Runs one command and returns its exit code: 0, 1 for a broken law, 2 for a user's mistake, 130 for Ctrl-C."""
     args = list(sys.argv[1:] if args is None else args)
-    try:
-        return _run(args)
-    except UserError as error:
-        print(f"engrax: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("engrax: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
-        sys.stdout = None
-        return 0
-    except OSError as error:  # a full disk, a folder without write permission, a file in place of a folder
-        print(f"engrax: {error}", file=sys.stderr)
-        return 2
+    with interrupts.handled() as interrupted:
+        try:
+            return _run(args)
+        except KeyboardInterrupt as error:
+            return _fail(error, 130)
+        except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+            sys.stdout = None
+            return 0
+        except Exception as error:
+            if interrupted:  # inside an import, a library may turn Ctrl-C into an error of its own
+                return _fail(KeyboardInterrupt(), 130)
+            # OSError: a full disk, a folder without write permission, a file in place of a folder
+            if isinstance(error, (UserError, OSError)):
+                return _fail(error, 2)
+            raise
+
+
+def _fail(error: BaseException, code: int) -> int:
+    """Prints the error as one line without control characters: names out of a stranger's files may hold some."""
+    line = " ".join(str(error).split()) or ("interrupted" if code == 130 else type(error).__name__)
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    print(f"engrax: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+    return code
 
 
 def _run(args: list[str]) -> int:
@@ -64,6 +87,21 @@ def _run(args: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{did_you_mean(command, COMMANDS)} (known: {', '.join(COMMANDS)}).")
     return COMMANDS[command](rest)
+
+
+def _filled(text: str) -> str:
+    """The type of arguments that are names or paths."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a name or a path")
+    return text
+
+
+def _count(text: str) -> int:
+    """The type of arguments that count something."""
+    number = int(text)
+    if not 1 <= number < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1 and below {1 << 31:,}")
+    return number
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,8 +126,10 @@ def _train(args: list[str]) -> int:
         "train",
         "Trains a config, resuming the run that the folder holds. Any field is a flag: --optimizer.learning-rate 1e-3.",
     )
-    parser.add_argument("config", help="a name that `engrax list` shows, a .py file with config(), or a run to resume")
-    parser.add_argument("--run-dir", help="the run folder (default: runs/CONFIG)")
+    parser.add_argument(
+        "config", type=_filled, help="a name that `engrax list` shows, a .py file with config(), or a run to resume"
+    )
+    parser.add_argument("--run-dir", type=_filled, help="the run folder (default: runs/CONFIG)")
     parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers a run's own mixers")
     known, rest = _split_help(parser, args)
     from engrax.train import distributed
@@ -101,11 +141,30 @@ def _train(args: list[str]) -> int:
         plugins.load(path)
     source = _find(known.config)
     experiment = override(source.experiment, rest, f"engrax train {known.config}")
+    if source.run_dir and experiment.parallel == source.experiment.parallel:
+        experiment = _on_these_devices(experiment)
     run_dir = known.run_dir or source.run_dir or f"runs/{source.name}"
     result = train(experiment, run_dir, source=source.path)
     if result.finished and _is_main():
         print(f"finished step {result.step}: {result.run_dir} (next: engrax evaluate {result.run_dir})")
-    return 0
+    return 130 if result.interrupted else 0
+
+
+def _on_these_devices(experiment: Any) -> Any:
+    """The experiment with a mesh of the devices that are here, where its own needs others."""
+    import jax
+
+    from engrax.train import sharding
+
+    parallel = sharding.fitting(experiment.parallel, jax.device_count())
+    if parallel != experiment.parallel and _is_main():
+        old = experiment.parallel
+        print(
+            f"trained with --parallel.data {old.data} --parallel.fsdp {old.fsdp}; on {jax.device_count()} device(s) it "
+            f"goes on with --parallel.data {parallel.data} --parallel.fsdp {parallel.fsdp}",
+            file=sys.stderr,
+        )
+    return dataclasses.replace(experiment, parallel=parallel)
 
 
 def _evaluate(args: list[str]) -> int:
@@ -114,26 +173,26 @@ def _evaluate(args: list[str]) -> int:
         "Evaluates a checkpoint. Writes results.json, CSV, plots and report.html into a new folder: RUN/evals/step_N, "
         "then step_N-2, step_N-3, ...",
     )
-    parser.add_argument("run", help="the run folder")
+    parser.add_argument("run", type=_filled, help="the run folder")
     parser.add_argument("--step", default=None, help="a step's number, or best (default: the newest)")
     parser.add_argument("--only", metavar="NAMES", help="evaluators to run, with commas between (default: all)")
-    parser.add_argument("--batches", type=int, default=None, help="validation batches (default: 131,072 tokens)")
-    parser.add_argument("--stream", type=int, metavar="TOKENS", help="also read long validation documents so far")
+    parser.add_argument("--batches", type=_count, default=None, help="validation batches (default: 131,072 tokens)")
+    parser.add_argument("--stream", type=_count, metavar="TOKENS", help="also read long validation documents so far")
     parser.add_argument(
         "--plugin", action="append", default=[], help="a .py file that registers mixers or evaluators of your own"
     )
-    known = parser.parse_args(args)
+    known, data = _split_data(parser, args)
     from engrax import evaluate
 
     only = None if known.only is None else [name.strip() for name in known.only.split(",") if name.strip()]
     settings = dict(step=known.step, only=only, batches=known.batches, stream=known.stream)
-    print(evaluate(known.run, **settings, plugins=known.plugin).summary())
+    print(evaluate(known.run, **settings, plugins=known.plugin, data=data).summary())
     return 0
 
 
 def _generate(args: list[str]) -> int:
     parser = _parser("generate", "Samples a continuation of a prompt, and prints it as it is written.")
-    parser.add_argument("run", help="the run folder")
+    parser.add_argument("run", type=_filled, help="the run folder")
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument("--tokens", type=int, default=200, help="most tokens to sample (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest (default: 0.8)")
@@ -144,12 +203,12 @@ def _generate(args: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--step", default=None, help="a step's number, or best (default: the newest)")
     parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers the run's own mixers")
-    known = parser.parse_args(args)
+    known, data = _split_data(parser, args)
     from engrax import Sampling, generate
 
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     sampling = Sampling(**{name: getattr(known, name) for name in names}, stop=tuple(known.stop))
-    settings = dict(tokens=known.tokens, sampling=sampling, step=known.step, plugins=known.plugin)
+    settings = dict(tokens=known.tokens, sampling=sampling, step=known.step, plugins=known.plugin, data=data)
     pieces = generate(known.run, known.prompt, **settings, stream=True)
     print(known.prompt, end="", flush=True)
     for piece in pieces:
@@ -160,8 +219,8 @@ def _generate(args: list[str]) -> int:
 
 def _export(args: list[str]) -> int:
     parser = _parser("export", "Writes a run that began from a published checkpoint back as one (safetensors).")
-    parser.add_argument("run", help="the run folder, trained with --init-from")
-    parser.add_argument("folder", help="where the files go; must be empty or new")
+    parser.add_argument("run", type=_filled, help="the run folder, trained with --init-from")
+    parser.add_argument("folder", type=_filled, help="where the files go; must be empty or new")
     parser.add_argument("--step", default=None, help="a step's number, or best (default: the newest)")
     parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers the run's own mixers")
     known = parser.parse_args(args)
@@ -178,7 +237,9 @@ def _describe(args: list[str]) -> int:
         "Prints what a config costs before any step: parameters, FLOPs, state bytes, optimizer bytes. With --device "
         "also which implementation of every operation serves its training there, and why the others do not.",
     )
-    parser.add_argument("config", help="a name that `engrax list` shows, or the path of a .py file with config()")
+    parser.add_argument(
+        "config", type=_filled, help="a name that `engrax list` shows, or the path of a .py file with config()"
+    )
     parser.add_argument("--device", help="h100, h200, b200, v5e, v6e or cpu; it need not be here")
     known, rest = _split_help(parser, args)
     import jax
@@ -237,9 +298,11 @@ def _compare(args: list[str]) -> int:
         "Trains and tabulates a comparison: every experiment at every learning rate of the grid, the best rate with "
         "several seeds. Continues after an interruption. Any field of all experiments is a flag: --steps 300.",
     )
-    parser.add_argument("config", help="a comparison that `engrax list` shows, or a .py file with comparison()")
-    parser.add_argument("--folder", help="where its runs and tables go (default: runs/COMPARISON)")
-    parser.add_argument("--seeds", type=int, help="at the best learning rate (default: the comparison's)")
+    parser.add_argument(
+        "config", type=_filled, help="a comparison that `engrax list` shows, or a .py file with comparison()"
+    )
+    parser.add_argument("--folder", type=_filled, help="where its runs and tables go (default: runs/COMPARISON)")
+    parser.add_argument("--seeds", type=_count, help="at the best learning rate (default: the comparison's)")
     known, rest = _split_help(parser, args)
     from engrax import configs, evals
 
@@ -260,7 +323,9 @@ def _check(args: list[str]) -> int:
         "Runs the laws (causality, state carry, packing, ...) on mixers and models. Ends with 0 where all hold, with 1 "
         "and a line for each broken law otherwise.",
     )
-    parser.add_argument("target", help="a .py file, all of whose mixers and models are checked, or a registered name")
+    parser.add_argument(
+        "target", type=_filled, help="a .py file, all of whose mixers and models are checked, or a registered name"
+    )
     parser.add_argument("--law", action="append", default=[], help="a law, or a part of one; several times for several")
     known = parser.parse_args(args)
     from engrax import check
@@ -298,10 +363,11 @@ def _bench(args: list[str]) -> int:
     parser.add_argument("ops", nargs="*", help="operations; default: all")
     parser.add_argument("--implementations", nargs="+", help="default: all that can run here, the reference apart")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of q, k, v; default by device")
-    parser.add_argument("--runs", type=int, default=11, help="timed runs of each program (default 11)")
+    parser.add_argument("--runs", type=_count, default=11, help="timed runs of each program (default 11)")
     parser.add_argument("--quick", action="store_true", help="the first shape of each operation only")
-    parser.add_argument("--output", help="write the rows as JSON to this file")
+    parser.add_argument("--output", type=_filled, help="write the rows as JSON to this file")
     known = parser.parse_args(args)
+    _check_output(known.output)
     import jax
 
     from engrax.pallas_kernels.bench import bench
@@ -321,6 +387,15 @@ def _bench(args: list[str]) -> int:
         Path(known.output).parent.mkdir(parents=True, exist_ok=True)
         Path(known.output).write_text(json.dumps(bench.report(rows, known.dtype), indent=1) + "\n")
     return 0
+
+
+def _check_output(output: str | None) -> None:
+    """Raises UserError if no file can be written there, before anything is timed."""
+    if output and Path(output).is_dir():
+        raise UserError(f"--output {output} is a folder; give the name of a file.")
+    for folder in Path(output).parents if output else ():
+        if folder.is_file():
+            raise UserError(f"--output {output}: {folder} is a file, not a folder.")
 
 
 COMMANDS = {
@@ -360,59 +435,26 @@ def _split_help(parser: _Parser, args: list[str]) -> tuple[argparse.Namespace, l
     return known, rest + wants_help
 
 
-def override(experiment: Any, args: list[str], prog: str) -> Any:
-    """The experiment with fields replaced by dotted flags. Raises UserError in one sentence."""
-    if not args:
-        return experiment
-    import tyro
+def _split_data(parser: _Parser, args: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Parses the arguments of a command on a run; the second value is the fields that `--data.FIELD VALUE` replace."""
+    flags, rest = [], list(args)
+    while (at := next((i for i, arg in enumerate(rest) if arg.startswith("--data.")), None)) is not None:
+        length = 1 if "=" in rest[at] or at + 1 == len(rest) or rest[at + 1].startswith("--") else 2
+        flags += rest[at : at + length]
+        del rest[at : at + length]
+    known = parser.parse_args(rest)
+    if not flags:
+        return known, {}
+    from engrax import plugins
+    from engrax.train import runs
 
-    known = _field_names(experiment)
-    for arg in args:
-        name = arg.split("=")[0].removeprefix("--").replace("_", "-")
-        if arg.startswith("--") and name != "help" and name not in known and name.replace(".no-", ".") not in known:
-            raise UserError(f"{prog.split()[-1]} has no field --{name}{did_you_mean(name, known)}.")
-        inside = [field for field in known if field.startswith(f"{name}.")]
-        if arg.startswith("--") and inside:
-            raise UserError(
-                f"--{name} is a group of fields: flags change its fields, such as --{inside[0]}; "
-                "what stands there is chosen in a config file."
-            )
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                type(experiment), default=experiment, args=args, prog=prog, config=(tyro.conf.AvoidSubcommands,)
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(_one_line(errors.getvalue())) from None
-
-
-def _one_line(box: str) -> str:
-    """The first sentence inside the frame that tyro draws around a mistake."""
-    inside = [line.strip("│╭╮╰╯─ ").strip() for line in box.splitlines()]
-    told = []
-    for line in inside[1:]:
-        if not line and told:
-            break
-        if line:
-            told.append(line)
-    return " ".join(told) or "a flag could not be read; see --help."
-
-
-def _field_names(config: Any, prefix: str = "") -> list[str]:
-    """Dotted flag names of all fields, as tyro spells them."""
-    names = []
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
-        names.append(name)
-        if dataclasses.is_dataclass(value):
-            names += _field_names(value, name + ".")
-        elif isinstance(value, tuple):
-            for i, item in enumerate(value):
-                names += _field_names(item, f"{name}.{i}.") if dataclasses.is_dataclass(item) else [f"{name}.{i}"]
-    return names
+    for path in known.plugin:
+        plugins.load(path)
+    old = runs.read_experiment(known.run)
+    new = override(old, flags, parser.prog)
+    names = [field.name for field in dataclasses.fields(new.data) if field.init]
+    changed = {name: getattr(new.data, name) for name in names if getattr(new.data, name) != getattr(old.data, name)}
+    return known, changed
 
 
 def _is_main() -> bool:

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """
 
 
+class CannotRun(UserError, NotImplementedError):
+    """An implementation, asked for by name, that cannot serve a call."""
+
+
 class UnknownName(UserError):
     """A name that no registry knows."""
 

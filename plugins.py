@@ -1,8 +1,10 @@
 """A user's own Python files: mixers, models and configs outside the package."""
 
+import ast
 import importlib.util
 import sys
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,20 +15,31 @@ from engrax.errors import UserError
 def load(path: Path | str) -> ModuleType:
     """Runs a Python file as a module of its own; its registrations stay. The file's folder is importable meanwhile.
 
-    Raises UserError where the file is missing or does not run, naming the line.
+    The standard library comes first: a file random.py in the folder is not what others import. Raises UserError where
+    the file is missing or does not run, naming the line.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no file {path}; give the path of a Python file.")
     spec = importlib.util.spec_from_file_location(f"engrax_plugin_{path.stem}", path)
+    if spec is None:
+        raise UserError(f"{path} is no Python file; its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    sys.path.insert(0, str(path.parent.resolve()))
+    folder = str(path.parent.resolve())
+    sys.path.insert(_after_standard_library(), folder)
     try:
         run(path, lambda: spec.loader.exec_module(module))
     finally:
-        sys.path.remove(str(path.parent.resolve()))
+        sys.path.remove(folder)
     return module
+
+
+def _after_standard_library() -> int:
+    """The place in sys.path behind the standard library, its compiled modules included, before installed packages."""
+    folders = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
+    folders += [folder / "lib-dynload" for folder in folders]
+    return max((i + 1 for i, entry in enumerate(sys.path) if entry and Path(entry) in folders), default=len(sys.path))
 
 
 def run(path: Path, call: Callable[[], Any]) -> Any:
@@ -50,3 +63,56 @@ def _line_in(path: Path, error: BaseException) -> str:
             number = frame.tb_lineno
         frame = frame.tb_next
     return f", line {number}" if number else ""
+
+
+def files_of(path: Path) -> list[Path]:
+    """A user's file and the files of its folder that it imports, directly or through others, at any depth.
+
+    Imports are read from the text, those inside functions included, and from what is imported now. Installed packages
+    and the standard library are left out.
+    """
+    path = path.resolve()
+    root = path.parent
+    if any(root == Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")):
+        return [path]
+    waiting, found = [path, *_imported_now(root)], []
+    while waiting:
+        file = waiting.pop(0)
+        if file not in found:
+            found.append(file)
+            waiting += [place for name in _imported_names(file, root) for place in _places(root, name)]
+    return found
+
+
+def _imported_names(file: Path, root: Path) -> Iterator[str]:
+    """The absolute dotted names that a file imports; of `from a import b` both a and a.b, as b may be a module."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # it was imported nevertheless inside a try, or is no code of ours to judge
+        return
+    package = file.relative_to(root).parent.parts
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            base += [node.module] if node.module else []
+            yield from (".".join([*base, *extra]) for extra in ([], *([alias.name] for alias in node.names)))
+
+
+def _places(root: Path, name: str) -> Iterator[Path]:
+    """The files below `root` that importing a dotted name runs: the packages around the module, and the module."""
+    parts = name.split(".")
+    if parts[0] in sys.stdlib_module_names or parts[0] == "engrax":
+        return
+    for length in range(1, len(parts) + 1):
+        inner = root.joinpath(*parts[:length])
+        yield from (file for file in (inner / "__init__.py", inner.with_suffix(".py")) if file.is_file())
+
+
+def _imported_now(root: Path) -> Iterator[Path]:
+    """The files below `root` of imported modules whose names say their places there."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and name.split(".")[0] != "engrax" and Path(file) in set(_places(root, name)):
+            yield Path(file)

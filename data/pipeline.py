@@ -20,6 +20,7 @@ from engrax.data.config import Batch, Documents, Share, padding_batch, require
 from engrax.data.encoded import Document
 from engrax.data.packing import Plan, plan_rows, write_row
 from engrax.errors import UserError
+from engrax.files import short
 
 _READ_AT_ONCE = 64  # documents per read; a group is a whole number of reads, or ends with its epoch
 
@@ -80,8 +81,8 @@ class PackedText(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, int]) -> None:
         """Continues from a position; raises UserError if it belongs to another kind of data set."""
-        if set(state) != {"document", "row"}:
-            raise UserError(f"the saved data position {state} does not belong to a text data set.")
+        if set(state) != {"document", "row"} or any(type(n) is not int or n < 0 for n in state.values()):
+            raise UserError(f"the saved data position {short(state)} does not belong to a text data set.")
         self._document, self._row = int(state["document"]), int(state["row"])
         self._group = None
 

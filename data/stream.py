@@ -53,7 +53,11 @@ class StreamedText(grain.DatasetIterator):
         """Continues from a position; raises UserError if it belongs to other data or another batch size."""
         if set(state) != {"stream"} or len(state["stream"]) != self._share.batch_size:
             raise UserError("the saved data position does not belong to streams of this batch size.")
-        self._position = [[int(n) for n in place] for place in state["stream"]]
+        self._position = [list(place) for place in state["stream"]]
+        for row, (count, begin) in enumerate(self._position):
+            sensible = type(count) is int and type(begin) is int and 0 <= count
+            length = len(self._read(row, count * self._share.batch_size + row)) if sensible else 0
+            require(sensible and 0 <= begin <= length, f"the saved data position {count}, {begin} is in no document.")
 
     def __next__(self) -> Batch:
         batch = padding_batch(self._share.rows, self._seq_len, target_bytes=self._target_bytes)

@@ -1,15 +1,21 @@
 """Any text data set of TensorFlow Datasets (TFDS), read as ArrayRecord files without TensorFlow."""
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from engrax.data.config import DATASETS, SPLITS, Splits, SplitSize, require
 from engrax.data.text import TextConfig
 from engrax.errors import UserError
+from engrax.files import short
 
+# data set[/config][:version] or /version; a namespace (huggingface:NAME) would reach the network, arguments need code
+_NAME = re.compile(r"[a-zA-Z]\w*(/[\w.+-]+)?(:(\d+|\*)\.(\d+|\*)\.(\d+|\*))?")
+_CLASSES = "tensorflow_datasets."  # whose classes a prepared folder may name
 _DIGEST_SAMPLES = 64  # records of each split that enter the digest
 
 
@@ -33,6 +39,11 @@ class TfdsText(TextConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.name != "", "tfds_text needs the name of a TFDS data set (--data.name lm1b).")
+        require(
+            _NAME.fullmatch(self.name) is not None,
+            f"TFDS cannot open the data set {short(self.name)}: its name must be DATA_SET[/CONFIG][:VERSION], such as "
+            "lm1b; namespaces, which reach the network, and arguments are not read.",
+        )
         require(
             self.train_split != self.validation_split,
             f"train_split and validation_split are both {self.train_split!r}: the splits may not share an example.",
@@ -70,7 +81,8 @@ class TfdsText(TextConfig):
         import tensorflow_datasets as tfds
 
         try:
-            return tfds.builder(self.name, data_dir=self.data_dir)
+            with _own_classes_only():
+                return tfds.builder(self.name, data_dir=self.data_dir)
         except tfds.core.DatasetNotFoundError:
             raise UserError(
                 f"TFDS data set {self.name!r} was not found, neither prepared in {self._where()} nor among the data "
@@ -161,6 +173,26 @@ class _Texts:
         if not self._batched:
             return [self[index] for index in indices]
         return [record[self._key] for record in self._records.__getitems__(indices)]
+
+
+@contextlib.contextmanager
+def _own_classes_only() -> Iterator[None]:
+    """Refuses what TFDS would do meanwhile: import the module of whatever Python class a prepared folder names."""
+    import tensorflow_datasets as tfds
+
+    connector = tfds.features.FeatureConnector
+    find = connector.__dict__["cls_from_name"]
+
+    def find_own(cls, name):
+        if not (isinstance(name, str) and name.startswith(_CLASSES)):
+            raise UserError(f"its description names the Python class {short(name)}; only {_CLASSES}* is run.")
+        return find.__func__(cls, name)
+
+    connector.cls_from_name = classmethod(find_own)
+    try:
+        yield
+    finally:
+        connector.cls_from_name = find
 
 
 def _first_line(error: Exception) -> str:

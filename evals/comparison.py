@@ -21,6 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from engrax.errors import Diverged, UserError
 from engrax.evals import scoring
+from engrax.files import expect, read_json, refuse_links, short, write_atomically
 from engrax.train import cost, loop, metrics, runs, sharding
 from engrax.train.experiment import Experiment
 
@@ -116,6 +117,10 @@ def run(comparison: Comparison, folder: epath.PathLike, *, progress: bool = True
     another experiment.
     """
     folder = runs.folder(folder)
+    runs.refuse_file(folder)
+    refuse_links(folder)
+    for name, experiment in comparison.experiments.items():  # before any of them is trained
+        loop.check(experiment, folder / folder_of(name))
     trials = len(comparison.experiments) * (len(comparison.learning_rates) + comparison.seeds)
     tell = _progress(trials) if progress else lambda trial, score: None
     sign = 1 if kind(comparison) == "task" else -1
@@ -176,19 +181,21 @@ def _score(comparison: Comparison, trial: Trial, folder: epath.Path, tell: Calla
     if written.exists():
         old = runs.open_run(directory)
         runs.refuse_differences(old.experiment, experiment, old.experiment.steps, directory)
-        score = _read(json.loads(written.read_text()))
+        score = _read(read_json(written), written)
         tell(trial, dataclasses.replace(score, seconds=0.0))
         return score
     begun = time.perf_counter()
     try:
-        if not loop.train(experiment, directory, progress=False).finished:
-            raise UserError(f"stopped at {trial.name!r}; the same command continues from there.")
+        trained = loop.train(experiment, directory, progress=False)
+        if not trained.finished:
+            told = f"stopped at {trial.name!r}; the same command continues from there."
+            raise KeyboardInterrupt(told) if trained.interrupted else UserError(told)
         score = _measure(directory)
     except Diverged:
         score = Score(None, None)
     score = dataclasses.replace(score, seconds=time.perf_counter() - begun)
     written.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_atomically(written, json.dumps(_written(score)) + "\n")
+    write_atomically(written, json.dumps(_written(score)) + "\n")
     tell(trial, score)
     return score
 
@@ -221,10 +228,19 @@ def _written(score: Score) -> dict[str, Any]:
     return arrays | {"learnt_at": score.learnt_at, "seconds": score.seconds}
 
 
-def _read(data: dict[str, Any]) -> Score:
-    """The inverse of `_written`."""
-    arrays = {name: None if data[name] is None else np.asarray(data[name]) for name in _ARRAYS}
-    return Score(**arrays, learnt_at=data["learnt_at"], seconds=data["seconds"])
+def _read(data: dict[str, Any], path: epath.Path) -> Score:
+    """The inverse of `_written`. Raises UserError if the data in `path` make no sense."""
+    arrays = {}
+    for name in _ARRAYS:
+        values = data.get(name)
+        for value in expect(values, list, f"{path}: {name}") if values is not None else ():
+            expect(value, float, f"{path}: {name}")
+        arrays[name] = None if values is None else np.asarray(values)
+    if (arrays["sums"] is None) != (arrays["counts"] is None) or len({np.shape(a) for a in arrays.values()}) > 1:
+        raise UserError(f"{path}: sums and counts do not belong together ({short(data)}); delete the file.")
+    learnt = data.get("learnt_at")
+    learnt = learnt if learnt is None else expect(learnt, int, f"{path}: learnt_at")
+    return Score(**arrays, learnt_at=learnt, seconds=float(expect(data.get("seconds"), float, f"{path}: seconds")))
 
 
 _ARRAYS = ("sums", "counts")

@@ -9,6 +9,7 @@ from etils import epath
 
 from engrax.evals import plots, scoring, verdicts
 from engrax.evals.comparison import LEARNT, Comparison, Row, kind, run
+from engrax.files import write_atomically
 from engrax.train import runs
 from engrax.train.cost import quantity, size
 
@@ -40,8 +41,8 @@ def compare(
     found = ComparisonResult(directory, lines, claims, _markdown(comparison, head, lines, claims))
     grids = {row.name: _grid(row) for row in rows}
     data = head | verdicts.to_dict(lines, claims) | {"grids": grids}
-    runs.write_atomically(directory / "comparison.json", json.dumps(data, indent=1) + "\n")
-    runs.write_atomically(directory / "comparison.md", found.markdown)
+    write_atomically(directory / "comparison.json", json.dumps(data, indent=1) + "\n")
+    write_atomically(directory / "comparison.md", found.markdown)
     entries = [{"name": line.name, "verdict": line.verdict, **dataclasses.asdict(line.score)} for line in lines]
     (directory / "comparison.png").write_bytes(plots.intervals(_title(comparison), head["unit"], entries))
     return found

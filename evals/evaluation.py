@@ -17,6 +17,7 @@ from etils import epath
 from engrax.errors import UserError
 from engrax.evals.context import Context
 from engrax.evals.evaluator import EVALUATORS, Evaluation, EvaluatorConfig
+from engrax.files import write_atomically
 from engrax.train import experiment as experiments
 from engrax.train import runs, sharding
 from engrax.train.experiment import Experiment
@@ -76,6 +77,7 @@ def evaluate(
     only: Sequence[str | EvaluatorConfig] | None = None,
     batches: int | None = None,
     stream: int | None = None,
+    data: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Results:
     """Evaluates a checkpoint and writes a new folder: RUN/evals/step_N, then step_N-2, step_N-3, ...
@@ -89,24 +91,27 @@ def evaluate(
       only: names of evaluators, or evaluators with settings; None runs all that apply and are not optional.
       batches: validation batches of `scoring.batch_rows` rows; None scores up to `scoring.DEFAULT_TOKENS` tokens.
       stream: also run the evaluator `stream` to this many tokens of each document.
+      data: fields of the data set to replace, {"path": "elsewhere/books"} for a run away from its data.
       progress: show a progress bar on stderr. Warnings go there in any case.
 
     Raises:
       UserError: no such run, step, data or evaluator, an evaluator that does not apply to the run, a damaged
         checkpoint, or a model whose loss is not a number.
     """
-    run = runs.open_run(run_dir)
+    run = runs.open_run(run_dir, data)
+    if batches is not None and batches < 1:
+        raise UserError(f"batches={batches} must be at least 1 (or left out for the default).")
     chosen = choose(run.experiment, only, stream)  # raises before anything is loaded
     mesh = sharding.evaluation_mesh(run.experiment.parallel)
     model, number = run.load(step, mesh=mesh)
-    data = _header(run, number, chosen)
-    for warning in data["warnings"]:
+    header = _header(run, number, chosen)
+    for warning in header["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     with sharding.use_mesh(mesh):
         found = _run(chosen, Context(run, model, number, mesh=mesh, batches=batches), progress)
-    data["evaluations"] = {name: _plain(evaluation.values, name) for name, evaluation in found.items()}
+    header["evaluations"] = {name: _plain(evaluation.values, name) for name, evaluation in found.items()}
     lines = [(name, str(value)) for evaluation in found.values() for name, value in evaluation.summary]
-    results = Results(new_folder(run.directory / "evals", number), data, lines)
+    results = Results(new_folder(run.directory / "evals", number), header, lines)
     _write(results, found)
     return results
 
@@ -135,10 +140,10 @@ def _write(results: Results, found: dict[str, Evaluation]) -> None:
     for figure in (figure for evaluation in found.values() for figure in evaluation.figures):
         if figure.png is not None:
             (results.directory / f"{figure.name}.png").write_bytes(figure.png)
-    runs.write_atomically(results.directory / "results.csv", _csv(results.data))
-    runs.write_atomically(results.report, report.render(results.data, found))
+    write_atomically(results.directory / "results.csv", _csv(results.data))
+    write_atomically(results.report, report.render(results.data, found))
     text = json.dumps(results.data, indent=2, allow_nan=False) + "\n"
-    runs.write_atomically(results.directory / "results.json", text)
+    write_atomically(results.directory / "results.json", text)
 
 
 def choose(

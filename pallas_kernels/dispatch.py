@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from engrax.errors import CannotRun, UserError
 from engrax.pallas_kernels import devices
 from engrax.pallas_kernels.passes import Passes, run_by_platform
 from engrax.registry import did_you_mean
@@ -195,7 +196,7 @@ def _named(op: str, listed: tuple[Implementation, ...], shapes: Any, asked: str)
     by_name = {found.name: found for found in listed}
     names = (*reversed(by_name), *missing)
     if asked not in names:
-        raise ValueError(
+        raise UserError(
             f"unknown implementation {asked!r}{did_you_mean(str(asked), names)} (known: {', '.join(names)})."
         )
     if asked in missing:
@@ -205,7 +206,7 @@ def _named(op: str, listed: tuple[Implementation, ...], shapes: Any, asked: str)
         reason = (found.platform and _old_jax()) or found.supports(shapes)
         reason = reason or (None if interpreting() else _no_device(found, devices.in_sight()))
     if reason:
-        raise NotImplementedError(f"{asked!r} cannot run: {reason}; use 'xla' or None.")
+        raise CannotRun(f"{asked!r} cannot run: {reason}; use 'xla' or None.")
     return found
 
 

@@ -75,4 +75,4 @@ def test_a_wrong_page_is_found():
     text = PAGE.read_text(encoding="utf-8")
     assert unnamed(text.replace("`test_time/`, ", "")) == {"layers/test_time"}
     assert missing(text.replace("`train/loop.py`", "`train/loops.py`")) == {"train/loops.py"}
-    assert imports(text.replace("| errors, lazy, registry |", "| errors |")) != rules()
+    assert imports(text.replace("| errors, files, lazy, registry |", "| errors |")) != rules()

@@ -14,11 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # What each part of the package may import beside itself. `pallas_kernels <- layers <- models <- laws <- train <-
 # evals <- configs <- cli`; `data` is used from train on and imports none of them. Evaluation reads runs, so it may use
 # train.
-BASE = {"errors", "lazy", "registry"}
+BASE = {"errors", "files", "lazy", "registry"}
 OPS = BASE | {"pallas_kernels"}
 MODELS = OPS | {"layers", "models"}
 MAY_IMPORT = {
     "errors": set(),
+    "files": {"errors"},
+    "flags": {"errors", "registry"},
+    "interrupts": set(),
     "lazy": set(),
     "registry": {"errors"},
     "plugins": {"errors"},
@@ -27,7 +30,7 @@ MAY_IMPORT = {
     "models": OPS | {"layers"},
     "laws": MODELS | {"plugins"},
     "data": BASE,
-    "train": MODELS | {"laws", "data"},
+    "train": MODELS | {"laws", "data", "plugins"},
     "evals": MODELS | {"data", "train"},
     "configs": MODELS | {"data", "train", "evals", "plugins"},
 }

@@ -17,7 +17,7 @@ from engrax.layers import AttentionConfig, HopfieldConfig, MoMConfig
 from engrax.models import HMTConfig, LanguageModelConfig, RMTConfig
 from engrax.models.block_style import BlockStyleConfig
 from engrax.tests.experiments import tiny
-from engrax.train import AdamWConfig, CheckpointConfig, ConstantConfig, CosineConfig, loop, runs
+from engrax.train import AdamWConfig, CheckpointConfig, ConstantConfig, CosineConfig, loop, run_sources, runs
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.loop import train
 from engrax.train.trainer import Trainer, check
@@ -254,5 +254,5 @@ def test_the_source_of_a_wrapped_mixer_is_kept(text, tmp_path, monkeypatch):
     backbone = dataclasses.replace(settings.model.backbone, mixers=(MoMConfig(base=mine.Mine()),))
     settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, backbone=backbone))
     (tmp_path / "run").mkdir()
-    runs._copy_sources(runs.folder(tmp_path / "run"), settings, None)
-    assert [file.name for file in (tmp_path / "run" / "source").iterdir()] == ["mine.py"]
+    run_sources.copy(runs.folder(tmp_path / "run"), settings, None)
+    assert sorted(file.name for file in (tmp_path / "run" / "source").iterdir()) == ["manifest.json", "mine.py"]

@@ -5,8 +5,10 @@ data after batch k. Arrays are stored under flat dotted names ("params.blocks.0.
 layout depends on neither Flax nor optax classes, and may be restored to any other sharding.
 """
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from etils import epath
 from flax import nnx
 
 from engrax.errors import UserError
+from engrax.files import short
 from engrax.train.experiment import CheckpointConfig
 
 
@@ -104,7 +107,20 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=keep.AnyPreservationPolicy(policies), cleanup_tmp_directories=True, **best
             )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f"{self.directory} is a file, not a folder of checkpoints; restore the folder.")
+        with self._reading():
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turns what Orbax raises for damaged files, of any type, into a UserError."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{self.directory} is damaged ({_reason(error)}); restore it.") from error
 
     def save(self, step: int, state: Any, data_state: dict, metrics: dict[str, float] | None) -> None:
         """Starts a save and blocks only while arrays are copied to the host. A rename completes the write."""
@@ -125,14 +141,17 @@ class Checkpoints:
         if step is None:
             return steps[-1]
         if step == "best":
-            best = self._manager.best_step()
+            with self._reading():
+                best = self._manager.best_step()
             if best is None:
                 raise UserError(
                     f"{self.directory} holds no checkpoint with a validation loss; name a step ({_listing(steps)})."
                 )
             return best
-        if not str(step).isdigit() or int(step) not in steps:
-            raise UserError(f"{self.directory} holds no checkpoint of step {step} (there are: {_listing(steps)}).")
+        if str(step) not in map(str, steps):
+            raise UserError(
+                f"{self.directory} holds no checkpoint of step {short(step)} (there are: {_listing(steps)})."
+            )
         return int(step)
 
     def restore(self, like: Any, step: int) -> tuple[Any, dict]:
@@ -162,8 +181,8 @@ class Checkpoints:
     def _read(self, manager: Any, step: int, args: Any) -> Any:
         try:
             return manager.restore(step, args=args)
-        except (ValueError, OSError, json.JSONDecodeError) as error:
-            raise self._damaged(step, str(error).splitlines()[0][:200]) from error
+        except Exception as error:  # of many types, by what is damaged
+            raise self._damaged(step, _reason(error)) from error
 
     def _damaged(self, step: int, reason: str) -> UserError:
         earlier = [s for s in self.steps() if s < step]
@@ -171,23 +190,41 @@ class Checkpoints:
         return UserError(f"checkpoint {self.directory / str(step)} is damaged ({reason}); {remedy}.")
 
     def _check(self, wanted: dict[str, Any], step: int) -> None:
-        try:
-            metadata = self._ocp.StandardCheckpointer().metadata(self.directory / str(step) / "state")
-            stored = dict(metadata.item_metadata)
-        except (ValueError, OSError, TypeError, AttributeError) as error:
-            raise self._damaged(step, "no readable metadata") from error
+        """Raises UserError for an array that is missing, has another shape or type, or chunks larger than itself."""
+        stored = self._stored(list(wanted), step)
         for name in sorted(wanted, key=lambda name: not name.startswith("params.")):
             leaf = wanted[name]
-            if name not in stored:
+            if stored[name] is None:
                 raise UserError(
                     f"checkpoint {step} in {self.directory} has no array {name}; it belongs to another config."
                 )
-            if tuple(stored[name].shape) != tuple(leaf.shape) or np.dtype(stored[name].dtype) != np.dtype(leaf.dtype):
+            shape, dtype, chunks = stored[name]
+            if tuple(shape) != tuple(leaf.shape) or dtype != np.dtype(leaf.dtype):
                 raise UserError(
-                    f"checkpoint {step} in {self.directory} holds {name} as "
-                    f"{stored[name].dtype}{list(stored[name].shape)}, "
+                    f"checkpoint {step} in {self.directory} holds {name} as {dtype}{list(shape)}, "
                     f"the config wants {np.dtype(leaf.dtype)}{list(leaf.shape)}; it belongs to another config."
                 )
+            if len(chunks) != len(shape) or any(part > max(size, 1) for part, size in zip(chunks, shape)):
+                raise self._damaged(step, f"{name} has the shape {list(shape)} and chunks of {short(chunks)}")
+
+    def _stored(self, names: list[str], step: int) -> dict[str, tuple[list[int], np.dtype, list[int]] | None]:
+        """{name: (shape, dtype, chunk shape)} as each array's own file says, None without one. No values are read, and
+        Orbax, which complains on stderr, is not asked."""
+        import tensorstore
+
+        path = str(self.directory / str(step) / "state") + "/"
+        try:
+            base = path if "://" in path else {"driver": "file", "path": path}
+            store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+            reads = {name: store.read(f"{name}/.zarray") for name in names}
+            texts = {name: read.result().value.decode() for name, read in reads.items()}
+            found = {name: json.loads(text) if text else None for name, text in texts.items()}
+            return {
+                name: entry and (list(entry["shape"]), np.dtype(entry["dtype"]), [int(n) for n in entry["chunks"]])
+                for name, entry in found.items()
+            }
+        except Exception as error:  # of many types, by what is damaged
+            raise self._damaged(step, f"no readable metadata: {_reason(error)}") from error
 
     def wait(self) -> None:
         """Blocks until the save in progress is committed."""
@@ -198,8 +235,14 @@ class Checkpoints:
         self._manager.close()
 
 
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def _loss(metrics: dict[str, float]) -> float:
-    loss = metrics["validation_loss"]
+    loss = metrics.get("validation_loss") if isinstance(metrics, dict) else metrics
+    if not isinstance(loss, float):
+        raise UserError(f"the validation loss of a checkpoint is {short(loss)}, not a number; restore its metrics.")
     return loss if math.isfinite(loss) else math.inf
 
 

@@ -38,6 +38,7 @@ class StopSignal:
 
     def __init__(self):
         self.asked = False
+        self.number: int | None = None  # of the signal
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -56,7 +57,7 @@ class StopSignal:
             raise KeyboardInterrupt
         if not self.asked:
             print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-        self.asked = True
+        self.asked, self.number = True, self.number or number
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)  # so that all processes agree on the step
 

@@ -6,13 +6,17 @@ run folder refuses a config that changes one of them.
 
 import dataclasses
 import json
+import math
+import os
+import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from engrax.data.config import DataConfig
 from engrax.errors import UserError, require_at_least
+from engrax.files import parse_object, short
 from engrax.models.model import ModelConfig
 from engrax.registry import KINDS, did_you_mean, find_registry
 from engrax.train.optimizers import AdamWConfig, OptimizerConfig
@@ -76,6 +80,9 @@ class LogConfig:
         require_at_least("log", self, every=1)
 
 
+MOST = 1 << 31  # above every number of a config: no array has such an axis, no generator such a seed
+# A field of the data with such a name holds a path, or several: a run saves it absolute.
+PATH = re.compile(r"(^|_)(path|dir|folder|file)s?$")
 RUN_TIME_FIELDS = ("parallel", "checkpoint", "eval", "log")
 
 
@@ -101,6 +108,7 @@ class Experiment:
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
+        _refuse_senseless(self)
         if self.carry_memory and (self.optimizer.accumulate > 1 or self.parallel.strategy != "pjit"):
             raise UserError("carry_memory needs optimizer.accumulate=1 and parallel.strategy='pjit'.")
         for name in ("steps", "batch_size"):
@@ -111,6 +119,70 @@ class Experiment:
                 f"batch_size={self.batch_size} does not divide into {self.optimizer.accumulate} microbatches; "
                 "change batch_size or optimizer.accumulate."
             )
+
+
+def _refuse_senseless(experiment: Experiment) -> None:
+    """Raises UserError for a number that is not finite, an absurdly large one, and a negative seed."""
+    for path, value in _numbers(experiment):
+        if not -MOST < value < MOST and (isinstance(value, int) or not math.isfinite(value)):
+            raise UserError(f"{path}={short(value)} makes no sense; give a finite number below {MOST:,}.")
+        if value < 0 and path.split(".")[-1] == "seed":
+            raise UserError(f"{path}={value} must not be negative.")
+
+
+def _numbers(config: Any, path: str = "") -> Iterator[tuple[str, int | float]]:
+    """(dotted name, value) of every number in a config."""
+    if dataclasses.is_dataclass(config):
+        items = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
+    else:
+        items = list(enumerate(config)) if isinstance(config, (tuple, list)) else []
+    for name, value in items:
+        place = f"{path}.{name}" if path else str(name)
+        if isinstance(value, (int, float)):
+            yield place, value
+        else:
+            yield from _numbers(value, place)
+
+
+def nested_configs(config: Any, skip: type | tuple[type, ...] = ()) -> Iterator[Any]:
+    """Yields the config and all dataclasses in it; those of the classes `skip` are omitted with all they contain."""
+    if isinstance(config, (tuple, list)):
+        for item in config:
+            yield from nested_configs(item, skip)
+    elif dataclasses.is_dataclass(config) and not isinstance(config, skip):
+        yield config
+        for field in dataclasses.fields(config):
+            yield from nested_configs(getattr(config, field.name), skip)
+
+
+def map_fields(config: Any, name: str, change: Callable[[str, Any], Any]) -> Any:
+    """The config with `change(field's name, value)` for the values of all fields inside its field `name`."""
+
+    def changed(name, value):
+        if dataclasses.is_dataclass(value):
+            fields = [field.name for field in dataclasses.fields(value) if field.init]
+            old = {field: getattr(value, field) for field in fields}
+            new = {field: changed(field, item) for field, item in old.items()}
+            return value if new == old else dataclasses.replace(value, **new)
+        if isinstance(value, tuple):
+            return tuple(changed(name, item) for item in value)
+        return change(name, value)
+
+    return dataclasses.replace(config, **{name: changed(name, getattr(config, name))})
+
+
+def with_absolute_paths(experiment: Experiment) -> Experiment:
+    """The experiment with the paths of its data, of `init_from` and `start_from` absolute; buckets' are unchanged."""
+
+    def absolute(value: str) -> str:
+        return value if "://" in value or not value else os.path.abspath(os.path.expanduser(value))
+
+    def change(name: str, value: Any) -> Any:
+        return absolute(value) if isinstance(value, str) and PATH.search(name) else value
+
+    given = {name: getattr(experiment, name) for name in ("init_from", "start_from")}
+    given = {name: path and absolute(path) for name, path in given.items()}
+    return dataclasses.replace(map_fields(experiment, "data", change), **given)
 
 
 def to_dict(config: Any) -> Any:
@@ -139,14 +211,7 @@ def to_dict(config: Any) -> Any:
 def from_dict(data: Any, annotation: Any = Experiment, path: str = "config") -> Any:
     """The inverse of `to_dict`. Raises UserError naming the field that does not fit."""
     if isinstance(data, dict):
-        cls = annotation
-        if "type" in data:
-            kind, _, name = str(data["type"]).partition(":")
-            if kind not in KINDS:
-                raise UserError(f"{path}.type={data['type']!r} names no registry (known: {', '.join(KINDS)}).")
-            cls = find_registry(kind)[name]
-        if not dataclasses.is_dataclass(cls):
-            raise UserError(f"{path} holds a group of fields where {cls} is expected.")
+        cls = _class_of(data, annotation, path)
         hints = typing.get_type_hints(cls)
         known = {f.name for f in dataclasses.fields(cls) if f.init}
         for name in data:
@@ -163,11 +228,47 @@ def from_dict(data: Any, annotation: Any = Experiment, path: str = "config") -> 
         ]
         if missing:
             raise UserError(f"{path} lacks the field {missing[0]}.")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except UserError:
+            raise
+        except Exception as error:  # of a user's own class; of ours, what no check foresaw
+            raise UserError(f"{path} makes no sense: {cls.__name__} raises {type(error).__name__}: {error}.") from error
     if isinstance(data, list):
-        item = (typing.get_args(_not_none(annotation)) or (Any,))[0]
-        return tuple(from_dict(value, item, f"{path}.{i}") for i, value in enumerate(data))
+        return _tuple(data, _not_none(annotation), path)
     return _checked(data, annotation, path)
+
+
+def _class_of(data: dict[str, Any], annotation: Any, path: str) -> type:
+    """The dataclass of a group of fields: the registered one that it names, else the annotation."""
+    cls = _not_none(annotation)
+    if "type" in data:
+        kind, _, name = str(data["type"]).partition(":")
+        if kind not in KINDS:
+            raise UserError(f"{path}.type={short(data['type'])} names no registry (known: {', '.join(KINDS)}).")
+        cls = find_registry(kind)[name]
+        wanted = [a for a in (typing.get_args(annotation) or (annotation,)) if isinstance(a, type)]
+        if annotation is not Any and not any(issubclass(cls, a) for a in wanted):
+            raise UserError(f"{path}.type={data['type']!r} cannot stand there: it is no {_named(annotation)}.")
+    if not dataclasses.is_dataclass(cls):
+        raise UserError(f"{path} holds a group of fields where {_named(cls)} is expected.")
+    return cls
+
+
+def _tuple(data: list, annotation: Any, path: str) -> tuple:
+    """The tuple of a list's values, each of its annotation."""
+    args = typing.get_args(annotation)
+    if annotation is Any or annotation is tuple:
+        args = (Any, ...)
+    elif typing.get_origin(annotation) is not tuple or (args[-1:] != (...,) and len(args) != len(data)):
+        raise UserError(f"{path}={short(data)} is not of the type wanted: {_named(annotation)}.")
+    kinds = [args[0]] * len(data) if args[-1:] == (...,) else args
+    return tuple(from_dict(value, kind, f"{path}.{i}") for i, (value, kind) in enumerate(zip(data, kinds)))
+
+
+def _named(annotation: Any) -> str:
+    """The annotation as a reader writes it."""
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def check_saveable(experiment: Experiment) -> None:
@@ -217,11 +318,10 @@ def _checked(value: Any, annotation: Any, path: str) -> Any:
         if value in args:
             return value
     elif annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if isinstance(value, float) or abs(value) < MOST**2 else math.inf  # Experiment refuses it
     elif isinstance(annotation, type) and type(value) is annotation:
         return value
-    name = getattr(annotation, "__name__", None) if origin is None else None
-    raise UserError(f"{path}={value!r} is not of the type wanted: {name or annotation}.")
+    raise UserError(f"{path}={short(value)} is not of the type wanted: {_named(annotation)}.")
 
 
 def to_json(experiment: Experiment) -> str:
@@ -231,22 +331,22 @@ def to_json(experiment: Experiment) -> str:
 
 def from_json(text: str, path: str = "config.json") -> Experiment:
     """The experiment written by `to_json`. Raises UserError if the text is damaged or of another version."""
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is damaged (not JSON: {error}); restore it from a copy, or train into another folder."
-        ) from None
-    if not isinstance(data, dict) or "experiment" not in data:
-        raise UserError(
-            f"{path} is damaged (no experiment in it); restore it from a copy, or train into another folder."
-        )
+    remedy = "restore it from a copy, or train into another folder"
+    data = parse_object(text, path, remedy)
+    if "experiment" not in data:
+        raise UserError(f"{path} is damaged (no experiment in it); {remedy}.")
     version = data.get("format_version")
     if version == 1:
         raise UserError(f"{path} is of a run of engrax 0.1.0 (format 1), which this version cannot read; use 0.1.0.")
     if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}; this engrax reads version {FORMAT_VERSION}.")
-    return from_dict(data["experiment"], Experiment, "experiment")
+        raise UserError(f"{path} has format version {short(version)}; this engrax reads version {FORMAT_VERSION}.")
+    try:
+        found = from_dict(data["experiment"], Experiment, "experiment")
+    except RecursionError:
+        raise UserError(f"{path} is damaged (its fields are nested without end); {remedy}.") from None
+    if not isinstance(found, Experiment):
+        raise UserError(f"{path} is damaged (its experiment is {short(data['experiment'])}); {remedy}.")
+    return found
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -13,10 +13,12 @@ The order is a contract:
 - Inside the loop, data moves between host and device only by explicit transfers.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+import signal
 import sys
 from typing import Any
 
@@ -24,11 +26,13 @@ import jax
 from etils import epath
 
 from engrax.errors import Diverged, UserError
+from engrax.files import expect, read_json, refuse_links, write_atomically
 from engrax.train import experiment as experiments
-from engrax.train import metrics, runs
+from engrax.train import metrics, run_lock, runs
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.distributed import StopSignal
 from engrax.train.experiment import Experiment
+from engrax.train.fit import refuse_what_does_not_fit
 from engrax.train.host import keep_freed_memory
 from engrax.train.probe import refuse_leaks
 from engrax.train.trainer import Trainer
@@ -44,6 +48,7 @@ class Result:
     step: int  # steps done
     finished: bool  # False if a signal stopped it
     metrics: dict[str, float]  # the last ones
+    interrupted: bool = False  # the signal was Ctrl-C
 
 
 def train(
@@ -60,62 +65,71 @@ def train(
     clock = metrics.Clock()
     keep_freed_memory()
     run_dir = runs.folder(run_dir)
-    experiments.check_saveable(experiment)  # before data and devices are touched
-    trainer = Trainer(experiment)
-    mesh = trainer.mesh  # raises if the mesh or batch does not divide, before anything is written
+    main = jax.process_index() == 0
+    experiment = experiments.with_absolute_paths(experiment)
+    trainer = check(experiment, run_dir)
+    mesh = trainer.mesh
     trainer.check_validation()
     saved = _latest_step(run_dir)
     # Errors are raised before anything is written.
     begins_at, params = (None, None) if saved else _earlier_params(trainer, run_dir)
-    data = trainer.loader("train")
-    first, state = None, None
+    with contextlib.ExitStack() as stack:
+        data = trainer.loader("train")
+        stack.callback(data.close)
+        first, state = None, None
 
-    def begin():
-        """The state before the first step, probed; what a restored run has done before."""
-        nonlocal first, state
-        if not saved:
-            state, first = trainer.init_state(params), next(data)
-            refuse_leaks(trainer, state["params"], first, source)
+        def begin():
+            """The state before the first step, probed; what a restored run has done before. Takes the lock."""
+            nonlocal first, state
+            if not saved:
+                state, first = trainer.init_state(params), next(data)
+                refuse_leaks(trainer, state["params"], first, source)
+            if main:
+                stack.enter_context(run_lock.held(run_dir))
+                if _latest_step(run_dir) != saved:
+                    raise UserError(f"another process has trained {run_dir} in the meantime; start again.")
 
-    try:
         run = runs.prepare(run_dir, experiment, saved, source, before_writing=begin)
-    except BaseException:
-        data.close()
-        raise
-    checkpoints = Checkpoints(run.directory, experiment.checkpoint)
-    main = jax.process_index() == 0
-    if main and begins_at is not None:
-        runs.write_atomically(run.directory / BEGINS_AT, json.dumps({"step": begins_at}) + "\n")
-    if saved:
-        state = _restore(trainer, checkpoints, data, saved)
-    start = saved
-    for warning in experiment.data.warnings() if main else ():
-        _warn(warning)
-    if main and start:
-        print(f"resuming {run.directory} at step {start}", file=sys.stderr)
-    if start >= experiment.steps:
-        data.close()
-        checkpoints.close()
-        return Result(run.directory, start, True, {})
-    settings = experiments.to_dict(experiment)
-    writer = metrics.MetricsWriter(run.directory, experiment.log, resumed_at=start, settings=settings, active=main)
-    tokens = experiment.batch_size * experiment.data.seq_len
-    bar = metrics.Progress(start, experiment.steps, tokens, clock, active=main and progress)
-    loop = Loop(trainer, checkpoints, writer, bar, clock, saved=start)
-    try:
+        checkpoints = Checkpoints(run.directory, experiment.checkpoint)
+        stack.callback(checkpoints.close)  # waits for the save in progress
+        if main and begins_at is not None:
+            write_atomically(run.directory / BEGINS_AT, json.dumps({"step": begins_at}) + "\n")
+        if saved:
+            state = _restore(trainer, checkpoints, data, saved)
+        for warning in experiment.data.warnings() if main else ():
+            _warn(warning)
+        if main and saved:
+            print(f"resuming {run.directory} at step {saved}", file=sys.stderr)
+        if saved >= experiment.steps:
+            return Result(run.directory, saved, True, {})
+        settings = experiments.to_dict(experiment)
+        writer = metrics.MetricsWriter(run.directory, experiment.log, resumed_at=saved, settings=settings, active=main)
+        stack.callback(writer.close)
+        tokens = experiment.batch_size * experiment.data.seq_len
+        bar = metrics.Progress(saved, experiment.steps, tokens, clock, active=main and progress)
+        stack.callback(bar.close)
+        loop = Loop(trainer, checkpoints, writer, bar, clock, saved=saved)
         with jax.set_mesh(mesh), StopSignal() as stop:
-            step, state = loop.run(state, data, start, stop, first)
+            step, state = loop.run(state, data, saved, stop, first)
             loop.save(step, state, data)
             checkpoints.wait()
-    finally:
-        data.close()
-        checkpoints.close()  # waits for the save in progress
-        writer.close()
-        bar.close()
     finished = step >= experiment.steps
     if main and not finished:
         print(f"stopped at step {step}; resume with: engrax train {run.directory}", file=sys.stderr)
-    return Result(run.directory, step, finished, loop.latest)
+    return Result(run.directory, step, finished, loop.latest, not finished and stop.number == signal.SIGINT)
+
+
+def check(experiment: Experiment, run_dir: epath.Path) -> Trainer:
+    """The trainer. Raises UserError for what can be known to fail before data are read and arrays made."""
+    experiments.check_saveable(experiment)
+    runs.refuse_file(run_dir)
+    refuse_links(run_dir)
+    if jax.process_index() == 0:
+        run_lock.refuse_other(run_dir)
+        metrics.check_logs(experiment.log)
+    trainer = Trainer(experiment)
+    refuse_what_does_not_fit(trainer)  # its mesh raises if devices or batch do not divide
+    return trainer
 
 
 @dataclasses.dataclass
@@ -230,7 +244,13 @@ def _latest_step(run_dir: epath.Path) -> int:
 def _restore(trainer: Trainer, checkpoints: Checkpoints, data: Any, saved: int) -> Any:
     """The state of the newest checkpoint; the data are moved to its position."""
     state, position = checkpoints.restore(trainer.abstract_state(), saved)
-    data.set_state(position)
+    try:
+        data.set_state(position)
+    except Exception as error:
+        raise UserError(
+            f"the position in the data of checkpoint {saved} in {checkpoints.directory} makes no sense "
+            f"({type(error).__name__}: {error}); delete that checkpoint to go on from an earlier one."
+        ) from error
     return state
 
 
@@ -246,9 +266,11 @@ def _earlier_params(trainer: Trainer, run_dir: epath.Path) -> tuple[int | None, 
     if not (directory / "checkpoints").exists():
         raise UserError(f"start_from={given} holds no checkpoints; give the folder of a run that was trained.")
     begun = run_dir / BEGINS_AT
+    refuse_links(directory)
+    at = expect(read_json(begun).get("step"), int, f"{begun}: step") if begun.exists() else None
     earlier = Checkpoints(directory)
     try:
-        step = earlier.resolve(json.loads(begun.read_text())["step"] if begun.exists() else None)
+        step = earlier.resolve(at)
         return step, earlier.restore_params(trainer.abstract_state()["params"], step)
     except UserError as error:
         hint = f" This run started from it ({begun}); start again in another --run-dir." if begun.exists() else ""

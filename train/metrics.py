@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import netrc
+import os
 import secrets
 import sys
 import time
@@ -11,6 +13,8 @@ from typing import Any
 
 from etils import epath
 
+from engrax.errors import UserError
+from engrax.files import read_text, short, write_atomically
 from engrax.train.experiment import LogConfig
 
 
@@ -64,30 +68,59 @@ def _plain(value: Any) -> Any:
 
 def cut_after(path: epath.Path, step: int) -> None:
     """Drops lines of steps beyond `step` and an incomplete last line, written by a killed run after its checkpoint."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-    temporary = path.parent / (path.name + ".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    if path.exists():
+        write_atomically(path, "".join(line + "\n" for line, row in _rows(path) if row["step"] <= step))
 
 
 def read(run_dir: epath.PathLike) -> list[dict[str, Any]]:
-    """The logged steps of a run, oldest first; an incomplete last line is skipped."""
-    rows = []
+    """The logged steps of a run, oldest first; an incomplete last line is skipped. Raises UserError for other lines
+    that are no logged step."""
     path = epath.Path(run_dir) / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
+    return [row for _, row in _rows(path)] if path.exists() else []
+
+
+def _rows(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line, its object) for every logged step."""
+    lines = read_text(path).splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        sensible = isinstance(row, dict) and type(row.get("step")) is int and all(map(_is_number, row.values()))
+        if sensible:
+            yield line, row
+        elif number < len(lines):  # the last line may be torn
+            raise UserError(f"{path}, line {number} is no logged step ({short(line)}); remove the line.")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether `_plain` could have written the value."""
+    if isinstance(value, int):
+        return abs(value) < 1 << 63
+    return isinstance(value, float) or value in ("nan", "inf", "-inf")
+
+
+def check_logs(config: LogConfig) -> None:
+    """Raises UserError if a log cannot be opened: the package is missing, or wandb has no key to go online with."""
+    if config.tensorboard:
+        _summary_writer()
+    if config.wandb == "online" and not _has_wandb_key():
+        raise UserError(
+            "log.wandb=online needs an API key of Weights & Biases: run `wandb login`, set WANDB_API_KEY, or choose "
+            "--log.wandb offline."
+        )
+
+
+def _has_wandb_key() -> bool:
+    """Whether wandb would find a key without asking: in its variables, or in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _start_wandb(run_dir: epath.Path, config: LogConfig, settings: dict) -> Any:
@@ -96,26 +129,35 @@ def _start_wandb(run_dir: epath.Path, config: LogConfig, settings: dict) -> Any:
 
     id_file = run_dir / "wandb_id.txt"
     if not id_file.exists():
-        id_file.write_text(secrets.token_hex(8))
-    return wandb.init(
-        project=config.wandb_project,
-        id=id_file.read_text().strip(),
-        resume="allow",
-        mode=config.wandb,
-        dir=None if "://" in str(run_dir) else str(run_dir),
-        name=run_dir.name,
-        config=settings,
-    )
+        write_atomically(id_file, secrets.token_hex(8))
+    name = read_text(id_file).strip()
+    if not name.isalnum():
+        raise UserError(f"{id_file} holds no id of a wandb run ({short(name)}); delete it to begin a new one.")
+    try:
+        return wandb.init(
+            project=config.wandb_project,
+            id=name,
+            resume="allow",
+            mode=config.wandb,
+            dir=None if "://" in str(run_dir) else str(run_dir),
+            name=run_dir.name,
+            config=settings,
+        )
+    except Exception as error:  # wandb raises many types: no network, a key that is refused, a bad project
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"wandb does not start ({reason}); choose --log.wandb offline, or off.") from error
 
 
 def _start_tensorboard(run_dir: epath.Path) -> Any:
+    return _summary_writer()(str(run_dir / "tensorboard"))
+
+
+def _summary_writer() -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        from engrax.errors import UserError
-
         raise UserError("log.tensorboard needs the package tensorboardX; install engrax[tensorboard].") from None
-    return SummaryWriter(str(run_dir / "tensorboard"))
+    return SummaryWriter
 
 
 class Clock:

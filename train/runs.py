@@ -1,16 +1,17 @@
 """The run folder: all that is needed to evaluate, sample or resume a run.
 
 It holds config.json (the experiment, with a format version), environment.json (versions, device, commit, data digest),
-metrics.jsonl, checkpoints/, evals/ and source/ (the user's config and plugin files). A second stage also has
-start_from.json (the step of the first stage that it started from).
+metrics.jsonl, checkpoints/, evals/ and source/ (the user's files and the tokenizers, with their digests). A second
+stage also has start_from.json (the step of the first stage that it started from), and a run that is being trained
+lock.json. Nothing in it is executed, and no name or link in it leads outside.
 """
 
 import dataclasses
 import json
 import platform
+import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -22,15 +23,18 @@ from jax.sharding import Mesh
 
 from engrax import models
 from engrax.errors import UnknownName, UserError
+from engrax.files import expect, read_json, read_text, refuse_links, write_atomically
 from engrax.models import imported
 from engrax.train import experiment as experiments
-from engrax.train import sharding
+from engrax.train import run_lock, run_sources, sharding
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.experiment import Experiment
 
 
 def folder(path: epath.PathLike) -> epath.Path:
-    """The absolute path of a run folder; a bucket path (gs://...) is returned unchanged."""
+    """The absolute path of a run folder; a bucket path (gs://...) is returned unchanged. Raises UserError for ""."""
+    if not str(path).strip():
+        raise UserError("the name of the run folder is empty; give a path.")
     path = epath.Path(path).expanduser()
     return path if "://" in str(path) else path.resolve()
 
@@ -71,32 +75,43 @@ class Run:
         return sharding.named(sharding.param_specs(params, self.experiment.parallel, mesh, stage=3), mesh)
 
 
-def open_run(run_dir: epath.PathLike) -> Run:
-    """Reads a run folder. Raises UserError if it is missing or damaged."""
+def open_run(run_dir: epath.PathLike, data: dict[str, Any] | None = None) -> Run:
+    """Reads a run folder. `data` replaces fields of the data set, {"path": "elsewhere/books"} for example.
+
+    A tokenizer file that is gone is replaced by the run's copy. Raises UserError if the folder is missing or damaged,
+    and for another tokenizer than the run was trained with.
+    """
+    experiment = read_experiment(run_dir)
+    experiment = experiments.replace(experiment, {f"data.{name}": value for name, value in (data or {}).items()})
+    directory = folder(run_dir)
+    environment = directory / "environment.json"
+    found = read_json(environment) if environment.exists() else {}  # informative: a run can do without it
+    if found.get("data_digest") is not None:
+        expect(found["data_digest"], str, f"{environment}: data_digest")
+    return Run(directory, run_sources.with_own_tokenizers(directory, experiment), found)
+
+
+def read_experiment(run_dir: epath.PathLike) -> Experiment:
+    """The experiment of a run folder as config.json says it. Raises UserError if the folder is missing or damaged."""
     directory = folder(run_dir)
     path = directory / "config.json"
     if not directory.exists():
         raise UserError(f"no run folder at {run_dir}; train one with `engrax train CONFIG --run-dir {run_dir}`.")
+    if not directory.is_dir():
+        raise UserError(f"{run_dir} is a file; give the folder that `engrax train` wrote.")
     if not path.exists():
         raise UserError(
             f"{run_dir} holds no config.json, so it is no run folder; give the folder that `engrax train` wrote."
         )
-    environment = directory / "environment.json"
+    refuse_links(directory)
     try:
-        found = json.loads(environment.read_text()) if environment.exists() else {}
-    except json.JSONDecodeError:
-        found = {}  # informative only; the run does not need it
-    try:
-        experiment = experiments.from_json(path.read_text(), str(path))
+        return experiments.from_json(read_text(path), str(path))
     except UnknownName as error:
-        sources = sorted((directory / "source").glob("*.py")) if (directory / "source").exists() else []
-        if not sources:
+        if not (hint := run_sources.plugin_hint(directory)):
             raise
-        hint = " ".join(f"--plugin {source}" for source in sources)
         raise UserError(
             f"{str(error).rstrip('.')}; the run brought its own source: read it, then pass {hint}."
         ) from None
-    return Run(directory, experiment, found)
 
 
 def prepare(
@@ -108,43 +123,94 @@ def prepare(
 ) -> Run:
     """Creates the run folder, or checks that an existing one belongs to this experiment.
 
-    `before_writing` is called when the folder is known to be this experiment's, and may refuse the training.
-    Raises UserError naming the fields that differ, or if the data has changed since the run began.
+    `before_writing` is called when the folder is known to be this experiment's, and may refuse the training. Raises
+    UserError naming the fields that differ, or if the data or the tokenizer has changed since the run began. Of a new
+    run nothing is left if an error stops the writing.
     """
     directory = folder(run_dir)
-    environment = describe_environment(experiment)
-    if (directory / "config.json").exists():
-        old = open_run(directory)
-        refuse_differences(old.experiment, experiment, steps_done, directory)
-        digest = old.environment.get("data_digest")
-        if digest and digest != environment["data_digest"]:
-            raise UserError(
-                f"the data of {run_dir} has changed since it was started; restore it, or train into another folder."
-            )
-    elif directory.exists() and any(directory.iterdir()):
-        raise UserError(f"{run_dir} is not empty and holds no run; choose another --run-dir.")
+    experiment = experiments.with_absolute_paths(experiment)
+    environment = _check_folder(directory, experiment, steps_done)
     if experiment.init_from is not None and not (directory / "pretrained").exists():
         imported.check(experiment.init_from, imported.find_backbone(experiment.model)[0])
     before_writing()
     if jax.process_count() > 1:  # barrier: every process validates before any writes
         multihost_utils.sync_global_devices("engrax: the run folder was read")
     if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / "config.json", experiments.to_json(experiment))
-        if experiment.init_from is not None and not (directory / "pretrained").exists():
-            imported.describe_source(experiment.init_from, directory / "pretrained")
-        if experiment.start_from is not None and not (directory / "pretrained").exists():
-            _copy_description(folder(experiment.start_from) / "pretrained", directory / "pretrained")
-        if not (directory / "environment.json").exists():  # describes the start of the run, not its last resumption
-            write_atomically(directory / "environment.json", json.dumps(environment, indent=2) + "\n")
-        _copy_sources(directory, experiment, source)
+        fresh = not (directory / "config.json").exists()
+        try:
+            _write(directory, experiment, environment, source)
+        except BaseException:
+            if fresh:
+                _remove(directory)
+            raise
     return Run(directory, experiment, environment)
 
 
-def refuse_differences(old: Experiment, new: Experiment, steps_done: int, directory: Any) -> None:
-    """Raises UserError if two experiments differ in more than run-time fields."""
+def _check_folder(directory: epath.Path, experiment: Experiment, steps_done: int) -> dict[str, Any]:
+    """The environment of this process. Raises UserError if the folder is another experiment's, or no run's."""
+    refuse_file(directory)
+    if (directory / "config.json").exists():
+        old = open_run(directory)
+        run_sources.with_own_tokenizers(directory, experiment)  # raises if it is another
+        environment = describe_environment(experiment)
+        digest = old.environment.get("data_digest")
+        same_data = digest == environment["data_digest"]
+        refuse_differences(old.experiment, experiment, steps_done, directory, moved=same_data)
+        if digest and not same_data:
+            raise UserError(
+                f"the data of {directory} has changed since it was started; restore it, or train into another folder."
+            )
+        return environment
+    if directory.exists() and any(entry.name != run_lock.NAME for entry in directory.iterdir()):
+        raise UserError(f"{directory} is not empty and holds no run; choose another --run-dir.")
+    return describe_environment(experiment)
+
+
+def refuse_file(directory: epath.Path) -> None:
+    """Raises UserError if the run folder or one of the folders around it is a file."""
+    for path in (directory, *directory.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise UserError(f"{path} is a file, not a folder; choose another --run-dir.")
+            return
+
+
+PARTS = ("config.json", "environment.json", "pretrained", "source")  # what `prepare` writes
+
+
+def _write(directory: epath.Path, experiment: Experiment, environment: dict[str, Any], source: Any) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "config.json", experiments.to_json(experiment))
+    if experiment.init_from is not None and not (directory / "pretrained").exists():
+        imported.describe_source(experiment.init_from, directory / "pretrained")
+    if experiment.start_from is not None and not (directory / "pretrained").exists():
+        _copy_description(folder(experiment.start_from) / "pretrained", directory / "pretrained")
+    if not (directory / "environment.json").exists():  # describes the start of the run, not its last resumption
+        write_atomically(directory / "environment.json", json.dumps(environment, indent=2) + "\n")
+    run_sources.copy(directory, experiment, source)
+
+
+def _remove(directory: epath.Path) -> None:
+    """Removes what `_write` wrote, and the folder if nothing else is in it."""
+    for path in (directory / name for name in PARTS):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if directory.exists() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def refuse_differences(
+    old: Experiment, new: Experiment, steps_done: int, directory: Any, *, moved: bool = False
+) -> None:
+    """Raises UserError if two experiments differ in more than run-time fields; `moved`: paths of the data may differ,
+    as their digest is known to be the same."""
+    old, new = (experiments.with_absolute_paths(e) for e in (old, new))
     names = experiments.differences(experiments.to_dict(old), experiments.to_dict(new))
     names = [n for n in names if n.split(".")[0] not in experiments.RUN_TIME_FIELDS]
+    if moved:
+        names = [n for n in names if not (n.startswith("data.") and experiments.PATH.search(n.split(".")[-1]))]
     if "steps" in names and new.optimizer.schedule.steps_may_change(old.steps, new.steps, steps_done):
         names.remove("steps")
     if names:
@@ -172,42 +238,12 @@ def describe_environment(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _copy_sources(directory: epath.Path, experiment: Experiment, source: epath.PathLike | None) -> None:
-    """Copies the user's config file and the files of all user-defined configs into RUN/source."""
-    files = {epath.Path(source)} if source else set()
-    for config in nested_configs(experiment):
-        module = sys.modules.get(type(config).__module__)
-        if not type(config).__module__.startswith("engrax.") and getattr(module, "__file__", None):
-            files.add(epath.Path(module.__file__))
-    for path in files:
-        (directory / "source").mkdir(exist_ok=True)
-        write_atomically(directory / "source" / path.name, path.read_text())
-
-
 def _copy_description(source: epath.Path, target: epath.Path) -> None:
     """Copies what `export` needs of the published checkpoint that an earlier stage started from, if there was one."""
     if source.exists():
         target.mkdir()
         for file in source.iterdir():
             (target / file.name).write_bytes(file.read_bytes())
-
-
-def nested_configs(config: Any, skip: type | tuple[type, ...] = ()) -> Iterator[Any]:
-    """Yields the config and all dataclasses in it; those of the classes `skip` are omitted with all they contain."""
-    if isinstance(config, (tuple, list)):
-        for item in config:
-            yield from nested_configs(item, skip)
-    elif dataclasses.is_dataclass(config) and not isinstance(config, skip):
-        yield config
-        for field in dataclasses.fields(config):
-            yield from nested_configs(getattr(config, field.name), skip)
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a temporary file, then renames it: after a crash there is the old file or the new one."""
-    temporary = path.parent / (path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _version(package: str) -> str | None:

@@ -6,6 +6,7 @@ first axis that the number of devices divides, never along the axis of stacked l
 """
 
 import contextlib
+import dataclasses
 import math
 from typing import Any
 
@@ -29,7 +30,8 @@ def make_mesh(config: ParallelConfig, batch_size: int, accumulate: int = 1) -> M
     data = devices // config.fsdp if config.data == -1 else config.data
     if devices % config.fsdp:
         raise UserError(
-            f"parallel.fsdp={config.fsdp} does not divide the {devices} devices here; choose a divisor of {devices}."
+            f"parallel.fsdp={config.fsdp} does not divide the {devices} devices here; set --parallel.fsdp to a divisor "
+            f"of {devices}."
         )
     if data * config.fsdp != devices:
         raise UserError(
@@ -39,9 +41,18 @@ def make_mesh(config: ParallelConfig, batch_size: int, accumulate: int = 1) -> M
     if batch_size % (devices * accumulate):
         raise UserError(
             f"batch_size={batch_size} does not divide over {devices} devices x {accumulate} microbatches; "
-            f"choose a multiple of {devices * accumulate}."
+            f"choose a multiple of {devices * accumulate}, or for a run begun elsewhere another number of devices."
         )
     return jax.make_mesh((data, config.fsdp, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def fitting(config: ParallelConfig, devices: int) -> ParallelConfig:
+    """The config, if it says a mesh of so many devices; else one that does: `fsdp` becomes its largest part that
+    divides them, `data` takes the rest."""
+    data = devices // config.fsdp if config.data == -1 else config.data
+    if data * config.fsdp == devices:
+        return config
+    return dataclasses.replace(config, data=-1, fsdp=math.gcd(config.fsdp, devices))
 
 
 def evaluation_mesh(config: ParallelConfig) -> Mesh | None:
@@ -52,7 +63,7 @@ def evaluation_mesh(config: ParallelConfig) -> Mesh | None:
     devices = jax.local_devices()
     if len(devices) == 1:
         return None
-    fsdp = math.gcd(config.fsdp, len(devices))
+    fsdp = fitting(config, len(devices)).fsdp
     shape = (len(devices) // fsdp, fsdp, 1, 1)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
 

@@ -24,9 +24,9 @@ from engrax.models import contract, imported
 from engrax.models.block_style import BlockStyleConfig
 from engrax.models.parameters import cast
 from engrax.models.segment_config import SegmentRecurrentConfig
-from engrax.train import runs, sharding, train_step
+from engrax.train import sharding, train_step
 from engrax.train.checkpoint import flatten, unflatten
-from engrax.train.experiment import Experiment
+from engrax.train.experiment import Experiment, nested_configs
 from engrax.train.objective import score
 from engrax.train.optimizers import base as optimizers
 from engrax.train.train_step import Loss, Placement
@@ -145,10 +145,13 @@ class Trainer:
 
     def abstract_state(self) -> dict[str, Any]:
         """ShapeDtypeStructs with shardings, the target of restoring a checkpoint."""
-        shapes = jax.eval_shape(self._fresh_state)
         return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self._shapes, self.state_shardings
         )
+
+    @cached_property
+    def _shapes(self) -> dict[str, Any]:
+        return jax.eval_shape(self._fresh_state)
 
     @cached_property
     def train_step(self) -> Callable:
@@ -274,7 +277,7 @@ def _check_carried(experiment: Experiment) -> None:
             f"carry_memory needs rows that continue in the next batch, and {experiment.data.registered_name} has none; "
             "choose a text data set, or train without it."
         )
-    for part in runs.nested_configs(experiment.model, skip=SegmentRecurrentConfig):  # these read segment by segment
+    for part in nested_configs(experiment.model, skip=SegmentRecurrentConfig):  # these read segment by segment
         if isinstance(part, BlockStyleConfig) and part.positions:
             raise UserError(
                 f"carry_memory: carried rows are unbounded, and the model has layout.positions={part.positions} "

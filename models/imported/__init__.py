@@ -11,6 +11,7 @@ A folder holds config.json and model.safetensors, or model.safetensors.index.jso
 from engrax.models.imported.architectures import read_config
 from engrax.models.imported.checkpoint import (
     check,
+    check_export,
     describe_source,
     export,
     find_backbone,
@@ -19,4 +20,14 @@ from engrax.models.imported.checkpoint import (
     read_params,
 )
 
-__all__ = ["check", "describe_source", "export", "find_backbone", "load", "merge", "read_config", "read_params"]
+__all__ = [
+    "check",
+    "check_export",
+    "describe_source",
+    "export",
+    "find_backbone",
+    "load",
+    "merge",
+    "read_config",
+    "read_params",
+]

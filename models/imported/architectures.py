@@ -1,16 +1,19 @@
 """The published architectures: mapping of config.json fields to settings and of tensors to parameters."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engrax.errors import UserError
+from engrax.files import expect, read_json, short
 from engrax.layers.attention.attention import AttentionConfig, RopeScaling
 from engrax.models.block_style import BlockStyleConfig
-from engrax.models.imported.files import read_json
+from engrax.models.imported.files import refuse_link
 from engrax.models.language_model import LanguageModelConfig
 
+MOST = 1 << 31  # of any count: no array has such an axis
 CAPACITY = 4096  # default tokens of an imported model's cache; fewer if the model reads fewer
 ACTIVATIONS = {
     "silu": "silu",
@@ -36,16 +39,29 @@ class Fields:
     """The fields of a config.json, each taken once; a field that is neither taken nor IGNORED is an error."""
 
     def __init__(self, folder: Path):
-        self.path = folder / "config.json"
-        self._rest = read_json(self.path)
-        self.architecture = (self._rest.get("architectures") or [None])[0]
+        self.path = refuse_link(folder / "config.json")
+        self._rest = read_json(self.path, "give the folder of a checkpoint")
+        named = expect(self._rest.get("architectures") or [None], list, f"{self.path}: architectures")
+        self.architecture = named[0]
 
     def take(self, name: str, default: Any = None) -> Any:
-        """A field's value, or the default if it is absent or null. Raises UserError if there is no default."""
+        """A field's value, of the default's type, or the default if it is absent or null; without one a count.
+
+        Raises UserError if there is no default, for a value of another type, and for a number that is not positive.
+        """
         value = self._rest.pop(name, None)
         if value is None and default is None:
             raise UserError(f"{self.path} lacks the field {name}.")
-        return default if value is None else value
+        if value is None:
+            return default
+        return self._sensible(value, int if default is None else type(default), name)
+
+    def _sensible(self, value: Any, kind: type, name: str) -> Any:
+        """The value, of this type and if a number positive and, if whole, below MOST."""
+        expect(value, kind, f"{self.path}: {name}")
+        if kind in (int, float) and not 0 < value < (MOST if kind is int else math.inf):
+            raise UserError(f"{self.path}: {name}={short(value)} makes no sense; restore the file.")
+        return value
 
     def demand(self, name: str, wanted: Any, fields: dict[str, Any] | None = None) -> None:
         """Raises UserError if the field is present and not `wanted`, the only supported value.
@@ -53,7 +69,7 @@ class Fields:
         `fields` is the object inside the file that contains it; None = the top level.
         """
         if (value := (self._rest if fields is None else fields).pop(name, None)) not in (None, wanted):
-            raise UserError(f"{self.path}: {name}={value!r} is not supported (only {wanted!r} is).")
+            raise UserError(f"{self.path}: {name}={short(value)} is not supported (only {wanted!r} is).")
 
     def choose(self, name: str, known: dict[str, str], default: str) -> str:
         """The engrax name of a field's value."""
@@ -66,13 +82,13 @@ class Fields:
         """Raises UserError naming the first field that is neither known, nor ignored, nor switched off."""
         for name, value in self._rest.items():
             if name not in IGNORED and value:
-                raise UserError(f"{self.path}: the field {name}={value!r} is not supported.")
+                raise UserError(f"{self.path}: the field {name[:60]}={short(value)} is not supported.")
 
     def rope(self) -> tuple[float, RopeScaling]:
         """The rotary base and scaling, from `rope_parameters`, or `rope_theta` and `rope_scaling` in older files."""
-        theta = self._rest.pop("rope_theta", None) or 10_000.0
-        scaling = dict(self._rest.pop("rope_scaling", None) or {})
-        scaling |= self._rest.pop("rope_parameters", None) or {}
+        theta, scaling = self._rest.pop("rope_theta", None) or 10_000.0, {}
+        for name in ("rope_scaling", "rope_parameters"):
+            scaling |= expect(self._rest.pop(name, None) or {}, dict, f"{self.path}: {name}")
         theta, old_kind = scaling.pop("rope_theta", theta), scaling.pop("type", "default")
         kind = scaling.pop("rope_type", old_kind)
         where = f"{self.path}: rope_scaling"
@@ -90,10 +106,12 @@ class Fields:
         for name in scaling:
             if name not in names:
                 raise UserError(f"{where} of kind {kind!r} has the field {name}, which is not supported.")
-        values = {new: float(scaling[old]) for old, new in names.items()}
+        values = {new: float(self._sensible(scaling[old], float, f"rope_scaling.{old}")) for old, new in names.items()}
         if "original_context" in values:
             values["original_context"] = int(values["original_context"])
-        return float(theta), RopeScaling("none" if kind == "default" else kind, **values)
+        return float(self._sensible(theta, float, "rope_theta")), RopeScaling(
+            "none" if kind == "default" else kind, **values
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +205,9 @@ def _qwen3(fields: Fields) -> LanguageModelConfig:
 
 def _demand_full_attention(fields: Fields) -> None:
     fields.demand("use_sliding_window", False)
-    kinds = set(fields.take("layer_types", ["full_attention"]))
-    if kinds != {"full_attention"}:
-        raise UserError(f"{fields.path}: layer_types={sorted(kinds)} is not supported (only full_attention is).")
+    kinds = fields.take("layer_types", ["full_attention"])
+    if any(kind != "full_attention" for kind in kinds):
+        raise UserError(f"{fields.path}: layer_types={short(kinds)} is not supported (only full_attention is).")
 
 
 def _rotary(
@@ -293,9 +311,9 @@ ARCHITECTURES = {
 
 def architecture(fields: Fields) -> Architecture:
     """The architecture named in a config.json; raises UserError if it is not supported."""
-    if fields.architecture not in ARCHITECTURES:
+    if not isinstance(fields.architecture, str) or fields.architecture not in ARCHITECTURES:
         raise UserError(
-            f"{fields.path}: the architecture {fields.architecture!r} is not supported "
+            f"{fields.path}: the architecture {short(fields.architecture)} is not supported "
             f"(known: {', '.join(ARCHITECTURES)})."
         )
     return ARCHITECTURES[fields.architecture]

@@ -1,7 +1,10 @@
 """Loading a checkpoint's tensors into parameters piece by piece, and writing parameters as the same tensors."""
 
+import contextlib
 import dataclasses
 import json
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from engrax.layers import AttentionConfig
 from engrax.layers.common import lora
 from engrax.layers.common.lora import LoraConfig
 from engrax.models.imported.architectures import Architecture, Fields, architecture, read_config
-from engrax.models.imported.files import DTYPES, HEADERS, INDEX, TensorFiles, write_file
+from engrax.models.imported.files import DTYPES, HEADERS, INDEX, TensorFiles, refuse_link, write_file
 from engrax.models.language_model import LanguageModel, LanguageModelConfig
 from engrax.models.model import ModelConfig
 
@@ -45,6 +48,9 @@ class Plan:
 
     def __init__(self, files: TensorFiles, arch: Architecture, shapes: dict[str, tuple[int, ...]]):
         self.files, self.shapes = files, shapes
+        layers = max((shape[0] for name, shape in shapes.items() if name.startswith("blocks.")), default=0)
+        if layers > len(files.infos):  # each has tensors of its own; a number without sense would take all memory
+            raise UserError(f"{files.folder}: config.json asks for {layers} layers of {len(files.infos)} tensors.")
         prefix = next((p for p in arch.prefixes if any(name.startswith(p) for name in files.infos)), "")
         self.pieces = {piece.tensor: piece for piece in _pieces(arch, prefix, shapes)}
         self.tied = [f"{p}lm_head.weight" for p in ("", prefix) if "output_embedding" not in shapes]
@@ -235,23 +241,32 @@ def export(model: LanguageModel, folder: str | Path, *, like: str | Path) -> Non
     Buffers are omitted, also from the index. Raises UserError if `folder` is not empty or `like` is another model.
     """
     folder, like = Path(folder), Path(like)
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; choose another folder to export to.")
+    check_export(folder)
     check(like, model.config)
     model = merge(model) if model.config.lora.rank else model
     params = {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     plan = Plan(TensorFiles(like), architecture(Fields(like)), {name: value.shape for name, value in params.items()})
-    folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, list[str]] = {}
     for name, info in plan.files.infos.items():
         if name in plan.pieces or name in plan.tied:
             files.setdefault(info.file, []).append(name)
-    for file, names in files.items():
-        tensors = {name: _tensor(plan, name, params) for name in names}
-        write_file(folder / file, tensors, plan.files.metadata.get(file, {}))
-    _copy_descriptions(like, folder)
-    if index := plan.files.index_of({name for names in files.values() for name in names}):
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    index = plan.files.index_of({name for names in files.values() for name in names})
+    with new_folder(folder) as written:
+        for file, names in files.items():
+            tensors = {name: _tensor(plan, name, params) for name in names}
+            write_file(written / file, tensors, plan.files.metadata.get(file, {}))
+        _copy_descriptions(like, written)
+        if index:
+            (written / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def check_export(folder: str | Path) -> None:
+    """Raises UserError if a checkpoint cannot be written to `folder`: it is a file, or not empty."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose a folder to export to.")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; choose another folder to export to.")
 
 
 def _tensor(plan: Plan, name: str, params: dict[str, jax.Array]) -> np.ndarray:
@@ -276,17 +291,27 @@ def describe_source(folder: str | Path, target: epath.PathLike) -> None:
     target = epath.Path(target)
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} is not empty; choose another folder for the description of {folder}.")
-    temporary = target.parent / (target.name + ".tmp")
-    if temporary.exists():
-        temporary.rmtree()
+    with new_folder(target) as written:
+        TensorFiles(folder).save_headers(written / HEADERS)
+        _copy_descriptions(Path(folder), written)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path | epath.Path) -> Iterator[Path | epath.Path]:
+    """Yields a folder to write to, which takes the place of `target` (absent or empty) if no error is raised."""
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     temporary.mkdir(parents=True)
-    TensorFiles(folder).save_headers(temporary / HEADERS)
-    _copy_descriptions(Path(folder), temporary)
-    temporary.replace(target)
+    try:
+        yield temporary
+        temporary.replace(target)
+    except BaseException:
+        shutil.rmtree(temporary) if isinstance(temporary, Path) else temporary.rmtree()
+        raise
 
 
 def _copy_descriptions(source: Path, target: Path | epath.Path) -> None:
     """Copies JSON, text and vocabulary files."""
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != HEADERS:
+            refuse_link(file)
             (target / file.name).write_bytes(file.read_bytes())

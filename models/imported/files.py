@@ -11,8 +11,11 @@ import numpy as np
 from etils import epath
 
 from engrax.errors import UserError
+from engrax.files import expect, expect_texts, plain_name, read_json, short
 
 INDEX, SINGLE, HEADERS = "model.safetensors.index.json", "model.safetensors", "tensors.json"
+SUFFIX = ".safetensors"
+MOST_SIZE = 1 << 40  # of one axis of a tensor
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # others are refused: float32 cannot represent them
 
 
@@ -42,6 +45,8 @@ class TensorFiles:
         self._open: dict[str, Any] = {}
         self.metadata: dict[str, dict[str, str]] = {}  # {file: {key: text}}
         self.infos: dict[str, TensorInfo] = {}
+        if not self.folder.is_dir():
+            raise UserError(f"there is no folder {self.folder}; give the folder of a checkpoint.")
         if (self.folder / HEADERS).is_file() and not (self.folder / SINGLE).is_file():
             self._read_saved_headers()
             return
@@ -50,14 +55,14 @@ class TensorFiles:
 
     def _listed(self) -> dict[str, set[str] | None]:
         """{file: names listed in the index}, None for a file without an index."""
-        index = self.folder / INDEX
+        index = refuse_link(self.folder / INDEX)
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise UserError(f"{index} holds no weight_map; restore the file.")
             files: dict[str, set[str]] = {}
             for name, file in weight_map.items():
-                files.setdefault(file, set()).add(name)
+                files.setdefault(_tensor_file(file, f"{index}: weight_map"), set()).add(name)
             return files
         if (self.folder / SINGLE).is_file():
             return {SINGLE: None}
@@ -79,12 +84,12 @@ class TensorFiles:
         if file not in self._open:
             import safetensors
 
-            path = self.folder / file
+            path = inside(self.folder, file, str(self.folder / INDEX))
             if not path.is_file():
                 raise UserError(f"{path} is missing; {INDEX} names it.")
             try:
                 self._open[file] = safetensors.safe_open(path, framework="np")
-            except (safetensors.SafetensorError, OSError) as error:
+            except (safetensors.SafetensorError, OSError, ValueError) as error:
                 raise UserError(f"{path} is damaged ({error}); fetch it again.") from error
         return self._open[file]
 
@@ -98,12 +103,13 @@ class TensorFiles:
     def index_of(self, written: set[str]) -> dict[str, Any] | None:
         """The folder's index restricted to the tensors `written`; None if there is no index, or it lists no others."""
         path = self.folder / INDEX
-        index = read_json(path) if path.is_file() else {"weight_map": {}}
-        kept = {name: file for name, file in index["weight_map"].items() if name in written}
-        if len(kept) == len(index["weight_map"]):
+        index = read_json(refuse_link(path)) if path.is_file() else {"weight_map": {}}
+        listed = expect_texts(index.get("weight_map"), f"{path}: weight_map")
+        kept = {name: file for name, file in listed.items() if name in written}
+        if len(kept) == len(listed):
             return None
         index["weight_map"] = kept
-        if "total_size" in (index.get("metadata") or {}):
+        if "total_size" in (expect(index.get("metadata") or {}, dict, f"{path}: metadata")):
             index["metadata"]["total_size"] = sum(self.infos[name].nbytes for name in kept)
         return index
 
@@ -113,23 +119,43 @@ class TensorFiles:
         path.write_text(json.dumps({"metadata": self.metadata, "tensors": tensors}, indent=1) + "\n")
 
     def _read_saved_headers(self) -> None:
-        saved = read_json(self.folder / HEADERS)
-        self.metadata = saved["metadata"]
-        for name, info in saved["tensors"].items():
-            self.infos[name] = TensorInfo(info["file"], info["dtype"], tuple(info["shape"]))
+        path = refuse_link(self.folder / HEADERS)
+        saved = read_json(path)
+        for file, metadata in expect(saved.get("metadata"), dict, f"{path}: metadata").items():
+            self.metadata[_tensor_file(file, f"{path}: metadata")] = expect_texts(metadata, f"{path}: metadata.{file}")
+        for name, info in expect(saved.get("tensors"), dict, f"{path}: tensors").items():
+            where = f"{path}: tensors.{short(name)}"
+            shape = expect(expect(info, dict, where).get("shape"), list, f"{where}.shape")
+            if not all(type(size) is int and 0 <= size < MOST_SIZE for size in shape):
+                raise UserError(f"{where}.shape is {short(shape)}, not a list of sizes; restore the file.")
+            dtype = expect(info.get("dtype"), str, f"{where}.dtype")
+            self.infos[name] = TensorInfo(_tensor_file(info.get("file"), where), dtype, tuple(shape))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises UserError if the file is missing or damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; give the folder of a checkpoint.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged (not JSON: {error}); restore the file.") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object; restore the file.")
-    return found
+def _tensor_file(name: Any, where: str) -> str:
+    """The name of a tensor file. Raises UserError unless it is a plain name and ends in .safetensors."""
+    if not plain_name(name, where).endswith(SUFFIX):
+        raise UserError(f"{where} names the file {short(name)}; files of tensors end in {SUFFIX}.")
+    return name
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """The path of a file that another file of `folder` names (`where` says which).
+
+    Raises UserError unless it is a plain name and no link. A link of the Hugging Face cache
+    (snapshots/REVISION/NAME -> ../../blobs/DIGEST) is followed: that cache holds nothing else.
+    """
+    path = folder / plain_name(name, where)
+    return refuse_link(path)
+
+
+def refuse_link(path: Path) -> Path:
+    """The path. Raises UserError if it is a symbolic link, unless one of the Hugging Face cache."""
+    if path.is_symlink():
+        snapshot = path.parent.resolve()
+        if snapshot.parent.name != "snapshots" or path.resolve().parent != snapshot.parent.parent / "blobs":
+            raise UserError(f"{path} is a symbolic link, which engrax does not follow; put a copy in its place.")
+    return path
 
 
 def write_file(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:

@@ -1,0 +1,64 @@
+"""The fields of a config as dotted, typed flags: --optimizer.learning-rate 1e-3."""
+
+import contextlib
+import dataclasses
+import io
+from typing import Any
+
+from engrax.errors import UserError
+from engrax.registry import did_you_mean
+
+
+def override(experiment: Any, args: list[str], prog: str) -> Any:
+    """The experiment with fields replaced by dotted flags. Raises UserError in one sentence."""
+    if not args:
+        return experiment
+    import tyro
+
+    known = _field_names(experiment)
+    for arg in args:
+        name = arg.split("=")[0].removeprefix("--").replace("_", "-")
+        if arg.startswith("--") and name != "help" and name not in known and name.replace(".no-", ".") not in known:
+            raise UserError(f"{prog.split()[-1]} has no field --{name}{did_you_mean(name, known)}.")
+        inside = [field for field in known if field.startswith(f"{name}.")]
+        if arg.startswith("--") and inside:
+            raise UserError(
+                f"--{name} is a group of fields: flags change its fields, such as --{inside[0]}; "
+                "what stands there is chosen in a config file."
+            )
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                type(experiment), default=experiment, args=args, prog=prog, config=(tyro.conf.AvoidSubcommands,)
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(errors.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The first sentence inside the frame that tyro draws around a mistake."""
+    inside = [line.strip("│╭╮╰╯─ ").strip() for line in box.splitlines()]
+    told = []
+    for line in inside[1:]:
+        if not line and told:
+            break
+        if line:
+            told.append(line)
+    return " ".join(told) or "a flag could not be read; see --help."
+
+
+def _field_names(config: Any, prefix: str = "") -> list[str]:
+    """Dotted flag names of all fields, as tyro spells them."""
+    names = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        names.append(name)
+        if dataclasses.is_dataclass(value):
+            names += _field_names(value, name + ".")
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                names += _field_names(item, f"{name}.{i}.") if dataclasses.is_dataclass(item) else [f"{name}.{i}"]
+    return names

@@ -1,0 +1,83 @@
+"""One process writes a run folder at a time: a file names its host and its number while it does."""
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engrax import files
+from engrax.errors import UserError
+
+NAME = "lock.json"
+
+
+@contextlib.contextmanager
+def held(directory: Any) -> Iterator[None]:
+    """Holds the lock of a run folder; the lock of a process of this host that ended is taken over.
+
+    A folder that does not exist is made, and removed again if nothing was written. Raises UserError if another process
+    holds the lock.
+    """
+    path = directory / NAME
+    missing = [place for place in (directory, *directory.parents) if not place.exists()]
+    mine = {"host": socket.gethostname(), "process": os.getpid(), "started": _started(os.getpid())}
+    refuse_other(directory)
+    if "://" in str(path):  # a bucket creates no file exclusively: what is seen is all that can be done
+        path.write_text(json.dumps(mine))
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # of a process that ended
+        try:
+            with open(path, "x") as file:
+                json.dump(mine, file)
+        except FileExistsError:  # another process was faster
+            refuse_other(directory)
+            raise UserError(f"another process has just begun to write {directory}; try again.") from None
+    try:
+        yield
+    finally:
+        if path.exists() and files.read_json(path) == mine:
+            path.unlink()
+        for place in missing:
+            if place.exists() and not any(place.iterdir()):
+                place.rmdir()
+
+
+def refuse_other(directory: Any) -> None:
+    """Raises UserError if a process that may still run holds the lock."""
+    path = directory / NAME
+    if not path.exists():
+        return
+    remedy = "if no process writes this run any more, delete that file"
+    holder = files.read_json(path, remedy)
+    host, process, started = (holder.get(name) for name in ("host", "process", "started"))
+    if type(process) is not int or not isinstance(host, str):
+        raise UserError(f"{path} names no host and process; {remedy}.")
+    if host == socket.gethostname() and not _runs(process, started):
+        return
+    raise UserError(f"process {process} on {host} is writing {directory}; wait for its end, or {remedy} ({path}).")
+
+
+def _runs(process: int, started: Any) -> bool:
+    """Whether the process of this host that started then still runs; its number may have been given to another."""
+    if not 0 < process < 1 << 31:
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    now = _started(process)
+    return None in (now, started) or now == started
+
+
+def _started(process: int) -> int | None:
+    """When a process started, in clock ticks since the machine's start; None where the system does not say."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
