@@ -122,10 +122,10 @@ def generate(
 ):
     """A sampled continuation of `prompt`, up to `tokens` tokens long; for a list of prompts a list, side by side.
 
-    `run_or_model`, `tokenizer`, `dtype`, `step`, `plugins`, `data`: as for `engrax.session`. `prompt`: text or token ids, which
-    give text or ids. `sampling`: a `Sampling`, or its fields by name: `temperature=0` takes the likeliest token.
-    `stream=True` returns an iterator of the text of one prompt as it is written. Each row of a list gets what it gets
-    alone with the same seed.
+    `run_or_model`, `tokenizer`, `dtype`, `step`, `plugins`, `data`: as for `engrax.session`. `prompt`: text or token
+    ids, which give text or ids. `sampling`: a `Sampling`, or its fields by name: `temperature=0` takes the likeliest
+    token. `stream=True` returns an iterator of the text of one prompt as it is written. Each row of a list gets what it
+    gets alone with the same seed.
     """
     from engrax.models import sampling as draws
     from engrax.models.tokens import is_one
