@@ -24,6 +24,7 @@ FEW_PROGRAMS = ("causality.finite_change", "independence.rows", "padding.content
 NO_GRADIENTS = (*FEW_PROGRAMS, "state_carry.blocks", "packing.apart", "packing.slow_decay")
 RELATIVES = ("titans_mac", "titans_mag", "titans_mal", "retnet", "lightning", "hgrn2", "mamba2", "rebased")
 RELATIVES += ("infini_attention", "hopfield_layer", "memorizing", "transformer_xl", "armt", "rmt")
+RELATIVES += ("deltanet", "kda", "gla", "based", "gsa", "gated_convolution", "hopfield_pooling")
 GRADIENTS = ("causality.jacobian", "packing.gradients", "stability.gradients", "trainability.gradients")
 GRADIENTS += ("independence.gradients",)
 SETTINGS_LEFT_OUT = ("ttt_mlp", "yaad", "moneta", "memora", "omeganet")  # of test_time_memory
