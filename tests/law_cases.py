@@ -10,8 +10,8 @@ from engrax.models import LanguageModelConfig
 # Compiling is nearly all that a law costs. `make test` runs all laws on what everything else is built on. Elsewhere it
 # leaves out the laws that need programs of their own, rows without segment ids, all but the first example of a config,
 # gradients where a config resembles another that is tested in full, and most laws of mere settings of another config's
-# module. `make test-deep` adds the other examples, all laws of cheap configs, and of costly ones those of causality,
-# rows, packing and state that share programs. `make test-long` runs the rest, and with `deep=True` every law whose body
+# module. `make test-deep` adds the other examples, nearly all laws of cheap configs, and of costly ones those of
+# causality, rows, packing and state that share programs. `make test-long` runs the rest, and with `deep=True` every law whose body
 # then does more: rows with and without segment ids, more cuts, gradients of implementations.
 DEEP_ONLY = ("causality.distance",)  # rows of 3072 tokens
 OWN_PROGRAMS = ("state_carry.gradients", "state_carry.cuts", "state_carry.padding", "independence.batch_size")
@@ -27,6 +27,9 @@ RELATIVES += ("infini_attention", "hopfield_layer", "memorizing", "transformer_x
 RELATIVES += ("deltanet", "kda", "gla", "based", "gsa", "gated_convolution", "hopfield_pooling")
 GRADIENTS = ("causality.jacobian", "packing.gradients", "stability.gradients", "trainability.gradients")
 GRADIENTS += ("independence.gradients",)
+# With gradients of their own programs; of the examples after a config's first, they are left to `make test-long`.
+OF_FIRST = ("causality.jacobian", "independence.gradients", "stability.gradients", "padding.nothing")
+OF_FIRST += ("trainability.finite_differences",)
 SETTINGS_LEFT_OUT = ("ttt_mlp", "yaad", "moneta", "memora", "omeganet")  # of test_time_memory
 MODELS_LEFT_OUT = ("titans_lmm", "titans_mac", "titans_mag", "titans_mal", "transformer_xl", "memorizing_transformer")
 
@@ -44,7 +47,7 @@ def _marks(registry, name: str, index: int, part: str) -> list:
 
 def _is_deep(registry, name: str, index: int, part: str) -> bool:
     """Whether a case that `make test` leaves out is one of `make test-deep`."""
-    if part in OWN_PROGRAMS:
+    if part in OWN_PROGRAMS or (index and part in OF_FIRST):
         return False
     if registry.kind == "mixer" and not any(word in registry[name].__module__ for word in COSTLY):
         return True
