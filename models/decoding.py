@@ -1,7 +1,7 @@
 """A language model's memory in the form for many calls of one token.
 
-A scan over stacked blocks copies every block's state at every call. For single tokens the blocks run one after another
-in the program, each with a state of its own, which is updated in place.
+A scan over stacked blocks copies every block's state and parameters at every call. For single tokens the blocks run one
+after another in the program: each has a state of its own, which is updated in place, and parameters of its own.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,16 @@ class Opened(NamedTuple):
 
     blocks: tuple[tuple[Any, ...], ...]
     place: tuple  # of the learned positions: their state, if the model has any
+    params: tuple[tuple[Any, ...], ...]  # of the blocks, likewise
 
 
-def open_blocks(mixers: list[Any], memory: tuple, repeat: int) -> Opened:
-    """The memory of a model with these mixers, opened."""
+def open_blocks(mixers: list[Any], memory: tuple, params: tuple, repeat: int) -> Opened:
+    """The memory of a model with these mixers, opened; memory and params are stacked over the repeats."""
     states, place = memory[: len(mixers)], memory[len(mixers) :]
-    return Opened(
-        tuple(
-            tuple(mixer.open_state(jax.tree.map(lambda x, i=i: x[i], state)) for mixer, state in zip(mixers, states))
-            for i in range(repeat)
-        ),
-        place,
+    blocks = tuple(
+        tuple(mixer.open_state(state) for mixer, state in zip(mixers, one)) for one in _unstacked(states, repeat)
     )
+    return Opened(blocks, place, tuple(_unstacked(params, repeat)))
 
 
 def close_blocks(mixers: list[Any], opened: Opened) -> tuple:
@@ -36,11 +34,16 @@ def close_blocks(mixers: list[Any], opened: Opened) -> tuple:
     return (*(jax.tree.map(lambda *xs: jnp.stack(xs), *states) for states in zip(*closed)), *opened.place)
 
 
-def run_blocks(step: Callable, x: Any, params: Any, blocks: tuple) -> tuple[Any, Any]:
-    """`lax.scan(step, x, (params, blocks))` as straight-line code: (x, (new blocks, other outputs stacked))."""
+def run_blocks(step: Callable, x: Any, opened: Opened) -> tuple[Any, Any]:
+    """`lax.scan(step, x, (params, states))` as straight-line code: (x, (new states, other outputs stacked))."""
     found = []
-    for i, states in enumerate(blocks):
-        x, out = step(x, (jax.tree.map(lambda p, i=i: p[i], params), states))
+    for inputs in zip(opened.params, opened.blocks):
+        x, out = step(x, inputs)
         found.append(out)
     states, *others = zip(*found)
     return x, (tuple(states), *(jax.tree.map(lambda *xs: jnp.stack(xs), *other) for other in others))
+
+
+def _unstacked(tree: Any, repeat: int) -> list[Any]:
+    """The trees of every repeat."""
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(repeat)]

@@ -229,8 +229,8 @@ class LanguageModel(Model):
     ) -> Output:
         """A call on vectors: embedded tokens, a prompt or a memory. Padding must follow a row's last vector."""
         calls = self._calls(collect, mute)
-        opened = isinstance(memory, Opened)
-        memory = (memory.blocks, *memory.place) if opened else memory
+        opened = memory if isinstance(memory, Opened) else None
+        memory = memory if opened is None else (opened.blocks, *opened.place)
         x_BTD, memory, place, lost = self._add_positions(x_BTD, memory, segment_ids)
 
         def body(blocks, x, states):
@@ -242,9 +242,9 @@ class LanguageModel(Model):
                 collected |= {f"{label}.{key}": value for key, value in out.collected.items()}
             return x, (tuple(new), aux, collected)
 
-        x_BTD, (memory, aux, collected) = self._scan(body, x_BTD, memory[0] if opened else memory, opened)
+        x_BTD, (memory, aux, collected) = self._scan(body, x_BTD, memory, opened)
         hidden_BTD = split_rows(without_place(self.norm(x_BTD) if hasattr(self, "norm") else x_BTD, lost))
-        memory = Opened(memory, place) if opened else (*memory, *place)
+        memory = (*memory, *place) if opened is None else opened._replace(blocks=memory, place=place)
         return Output(hidden_BTD, memory, jnp.sum(aux, axis=0), collected)
 
     def _calls(self, collect: tuple[str, ...], mute: tuple[str, ...]) -> list[tuple[str, tuple, tuple]]:
@@ -286,7 +286,8 @@ class LanguageModel(Model):
 
     def open_memory(self, memory: Any) -> Opened:
         """The memory with the state of every block apart, in its mixer's form for single tokens."""
-        return open_blocks([block.mixer for block in self.blocks], memory, self.config.repeat)
+        params = tuple(nnx.split(block)[1] for block in self.blocks)
+        return open_blocks([block.mixer for block in self.blocks], memory, params, self.config.repeat)
 
     def close_memory(self, memory: Opened) -> Any:
         return close_blocks([block.mixer for block in self.blocks], memory)
@@ -304,7 +305,7 @@ class LanguageModel(Model):
         states = self._scan(body, jnp.zeros(()), None)[1]
         return (*states, self.positions.init_state(batch_size)) if hasattr(self, "positions") else states
 
-    def _scan(self, body, x, memory, opened: bool = False):
+    def _scan(self, body, x, memory, opened: Opened | None = None):
         """Runs `body(blocks, x, states) -> (x, outputs)` over the repeats; outputs are stacked along a first axis, but
         for the states of an opened memory."""
         graphdefs, params = zip(*(nnx.split(block) for block in self.blocks))
@@ -315,8 +316,8 @@ class LanguageModel(Model):
             states = (None,) * len(graphdefs) if states is None else states
             return body([nnx.merge(g, p) for g, p in zip(graphdefs, params)], x, states)
 
-        if opened:
-            return run_blocks(step, x, params, memory)
+        if opened is not None:
+            return run_blocks(step, x, opened)
         policy = REMAT[self.config.remat]
         if policy is None and is_gathering():  # gathered parameters are not kept for the backward pass
             policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
