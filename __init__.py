@@ -5,6 +5,7 @@
     run = engrax.train("quickstart", "runs/quickstart", steps=200)
     engrax.evaluate("runs/quickstart")
     print(engrax.generate("runs/quickstart", "def "))
+    session = engrax.session("runs/quickstart").feed("import os")
     model, step = engrax.load("runs/quickstart")
 
 Importing engrax is light: its parts, jax and Flax load when used.
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from engrax.evals.evaluator import EvaluatorConfig
     from engrax.layers.mixer import MixerConfig
     from engrax.models.model import ModelConfig
+    from engrax.models.sampling import Sampling
     from engrax.train.optimizers.base import OptimizerConfig
     from engrax.train.schedules.base import ScheduleConfig
 
@@ -32,6 +34,7 @@ __all__ = [
     "MixerConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "Sampling",
     "ScheduleConfig",
     "UserError",
     "check",
@@ -47,6 +50,7 @@ __all__ = [
     "models",
     "pallas_kernels",
     "register",
+    "session",
     "train",
 ]
 
@@ -102,25 +106,62 @@ def check(target, *, laws=(), progress=True):
     return run(target, laws=laws, progress=progress)
 
 
-def generate(run, prompt, *, tokens=200, temperature=0.8, seed=0, step=None, plugins=(), data=None):
-    """A sampled continuation of `prompt` (str), `tokens` tokens long; temperature 0 takes the likeliest token.
+def generate(
+    run_or_model,
+    prompt,
+    *,
+    tokens=200,
+    sampling=None,
+    stream=False,
+    tokenizer=None,
+    dtype=None,
+    step=None,
+    plugins=(),
+    data=None,
+    **settings,
+):
+    """A sampled continuation of `prompt`, up to `tokens` tokens long; for a list of prompts a list, side by side.
 
+    `run_or_model`, `tokenizer`, `dtype`, `step`, `plugins`, `data`: as for `engrax.session`. `prompt`: text or token
+    ids, which give text or ids. `sampling`: a `Sampling`, or its fields by name: `temperature=0` takes the likeliest
+    token. `stream=True` returns an iterator of the text of one prompt as it is written. Each row of a list gets what it
+    gets alone with the same seed.
+    """
+    from engrax.models import sampling as draws
+    from engrax.models.tokens import is_one
+
+    chosen = draws.of(sampling, settings)
+    rows = 1 if is_one(prompt) else len(prompt)
+    options = dict(rows=rows, tokenizer=tokenizer, dtype=dtype, step=step, plugins=plugins, data=data)
+    opened = session(run_or_model, **options).feed(prompt)
+    if stream:
+        return opened.stream_text(tokens, chosen)
+    found = opened.generate(tokens, chosen)
+    return [found] if rows == 1 and not is_one(prompt) else found
+
+
+def session(run_or_model, *, rows=1, tokenizer=None, dtype=None, step=None, plugins=(), data=None):
+    """A model's memory as a thing to hold (`engrax.models.session.Session`): feed it a text, ask, branch, save.
+
+    `run_or_model`: a run folder, read at `step` with the run's tokenizer and compute dtype, or a model, with a
+    `tokenizer` for texts. `dtype`: another compute dtype. `rows`: texts read side by side. `plugins`: as for `load`.
     No data are read. `data`: fields of the data set to replace, {"tokenizer_file": "tokenizer.json"} for example.
     """
-    from engrax.models.generate import sample
-    from engrax.train import runs
+    from engrax.models.session import Session
 
-    opened = _open(run, plugins, runs, data)
-    tokenizer = opened.experiment.data.tokenizer
-    if tokenizer is None:
-        raise UserError(
-            f"{run} was trained on a generated task without text; there is nothing to sample from a prompt."
-        )
-    import numpy as np
+    if not isinstance(run_or_model, str) and not hasattr(run_or_model, "__fspath__"):
+        return Session(run_or_model, tokenizer=tokenizer, rows=rows, dtype=dtype)
+    from engrax.train import runs, train_step
 
-    ids = np.asarray(tokenizer.encode(prompt), np.int32)[None]
-    model, _ = opened.load(step)
-    return tokenizer.decode(sample(model, ids, tokens=tokens, temperature=temperature, seed=seed)[0])
+    opened = _open(run_or_model, plugins, runs, data)
+    model, number = opened.load(step)
+    return Session(
+        model,
+        tokenizer=opened.experiment.data.tokenizer if tokenizer is None else tokenizer,
+        rows=rows,
+        dtype=train_step.resolve_dtype(opened.experiment.compute_dtype if dtype is None else dtype),
+        name=f"step {number}",
+    )
 
 
 def export(run, folder, *, step=None, plugins=()):

@@ -37,6 +37,7 @@ EXAMPLES = {
     "generate": 'engrax generate runs/quickstart --prompt "def " --tokens 200',
     "export": "engrax export runs/tuned exported --step best",
     "describe": "engrax describe quickstart --model.dim 512 --device h200",
+    "tokenize": "engrax tokenize my_config.py --data.path corpus",
     "compare": "engrax compare titans_ablation --folder runs/titans_ablation --steps 300",
     "check": "engrax check my_mixer.py --law causality",
     "list": "engrax list",
@@ -190,28 +191,29 @@ def _evaluate(args: list[str]) -> int:
 
 
 def _generate(args: list[str]) -> int:
-    parser = _parser("generate", "Samples a continuation of a prompt.")
+    parser = _parser("generate", "Samples a continuation of a prompt, and prints it as it is written.")
     parser.add_argument("run", type=_filled, help="the run folder")
     parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--tokens", type=int, default=200, help="tokens to sample (default: 200)")
+    parser.add_argument("--tokens", type=int, default=200, help="most tokens to sample (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest (default: 0.8)")
+    parser.add_argument("--top-k", type=int, help="only the k likeliest tokens (default: all)")
+    parser.add_argument("--top-p", type=float, help="only the likeliest tokens that together reach this probability")
+    parser.add_argument("--min-p", type=float, help="only tokens at least this fraction as likely as the likeliest")
+    parser.add_argument("--stop", action="append", default=[], help="a text that ends the sample; several times")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--step", default=None, help="a step's number, or best (default: the newest)")
     parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers the run's own mixers")
     known, data = _split_data(parser, args)
-    from engrax import generate
+    from engrax import Sampling, generate
 
-    text = generate(
-        known.run,
-        known.prompt,
-        tokens=known.tokens,
-        temperature=known.temperature,
-        seed=known.seed,
-        step=known.step,
-        plugins=known.plugin,
-        data=data,
-    )
-    print(known.prompt + text)
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    sampling = Sampling(**{name: getattr(known, name) for name in names}, stop=tuple(known.stop))
+    settings = dict(tokens=known.tokens, sampling=sampling, step=known.step, plugins=known.plugin, data=data)
+    pieces = generate(known.run, known.prompt, **settings, stream=True)
+    print(known.prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
     return 0
 
 
@@ -247,9 +249,47 @@ def _describe(args: list[str]) -> int:
     device = None if known.device is None else kernel_report.find_device(known.device)
     experiment = override(_find(known.config).experiment, rest, f"engrax describe {known.config}")
     print(cost.format_costs(cost.costs(experiment, jax.device_count())))
+    _print_splits(experiment.data)
+    try:
+        warnings = experiment.data.warnings()
+    except UserError as error:  # the costs are known without the data
+        warnings = [f"the tokenizer was not tried on the data: {error}"]
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if device is not None:
         print("\n" + kernel_report.format_report(experiment, device))
     return 0
+
+
+def _tokenize(args: list[str]) -> int:
+    parser = _parser(
+        "tokenize",
+        "Writes the tokens of a config's text once, as shards in the cache ($ENGRAX_CACHE or ~/.cache/engrax). "
+        "Trainings on the same text read them. More than 64 MiB of text are tokenised at their first use.",
+    )
+    parser.add_argument("config", help="a name that `engrax list` shows, or the path of a .py file with config()")
+    known, rest = _split_help(parser, args)
+    from engrax.data.config import SPLITS
+
+    data = override(_find(known.config).experiment, rest, f"engrax tokenize {known.config}").data
+    if not hasattr(data, "tokenize"):
+        raise UserError(f"{data.registered_name} has nothing to tokenise: only a corpus of text is written as tokens.")
+    for shards in data.tokenize():
+        tokens = ", ".join(f"{split} {shards.tokens(split):,} tokens" for split in SPLITS)
+        print(f"{shards.folder}\n{tokens}")
+        print("\n".join(f"{name:<17} {value}" for name, value in shards.sizes.rows()))
+    return 0
+
+
+def _print_splits(data: Any) -> None:
+    """Prints the sizes of both splits of a text; without the text, why they are unknown."""
+    try:
+        splits = data.splits()
+    except UserError as error:  # a config is described before its text is there
+        print(f"\nsplits unknown: {error}")
+        return
+    if splits is not None:
+        print("\n" + "\n".join(f"{name:<17} {value}" for name, value in splits.rows()))
 
 
 def _compare(args: list[str]) -> int:
@@ -364,6 +404,7 @@ COMMANDS = {
     "generate": _generate,
     "export": _export,
     "describe": _describe,
+    "tokenize": _tokenize,
     "compare": _compare,
     "check": _check,
     "list": _list,

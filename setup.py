@@ -74,6 +74,7 @@ setup(
         "matplotlib>=3.9",
         "tqdm>=4.66",
         "tokenizers>=0.20",
+        "pyarrow>=17.0",  # Parquet, and Zstandard files
     ],
     extras_require={
         "test": [

@@ -81,7 +81,7 @@ def read(run: Path, length: int) -> np.ndarray:
     from engrax.train import runs
 
     opened = runs.open_run(run)
-    documents = long_documents(opened.experiment, length)
+    documents = long_documents(opened.experiment, length).tokens
     reader = Stream(opened.experiment, opened.load()[0])
     memory, nats = reader.start(reader.params, len(documents)), []
     for at in range(0, length, PIECE):
@@ -103,7 +103,7 @@ def recall(run: Path, segments: int = 40) -> np.ndarray:
 
     opened = runs.open_run(run)
     size = opened.experiment.model.segment_length
-    texts = long_documents(opened.experiment, LENGTH)
+    texts = long_documents(opened.experiment, LENGTH).tokens
     if len(texts) < 2:
         raise SystemExit("the probe needs two held-out documents; give longer books.")
     texts = texts[: len(texts) // 2 * 2, : segments // 2 * size].reshape(-1, 2, segments // 2, size)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from engrax.data.config import DATASETS, Batch, DataConfig, Loader
     from engrax.data.digits import load_digits
     from engrax.data.latch import Latch
+    from engrax.data.mixture import Mixture
     from engrax.data.mqar import MQAR
     from engrax.data.set_disjointness import SetDisjointness
     from engrax.data.stdlib_text import StdlibText
@@ -26,6 +27,7 @@ __all__ = [
     "JsonTokenizer",
     "Latch",
     "Loader",
+    "Mixture",
     "SetDisjointness",
     "StdlibText",
     "TextFolder",

@@ -5,7 +5,8 @@ Axis letters: B rows of a batch, T tokens of a row, N examples, D documents.
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
+import inspect
+from typing import Any, ClassVar, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Integer
@@ -17,6 +18,7 @@ from engrax.registry import Registry
 DATASETS = Registry("data", "engrax.data", word="data set")
 
 SPLITS = ("train", "validation")
+SPLIT_RULE = "split by size class"  # changes with every change of engrax.data.split that moves documents
 
 IGNORE = -1  # in targets: no loss here; in segment_ids: padding
 FILLER = -2  # in segment_ids: an empty position that moves the next document to a multiple of `align`
@@ -30,7 +32,8 @@ class Batch(TypedDict):
 
     tokens: Int32[np.ndarray, "B T"]
     targets: Int32[np.ndarray, "B T"]  # -1 = no loss
-    segment_ids: Int32[np.ndarray, "B T"]  # 0, 1, 2, ... within a row; -1 at padding, -2 at filler
+    segment_ids: Int32[np.ndarray, "B T"]  # 0, 1, 2, ... within a row; -1 at padding after them, -2 at filler
+    target_bytes: NotRequired[Int32[np.ndarray, "B T"]]  # source bytes of the target, 0 without; for the host, if asked
 
 
 @runtime_checkable
@@ -82,12 +85,53 @@ class Share:
         return cls(batch_size, process_index * rows, rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class SplitSize:
+    """How much text a split has."""
+
+    documents: int
+    bytes: int | None = None  # None = unknown without reading the whole data set
+    lengths: tuple[int, int, int] | None = None  # bytes of the shortest, the median and the longest document
+
+    def __str__(self) -> str:
+        words = f"{self.documents:,} document{'s' * (self.documents != 1)}"
+        if self.bytes is None:
+            return words
+        if self.lengths is None:
+            return f"{words}, {self.bytes:,} bytes"
+        shortest, median, longest = self.lengths
+        return f"{words}, {self.bytes:,} bytes; shortest {shortest:,}, median {median:,}, longest {longest:,} bytes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The sizes of both splits, and what a reader should know of them, a sentence each."""
+
+    train: SplitSize
+    validation: SplitSize
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Splits":
+        """The inverse of `dataclasses.asdict`, also after a way through JSON."""
+        sizes = (
+            data[split] | {"lengths": data[split]["lengths"] and tuple(data[split]["lengths"])} for split in SPLITS
+        )
+        return cls(*(SplitSize(**size) for size in sizes), notes=tuple(data["notes"]))
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The splits as (name, value), for a terminal and the evaluation report."""
+        rows = [(f"{split} split", str(getattr(self, split))) for split in SPLITS]
+        return rows + [("about the text", note) for note in self.notes]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(abc.ABC):
     """Base of every data set's config. A subclass is a frozen dataclass, registered with `@engrax.register(name)`."""
 
     registry: ClassVar[Registry] = DATASETS
     registered_name: ClassVar[str] = ""
+    even_epochs: ClassVar[bool] = True  # the endless order shows every row once before it shows one again
 
     seq_len: int = 512  # tokens per row
 
@@ -99,6 +143,18 @@ class DataConfig(abc.ABC):
         """The tokenizer (`engrax.data.tokenizers`), or None for a generated task."""
         return None
 
+    @property
+    def counts_bytes(self) -> bool:
+        """Whether the loader takes `target_bytes`; if so, the data is text and scored in bits per byte."""
+        return "target_bytes" in inspect.signature(self.loader).parameters
+
+    def warnings(self) -> list[str]:
+        """Sentences on what makes scores of this data doubtful, for `describe`, training and the report of a run.
+
+        Raises UserError if the data is missing.
+        """
+        return []
+
     def token_types(self, batch: Batch) -> TokenTypes:
         """Returns the type of every token, for diagnostics by type of token; types of padding are not used.
 
@@ -108,6 +164,10 @@ class DataConfig(abc.ABC):
             return self.tokenizer.token_types(batch["tokens"])
         name = str if self.tokenizer is None else lambda token: repr(self.tokenizer.decode([token]))
         return frequent_types(batch["tokens"], batch["segment_ids"] >= 0, name)
+
+    def splits(self) -> Splits | None:
+        """Returns the sizes of both splits of a text; None for a generated task. Raises UserError as `digest` does."""
+        return None
 
     @abc.abstractmethod
     def digest(self) -> str:
@@ -126,6 +186,9 @@ class DataConfig(abc.ABC):
         align: int = 1,
     ) -> Loader:
         """Returns an iterator over batches (`Batch`) of one process.
+
+        The loader of a data set of text takes `target_bytes` too: whether every batch says how many bytes of the source
+        each target stands for (`engrax.data.encoded`).
 
         Args:
           split: "train" or "validation"; they share no document or example.
@@ -153,13 +216,26 @@ def check_loader_arguments(config: DataConfig, split: str, seed: int, epochs: in
     )
 
 
-def padding_batch(rows: int, seq_len: int) -> Batch:
-    """Returns a batch of padding (tokens 0, targets and segment_ids -1), to be filled with rows."""
-    return {
+def check_rows(segment_ids: Int32[np.ndarray, "B T"]) -> None:
+    """Raises UserError if padding precedes a token or filler in a row: training programs move no padding."""
+    wrong = np.argwhere((segment_ids[:, :-1] == IGNORE) & (segment_ids[:, 1:] != IGNORE))
+    if len(wrong):
+        row, place = map(int, wrong[0])
+        raise UserError(
+            f"row {row} of the data set's segment_ids has padding ({IGNORE}) at position {place} and "
+            f"{segment_ids[row, place + 1]} after it; put padding after a row's last token, or make it filler "
+            f"({FILLER})."
+        )
+
+
+def padding_batch(rows: int, seq_len: int, *, target_bytes: bool = False) -> Batch:
+    """Returns a batch of padding (tokens and bytes 0, targets and segment_ids -1), to be filled with rows."""
+    batch: Batch = {
         "tokens": np.zeros((rows, seq_len), np.int32),
         "targets": np.full((rows, seq_len), IGNORE, np.int32),
         "segment_ids": np.full((rows, seq_len), IGNORE, np.int32),
     }
+    return batch | {"target_bytes": np.zeros((rows, seq_len), np.int32)} if target_bytes else batch
 
 
 def require(condition: bool, sentence: str) -> None:

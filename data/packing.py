@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from engrax.data import hashing
-from engrax.data.config import FILLER, Batch, TokenArray
+from engrax.data.config import FILLER, Batch
+from engrax.data.encoded import Document
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _best_fit(need: Int64[np.ndarray, "P"], capacity: int, rows: int) -> tuple[I
     return assigned, rows
 
 
-def write_row(batch: Batch, i: int, plan: Plan, row: int, documents: list[TokenArray]) -> None:
+def write_row(batch: Batch, i: int, plan: Plan, row: int, documents: list[Document]) -> None:
     """Writes row `row` of the plan into row i of a padding batch, with filler between its pieces.
 
     A token's target is the next token of its document, even if that token is in another row. The last token of a
@@ -93,10 +94,18 @@ def write_row(batch: Batch, i: int, plan: Plan, row: int, documents: list[TokenA
     """
     end = 0
     for segment, p in enumerate(range(plan.first[row], plan.first[row + 1])):
-        tokens, start, length, offset = documents[plan.document[p]], plan.start[p], plan.length[p], plan.offset[p]
-        following = tokens[start + 1 : start + length + 1]
-        batch["tokens"][i, offset : offset + length] = tokens[start : start + length]
-        batch["targets"][i, offset : offset + len(following)] = following
+        start, length, offset = int(plan.start[p]), int(plan.length[p]), int(plan.offset[p])
+        write_piece(batch, i, offset, documents[plan.document[p]], start, length)
         batch["segment_ids"][i, end:offset] = FILLER
         batch["segment_ids"][i, offset : offset + length] = segment
         end = offset + length
+
+
+def write_piece(batch: Batch, i: int, offset: int, document: Document, start: int, length: int) -> None:
+    """Writes `length` tokens of a document from `start` on, with their targets, at `offset` of row i of a batch."""
+    following = slice(start + 1, start + length + 1)
+    targets = document.tokens[following]
+    batch["tokens"][i, offset : offset + length] = document.tokens[start : start + length]
+    batch["targets"][i, offset : offset + len(targets)] = targets
+    if "target_bytes" in batch:
+        batch["target_bytes"][i, offset : offset + len(targets)] = document.bytes[following]

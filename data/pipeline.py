@@ -16,7 +16,8 @@ import grain
 import numpy as np
 
 from engrax.data import hashing
-from engrax.data.config import Batch, Documents, Share, TokenArray, padding_batch, require
+from engrax.data.config import Batch, Documents, Share, padding_batch, require
+from engrax.data.encoded import Document
 from engrax.data.packing import Plan, plan_rows, write_row
 from engrax.errors import UserError
 from engrax.files import short
@@ -26,7 +27,7 @@ _READ_AT_ONCE = 64  # documents per read; a group is a whole number of reads, or
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    documents: list[TokenArray]
+    documents: list[Document]
     plan: Plan
     end: int  # the document after the group's last one
 
@@ -36,17 +37,18 @@ class PackedText(grain.DatasetIterator):
 
     Args:
       documents: a random-access source of inputs for `encode`.
-      encode: document -> tokens (any integer type); a pure function.
+      encode: document -> its tokens and their bytes; a pure function.
       seq_len, align: see `plan_rows`.
       share: the rows of each global batch to build.
       seed, epochs: see `DataConfig.loader`.
       buffer_tokens: tokens packed and shuffled together.
+      target_bytes: the batches have this field.
     """
 
     def __init__(
         self,
         documents: Documents,
-        encode: Callable[[Any], TokenArray],
+        encode: Callable[[Any], Document],
         *,
         seq_len: int,
         share: Share,
@@ -54,12 +56,14 @@ class PackedText(grain.DatasetIterator):
         epochs: int | None,
         align: int,
         buffer_tokens: int,
+        target_bytes: bool = False,
     ):
         super().__init__()
         self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engrax-packing")
         self._documents, self._encode = documents, encode
         self._seq_len, self._align, self._share = seq_len, align, share
         self._seed, self._shuffled, self._buffer_tokens = seed, epochs is None, buffer_tokens
+        self._target_bytes = target_bytes
         self._epoch_length = len(documents)
         require(self._epoch_length > 0, "the data set has no documents.")
         self._total = None if epochs is None else epochs * self._epoch_length
@@ -89,20 +93,42 @@ class PackedText(grain.DatasetIterator):
         super().close()
 
     def __next__(self) -> Batch:
-        batch = padding_batch(self._share.rows, self._seq_len)
-        filled = 0
-        while filled < self._share.batch_size and self._advance():
-            group = self._group
-            rows = min(self._share.batch_size - filled, group.plan.rows - self._row)
-            for i in range(rows):
-                mine = filled + i - self._share.start
-                if 0 <= mine < self._share.rows:
-                    write_row(batch, mine, group.plan, self._row + i, group.documents)
-            self._row += rows
-            filled += rows
+        batch = padding_batch(self._share.rows, self._seq_len, target_bytes=self._target_bytes)
+        filled, group = 0, None
+        while filled < self._share.batch_size and self.next_length() is not None:
+            if group is not self._group:
+                group = self._group
+                self._read_ahead(filled)
+            self.write_next(batch, filled)
+            filled += 1
         if not filled:
             raise StopIteration
         return batch
+
+    def next_length(self) -> int | None:
+        """Returns the tokens of the next row, None at the end of the last epoch. All processes know them."""
+        if not self._advance():
+            return None
+        plan = self._group.plan
+        return int(plan.length[plan.first[self._row] : plan.first[self._row + 1]].sum())
+
+    def write_next(self, batch: Batch, row: int) -> None:
+        """Writes the next row as the given row of the global batch, if it is this process's, and moves on."""
+        mine = row - self._share.start
+        if 0 <= mine < self._share.rows:
+            write_row(batch, mine, self._group.plan, self._row, self._group.documents)
+        self._row += 1
+
+    def _read_ahead(self, filled: int) -> None:
+        """Reads at once what this process needs of the current group for a batch that has `filled` rows."""
+        if not hasattr(self._documents, "read_ahead"):
+            return
+        plan, first = self._group.plan, self._row + self._share.start - filled  # the row of this process's first one
+        begin, end = max(first, self._row), min(first + self._share.rows, plan.rows)
+        if begin < end:
+            pieces = range(plan.first[begin], plan.first[end])
+            documents = (self._group.documents[plan.document[p]] for p in pieces)
+            self._documents.read_ahead([(d, plan.start[p], plan.length[p] + 1) for d, p in zip(documents, pieces)])
 
     def _advance(self) -> bool:
         """Moves to a group with a row left, if needed; returns False at the end of the last epoch."""
@@ -132,7 +158,7 @@ class PackedText(grain.DatasetIterator):
     def _read(self, first: int) -> _Group:
         """Reads, encodes and plans the group that starts at document `first`. A pure function: runs in any thread."""
         end_of_epoch = (first // self._epoch_length + 1) * self._epoch_length
-        documents: list[TokenArray] = []
+        documents: list[Document] = []
         tokens, end = 0, first
         while end < end_of_epoch and tokens < self._buffer_tokens:
             stop = min(end + _READ_AT_ONCE, end_of_epoch)
@@ -143,7 +169,7 @@ class PackedText(grain.DatasetIterator):
         keys = (self._seed, first) if self._shuffled else (0, first % self._epoch_length)
         return _Group(documents, plan_rows(lengths, self._seq_len, align=self._align, keys=keys), end)
 
-    def _fetch(self, indices: list[int]) -> list[TokenArray]:
+    def _fetch(self, indices: list[int]) -> list[Document]:
         if hasattr(self._documents, "__getitems__"):
             return [self._encode(document) for document in self._documents.__getitems__(indices)]
         return [self._encode(self._documents[index]) for index in indices]

@@ -10,7 +10,9 @@ from typing import Any
 import grain
 
 from engrax.data import hashing
-from engrax.data.config import FILLER, Batch, Documents, Share, TokenArray, padding_batch, require
+from engrax.data.config import FILLER, Batch, Documents, Share, padding_batch, require
+from engrax.data.encoded import Document
+from engrax.data.packing import write_piece
 from engrax.errors import UserError
 
 
@@ -21,21 +23,22 @@ class StreamedText(grain.DatasetIterator):
     def __init__(
         self,
         documents: Documents,
-        encode: Callable[[Any], TokenArray],
+        encode: Callable[[Any], Document],
         *,
         seq_len: int,
         share: Share,
         seed: int,
         align: int,
+        target_bytes: bool = False,
     ):
         super().__init__()
         require(len(documents) > 0, "the data set has no documents.")
         self._documents, self._encode = documents, encode
-        self._seq_len, self._share, self._align = seq_len, share, align
+        self._seq_len, self._share, self._align, self._target_bytes = seq_len, share, align, target_bytes
         order = grain.MapDataset.range(len(documents))
         self._order = order.shuffle(seed=hashing.seed32(seed)).repeat(None)
         self._position = [[0, 0] for _ in range(share.batch_size)]
-        self._open: dict[int, tuple[int, TokenArray]] = {}  # the encoded current document of each row
+        self._open: dict[int, tuple[int, Document]] = {}  # the encoded current document of each row
 
     @property
     def document_count(self) -> int:
@@ -57,7 +60,7 @@ class StreamedText(grain.DatasetIterator):
             require(sensible and 0 <= begin <= length, f"the saved data position {count}, {begin} is in no document.")
 
     def __next__(self) -> Batch:
-        batch = padding_batch(self._share.rows, self._seq_len)
+        batch = padding_batch(self._share.rows, self._seq_len, target_bytes=self._target_bytes)
         for row in range(self._share.batch_size):
             self._fill(batch, row)
         return batch
@@ -67,22 +70,20 @@ class StreamedText(grain.DatasetIterator):
         mine, at, empty = row - self._share.start, 0, 0
         while at < self._seq_len:
             count, begin = self._position[row]
-            tokens = self._read(row, count * self._share.batch_size + row)
-            empty = 0 if len(tokens) else empty + 1
+            document = self._read(row, count * self._share.batch_size + row)
+            empty = 0 if len(document) else empty + 1
             require(empty <= len(self._documents), "the data set has no text: every document is empty.")
-            length = min(len(tokens) - begin, self._seq_len - at)
-            done = begin + length == len(tokens)
+            length = min(len(document) - begin, self._seq_len - at)
+            done = begin + length == len(document)
             room = -(-length // self._align) * self._align if done else length  # the next document's start, from `at`
             if 0 <= mine < self._share.rows:
-                following = tokens[begin + 1 : begin + length + 1]
-                batch["tokens"][mine, at : at + length] = tokens[begin : begin + length]
-                batch["targets"][mine, at : at + len(following)] = following
+                write_piece(batch, mine, at, document, begin, length)
                 batch["segment_ids"][mine, at : at + length] = count
                 batch["segment_ids"][mine, at + length : at + room] = FILLER
             at += room
             self._position[row] = [count + 1, 0] if done else [count, begin + length]
 
-    def _read(self, row: int, index: int) -> TokenArray:
+    def _read(self, row: int, index: int) -> Document:
         if row not in self._open or self._open[row][0] != index:
             self._open[row] = index, self._encode(self._documents[self._order[index]])
         return self._open[row][1]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from engrax.data.config import DATASETS, SPLITS, require
+from engrax.data.config import DATASETS, SPLITS, Splits, SplitSize, require
 from engrax.data.text import TextConfig
 from engrax.errors import UserError
 from engrax.files import short
@@ -65,8 +65,16 @@ class TfdsText(TextConfig):
                 manifest.update(hashlib.sha256(text.encode() if isinstance(text, str) else text).digest())
         return manifest.hexdigest()
 
+    def splits(self) -> Splits:
+        """Returns the number of documents of both splits; their bytes are known only after reading them all."""
+        builder = self._builder()
+        return Splits(*(SplitSize(len(self._records(builder, split))) for split in SPLITS))
+
+    def _texts(self, split):
+        return self._records(self._builder(), split)
+
     def _source(self, split):
-        return self._records(self._builder(), split), self.tokenizer.encode, self.buffer_tokens
+        return self._texts(split), self.tokenizer.encode_with_bytes, self.buffer_tokens
 
     def _builder(self):
         """Returns the TFDS builder, from its code or only from its prepared files."""

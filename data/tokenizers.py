@@ -1,17 +1,34 @@
-"""Tokenizers: bytes, or a local Hugging Face `tokenizer.json`. Ids are int32; no special tokens are added."""
+"""Tokenizers: bytes, or a local Hugging Face `tokenizer.json`. Ids are int32; no special tokens are added.
+
+Both give with the tokens of a text the bytes that each stands for (`engrax.data.encoded` has the rule).
+"""
 
 import functools
 import hashlib
-import json
-import re
+import itertools
 
 import numpy as np
 from etils import epath
 from jaxtyping import Int, Int32
 
+from engrax.data.encoded import Encoded, bytes_of_spans, readable
 from engrax.data.files import stamp
 from engrax.data.token_types import TokenTypes, byte_types
 from engrax.errors import UserError
+
+ENDS_OF_TEXT = frozenset(
+    [
+        "<|endoftext|>",
+        "</s>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<eos>",
+        "[EOS]",
+        "<end_of_turn>",
+    ]
+)
 
 
 class ByteTokenizer:
@@ -19,6 +36,7 @@ class ByteTokenizer:
 
     vocab_size = 256
     manifest = "bytes"
+    end_of_text: tuple[int, ...] = ()  # tokens that end a text
 
     def encode(self, text: str | bytes) -> Int32[np.ndarray, "T"]:
         """Returns the bytes of the text (UTF-8 of a string)."""
@@ -29,10 +47,10 @@ class ByteTokenizer:
         """Returns the text; bytes that are not UTF-8 become U+FFFD. Raises ValueError for ids outside [0, 256)."""
         return bytes(np.asarray(ids, np.int64).ravel().tolist()).decode("utf-8", errors="replace")
 
-    @property
-    def byte_lengths(self) -> Int32[np.ndarray, "V"]:
-        """Bytes of text per token id."""
-        return np.ones(self.vocab_size, np.int32)
+    def encode_with_bytes(self, text: str | bytes) -> Encoded:
+        """Returns the bytes of the text, each of which stands for one byte (one element in memory for all)."""
+        tokens = self.encode(text)
+        return Encoded(tokens, np.broadcast_to(np.uint8(1), tokens.shape))
 
     def token_types(self, tokens: Int[np.ndarray, "N T"]) -> TokenTypes:
         """Letters, digits, space, newlines, brackets, quotes, operators, other punctuation, other bytes."""
@@ -48,7 +66,6 @@ class JsonTokenizer:
 
         content = epath.Path(path).read_bytes()
         try:
-            self._spec = json.loads(content)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises a bare Exception
             reason = " ".join(str(error).split())
@@ -56,7 +73,15 @@ class JsonTokenizer:
         # The file may enable truncation or padding of every text; packing needs neither.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # It adds special tokens, which are not wanted, and some trim the space off a token's span, which is its own.
+        self._tokenizer.post_processor = None
         self.manifest = hashlib.sha256(content).hexdigest()
+
+    @property
+    def end_of_text(self) -> tuple[int, ...]:
+        """Ids of the added special tokens that end a text, by the names that the published tokenizers give them."""
+        added = {token["id"]: token["content"] for token in self._spec.get("added_tokens", ()) if token.get("special")}
+        return tuple(sorted(index for index, content in added.items() if content in ENDS_OF_TEXT))
 
     @property
     def vocab_size(self) -> int:
@@ -69,30 +94,20 @@ class JsonTokenizer:
             text = text.decode("utf-8", errors="replace")
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def encode_with_bytes(self, text: str | bytes) -> Encoded:
+        """Returns the ids of `encode`, and the bytes of each in the smallest integer type.
+
+        They sum to the bytes of the text, unless it has no ids.
+        """
+        text, sizes = readable(text)
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        spans = np.fromiter(itertools.chain.from_iterable(found.offsets), np.int64, 2 * len(found)).reshape(-1, 2)
+        counted = bytes_of_spans(spans, sizes)
+        return Encoded(np.asarray(found.ids, np.int32), counted.astype(np.min_scalar_type(counted.max(initial=0))))
+
     def decode(self, ids) -> str:
         """Returns the text."""
         return self._tokenizer.decode(np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=False)
-
-    @functools.cached_property
-    def byte_lengths(self) -> Int32[np.ndarray, "V"]:
-        """Bytes of (normalised) text per token id, the divisor of bits per byte.
-
-        Added special tokens have 0 bytes. A byte-level vocabulary spells one byte per character, `<0x0A>` is one byte,
-        and the word mark of SentencePiece is a space.
-        """
-        byte_level = '"ByteLevel"' in json.dumps([self._spec.get("pre_tokenizer"), self._spec.get("decoder")])
-        special = {token["id"] for token in self._spec.get("added_tokens", ()) if token.get("special")}
-        lengths = np.zeros(self.vocab_size, np.int32)
-        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            if index in special:
-                continue
-            if byte_level:
-                lengths[index] = len(token)
-            elif re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
-                lengths[index] = 1
-            else:
-                lengths[index] = len(token.replace("\u2581", " ").removeprefix("##").encode())
-        return lengths
 
 
 Tokenizer = ByteTokenizer | JsonTokenizer

@@ -217,7 +217,7 @@ def _measure(directory: epath.Path) -> Score:
     learnt = [r["step"] for r in metrics.read(directory) if r.get("validation_accuracy", 0.0) >= LEARNT]
     return Score(
         sums=labelled.sum(axis=1),
-        counts=scoring.divisors(experiment, rows, what).sum(axis=1),
+        counts=scoring.divisors(rows, what).sum(axis=1),
         learnt_at=min(learnt, default=None) if what == "task" else None,
     )
 

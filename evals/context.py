@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from engrax.data.token_types import TokenTypes
+from engrax.data.tokenizers import ByteTokenizer
 from engrax.errors import UserError
 from engrax.evals import ngrams, scoring
 from engrax.models.segment_config import SegmentRecurrentConfig
@@ -110,7 +111,7 @@ class Context:
     @functools.cached_property
     def weights(self) -> Float[np.ndarray, "N T"]:
         """The divisor of the score, per token: the target's bytes for text, else 1; 0 if the token is not scored."""
-        return scoring.divisors(self.experiment, self.rows, self.kind)
+        return scoring.divisors(self.rows, self.kind)
 
     @functools.cached_property
     def baseline(self) -> tuple[dict[str, Any], Float[np.ndarray, "orders N T"]]:
@@ -121,12 +122,11 @@ class Context:
         vocab = self.experiment.data.vocab_size
         seen, epochs = scoring.seen_rows(self.experiment, self.step)
         model = ngrams.NGrams(**seen.arrays(), vocab_size=vocab, order=ngrams.highest_order(vocab))
-        lengths = np.asarray(self.experiment.data.tokenizer.byte_lengths)
         counted = {
             "smoothing": "interpolated Witten-Bell, from a uniform distribution up",
-            "unit": "bytes" if (lengths == 1).all() else "tokens",
+            "unit": "bytes" if isinstance(self.experiment.data.tokenizer, ByteTokenizer) else "tokens",
             "counted_rows": len(seen),
-            "counted_bytes": int(lengths[seen.targets[seen.labelled]].sum()),
+            "counted_bytes": int(seen.target_bytes.sum()),
             "counted_all_seen": seen.complete,
             "epochs_seen": epochs,
         }

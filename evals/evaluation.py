@@ -187,7 +187,8 @@ def new_folder(parent: epath.Path, step: int) -> epath.Path:
 def _header(run: runs.Run, step: int, chosen: list[EvaluatorConfig]) -> dict[str, Any]:
     """The settings that the numbers depend on."""
     e, trained, here = run.experiment, run.environment, runs.describe_environment(run.experiment)
-    warnings = []
+    splits = e.data.splits()
+    warnings = e.data.warnings()
     if trained.get("data_digest") and trained["data_digest"] != here["data_digest"]:
         warnings.append(
             "the data is not what this run was trained on (its digest differs): validation may hold text that the "
@@ -211,6 +212,7 @@ def _header(run: runs.Run, step: int, chosen: list[EvaluatorConfig]) -> dict[str
         "devices": here["devices"],
         "trained_device": trained.get("device"),
         "versions": here["versions"],
+        "splits": None if splits is None else _plain(dataclasses.asdict(splits), "splits"),
         "warnings": warnings,
         "config": experiments.to_dict(e),
         "evaluators": {config.registered_name: dataclasses.asdict(config) for config in chosen},

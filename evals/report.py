@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engrax.data.config import Splits
 from engrax.evals.evaluator import Evaluation, Figure, Table
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -64,6 +65,8 @@ def _provenance(data: dict[str, Any]) -> Table:
     names = ("run", "step", "date", "trained_commit", "commit", "data_digest", "trained_data_digest")
     names += ("trained_device", "device", "devices")
     rows = [(LABELS.get(n, n.replace("_", " ")), "unknown" if data[n] is None else data[n]) for n in names]
+    if data["splits"] is not None:
+        rows += Splits.from_dict(data["splits"]).rows()
     rows.append(("seeds", ", ".join(f"{name} {value}" for name, value in data["seeds"].items())))
     rows.append(("versions", ", ".join(f"{name} {value}" for name, value in data["versions"].items() if value)))
     rows.append(("evaluators", ", ".join(data["evaluators"])))

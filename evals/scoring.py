@@ -16,13 +16,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
+from engrax.data.config import check_rows
 from engrax.errors import UserError
 from engrax.models import contract
 from engrax.models.parameters import cast, map_parameters
 from engrax.train import sharding, train_step
 from engrax.train.experiment import Experiment
 from engrax.train.objective import score
-from engrax.train.trainer import Trainer
+from engrax.train.trainer import NO_LABELS, Trainer
 
 # Tokens of one forward pass: the training's batch may have been spread over many devices, or be tiny.
 LEAST_BATCH_TOKENS, BATCH_TOKENS = 4_096, 16_384
@@ -32,7 +33,8 @@ SEEN_TOKENS = 32_000_000  # training tokens that the n-gram baselines count at m
 
 
 UNITS = {"text": "bits per byte", "task": "accuracy", "tokens": "bits per token"}  # of the score, by kind_of
-_PADDING = {"tokens": 0, "targets": -1, "segment_ids": -1}
+_PADDING = {"tokens": 0, "targets": -1, "segment_ids": -1}  # what a model reads
+_FIELDS = (*_PADDING, "target_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +44,20 @@ class Rows:
     tokens: Int[np.ndarray, "N T"]
     targets: Int[np.ndarray, "N T"]
     segment_ids: Int[np.ndarray, "N T"]
+    target_bytes: Int[np.ndarray, "N T"] | None  # of the source, 0 without a target; None if the data is no text
     complete: bool  # these are all there are
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The three arrays by their names in a batch."""
-        return {name: getattr(self, name) for name in ("tokens", "targets", "segment_ids")}
+        """What a model reads: three arrays by their names in a batch."""
+        return {name: getattr(self, name) for name in _PADDING}
 
-    def first(self, count: int, complete: bool) -> "Rows":
-        """The first `count` rows."""
-        return Rows(*(array[:count] for array in self.arrays().values()), complete=complete)
+    def take(self, chosen: slice | Int[np.ndarray, "M"], complete: bool) -> "Rows":
+        """The chosen rows."""
+        size = None if self.target_bytes is None else self.target_bytes[chosen]
+        return Rows(*(array[chosen] for array in self.arrays().values()), target_bytes=size, complete=complete)
 
     @property
     def labelled(self) -> Bool[np.ndarray, "N T"]:
@@ -74,15 +78,12 @@ def kind_of(experiment: Experiment) -> str:
     """The kind of score, one of UNITS: of text, of a generated task with known answers, or of other tokens."""
     if hasattr(experiment.data, "solve") and hasattr(experiment.data, "chance"):
         return "task"
-    return "text" if experiment.data.tokenizer is not None else "tokens"
+    return "text" if experiment.data.counts_bytes else "tokens"
 
 
-def divisors(experiment: Experiment, rows: Rows, kind: str) -> Float[np.ndarray, "N T"]:
+def divisors(rows: Rows, kind: str) -> Float[np.ndarray, "N T"]:
     """The divisor of the score, per token: the target's bytes for text, else 1; 0 if the token is not scored."""
-    if kind != "text":
-        return rows.labelled.astype(float)
-    lengths = np.asarray(experiment.data.tokenizer.byte_lengths)
-    return np.where(rows.labelled, lengths[np.maximum(rows.targets, 0)], 0).astype(float)
+    return (rows.target_bytes if kind == "text" else rows.labelled).astype(float)
 
 
 def batch_rows(experiment: Experiment) -> int:
@@ -95,12 +96,15 @@ def batch_rows(experiment: Experiment) -> int:
 def _loader(experiment: Experiment, split: str, rows: int) -> Iterator[dict[str, np.ndarray]]:
     """The training's own loader of a split, whose rows come in the same order at any batch size."""
     optimizer = dataclasses.replace(experiment.optimizer, accumulate=1)
-    return Trainer(dataclasses.replace(experiment, batch_size=rows, optimizer=optimizer)).loader(split)
+    same = dataclasses.replace(experiment, batch_size=rows, optimizer=optimizer)
+    return Trainer(same).loader(split, target_bytes=experiment.data.counts_bytes)
 
 
 def _stack(batches: list[dict[str, np.ndarray]], complete: bool) -> Rows:
-    arrays = (np.concatenate([batch[name] for batch in batches]) for name in ("tokens", "targets", "segment_ids"))
-    return Rows(*arrays, complete=complete)
+    arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in _FIELDS if name in batches[0]}
+    rows = Rows(**{"target_bytes": None} | arrays, complete=complete)
+    check_rows(rows.segment_ids)
+    return rows
 
 
 def validation_rows(experiment: Experiment, batches: int | None) -> Rows:
@@ -118,7 +122,7 @@ def validation_rows(experiment: Experiment, batches: int | None) -> Rows:
     complete = next(loader, None) is None
     _close(loader)
     if not any((batch["targets"] >= 0).any() for batch in taken):
-        raise UserError("the validation split holds no labelled token; give more text, or a larger validation part.")
+        raise UserError(NO_LABELS)
     return _stack(taken, complete)
 
 
@@ -138,7 +142,7 @@ def seen_rows(experiment: Experiment, step: int) -> tuple[Rows, float]:
         return dataclasses.replace(seen, complete=limit == wanted), float("nan")
     # Every labelled token stands once in an epoch, whatever the packing: the epoch's end is where the count is reached.
     reached = int(np.searchsorted(np.cumsum(seen.labelled.sum(axis=1)), whole)) + 1
-    return seen.first(reached, complete=True), wanted / reached
+    return seen.take(slice(reached), complete=True), wanted / reached
 
 
 def _seen_streams(experiment: Experiment, step: int) -> tuple[Rows, float]:
@@ -148,12 +152,13 @@ def _seen_streams(experiment: Experiment, step: int) -> tuple[Rows, float]:
     """
     rows = experiment.batch_size
     steps = min(step, max(1, SEEN_TOKENS // (rows * experiment.data.seq_len)))
-    loader = Trainer(experiment).loader("train")
+    loader = Trainer(experiment).loader("train", target_bytes=experiment.data.counts_bytes)
     seen = _stack(list(itertools.islice(loader, steps)), complete=steps == step)
     # Row r of B reads the documents r, r + B, ... of the shuffled order, which repeats.
     place = seen.segment_ids * rows + np.tile(np.arange(rows), steps)[:, None]
     again = (seen.segment_ids >= 0) & (place >= loader.document_count)
-    first = dataclasses.replace(seen, targets=np.where(again, -1, seen.targets))
+    once = {"targets": np.where(again, -1, seen.targets), "target_bytes": np.where(again, 0, seen.target_bytes)}
+    first = dataclasses.replace(seen, **once)
     epochs = float(seen.labelled.sum() / first.labelled.sum()) if again.any() else float("nan")
     return first, epochs
 
@@ -163,11 +168,13 @@ def _first_rows(experiment: Experiment, split: str, count: int) -> Rows:
     loader = _loader(experiment, split, rows)
     taken = list(itertools.islice(loader, -(-count // rows)))
     _close(loader)
-    return _stack(taken, True).first(count, complete=True)
+    return _stack(taken, True).take(slice(count), complete=True)
 
 
 def _whole_epoch(experiment: Experiment, seen: int) -> int | None:
-    """Labelled tokens of the whole training split, or None where they are more than `seen`."""
+    """Labelled tokens of the whole training split, or None where they are more than `seen` or epochs are uneven."""
+    if not experiment.data.even_epochs:
+        return None
     loader = experiment.data.loader("train", batch_size=256, epochs=1)
     total = 0
     for batch in loader:
@@ -181,7 +188,7 @@ def _whole_epoch(experiment: Experiment, seen: int) -> int | None:
 def reported_rows(rows: Rows) -> Rows:
     """The first rows with labels, of about REPORT_TOKENS tokens together."""
     real = np.flatnonzero(rows.labelled.any(axis=1))[: max(1, REPORT_TOKENS // rows.tokens.shape[1])]
-    return Rows(*(array[real] for array in rows.arrays().values()), complete=False)
+    return rows.take(real, complete=False)
 
 
 def _close(loader: Any) -> None:

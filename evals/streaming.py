@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
+from engrax.data.encoded import Encoded
 from engrax.errors import UserError
 from engrax.evals import statistics as stats
 from engrax.models.parameters import cast
@@ -31,8 +32,8 @@ SIDE_BY_SIDE = 16  # of them in one call, at most
 TURNS = 15  # timed calls at the beginning and at the end, by turns
 
 
-def long_documents(experiment: Experiment, length: int) -> Int[np.ndarray, "N L"]:
-    """The first length + 1 tokens of up to DOCUMENTS validation documents that have as many.
+def long_documents(experiment: Experiment, length: int) -> Encoded:
+    """The first length + 1 tokens of up to DOCUMENTS validation documents that have as many: arrays [N, length + 1].
 
     Raises UserError if the data is not text, or if no validation document is long enough.
     """
@@ -41,15 +42,15 @@ def long_documents(experiment: Experiment, length: int) -> Int[np.ndarray, "N L"
     if not hasattr(experiment.data, "token_documents"):
         raise UserError("only text has documents to stream; leave out --stream for a generated task.")
     found, longest = [], 0
-    for tokens in experiment.data.token_documents("validation"):
-        longest = max(longest, len(tokens))
-        if len(tokens) > length:
-            found.append(tokens[: length + 1])
+    for document in experiment.data.token_documents("validation"):
+        longest = max(longest, len(document))
+        if len(document) > length:
+            found.append((document.tokens[: length + 1], document.bytes[: length + 1]))
         if len(found) == DOCUMENTS:
             break
     if not found:
         raise UserError(f"no validation document has more than {length} tokens (the longest: {longest}); stream fewer.")
-    return np.stack(found).astype(np.int32)
+    return Encoded(*(np.stack(arrays).astype(np.int32) for arrays in zip(*found)))
 
 
 def longest(experiment: Experiment, at_most: int) -> int:
@@ -59,8 +60,8 @@ def longest(experiment: Experiment, at_most: int) -> int:
     """
     length = 0
     if hasattr(experiment.data, "token_documents"):
-        for tokens in experiment.data.token_documents("validation"):
-            length = max(length, min(at_most, len(tokens) - 1) // LENGTH_UNIT * LENGTH_UNIT)
+        for document in experiment.data.token_documents("validation"):
+            length = max(length, min(at_most, len(document) - 1) // LENGTH_UNIT * LENGTH_UNIT)
             if length == at_most:
                 break
     return max(length, LENGTH_UNIT)
@@ -95,12 +96,12 @@ class Stream:
 def stream(
     experiment: Experiment,
     model: nnx.Module,
-    documents: Int[np.ndarray, "N L"],
+    documents: Encoded,
     *,
     mesh: Mesh | None = None,
     tick: Callable[[int], Any] = lambda n: None,
 ) -> dict[str, Any]:
-    """Reads `documents`, L - 1 tokens of each (`long_documents`), in pieces; a JSON-able dict.
+    """Reads `documents` [N, L], L - 1 tokens of each (`long_documents`), in pieces; a JSON-able dict.
 
     Returns:
       unit: bits per byte.
@@ -113,7 +114,7 @@ def stream(
     With a `mesh`, the documents of a call are split over its devices. `tick(1)` is called after every piece,
     calls(documents) times.
     """
-    tokens, targets = documents[:, :-1], documents[:, 1:]
+    tokens, targets = documents.tokens[:, :-1], documents.tokens[:, 1:]
     length = tokens.shape[1]
     reader = Stream(experiment, model)
     groups = range(0, len(tokens), SIDE_BY_SIDE)
@@ -130,7 +131,7 @@ def stream(
     if not np.isfinite(bits + reset).all():
         first = int(np.argwhere(~np.isfinite(bits + reset))[:, 1].min())
         raise UserError(f"the model's outputs are not numbers from token {first} on: a cache of declared capacity?")
-    size = np.asarray(experiment.data.tokenizer.byte_lengths)[targets].astype(float)
+    size = documents.bytes[:, 1:].astype(float)
     positions = np.broadcast_to(np.arange(length), bits.shape)
     return {
         "length": length,
@@ -157,9 +158,9 @@ def stream(
     }
 
 
-def calls(documents: Int[np.ndarray, "N L"]) -> int:
+def calls(documents: Encoded) -> int:
     """Pieces that `stream` reads."""
-    return -(-len(documents) // SIDE_BY_SIDE) * ((documents.shape[1] - 1) // PIECE)
+    return -(-len(documents) // SIDE_BY_SIDE) * ((documents.tokens.shape[1] - 1) // PIECE)
 
 
 def _placed(rows_NL: Int[np.ndarray, "N L"], mesh: Mesh | None) -> Any:

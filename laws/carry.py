@@ -6,8 +6,9 @@ import functools
 import numpy as np
 
 from engrax.laws.breach import Breach, close, close_trees, law, output_position
-from engrax.laws.layouts import ROWS, trailing_padding
+from engrax.laws.layouts import ROWS, trailing_padding, with_gap
 from engrax.laws.subject import Subject
+from engrax.pallas_kernels.common.segments import FILLER, PADDING
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu")
 
@@ -98,22 +99,28 @@ def every_cut_continues(s: Subject, deep: bool = False):
 
 
 @law("state_carry.padding")
-def cuts_inside_padding_continue(s: Subject, deep: bool = False):
-    """A call cut inside the padding after its tokens, and a call of padding alone, leave the state that the whole
-    call leaves: what follows is the same."""
-    tokens, a = s.chunk + 3, s.chunk + 5
-    ids = trailing_padding(s.one_segment, [tokens] * ROWS)
-    wanted, whole = s.run(s.params, s.x, None, ids)
-    first, state = s.run(s.params, s.x[:, :a], None, ids[:, :a])
-    second, cut = s.run(s.params, s.x[:, a:], state, ids[:, a:])
-    both = np.concatenate([first, second], axis=1)
-    close(s.shown(both, ids), s.shown(wanted, ids), f"two calls, cut at {a}, inside padding", s.rounding)
-    for t in range(4):
-        one = (s.x[:, t : t + 1], s.one_segment[:, :1])
-        after, whole = s.run(s.params, one[0], whole, one[1])
-        again, cut = s.run(s.params, one[0], cut, one[1])
-        what = "tokens after a row cut inside its padding, against the row in one call"
-        close(again, after, what, s.rounding, functools.partial(output_position, first_token=s.length + t))
+def cuts_inside_padding_and_filler_continue(s: Subject, deep: bool = False):
+    """A call cut inside padding or filler leaves what the whole call leaves, and what follows is the same; so does a
+    call of padding or filler alone. A model is also cut inside padding that stands before or between its tokens."""
+    a = s.chunk + 5
+    layouts = {
+        "inside the padding after its tokens": trailing_padding(s.one_segment, [s.chunk + 3] * ROWS),
+        "inside filler": with_gap(a, s.length, FILLER),
+    }
+    if s.is_model:
+        layouts["inside the padding between its tokens"] = with_gap(a, s.length, PADDING)
+    for where, ids in layouts.items():
+        wanted, whole = s.run(s.params, s.x, None, ids)
+        first, state = s.run(s.params, s.x[:, :a], None, ids[:, :a])
+        second, cut = s.run(s.params, s.x[:, a:], state, ids[:, a:])
+        both = np.concatenate([first, second], axis=1)
+        close(s.shown(both, ids), s.shown(wanted, ids), f"two calls, cut at {a}, {where}", s.rounding)
+        last = ids.max(axis=1, keepdims=True)
+        for t in range(4):
+            after, whole = s.run(s.params, s.x[:, t : t + 1], whole, last)
+            again, cut = s.run(s.params, s.x[:, t : t + 1], cut, last)
+            what = f"tokens after a row cut {where}, against the row in one call"
+            close(again, after, what, s.rounding, functools.partial(output_position, first_token=s.length + t))
 
 
 @law("state_carry.gradients")

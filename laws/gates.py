@@ -12,6 +12,8 @@ import numpy as np
 from engrax.laws.breach import leaf_position
 from engrax.laws.subject import Subject, is_float
 
+KEEPING = "gates that write all and forget nothing"
+FORGETTING = ("decay", "forget", "a_log", "log_rate", "dt_")  # names of gates that are pushed down for it
 WORDS = ("gate", "bias", "decay", "beta", "forget", "lambda", "alpha", "momentum", "a_log", "dt_")
 
 
@@ -55,9 +57,10 @@ def _is_gate(name: str) -> bool:
     return any(word in name.lower() for word in WORDS)
 
 
-def extreme_gates(s: Subject, params) -> Iterator[tuple[str, object]]:
-    """Named variants of the parameters: all gates moved by 50 (almost 0 or 1) and by 1000 (exactly), and projections of
-    gates made 100 times larger, so that tokens saturate them one way or the other."""
+def extreme_gates(params, dim: int | None) -> Iterator[tuple[str, object]]:
+    """Named variants of the parameters: all gates moved by 50 (almost 0 or 1) and by 1000 (exactly), projections of
+    gates made 100 times larger, so that tokens saturate them one way or the other, and forgetting pushed down where the
+    others are pushed up. dim: of a mixer, whose projections are moved along its inputs; None for a model."""
     yield "fresh", params
     for name, amount in (
         ("gates +50", 50.0),
@@ -66,17 +69,19 @@ def extreme_gates(s: Subject, params) -> Iterator[tuple[str, object]]:
         ("gates -1000", -1000.0),
         ("gates +1000", 1000.0),
         ("projections of gates x100", 0.0),
+        (KEEPING, 50.0),
     ):
 
-        def move(path, p, amount=amount):
-            where = jax.tree_util.keystr(path)
+        def move(path, p, name=name, amount=amount):
+            where = jax.tree_util.keystr(path).lower()
             if not is_float(p) or not _is_gate(where):
                 return p
-            if "kernel" in where.lower():
+            if name == KEEPING and any(word in where for word in FORGETTING):
+                amount = -amount
+            if "kernel" in where:
                 if amount == 0.0:
                     return (100 * p).astype(p.dtype)
-                along = not s.is_model and amount is not None and p.shape[-2] == s.dim
-                return _along_u(p, amount) if along else p
+                return _along_u(p, amount) if amount is not None and p.shape[-2] == dim else p
             by = np.random.default_rng(5).choice([-50.0, 50.0], p.shape) if amount is None else amount
             return (p + by).astype(p.dtype)
 

@@ -49,3 +49,16 @@ def scattered_padding(tokens: int, length: int) -> np.ndarray:
     half = tokens // 2
     everywhere = np.concatenate([head + np.arange(half), head + inside + np.arange(half, tokens)])
     return np.stack([everywhere, np.arange(tokens), gap + np.arange(tokens)])
+
+
+def with_gap(at: int, length: int, gap: int) -> np.ndarray:
+    """Ids [ROWS, length] with the id `gap`, of padding or filler, on both sides of position `at`: between two
+    documents, before the first token, and inside a document."""
+    return _lay_out(
+        (
+            [(0, at - 2), (gap, 4), (1, None)],
+            [(gap, at + 1), (0, None)],
+            [(0, 3), (gap, at - 1), (0, None)],
+        ),
+        length,
+    )

@@ -35,7 +35,11 @@ def what_stands_in_padding_changes_no_bit(s: Subject, deep: bool = False):
 def rows_with_padding_equal_rows_without(s: Subject, deep: bool = False):
     """Padding equals none: outputs at tokens, every leaf of the state, what follows, and gradients, to rounding."""
     if s.is_model:
-        _model_with_padding(s)
+        _model_with_padding(s, s.one_segment, gradients=True)
+        _model_with_padding(s, s.ids)  # documents and filler
+        if s.thorough or deep:
+            _, state = s.run(s.params, s.x[:, : s.chunk - 2], None, s.one_segment[:, : s.chunk - 2])
+            _model_with_padding(s, s.one_segment, state)
         return
     lengths = [(s.chunk + 3,) * ROWS]
     if s.thorough or deep:
@@ -97,22 +101,24 @@ def _follows(s: Subject, padded, alone, last, rows, what: str) -> None:
         close(np.asarray(y)[rows], np.asarray(z)[rows], f"tokens that follow {what}", s.rounding, place)
 
 
-def _model_with_padding(s: Subject) -> None:
-    """Tokens with padding before, inside and after them, against the same tokens without."""
+def _model_with_padding(s: Subject, ids, state=None, *, gradients: bool = False) -> None:
+    """Tokens and filler with padding before, inside and after them, against the same rows without padding."""
     n = s.length - s.chunk
-    where = scattered_padding(n, s.length)
-    ids, x = np.full((ROWS, s.length), -1, np.int32), s.changed(s.x, np.ones((ROWS, s.length), bool))
-    np.put_along_axis(ids, where, 0, axis=1)
+    where, ids = scattered_padding(n, s.length), ids[:, :n]
+    padded, x = np.full((ROWS, s.length), -1, np.int32), s.changed(s.x, np.ones((ROWS, s.length), bool))
+    np.put_along_axis(padded, where, ids, axis=1)
     np.put_along_axis(x, where, s.x[:, :n], axis=1)
-    y, after = s.run(s.params, x, None, ids)
-    alone, state = s.run(s.params, s.x[:, :n], None, s.one_segment[:, :n])
+    y, after = s.run(s.params, x, state, padded)
+    alone, state_alone = s.run(s.params, s.x[:, :n], state, ids)
     what = "rows with padding before, inside and after the tokens against rows without"
     found = np.take_along_axis(np.asarray(y), where[..., None], axis=1)
-    close(found, alone, f"outputs of {what}", s.rounding)
-    close_trees(after, state, f"the memory after {what}", s.rounding)
-    _follows(s, after, state, ids.max(axis=1, keepdims=True), np.arange(ROWS), what)
+    close(s.shown(found, ids), s.shown(alone, ids), f"outputs of {what}", s.rounding)
+    close_trees(after, state_alone, f"the memory after {what}", s.rounding)
+    _follows(s, after, state_alone, ids.max(axis=1, keepdims=True), np.arange(ROWS), what)
+    if not gradients:
+        return
     weights = np.zeros_like(s.weights)
     np.put_along_axis(weights, where[..., None], s.weights[:, :n], axis=1)
-    grads = s.pullback(s.params, x, ids, weights)
-    wanted = s.pullback(s.params, s.x[:, :n], s.one_segment[:, :n], s.weights[:, :n])
+    grads = s.pullback(s.params, x, padded, weights)
+    wanted = s.pullback(s.params, s.x[:, :n], ids, s.weights[:, :n])
     close_trees(jax.tree.map(np.asarray, grads), wanted, f"gradients of {what}", s.gradient_rounding)

@@ -16,6 +16,7 @@ from flax import nnx
 from engrax.laws.breach import Breach
 from engrax.laws.layouts import ROWS, packed_ids
 from engrax.models import ModelConfig
+from engrax.models.contract import as_model
 from engrax.models.parameters import cast, declare_roles
 
 BOUND = 1e3  # outputs and states beyond it: the memory diverges, and every law would fail by rounding
@@ -120,8 +121,9 @@ class Subject:
         module = nnx.merge(self.graphdef, params, self.rest)
         if not self.is_model:
             return module(x, state, ids)
-        out = module(x, state, segment_ids=ids)
-        return module.logits(out[0]), out[1]
+        model = as_model(module)  # as training calls it
+        out = model(x, state, segment_ids=ids)
+        return model.logits(out.hidden), out.memory
 
     def _pullback(self, params, x, ids, weights, cuts=()):
         """Gradients of sum(weights * outputs): of the parameters and, for a mixer, of the inputs.

@@ -38,6 +38,7 @@ class MixerConfig:
     exempt_from: ClassVar[
         dict[str, str]
     ] = {}  # {law or law.part: reason}; a test asserts that the exempt law really fails
+    least_call: ClassVar[int] = 1  # tokens at the start of a segment that one call must hold, where it has as many
     memory_reads: ClassVar[tuple[str, ...]] = ("read",)  # names of its memory reads; () = no memory
 
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> nnx.Module:
@@ -70,6 +71,14 @@ class Mixer(nnx.Module):
     def init_state(self, batch_size: int) -> Any:
         """The initial state of every row and segment; every leaf is [B, ...]."""
         raise NotImplementedError(f"{type(self).__name__} must define init_state(batch_size).")
+
+    def open_state(self, state: Any) -> Any:
+        """The state in the form for many calls of one token without gradients, if the mixer has one of its own."""
+        return state
+
+    def close_state(self, state: Any) -> Any:
+        """The state that `open_state` opened, in its own form."""
+        return state
 
     def report(self, x_BTD: Float[Array, "B T D"], state: Any = None, segment_ids: Any = None) -> dict[str, Array]:
         """Diagnostics of a call: scalars, arrays, or [B, T] values of every token."""

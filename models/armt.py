@@ -26,7 +26,8 @@ from engrax.models.language_model import LanguageModel, LanguageModelConfig
 from engrax.models.model import MODELS
 from engrax.models.parameters import stack_axes
 from engrax.models.segment_config import SegmentRecurrentConfig
-from engrax.models.segment_recurrence import Call, Read, SegmentRecurrent
+from engrax.models.segment_recurrence import SegmentRecurrent
+from engrax.models.segment_runner import Call, Read
 
 
 @MODELS.register("armt")

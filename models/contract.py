@@ -8,11 +8,16 @@
 `collect` and `mute` are registered names of mixers: `collect` returns their diagnostics, `mute` removes their memory
 reads.
 
+In `segment_ids`, -1 is padding, which is nothing, and may stand before, inside and after a row's tokens. Mixers take it
+only after a row's last token. `compact` stands between the two; a caller whose rows are like that already says so
+(`padding_last`).
+
 On a mesh the batch is split over `data` and `fsdp` in all layers (`split_rows`). Sharded parameters are gathered where
 a layer uses them, not earlier (`gathering`, `gathered`).
 """
 
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,7 +27,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
+
+from engrax.models.tokens import as_tokens, taking_lists
+from engrax.pallas_kernels.common.segments import PADDING
 
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that split the batch
 GATHERED = "gathered parameter"  # the name of a gathered parameter in remat policies
@@ -53,7 +61,30 @@ class LinearHead(NamedTuple):
 
 
 class Model(nnx.Module):
-    """Base of the models' modules. A subclass defines `__call__`, `head` and `init_memory`."""
+    """Base of the models' modules. A subclass defines `__call__`, `head` and `init_memory`.
+
+    A call also takes tokens as lists, and one row as one sequence. Outside jit it refuses ids beyond `vocabulary`.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "__call__" in cls.__dict__:
+            cls.__call__ = taking_lists(cls.__call__)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens that the model knows; None: not known, or it reads no tokens."""
+        return None
+
+    @property
+    def least_call(self) -> int:
+        """Tokens at the start of a text that one call must hold, where it has as many."""
+        return 1
+
+    def logits_of(self, tokens: Any) -> Float[Array, "B T V"]:
+        """The logits after each token, float32 or wider, in one compiled call; tokens are lists, [T] or [B, T]."""
+        graphdef, params = nnx.split(self, nnx.Param)
+        return _logits_of(graphdef, params, as_tokens(tokens, self.vocabulary))
 
     def head(self, hidden_BTD: Float[Array, "B T D"]) -> LinearHead:
         """The head's operands for the model's hidden states."""
@@ -71,6 +102,17 @@ class Model(nnx.Module):
         """The batch axis of every leaf of a memory, by default 0."""
         return jax.tree.map(lambda _: 0, memory)
 
+    def open_memory(self, memory: Any) -> Any:
+        """The memory in the form for many calls of one token without gradients: batch axes first, updated in place.
+
+        In this form, segment ids say what is padding (-1); other ids continue the row's segment.
+        """
+        return memory
+
+    def close_memory(self, memory: Any) -> Any:
+        """The memory that `open_memory` opened, in its own form."""
+        return memory
+
     def at_call_length(self, memory: Any, length: int) -> Any:
         """The same memory, for a caller whose calls all have `length` tokens: a model may then trace a single path."""
         return memory
@@ -86,17 +128,24 @@ class PlainModel(Model):
         self.module = module
 
     def __call__(self, tokens_BT, memory=None, *, segment_ids=None, collect=(), mute=()) -> Output:
-        found = self.module(tokens_BT, memory, segment_ids=segment_ids)
-        if isinstance(found, Output):
-            return found
-        hidden, memory = found
-        return Output(hidden, memory, no_loss(hidden), {})
+        rows = compact(segment_ids)
+        found = self.module(rows.gather(tokens_BT), memory, segment_ids=rows.segment_ids)
+        if not isinstance(found, Output):
+            hidden, memory = found
+            found = Output(hidden, memory, no_loss(hidden), {})
+        return rows.scatter(found)
 
     def logits(self, hidden_BTD):
         return self.module.logits(hidden_BTD)
 
     def init_memory(self, batch_size: int):
         return self.module.init_memory(batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits_of(graphdef: nnx.GraphDef, params: Any, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    model = nnx.merge(graphdef, params)
+    return model.logits(model(tokens_BT).hidden)
 
 
 def as_model(module: nnx.Module) -> Model:
@@ -107,6 +156,65 @@ def as_model(module: nnx.Module) -> Model:
 def no_loss(x_BTD: Float[Array, "B T *D"]) -> Float[Array, " B"]:
     """The auxiliary loss of a model without auxiliary losses: zeros."""
     return jnp.zeros(len(x_BTD), jnp.promote_types(x_BTD.dtype, jnp.float32))
+
+
+# Padding.
+
+
+class Rows(NamedTuple):
+    """Rows whose padding follows their last token, and the way back to the caller's rows."""
+
+    segment_ids: Int[Array, "B T"] | None
+    order: Int[Array, "B T"] | None  # the caller's position of every place; None: the rows are the caller's
+    place: Int[Array, "B T"] | None  # its inverse: the place of every position of the caller
+
+    def gather(self, x_BT: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
+        """The caller's tokens, at their places."""
+        return x_BT if self.order is None else _take(x_BT, self.order)
+
+    def scatter(self, out: Output) -> Output:
+        """The output with hidden states and diagnostics per token [repeat, B, T, ...] at the caller's positions."""
+        if self.place is None:
+            return out
+        collected = {
+            name: jax.vmap(_take, (0, None))(values, self.place) if values.shape[1:3] == self.place.shape else values
+            for name, values in out.collected.items()
+        }
+        return out._replace(hidden=_take(out.hidden, self.place), collected=collected)
+
+
+def _take(x: Shaped[Array, "B T *D"], index: Int[Array, "B T"]) -> Shaped[Array, "B T *D"]:
+    return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds", unique_indices=True))(x, index)
+
+
+def compact(segment_ids: Int[Array, "B T"] | None) -> Rows:
+    """Moves each row's tokens and filler to its front, in their order, and its padding behind them.
+
+    Nothing is moved, and nothing added to the program, without ids, in a call of one token, and where the caller says
+    that the rows are like that already (`padding_last`).
+    """
+    if segment_ids is None or segment_ids.shape[1] == 1 or segment_ids is _padding_last.get():
+        return Rows(segment_ids, None, None)
+    padding = segment_ids == PADDING
+    kept = jnp.cumsum(~padding, axis=1, dtype=jnp.int32)
+    behind = kept[:, -1:] + jnp.cumsum(padding, axis=1, dtype=jnp.int32)
+    order = jnp.argsort(padding, axis=1, stable=True)
+    return Rows(_take(segment_ids, order), order, jnp.where(padding, behind, kept) - 1)
+
+
+_padding_last: contextvars.ContextVar[Any] = contextvars.ContextVar("padding_last", default=None)
+
+
+@contextmanager
+def padding_last(segment_ids: Int[Array, "B T"] | None) -> Iterator[None]:
+    """In this context, models that are given this very array trust that no padding (-1) precedes a token or filler in
+    it, as in the rows of a data set. Where one does, outputs and memory are wrong; rows are checked where they are read
+    (`engrax.data.config.check_rows`). The claim is about the array: ids that a model makes from it are other ids."""
+    token = _padding_last.set(segment_ids)
+    try:
+        yield
+    finally:
+        _padding_last.reset(token)
 
 
 # Placement of arrays on a mesh.

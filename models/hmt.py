@@ -30,7 +30,9 @@ from engrax.models.contract import as_model
 from engrax.models.language_model import LanguageModelConfig
 from engrax.models.model import MODELS
 from engrax.models.segment_config import SegmentRecurrentConfig
-from engrax.models.segment_recurrence import SegmentRecurrent, SegmentRunner
+from engrax.models.segment_recurrence import SegmentRecurrent
+from engrax.models.segment_runner import SegmentRunner
+from engrax.pallas_kernels.common.segments import FILLER
 from engrax.registry import did_you_mean
 
 MODES = ("previous_segment", "delayed_prefix", "paper")
@@ -188,7 +190,7 @@ class HMT(SegmentRecurrent):
         """S_n: the backbone's hidden state after [T | tokens | T]."""
         x = self._embed(about)
         prompt = jnp.broadcast_to(self.summary_prompt[...], (len(x), 1, x.shape[-1])).astype(x.dtype)
-        ids = jnp.pad(jnp.where(about >= 0, 0, -1).astype(jnp.int32), ((0, 0), (1, 1)))
+        ids = jnp.pad(jnp.where(about >= 0, 0, FILLER).astype(jnp.int32), ((0, 0), (1, 1)))
         return self.backbone.encode(jnp.concatenate([prompt, x, prompt], axis=1), segment_ids=ids).hidden[:, -1]
 
     def own_report(self, tokens_BT: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> dict[str, Array]:
@@ -210,10 +212,11 @@ class HMT(SegmentRecurrent):
 
 
 def _watched(run: SegmentRunner, state, tokens, ids):
-    """One segment: (state, (recall weights, number of memories))."""
-    begun = run.enter(state, ids[:, 0], jnp.ones(len(tokens), bool))
+    """One segment: (state, (recall weights, number of memories)); no weights in rows that do not complete it."""
+    count = run.count(ids)
+    begun = run.enter(state, ids[:, 0], count > 0)
     after, _ = run.segment(state, tokens, ids)
-    return after, (after.memory.weights, begun.memory.count)
+    return after, (jnp.where((count == run.length)[:, None], after.memory.weights, 0), begun.memory.count)
 
 
 def _recall_report(weights: Float[Array, "S B N"], counts: Int[Array, "S B"]) -> dict[str, Array]:

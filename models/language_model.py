@@ -20,7 +20,18 @@ from engrax.layers.common.lora import LoraConfig
 from engrax.layers.common.modules import projection
 from engrax.layers.mixer import MixerOutput, as_mixer
 from engrax.models.block_style import BlockStyleConfig, LearnedPositions, without_place
-from engrax.models.contract import GATHERED, LinearHead, Model, Output, gathered, is_gathering, no_loss, split_rows
+from engrax.models.contract import (
+    GATHERED,
+    LinearHead,
+    Model,
+    Output,
+    compact,
+    gathered,
+    is_gathering,
+    no_loss,
+    split_rows,
+)
+from engrax.models.decoding import Opened, close_blocks, open_blocks, run_blocks
 from engrax.models.model import MODELS, ModelConfig
 from engrax.models.parameters import declare_roles, stack_axes
 from engrax.registry import did_you_mean
@@ -198,7 +209,9 @@ class LanguageModel(Model):
         "*". `collect` returns their diagnostics as {"titans.lr_mean": [repeat, ...]}; the name has the pattern position
         if a mixer occurs twice. `mute` removes their memory reads.
         """
-        return self.encode(self.embed(tokens_BT), memory, segment_ids=segment_ids, collect=collect, mute=mute)
+        rows = compact(segment_ids)
+        x_BTD = self.embed(rows.gather(tokens_BT))
+        return rows.scatter(self.encode(x_BTD, memory, segment_ids=rows.segment_ids, collect=collect, mute=mute))
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The vectors of tokens."""
@@ -214,8 +227,10 @@ class LanguageModel(Model):
         collect: tuple[str, ...] = (),
         mute: tuple[str, ...] = (),
     ) -> Output:
-        """A call on vectors: embedded tokens, a prompt or a memory."""
+        """A call on vectors: embedded tokens, a prompt or a memory. Padding must follow a row's last vector."""
         calls = self._calls(collect, mute)
+        opened = isinstance(memory, Opened)
+        memory = (memory.blocks, *memory.place) if opened else memory
         x_BTD, memory, place, lost = self._add_positions(x_BTD, memory, segment_ids)
 
         def body(blocks, x, states):
@@ -227,9 +242,10 @@ class LanguageModel(Model):
                 collected |= {f"{label}.{key}": value for key, value in out.collected.items()}
             return x, (tuple(new), aux, collected)
 
-        x_BTD, (memory, aux, collected) = self._scan(body, x_BTD, memory)
+        x_BTD, (memory, aux, collected) = self._scan(body, x_BTD, memory[0] if opened else memory, opened)
         hidden_BTD = split_rows(without_place(self.norm(x_BTD) if hasattr(self, "norm") else x_BTD, lost))
-        return Output(hidden_BTD, (*memory, *place), jnp.sum(aux, axis=0), collected)
+        memory = Opened(memory, place) if opened else (*memory, *place)
+        return Output(hidden_BTD, memory, jnp.sum(aux, axis=0), collected)
 
     def _calls(self, collect: tuple[str, ...], mute: tuple[str, ...]) -> list[tuple[str, tuple, tuple]]:
         """(name of its diagnostics, what to collect, memory reads to remove) for every pattern position."""
@@ -260,6 +276,21 @@ class LanguageModel(Model):
         table = self.embedding if style.tied else self.output_embedding
         return LinearHead(hidden_BTD, table[...], style.soft_cap, style.z_loss)
 
+    @property
+    def vocabulary(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def least_call(self) -> int:
+        return max(mixer.least_call for mixer in self.config.mixers)
+
+    def open_memory(self, memory: Any) -> Opened:
+        """The memory with the state of every block apart, in its mixer's form for single tokens."""
+        return open_blocks([block.mixer for block in self.blocks], memory, self.config.repeat)
+
+    def close_memory(self, memory: Opened) -> Any:
+        return close_blocks([block.mixer for block in self.blocks], memory)
+
     def memory_axes(self, memory: Any) -> Any:
         """1: blocks are stacked along axis 0."""
         return jax.tree.map(lambda _: 1, memory)
@@ -273,8 +304,9 @@ class LanguageModel(Model):
         states = self._scan(body, jnp.zeros(()), None)[1]
         return (*states, self.positions.init_state(batch_size)) if hasattr(self, "positions") else states
 
-    def _scan(self, body, x, memory):
-        """Runs `body(blocks, x, states) -> (x, outputs)` over the repeats; outputs are stacked along a first axis."""
+    def _scan(self, body, x, memory, opened: bool = False):
+        """Runs `body(blocks, x, states) -> (x, outputs)` over the repeats; outputs are stacked along a first axis, but
+        for the states of an opened memory."""
         graphdefs, params = zip(*(nnx.split(block) for block in self.blocks))
 
         def step(x, xs):
@@ -283,6 +315,8 @@ class LanguageModel(Model):
             states = (None,) * len(graphdefs) if states is None else states
             return body([nnx.merge(g, p) for g, p in zip(graphdefs, params)], x, states)
 
+        if opened:
+            return run_blocks(step, x, params, memory)
         policy = REMAT[self.config.remat]
         if policy is None and is_gathering():  # gathered parameters are not kept for the backward pass
             policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)

@@ -28,8 +28,6 @@ GRADIENTS = ("causality.jacobian", "packing.gradients", "stability.gradients", "
 GRADIENTS += ("independence.gradients",)
 SETTINGS_LEFT_OUT = ("ttt_mlp", "yaad", "moneta", "memora", "omeganet")  # of test_time_memory
 MODELS_LEFT_OUT = ("titans_lmm", "titans_mac", "titans_mag", "titans_mal", "transformer_xl", "memorizing_transformer")
-# Laws that models are not held to: they take padding after a row's last token, not yet anywhere.
-NOT_YET = ("padding.nothing", "state_carry.padding")
 
 
 def is_thorough(name: str, index: int) -> bool:
@@ -88,14 +86,13 @@ def _is_setting(config: type, registry) -> bool:
 def cases(registry):
     """pytest parameters (kind, name, index, law, deep), ordered by config, so that what one compiled can be dropped."""
     found, kind = [], registry.kind
-    laws = [part for part in LAWS if kind == "mixer" or part not in NOT_YET]
     for name in (name for name in registry if registry[name].__module__.startswith("engrax.")):
         for index in range(len(registry[name].examples())):
             case = f"{kind}-{name}{index}"
-            for part in laws:
+            for part in LAWS:
                 marks = _marks(registry, name, index, part)
                 found.append(pytest.param(kind, name, index, part, False, marks=marks, id=f"{case}-{part}"))
-            for part in filter(_does_more_when_deep, laws):
+            for part in filter(_does_more_when_deep, LAWS):
                 marks = [pytest.mark.long]
                 found.append(pytest.param(kind, name, index, part, True, marks=marks, id=f"{case}-{part}-deep"))
     return found

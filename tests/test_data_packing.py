@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engrax.data.config import Share
+from engrax.data.encoded import Encoded
 from engrax.data.packing import plan_rows
 from engrax.data.pipeline import PackedText
 from engrax.errors import UserError
@@ -27,7 +28,7 @@ def some_documents(count=150, seed=0):
 def pack(documents, *, batch_size=4, seed=0, epochs=None, align=1, buffer_tokens=900, index=0, count=1, seq_len=T):
     return PackedText(
         documents,
-        lambda document: document,
+        lambda document: Encoded(document, np.ones_like(document)),
         seq_len=seq_len,
         share=Share.of(batch_size, index, count),
         seed=seed,

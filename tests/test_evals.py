@@ -115,6 +115,9 @@ def test_results_json_holds_every_number(text_results, text_run):
     assert data["format_version"] == evaluation.FORMAT_VERSION and data["run"] == "text_run" and data["step"] == 4
     assert data["seeds"] == {"experiment": 3} and len(data["data_digest"]) == 64 and not data["warnings"]
     assert data["config"]["batch_size"] == 4 and data["device"].startswith("cpu")
+    splits = runs.open_run(text_run).experiment.data.splits()
+    assert data["splits"]["validation"]["bytes"] == splits.validation.bytes > 0
+    assert str(splits.train) in text_results.report.read_text()
     found = data["evaluations"]
     names = ["validation", "baselines", "memory_ablation", "by_position", "stream", "diagnostics", "token_types"]
     assert list(found) == list(data["evaluators"]) == [*names, "training", "costs"]
@@ -144,7 +147,7 @@ def test_streaming_in_pieces_is_one_long_pass(text_results, text_run):
     found, run = text_results.evaluations["stream"], runs.open_run(text_run)
     documents = [d for d in run.experiment.data.token_documents("validation") if len(d) > STREAMED]
     assert found["documents"] == len(documents) == 2 and found["trained_length"] == 64
-    tokens = np.stack([d[: STREAMED + 1] for d in documents]).astype(np.int32)
+    tokens = np.stack([d.tokens[: STREAMED + 1] for d in documents]).astype(np.int32)
     model, _ = run.load()
     logits = jax.nn.log_softmax(model.logits(model(jnp.asarray(tokens[:, :-1]))[0]))
     bits = -np.take_along_axis(np.asarray(logits), tokens[:, 1:, None], axis=-1)[..., 0] / math.log(2)
@@ -348,7 +351,7 @@ def test_bits_per_byte_of_a_json_tokenizer(text_folder, tmp_path):
     e = experiment(data)
     rows = scoring.validation_rows(e, None)
     bits = np.where(rows.labelled, math.log2(data.vocab_size), 0.0)
-    found = statistics.mean(bits, scoring.divisors(e, rows, scoring.kind_of(e)))
+    found = statistics.mean(bits, scoring.divisors(rows, scoring.kind_of(e)))
     texts = [data.tokenizer.encode(document) for document in data.documents("validation")]
     tokens = sum(len(text) - 1 for text in texts)
     size = sum(len(data.tokenizer.decode(text[1:]).encode()) for text in texts)

@@ -15,6 +15,7 @@ The order is a contract:
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -68,6 +69,7 @@ def train(
     experiment = experiments.with_absolute_paths(experiment)
     trainer = check(experiment, run_dir)
     mesh = trainer.mesh
+    trainer.check_validation()
     saved = _latest_step(run_dir)
     # Errors are raised before anything is written.
     begins_at, params = (None, None) if saved else _earlier_params(trainer, run_dir)
@@ -94,6 +96,8 @@ def train(
             write_atomically(run.directory / BEGINS_AT, json.dumps({"step": begins_at}) + "\n")
         if saved:
             state = _restore(trainer, checkpoints, data, saved)
+        for warning in experiment.data.warnings() if main else ():
+            _warn(warning)
         if main and saved:
             print(f"resuming {run.directory} at step {saved}", file=sys.stderr)
         if saved >= experiment.steps:
@@ -215,6 +219,12 @@ class Loop:
             loss = {k: v for k, v in self.validated.get(step, {}).items() if k == "validation_loss"}
             self.checkpoints.save(step, state, data.get_state(), loss or None)
             self.saved = step
+
+
+@functools.cache
+def _warn(sentence: str) -> None:
+    """Prints a warning, once in a process that trains several times."""
+    print(f"warning: {sentence}", file=sys.stderr)
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from engrax.models.contract import Model, PlainModel
+from engrax.models.contract import Model, PlainModel, padding_last
 from engrax.pallas_kernels.linear_cross_entropy.api import linear_cross_entropy_terms
 
 Batch = dict[str, Array]  # {"tokens", "targets", "segment_ids"}: int [B, T]; a target of -1 is no label
@@ -32,10 +32,14 @@ def score(
 ) -> Score:
     """Scores the labelled tokens of a batch; `memory` continues earlier tokens, None starts from an empty memory.
 
+    The batch has rows of a data set: their padding (-1 in `segment_ids`) follows their last token.
+
     collect: registered names of mixers whose diagnostics are returned. mute: names of those whose memory reads are
     replaced by zeros.
     """
-    out = model(batch["tokens"], memory, segment_ids=batch.get("segment_ids"), collect=collect, mute=mute)
+    segment_ids = batch.get("segment_ids")
+    with padding_last(segment_ids):
+        out = model(batch["tokens"], memory, segment_ids=segment_ids, collect=collect, mute=mute)
     targets = batch["targets"]
     labels = jnp.sum(targets >= 0, axis=1)
     if isinstance(model, PlainModel):

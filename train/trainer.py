@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import inspect
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -12,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from engrax import models
+from engrax.data.config import check_rows
 from engrax.errors import UserError
 from engrax.models import contract, imported
 from engrax.models.block_style import BlockStyleConfig
@@ -26,6 +30,8 @@ from engrax.train.experiment import Experiment, nested_configs
 from engrax.train.objective import score
 from engrax.train.optimizers import base as optimizers
 from engrax.train.train_step import Loss, Placement
+
+NO_LABELS = "the validation split holds no labelled token; give more or longer documents, or another validation split."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,11 +195,15 @@ class Trainer:
         return self.forward(report)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows as part of a global batch on the mesh."""
+        """This process's rows as part of a global batch on the mesh. Raises UserError if padding precedes a token."""
+        check_rows(batch["segment_ids"])
         return sharding.put_batch(batch, self.mesh, self.experiment.batch_size)
 
-    def loader(self, split: str) -> Iterator[dict[str, np.ndarray]]:
-        """This process's batches: endless and shuffled for "train", one fixed pass for "validation"."""
+    def loader(self, split: str, *, target_bytes: bool = False) -> Iterator[dict[str, np.ndarray]]:
+        """This process's batches: endless and shuffled for "train", one fixed pass for "validation".
+
+        `target_bytes`, of text alone: the batches have this field too. It is for the host and not for `put`.
+        """
         e = self.experiment
         return e.data.loader(
             split,
@@ -204,20 +214,31 @@ class Trainer:
             epochs=None if split == "train" else 1,
             align=e.align,
             **({"stream": True} if e.carry_memory and split == "train" else {}),
+            **({"target_bytes": True} if target_bytes else {}),
         )
 
-    def validate(self, params: Any, batches: int) -> dict[str, float]:
-        """Loss in nats per labelled token, and accuracy, over the first validation batches."""
-        loss, count, right = 0.0, 0.0, 0.0
+    def check_validation(self) -> None:
+        """Raises UserError if the validation batches of the training hold no labelled token."""
         with contextlib.closing(self.loader("validation")) as loader:
+            batches = itertools.islice(loader, self.experiment.eval.batches)
+            if any((batch["targets"] >= 0).any() for batch in batches):
+                return
+        raise UserError(NO_LABELS)
+
+    def validate(self, params: Any, batches: int) -> dict[str, float]:
+        """Loss in nats per labelled token and, for text, in bits per byte, and accuracy, over the first validation
+        batches."""
+        loss, count, right, size = 0.0, 0.0, 0.0, 0
+        with contextlib.closing(self.loader("validation", target_bytes=self.experiment.data.counts_bytes)) as loader:
             for _, batch in zip(range(batches), loader):
+                size += int(batch.pop("target_bytes", np.zeros(0, np.int32)).sum())
                 sums = jax.device_get(self.eval_step(params, self.put(batch)))
                 loss, count, right = loss + float(sums[0]), count + float(sums[1]), right + float(sums[2])
         if not count:
-            raise UserError(
-                "the validation split holds no labelled token; give more text, or a larger validation part."
-            )
-        return {"validation_loss": loss / count, "validation_accuracy": right / count}
+            raise UserError(NO_LABELS)
+        size = int(np.sum(multihost_utils.process_allgather(np.asarray(size))))  # each process has read its rows
+        in_bits = {"validation_bits_per_byte": loss / math.log(2) / size} if size else {}
+        return {"validation_loss": loss / count, "validation_accuracy": right / count} | in_bits
 
     def diagnose(self, params: Any) -> dict[str, float]:
         """The mixers' scalar diagnostics on the first validation batch: {"memory/titans.lr_mean/0": ...} by repeat."""

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -63,14 +64,14 @@ class RopeScaling:
                 f"high_freq_factor={self.high_freq_factor}."
             )
 
-    def apply(self, frequency: Float[Array, " N"]) -> Float[Array, " N"]:
+    def apply(self, frequency: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
         """The scaled frequencies, radians per token."""
         if self.kind == "none":
             return frequency
         kept = 0.0
         if self.kind == "llama3":
             turns = self.original_context * frequency / (2 * math.pi)  # in a row of pretraining
-            kept = jnp.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+            kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
         return frequency * (kept + (1 - kept) / self.factor)
 
 
@@ -147,13 +148,31 @@ def rotate(
     """Rotary embedding: channel pairs (i, i + K/2) turned by position * base^(-2i/K) radians, before the scaling."""
     half = x_BTHK.shape[-1] // 2
     dtype = jnp.promote_types(x_BTHK.dtype, jnp.float32)
-    frequency = scaling.apply(base ** (-jnp.arange(half, dtype=dtype) / half))
-    angle = position_BT[..., None, None].astype(dtype) * frequency
+    angle = _angles(position_BT, scaling.apply(base ** (-np.arange(half) / half)), dtype)[..., None, :]
     a, b = x_BTHK[..., :half].astype(dtype), x_BTHK[..., half:].astype(dtype)
     turned = jnp.concatenate(
         [a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], axis=-1
     )
     return turned.astype(x_BTHK.dtype)
+
+
+def _angles(
+    position_BT: Int[Array, "B T"], frequency: Float[np.ndarray, " N"], dtype: Any
+) -> Float[Array, "B T N"]:
+    """position * frequency in radians, modulo 2 pi, as exact at a late position as at an early one.
+
+    A float32 product errs by position * 6e-8. So frequencies are counted in 2^-32 turns, whole ones and a rest, and
+    their products with the position in uint32, which drops whole turns by itself.
+    """
+    if dtype == jnp.float64:
+        return position_BT[..., None] * jnp.asarray(frequency, dtype)
+    units = frequency / (2 * math.pi) * 2.0**32  # 2^-32 turns per token
+    whole, rest = np.round(units), units - np.round(units)
+    whole, rest = np.mod(whole, 2.0**32).astype(np.uint32), rest.astype(np.float32)
+    position = position_BT[..., None]
+    drift = jnp.round(position.astype(dtype) * rest).astype(jnp.int32)  # below 2^30 for any position
+    turned = position.astype(jnp.uint32) * whole + drift.astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(turned, jnp.int32).astype(dtype) * (2 * math.pi / 2**32)
 
 
 def masked_attention(

@@ -124,9 +124,15 @@ ACTIVATIONS = {
 
 
 def l2_normalise(x: Float[Array, "*B K"], eps: float = 1e-6) -> Float[Array, "*B K"]:
-    """x / sqrt(|x|^2 + eps^2) over the last axis, computed in float32 or wider; finite with a finite gradient at 0."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + eps**2)).astype(x.dtype)
+    """(1 - m) x / sqrt(|x|^2 + eps^2) over the last axis, computed in float32 or wider; finite, its gradient too, at 0.
+
+    The margin m is the largest relative error of rounding to x's dtype, so that the rounded vector is no longer than 1:
+    delta rules and test-time memories stay bounded only for such keys.
+    """
+    wide_dtype = jnp.promote_types(x.dtype, jnp.float32)
+    wide = x.astype(wide_dtype)
+    margin = 4 * jnp.finfo(wide_dtype).eps + (jnp.finfo(x.dtype).eps / 2 if x.dtype != wide_dtype else 0)
+    return ((1 - margin) * wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + eps**2)).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):

@@ -48,6 +48,10 @@ class PrefixLinearAttentionConfig(BasedConfig):
         return small, cls()
 
     @property
+    def least_call(self) -> int:
+        return self.prefix
+
+    @property
     def matrices(self) -> tuple[Matrix, ...]:
         (m,) = super().matrices
         return (Matrix(2 * m.query_heads, 2 * m.heads, m.key, m.value),)  # of all tokens, and of the prefix

@@ -93,6 +93,10 @@ class TestTimeMixerBase(Mixer):
         """
         raise NotImplementedError
 
+    def _goes_on(self, memory) -> bool:
+        """Whether the memory is in a form in which no new segment can start."""
+        return False
+
     def _resets_itself(self) -> bool:
         """Whether the memory also needs its reset state inside a segment."""
         return False
@@ -163,14 +167,15 @@ class TestTimeMixerBase(Mixer):
     def _prepare(self, x_BTD, state, segment_ids):
         """Returns (q, k, v), the gates, the memory to begin with and to reset to, the new tail and last segment."""
         fresh = state is None
-        reset = self.reset_state() if fresh or segment_ids is not None or self._resets_itself() else None
+        resets = segment_ids is not None and (fresh or not self._goes_on(state.memory))
+        reset = self.reset_state() if fresh or resets or self._resets_itself() else None
         state = self._start(reset, len(x_BTD)) if fresh else state
         memory, tail = state.memory, state.tail
         if segment_ids is None:
             last = jnp.maximum(state.last_segment, 0)
         else:
             last = last_segment_after(state.last_segment, segment_ids)
-            if not fresh:
+            if resets and not fresh:
                 start = self._start(reset, len(x_BTD))
                 anew = starts_anew(state.last_segment, segment_ids)
                 memory = select_rows(anew, self._at_place_of(start.memory, memory), memory)

@@ -29,7 +29,7 @@ from engrax.errors import UserError
 from engrax.layers.mixer import MIXERS, MixerConfig
 from engrax.layers.test_time.base import ShellState, TestTimeMixerBase, default_lr_bound, logit
 from engrax.pallas_kernels import NeuralMemoryState, neural_memory
-from engrax.pallas_kernels.neural_memory import cost
+from engrax.pallas_kernels.neural_memory import cost, decode
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS
 from engrax.registry import did_you_mean
 
@@ -155,6 +155,19 @@ class Titans(TestTimeMixerBase):
     def _broadcast(self, memory: NeuralMemoryState, batch_size: int) -> NeuralMemoryState:
         return NeuralMemoryState.start(*_of_one_row(memory, batch_size))
 
+    def open_state(self, state: ShellState) -> ShellState:
+        if self.config.implementation not in (None, "xla"):
+            return state
+        return state._replace(memory=decode.open_memory(state.memory, self.config.chunk_size))
+
+    def close_state(self, state: ShellState) -> ShellState:
+        if not isinstance(state.memory, decode.DecodingMemory):
+            return state
+        return state._replace(memory=decode.close_memory(state.memory))
+
+    def _goes_on(self, memory) -> bool:
+        return isinstance(memory, decode.DecodingMemory)
+
     def _at_place_of(self, memory, other):
         return memory._replace(phase=other.phase)
 
@@ -170,6 +183,9 @@ class Titans(TestTimeMixerBase):
 
     def _memory(self, q, k, v, gates, memory, reset, segment_ids):
         c = self.config
+        if isinstance(memory, decode.DecodingMemory):
+            options = dict(activation=c.activation, chunk_size=c.chunk_size, segment_ids=segment_ids)
+            return decode.decode(q, k, v, memory=memory, **gates, **options)
         if segment_ids is not None:
             weights, _, momentum = _of_one_row(reset)
             reset = weights, momentum

@@ -87,6 +87,12 @@ class _Pair(Mixer):
         """The states every row starts from."""
         return PairState(self.memory.init_state(batch_size), self.attention.init_state(batch_size))
 
+    def open_state(self, state: PairState) -> PairState:
+        return PairState(self.memory.open_state(state.memory), self.attention.open_state(state.attention))
+
+    def close_state(self, state: PairState) -> PairState:
+        return PairState(self.memory.close_state(state.memory), self.attention.close_state(state.attention))
+
     def call_without(self, reads, x_BTD, state=None, segment_ids=None):
         return self(x_BTD, state, segment_ids, without=reads)
 
