@@ -10,6 +10,7 @@ import pytest
 import engrax
 from engrax import cli, files, plugins
 from engrax.data import TfdsText
+from engrax.data.tokenizers import JsonTokenizer, load_tokenizer
 from engrax.errors import UserError
 from engrax.evals import comparison
 from engrax.models import imported
@@ -72,6 +73,8 @@ def listing(folder):
     """{path: size} of all that is in a folder."""
     return {str(path): path.lstat().st_size for path in sorted(folder.rglob("*"))}
 
+
+ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 # Names that lead elsewhere.
 
@@ -288,6 +291,30 @@ def test_damaged_files_of_a_published_checkpoint_are_named_in_one_sentence(copie
     wrong += fuzz(kept / "tensors.json", lambda: tensors(kept), 2)
     wrong += fuzz(kept / "model.safetensors.index.json", lambda: tensors(kept).index_of(set()), 1)
     assert not wrong, wrong[:5]
+
+
+def test_a_damaged_tokenizer_is_named_in_one_sentence(tmp_path):
+    """When its file still parses, then it is refused as it is read, or when it has no ids for a text."""
+    path = run_folders.write_tokenizer(tmp_path / "tokenizer.json")
+    whole = json.loads(path.read_text())
+    whole["model"]["vocab"] = {"a": 0, "b": 1, "c": 2}
+    whole["added_tokens"] = [{"id": 3, "content": "</s>", "special": True} | ADDED]
+    path.write_text(json.dumps(whole))
+    assert JsonTokenizer(str(path)).end_of_text == (3,)
+
+    def read():
+        tokenizer = JsonTokenizer(str(path))
+        assert tokenizer.vocab_size >= 1 and len(tokenizer.encode("a!b")) >= 0 and tokenizer.end_of_text is not None
+
+    assert not fuzz(path, read, 3)
+
+
+@pytest.mark.parametrize("text", ["a\udcff", "\ud800b"])
+def test_a_text_that_is_no_text(made, text):
+    """A prompt of bytes that are not UTF-8 reaches Python as half characters."""
+    for file in (None, str(made / "tokenizer.json")):
+        with pytest.raises(UserError, match="is no UTF-8"):
+            load_tokenizer(file).encode(text)
 
 
 def test_damaged_scores_of_a_comparison_are_named_in_one_sentence(tmp_path):
