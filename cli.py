@@ -28,7 +28,7 @@ from typing import Any
 
 from engrax import interrupts
 from engrax.errors import UserError
-from engrax.flags import override
+from engrax.flags import override, split_data
 from engrax.registry import KINDS, did_you_mean, find_registry
 
 EXAMPLES = {
@@ -181,7 +181,7 @@ def _evaluate(args: list[str]) -> int:
     parser.add_argument(
         "--plugin", action="append", default=[], help="a .py file that registers mixers or evaluators of your own"
     )
-    known, data = _split_data(parser, args)
+    known, data = split_data(parser, args)
     from engrax import evaluate
 
     only = None if known.only is None else [name.strip() for name in known.only.split(",") if name.strip()]
@@ -203,7 +203,7 @@ def _generate(args: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--step", default=None, help="a step's number, or best (default: the newest)")
     parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers the run's own mixers")
-    known, data = _split_data(parser, args)
+    known, data = split_data(parser, args)
     from engrax import Sampling, generate
 
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -433,28 +433,6 @@ def _split_help(parser: _Parser, args: list[str]) -> tuple[argparse.Namespace, l
         raise UserError(f"{parser.prog} needs a CONFIG first; for example: {EXAMPLES[parser.prog.split()[-1]]}")
     known, rest = parser.parse_known_args(plain)
     return known, rest + wants_help
-
-
-def _split_data(parser: _Parser, args: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Parses the arguments of a command on a run; the second value is the fields that `--data.FIELD VALUE` replace."""
-    flags, rest = [], list(args)
-    while (at := next((i for i, arg in enumerate(rest) if arg.startswith("--data.")), None)) is not None:
-        length = 1 if "=" in rest[at] or at + 1 == len(rest) or rest[at + 1].startswith("--") else 2
-        flags += rest[at : at + length]
-        del rest[at : at + length]
-    known = parser.parse_args(rest)
-    if not flags:
-        return known, {}
-    from engrax import plugins
-    from engrax.train import runs
-
-    for path in known.plugin:
-        plugins.load(path)
-    old = runs.read_experiment(known.run)
-    new = override(old, flags, parser.prog)
-    names = [field.name for field in dataclasses.fields(new.data) if field.init]
-    changed = {name: getattr(new.data, name) for name in names if getattr(new.data, name) != getattr(old.data, name)}
-    return known, changed
 
 
 def _is_main() -> bool:

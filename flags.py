@@ -1,5 +1,6 @@
 """The fields of a config as dotted, typed flags: --optimizer.learning-rate 1e-3."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -7,6 +8,28 @@ from typing import Any
 
 from engrax.errors import UserError
 from engrax.registry import did_you_mean
+
+
+def split_data(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Parses the arguments of a command on a run; the second value is the fields that `--data.FIELD VALUE` replace."""
+    given, rest = [], list(args)
+    while (at := next((i for i, arg in enumerate(rest) if arg.startswith("--data.")), None)) is not None:
+        length = 1 if "=" in rest[at] or at + 1 == len(rest) or rest[at + 1].startswith("--") else 2
+        given += rest[at : at + length]
+        del rest[at : at + length]
+    known = parser.parse_args(rest)
+    if not given:
+        return known, {}
+    from engrax import plugins
+    from engrax.train import runs
+
+    for path in known.plugin:
+        plugins.load(path)
+    old = runs.read_experiment(known.run)
+    new = override(old, given, parser.prog)
+    names = [field.name for field in dataclasses.fields(new.data) if field.init]
+    changed = {name: getattr(new.data, name) for name in names if getattr(new.data, name) != getattr(old.data, name)}
+    return known, changed
 
 
 def override(experiment: Any, args: list[str], prog: str) -> Any:

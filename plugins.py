@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -114,5 +115,6 @@ def _imported_now(root: Path) -> Iterator[Path]:
     """The files below `root` of imported modules whose names say their places there."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file and name.split(".")[0] != "engrax" and Path(file) in set(_places(root, name)):
+        inside = file and file.startswith(f"{root}{os.sep}") and name.split(".")[0] != "engrax"
+        if inside and Path(file) in set(_places(root, name)):
             yield Path(file)

@@ -6,6 +6,7 @@ Both give with the tokens of a text the bytes that each stands for (`engrax.data
 import functools
 import hashlib
 import itertools
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -39,8 +40,8 @@ class ByteTokenizer:
     end_of_text: tuple[int, ...] = ()  # tokens that end a text
 
     def encode(self, text: str | bytes) -> Int32[np.ndarray, "T"]:
-        """Returns the bytes of the text (UTF-8 of a string)."""
-        data = text.encode() if isinstance(text, str) else text
+        """Returns the bytes of the text (UTF-8 of a string). Raises UserError for a string that has none."""
+        data = _utf8(text) if isinstance(text, str) else text
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
     def decode(self, ids) -> str:
@@ -70,6 +71,8 @@ class JsonTokenizer:
         except Exception as error:  # the library raises a bare Exception
             reason = " ".join(str(error).split())
             raise UserError(f"tokenizer file {path} is not a readable tokenizer.json ({reason}).") from error
+        if not self._tokenizer.get_vocab_size():
+            raise UserError(f"tokenizer file {path} holds no token; restore the file.")
         # The file may enable truncation or padding of every text; packing needs neither.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -80,8 +83,8 @@ class JsonTokenizer:
     @property
     def end_of_text(self) -> tuple[int, ...]:
         """Ids of the added special tokens that end a text, by the names that the published tokenizers give them."""
-        added = {token["id"]: token["content"] for token in self._spec.get("added_tokens", ()) if token.get("special")}
-        return tuple(sorted(index for index, content in added.items() if content in ENDS_OF_TEXT))
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return tuple(sorted(index for index, token in added if token.special and token.content in ENDS_OF_TEXT))
 
     @property
     def vocab_size(self) -> int:
@@ -89,10 +92,18 @@ class JsonTokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str | bytes) -> Int32[np.ndarray, "T"]:
-        """Returns the ids; bytes are decoded as UTF-8, invalid ones become U+FFFD."""
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", errors="replace")
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        """Returns the ids; bytes are decoded as UTF-8, invalid ones become U+FFFD.
+
+        Raises UserError for a string without UTF-8, and for a text that the tokenizer has no ids for.
+        """
+        data = _utf8(text) if isinstance(text, str) else text
+        return np.asarray(self._encoding(data.decode("utf-8", errors="replace")).ids, np.int32)
+
+    def _encoding(self, text: str) -> Any:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises a bare Exception: for an unknown token that is unknown, say
+            raise UserError(f"the tokenizer cannot read a text ({error}); restore its tokenizer.json.") from error
 
     def encode_with_bytes(self, text: str | bytes) -> Encoded:
         """Returns the ids of `encode`, and the bytes of each in the smallest integer type.
@@ -100,7 +111,7 @@ class JsonTokenizer:
         They sum to the bytes of the text, unless it has no ids.
         """
         text, sizes = readable(text)
-        found = self._tokenizer.encode(text, add_special_tokens=False)
+        found = self._encoding(text)
         spans = np.fromiter(itertools.chain.from_iterable(found.offsets), np.int64, 2 * len(found)).reshape(-1, 2)
         counted = bytes_of_spans(spans, sizes)
         return Encoded(np.asarray(found.ids, np.int32), counted.astype(np.min_scalar_type(counted.max(initial=0))))
@@ -108,6 +119,14 @@ class JsonTokenizer:
     def decode(self, ids) -> str:
         """Returns the text."""
         return self._tokenizer.decode(np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=False)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        where = f"character {error.start + 1}"
+        raise UserError(f"the text is no UTF-8 ({where} is half of one, a surrogate); give it in UTF-8.") from None
 
 
 Tokenizer = ByteTokenizer | JsonTokenizer

@@ -228,7 +228,7 @@ def _written(score: Score) -> dict[str, Any]:
     return arrays | {"learnt_at": score.learnt_at, "seconds": score.seconds}
 
 
-def _read(data: dict[str, Any], path: epath.Path) -> Score:
+def _read(data: dict[str, Any], path: Any) -> Score:
     """The inverse of `_written`. Raises UserError if the data in `path` make no sense."""
     arrays = {}
     for name in _ARRAYS:

@@ -216,7 +216,7 @@ def test_a_comparison_trains_and_scores(tmp_path):
 
 
 def test_an_interrupted_trial_says_so(tmp_path, monkeypatch):
-    stopped = type("Stopped", (), {"finished": False})()
+    stopped = type("Stopped", (), {"finished": False, "interrupted": False})()
     monkeypatch.setattr(comparison.loop, "train", lambda *args, **kwargs: stopped)
     with pytest.raises(UserError, match="continues from there"):
         evals.compare(Comparison({"a": tiny(1), "b": tiny(2)}, RATES), tmp_path, progress=False)

@@ -20,7 +20,7 @@ MODELS = OPS | {"layers", "models"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
-    "flags": {"errors", "registry"},
+    "flags": {"errors", "registry", "plugins", "train"},
     "interrupts": set(),
     "lazy": set(),
     "registry": {"errors"},

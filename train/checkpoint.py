@@ -6,8 +6,10 @@ layout depends on neither Flax nor optax classes, and may be restored to any oth
 """
 
 import contextlib
+import gc
 import json
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,7 +122,7 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{self.directory} is damaged ({_reason(error)}); restore it.") from error
+            raise UserError(f"{self.directory} is damaged ({first_line(error)}); restore it.") from error
 
     def save(self, step: int, state: Any, data_state: dict, metrics: dict[str, float] | None) -> None:
         """Starts a save and blocks only while arrays are copied to the host. A rename completes the write."""
@@ -163,6 +165,8 @@ class Checkpoints:
         self._check(wanted, step)
         args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(wanted), data=self._ocp.args.JsonRestore())
         found = self._read(self._manager, step, args)
+        if not isinstance(found["data"], dict):
+            raise self._damaged(step, f"its position in the data is {short(found['data'])}")
         return unflatten(found["state"], like), found["data"]
 
     def restore_params(self, like: Any, step: int) -> Any:
@@ -179,10 +183,13 @@ class Checkpoints:
         return unflatten(found["state"], {"params": like})["params"]
 
     def _read(self, manager: Any, step: int, args: Any) -> Any:
-        try:
-            return manager.restore(step, args=args)
-        except Exception as error:  # of many types, by what is damaged
-            raise self._damaged(step, _reason(error)) from error
+        with _quiet():
+            try:
+                return manager.restore(step, args=args)
+            except Exception as error:  # of many types, by what is damaged
+                reason = first_line(error)
+            gc.collect()  # of what was cut short, while nobody listens
+        raise self._damaged(step, reason)
 
     def _damaged(self, step: int, reason: str) -> UserError:
         earlier = [s for s in self.steps() if s < step]
@@ -224,7 +231,7 @@ class Checkpoints:
                 for name, entry in found.items()
             }
         except Exception as error:  # of many types, by what is damaged
-            raise self._damaged(step, f"no readable metadata: {_reason(error)}") from error
+            raise self._damaged(step, f"no readable metadata: {first_line(error)}") from error
 
     def wait(self) -> None:
         """Blocks until the save in progress is committed."""
@@ -235,8 +242,20 @@ class Checkpoints:
         self._manager.close()
 
 
-def _reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, cut to a piece of a line."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the tracebacks of reads that another's failure cut short off stderr; the failure itself is raised."""
+    old = sys.excepthook, sys.unraisablehook
+    sys.excepthook, sys.unraisablehook = (lambda *_: None), (lambda _: None)
+    try:
+        yield
+    finally:
+        sys.excepthook, sys.unraisablehook = old
 
 
 def _loss(metrics: dict[str, float]) -> float:

@@ -26,10 +26,10 @@ import jax
 from etils import epath
 
 from engrax.errors import Diverged, UserError
-from engrax.files import expect, read_json, refuse_links, write_atomically
+from engrax.files import expect, read_json, refuse_links, short, write_atomically
 from engrax.train import experiment as experiments
 from engrax.train import metrics, run_lock, runs
-from engrax.train.checkpoint import Checkpoints
+from engrax.train.checkpoint import Checkpoints, first_line
 from engrax.train.distributed import StopSignal
 from engrax.train.experiment import Experiment
 from engrax.train.fit import refuse_what_does_not_fit
@@ -245,13 +245,23 @@ def _restore(trainer: Trainer, checkpoints: Checkpoints, data: Any, saved: int) 
     """The state of the newest checkpoint; the data are moved to its position."""
     state, position = checkpoints.restore(trainer.abstract_state(), saved)
     try:
+        _refuse_senseless(position)
         data.set_state(position)
     except Exception as error:
         raise UserError(
             f"the position in the data of checkpoint {saved} in {checkpoints.directory} makes no sense "
-            f"({type(error).__name__}: {error}); delete that checkpoint to go on from an earlier one."
+            f"({first_line(error)}); delete that checkpoint to go on from an earlier one."
         ) from error
     return state
+
+
+def _refuse_senseless(position: Any) -> None:
+    """Raises ValueError if a number in a position in the data cannot count anything."""
+    if isinstance(position, (dict, list)):
+        for part in position.values() if isinstance(position, dict) else position:
+            _refuse_senseless(part)
+    elif isinstance(position, (int, float)) and not 0 <= position < 1 << 53:
+        raise ValueError(f"{short(position)} is no position")
 
 
 def _earlier_params(trainer: Trainer, run_dir: epath.Path) -> tuple[int | None, Any]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def plugin_hint(directory: epath.Path) -> str:
     return " ".join(f"--plugin {shlex.quote(str(path))}" for path in paths)
 
 
-def warn_of_changes(directory: epath.Path, loaded: list[Any]) -> None:
+def warn_of_changes(directory: epath.Path, loaded: Iterable[Any]) -> None:
     """Warns of files loaded from RUN/source that were changed after the run copied them."""
     manifest = read(directory)
     for path in map(Path, loaded):

@@ -156,9 +156,7 @@ def rotate(
     return turned.astype(x_BTHK.dtype)
 
 
-def _angles(
-    position_BT: Int[Array, "B T"], frequency: Float[np.ndarray, " N"], dtype: Any
-) -> Float[Array, "B T N"]:
+def _angles(position_BT: Int[Array, "B T"], frequency: Float[np.ndarray, " N"], dtype: Any) -> Float[Array, "B T N"]:
     """position * frequency in radians, modulo 2 pi, as exact at a late position as at an early one.
 
     A float32 product errs by position * 6e-8. So frequencies are counted in 2^-32 turns, whole ones and a rest, and
