@@ -160,7 +160,8 @@ def check_rows(segment_ids: Int32[np.ndarray, "B T"]) -> None:
         row, place = map(int, wrong[0])
         raise UserError(
             f"row {row} of the data set's segment_ids has padding ({IGNORE}) at position {place} and "
-            f"{segment_ids[row, place + 1]} after it; put padding after a row's last token, or make it filler ({FILLER})."
+            f"{segment_ids[row, place + 1]} after it; put padding after a row's last token, or mark it as filler "
+            f"({FILLER})."
         )
 
 
