@@ -59,7 +59,8 @@ class LinearHead(NamedTuple):
 
 
 class Model(nnx.Module):
-    """Base of the models' modules. A subclass defines `__call__`, `head` and `init_memory`."""
+    """Base of the models' modules. A subclass defines `__call__`, `head` and `init_memory`. Its call takes padding
+    anywhere: that of a model inside it does, and `compact` does so for layers of its own."""
 
     def head(self, hidden_BTD: Float[Array, "B T D"]) -> LinearHead:
         """The head's operands for the model's hidden states."""
