@@ -17,7 +17,6 @@ DEEP_ONLY = ("causality.distance",)  # rows of 3072 tokens
 OWN_PROGRAMS = ("state_carry.gradients", "state_carry.cuts", "state_carry.padding", "independence.batch_size")
 OWN_PROGRAMS += ("stability.long", "state.start")
 COSTLY = ("test_time", "routed", "prefix_linear_attention")  # tens of seconds for all laws; models too
-PADDING = ("padding.nothing", "state_carry.padding")
 OF_COSTLY = ("state.shapes", "state_carry.steps")  # and NO_GRADIENTS
 FOUNDATIONS = ("attention", "linear_attention", "titans")
 THOROUGH = ("attention", "linear_attention")  # with rows of every layout; the others in `make test-long`
@@ -44,8 +43,6 @@ def _marks(registry, name: str, index: int, part: str) -> list:
 
 def _is_deep(registry, name: str, index: int, part: str) -> bool:
     """Whether a case that `make test` leaves out is one of `make test-deep`."""
-    if name == "rmt" and part in PADDING:  # the cheapest model that has a place in a segment
-        return True
     if part in OWN_PROGRAMS:
         return False
     if registry.kind == "mixer" and not any(word in registry[name].__module__ for word in COSTLY):

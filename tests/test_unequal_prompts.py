@@ -11,7 +11,7 @@ from flax import nnx
 from engrax.layers import MIXERS, AttentionConfig, GatedDeltaNetConfig, PrefixLinearAttentionConfig
 from engrax.layers.attention import attention
 from engrax.models import MODELS, LanguageModelConfig, RMTConfig
-from engrax.tests.law_cases import COSTLY
+from engrax.tests.law_cases import COSTLY, RELATIVES
 
 LENGTHS = (1, 40, 3, 33, 7, 40, 7, 33)
 LONGEST, NEW, VOCAB = 40, 5, 16
@@ -137,7 +137,7 @@ def raised(config):
     return dataclasses.replace(config, capacity=64) if getattr(config, "capacity", 64) < 64 else config
 
 
-CHEAP = [name for name in MIXERS if not any(word in MIXERS[name].__module__ for word in COSTLY)]
+CHEAP = [n for n in MIXERS if n not in RELATIVES and not any(word in MIXERS[n].__module__ for word in COSTLY)]
 
 
 @pytest.mark.parametrize(
@@ -161,10 +161,9 @@ def test_prompts_of_unequal_length_with_a_prefix(x64):
 @pytest.mark.parametrize(
     "name, index",
     [
-        pytest.param("armt", 0, marks=pytest.mark.deep),
         pytest.param("hmt", 0, marks=pytest.mark.deep),
         *[pytest.param(*case, marks=pytest.mark.long) for case in (("hmt", 1), ("language_model", 1))],
-        *[pytest.param(name, 0, marks=pytest.mark.long) for name in MODELS if name not in ("armt", "hmt", "rmt")],
+        *[pytest.param(name, 0, marks=pytest.mark.long) for name in MODELS if name not in ("hmt", "rmt")],
     ],
 )
 def test_prompts_of_unequal_length_of_every_model(name, index, x64):
