@@ -153,7 +153,7 @@ def check_loader_arguments(config: DataConfig, split: str, seed: int, epochs: in
     )
 
 
-def check_rows(segment_ids: Int32[np.ndarray, "B T"]) -> None:
+def check_rows(segment_ids: Integer[np.ndarray, "B T"]) -> None:
     """Raises UserError if padding precedes a token or filler in a row: training programs move no padding."""
     wrong = np.argwhere((segment_ids[:, :-1] == IGNORE) & (segment_ids[:, 1:] != IGNORE))
     if len(wrong):
