@@ -216,14 +216,14 @@ def check_loader_arguments(config: DataConfig, split: str, seed: int, epochs: in
     )
 
 
-def check_rows(segment_ids: Int32[np.ndarray, "B T"]) -> None:
+def check_rows(segment_ids: Integer[np.ndarray, "B T"]) -> None:
     """Raises UserError if padding precedes a token or filler in a row: training programs move no padding."""
     wrong = np.argwhere((segment_ids[:, :-1] == IGNORE) & (segment_ids[:, 1:] != IGNORE))
     if len(wrong):
         row, place = map(int, wrong[0])
         raise UserError(
             f"row {row} of the data set's segment_ids has padding ({IGNORE}) at position {place} and "
-            f"{segment_ids[row, place + 1]} after it; put padding after a row's last token, or make it filler "
+            f"{segment_ids[row, place + 1]} after it; put padding after a row's last token, or mark it as filler "
             f"({FILLER})."
         )
 

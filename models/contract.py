@@ -63,7 +63,8 @@ class LinearHead(NamedTuple):
 class Model(nnx.Module):
     """Base of the models' modules. A subclass defines `__call__`, `head` and `init_memory`.
 
-    A call also takes tokens as lists, and one row as one sequence. Outside jit it refuses ids beyond `vocabulary`.
+    Its call takes padding anywhere: that of a model inside it does, and `compact` does so for layers of its own. A call
+    also takes tokens as lists, and one row as one sequence. Outside jit it refuses ids beyond `vocabulary`.
     """
 
     def __init_subclass__(cls, **kwargs: Any):

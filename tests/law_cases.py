@@ -5,8 +5,6 @@ import inspect
 import pytest
 
 from engrax.laws import LAWS
-from engrax.models import LanguageModelConfig
-
 # Compiling is nearly all that a law costs. `make test` runs all laws on what everything else is built on. Elsewhere it
 # leaves out the laws that need programs of their own, rows without segment ids, all but the first example of a config,
 # gradients where a config resembles another that is tested in full, and most laws of mere settings of another config's
@@ -30,6 +28,7 @@ GRADIENTS += ("independence.gradients",)
 # With gradients of their own programs; of the examples after a config's first, they are left to `make test-long`.
 OF_FIRST = ("causality.jacobian", "independence.gradients", "stability.gradients", "padding.nothing")
 OF_FIRST += ("trainability.finite_differences",)
+OF_FIRST_COSTLY = ("packing.gradients", "trainability.gradients")
 SETTINGS_LEFT_OUT = ("ttt_mlp", "yaad", "moneta", "memora", "omeganet")  # of test_time_memory
 MODELS_LEFT_OUT = ("titans_lmm", "titans_mac", "titans_mag", "titans_mal", "transformer_xl", "memorizing_transformer")
 
@@ -53,7 +52,7 @@ def _is_deep(registry, name: str, index: int, part: str) -> bool:
         return True
     if part == "causality.distance":
         return registry.kind == "mixer" and not index and not _is_setting(registry[name], registry)
-    return part in (*NO_GRADIENTS, *OF_COSTLY)
+    return part in (*NO_GRADIENTS, *OF_COSTLY) or (part in OF_FIRST_COSTLY and not index and name not in RELATIVES)
 
 
 def _does_more_when_deep(part: str) -> bool:
@@ -66,7 +65,7 @@ def _is_left_out(registry, name: str, index: int, part: str) -> bool:
     if index or part in DEEP_ONLY:
         return True
     if name in FOUNDATIONS:
-        costly = (*OWN_PROGRAMS, "padding.nothing", "causality.jacobian")
+        costly = (*OWN_PROGRAMS, "padding.nothing", "causality.jacobian", "independence.gradients", "state.shapes")
         return name == "titans" and part in costly  # they take a minute
     if _is_setting(registry[name], registry):
         return name in SETTINGS_LEFT_OUT + MODELS_LEFT_OUT or part not in FEW_PROGRAMS
@@ -75,10 +74,9 @@ def _is_left_out(registry, name: str, index: int, part: str) -> bool:
     if part in ("independence.gradients", "stability.gradients"):
         return True
     costly = registry.kind == "model" or any(word in registry[name].__module__ for word in COSTLY)
-    if costly and part in ("state.shapes", "causality.jacobian", "trainability.finite_differences", "padding.nothing"):
+    if costly and part in (*GRADIENTS, "state.shapes", "trainability.finite_differences", "padding.nothing"):
         return True
-    of_mixers = part in GRADIENTS and issubclass(registry[name], LanguageModelConfig)  # its mixers' gradients will do
-    return of_mixers or part in OWN_PROGRAMS
+    return part in OWN_PROGRAMS
 
 
 def _is_setting(config: type, registry) -> bool:

@@ -20,6 +20,7 @@ CAUGHT = {  # what is broken -> laws that must notice
     "segment forgotten": ("state_carry.steps", "state_carry.blocks", "packing.apart"),
     "stopped carry": ("state_carry.gradients",),
     "cut inside padding": ("state_carry.padding",),
+    "cut inside filler": ("state_carry.padding",),
     "implementation": ("paths.implementations",),
     "next token": ("causality.finite_change", "causality.jacobian", "causality.distance"),
     "deaf": ("causality.finite_change", "causality.jacobian"),
@@ -74,6 +75,8 @@ class Broken(GatedDecay):
             after["h"] = jax.lax.stop_gradient(after["h"])
         if self.fault == "cut inside padding" and segment_ids is not None:  # a call of padding alone forgets
             after["h"] = jnp.where(jnp.any(segment_ids >= 0, axis=1)[:, None], after["h"], 0)
+        if self.fault == "cut inside filler" and segment_ids is not None:  # a call that ends with filler forgets
+            after["h"] = jnp.where((segment_ids[:, -1] == -2)[:, None], 0, after["h"])
         return y * scale, after
 
     def _leaking(self, u):

@@ -210,6 +210,7 @@ def test_memories_that_are_not_chosen_keep_every_bit(x64, rng):
         state = after
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("base", [base_config("gated_deltanet", conv_width=4)])
 def test_training_neither_sees_the_future_nor_other_rows(base, rng):
     """In the pass that training differentiates, float32, with the convolution: not one bit of earlier outputs."""
@@ -375,6 +376,7 @@ def test_padding_may_hold_anything(routed, rng):
     assert np.all(clean[padding] == 0) and np.array_equal(clean, dirty)
 
 
+@pytest.mark.deep
 def test_the_balance_loss_is_in_the_training_loss(rng):
     """The loss of a batch is its nats and each row's balance losses, of all layers, times its labelled tokens."""
     mixer = MoMConfig(base=base_config("linear_attention"), balance_weight=0.5)

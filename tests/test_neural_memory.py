@@ -32,9 +32,9 @@ def x64():
 COVERING = [
     (dict(depth=1, chunk=1, rows="phased", segments=True, length=9), dict()),
     (dict(depth=2, chunk=4, rows="phased", segments=True), dict(gradient_at="decayed", activation="silu")),
-    (dict(depth=4, chunk=4, rows="aligned", segments=True), dict()),
 ]
 DEEP = [
+    (dict(depth=4, chunk=4, rows="aligned", segments=True), dict()),
     (dict(depth=1, chunk=16, rows="aligned"), dict(gradient_at="decayed", activation="relu")),
     (dict(depth=3, chunk=16, rows="phased", segments=True, length=37), dict(activation="tanh")),
     (dict(depth=2, chunk=64, rows="phased", length=70), dict()),
@@ -112,6 +112,7 @@ def test_a_cut_anywhere_changes_nothing(cut):
     assert_close(run_in_pieces(arrays, static, (cut,)), call(arrays, static))
 
 
+@pytest.mark.deep
 def test_gradients_pass_through_a_cut():
     arrays, static = make_problem(depth=1, length=9, rows="phased")
 
@@ -217,6 +218,7 @@ def test_save_every_changes_nothing():
         assert_close(values_and_grads(arrays, static, save_every=save_every), wanted)
 
 
+@pytest.mark.deep
 def test_save_every_saves_memory():
     arrays, static = make_problem(batch=1, heads=1, length=1024, key=16, value=16, hidden=256, chunk=32)
 
@@ -375,6 +377,7 @@ MESH_PROGRAM = """
 """
 
 
+@pytest.mark.deep
 def test_sharded_over_rows_and_heads_needs_no_collective():
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", textwrap.dedent(MESH_PROGRAM)]

@@ -207,6 +207,7 @@ def test_a_plain_module_sees_padding_only_after_the_tokens():
     jax.tree.map(np.testing.assert_array_equal, found.memory, wanted.memory)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("kind", [LanguageModelConfig, RMTConfig])
 def test_auxiliary_losses_do_not_count_padding(kind):
     """A router's loss per token of a row is that of its tokens, whatever the row was padded to; in segments too."""
@@ -230,7 +231,7 @@ def hmt(**fields) -> HMTConfig:
     return HMTConfig(backbone=backbone, **(sizes | fields))
 
 
-@pytest.mark.parametrize("mode", ["previous_segment", pytest.param("delayed_prefix", marks=pytest.mark.deep)])
+@pytest.mark.parametrize("mode", ["previous_segment", pytest.param("delayed_prefix", marks=pytest.mark.long)])
 def test_rows_end_at_any_place_of_a_segment(mode, x64):
     """Rows of 0 to 8 tokens in two segments of 4, then 3 tokens more: the memory and the outputs are those of rows that
     read their tokens one by one."""
@@ -275,8 +276,14 @@ def test_recall_of_padded_rows_is_reported_for_their_whole_segments():
     np.testing.assert_allclose(run(tokens, ids), run(tokens[1:], ids[1:]), atol=1e-6)
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize("fault", ["moved nowhere", "counted", "kept by no row"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("moved nowhere", marks=pytest.mark.deep),
+        pytest.param("counted", marks=pytest.mark.deep),
+        pytest.param("kept by no row", marks=pytest.mark.long),
+    ],
+)
 def test_a_model_that_counts_padding_is_noticed(fault, x64, monkeypatch):
     """When nothing moves padding, when segments count it, or when a row's segment ends with the call."""
     config = hmt()

@@ -160,7 +160,7 @@ SMALL = dict(heads=2, head_dim=4, hidden=6, chunk_size=4, persistent_tokens=2)
 
 
 @pytest.mark.parametrize(
-    "depth, momentum", [(2, True), *(pytest.param(*case, marks=pytest.mark.deep) for case in [(1, False), (4, True)])]
+    "depth, momentum", [(1, False), *(pytest.param(*case, marks=pytest.mark.deep) for case in [(2, True), (4, True)])]
 )
 def test_titans_is_a_setting_of_it(depth, momentum, x64):
     general = MemoryConfig(**SMALL, depth=depth, optimizer="momentum" if momentum else "sgd")
@@ -312,7 +312,8 @@ def test_settings_without_meaning_are_refused_with_the_reason(changes, words):
         dataclasses.replace(BASE, **changes)
 
 
-@pytest.mark.parametrize("loss", [pytest.param("l2", marks=pytest.mark.deep), "huber"])
+@pytest.mark.deep
+@pytest.mark.parametrize("loss", ["l2", "huber"])
 def test_padding_may_hold_anything(loss, x64):
     module = modules(MemoryConfig(**SMALL, loss=loss))[0]
     x = jnp.asarray(np.random.default_rng(2).standard_normal((1, 9, 8)))

@@ -122,6 +122,7 @@ print(json.dumps(out))
 """
 
 
+@pytest.mark.deep
 def test_other_optimizers_shard_their_state(run_python):
     """ZeRO 1 on two devices: the same losses as replicated, and half of every moment on each device."""
     found = json.loads(run_python(CODE + OTHERS, devices=2).splitlines()[-1])
@@ -164,6 +165,7 @@ print(json.dumps(losses))
 """
 
 
+@pytest.mark.deep
 def test_the_real_pmap_gives_the_same_losses(layouts, run_python, root):
     output = run_python(CODE + REAL_PMAP, devices=8)
     assert json.loads(output.splitlines()[-1]) == pytest.approx(layouts("one")["losses"], rel=1e-5)

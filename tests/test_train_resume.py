@@ -73,7 +73,9 @@ def uninterrupted(root, tmp_path_factory):
     return losses(run_dir)
 
 
-@pytest.mark.parametrize("trial", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
+@pytest.mark.parametrize(
+    "trial", [pytest.param(n, marks=pytest.mark.long if n else pytest.mark.deep) for n in range(3)]
+)
 def test_killed_at_random_moments_ends_with_the_same_losses(root, tmp_path, uninterrupted, trial):
     chance, run_dir = random.Random(trial), tmp_path / "run"
     for _ in range(2):

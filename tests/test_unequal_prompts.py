@@ -11,9 +11,9 @@ from flax import nnx
 from engrax.layers import MIXERS, AttentionConfig, GatedDeltaNetConfig, PrefixLinearAttentionConfig
 from engrax.layers.attention import attention
 from engrax.models import MODELS, LanguageModelConfig, RMTConfig
-from engrax.tests.law_cases import COSTLY
+from engrax.tests.law_cases import COSTLY, RELATIVES
 
-LENGTHS = (1, 40, 2, 33, 7, 40, 19, 12)
+LENGTHS = (1, 40, 3, 33, 7, 40, 7, 33)
 LONGEST, NEW, VOCAB = 40, 5, 16
 PROMPTS = np.random.default_rng(0).integers(0, VOCAB, (len(LENGTHS), LONGEST)).astype(np.int32)
 ROUNDING = 1e-9
@@ -31,14 +31,12 @@ def places(where: str) -> list[np.ndarray]:
 
 
 class Decoder:
-    """A model with noise on its parameters in float64, and its call as a program."""
+    """A model with random parameters in float64, and its call as a program."""
 
     def __init__(self, config):
-        graphdef, params = nnx.split(config.build(rngs=nnx.Rngs(0)), nnx.Param)
+        graphdef, params = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))), nnx.Param)
         rng = np.random.default_rng(2)
-        self.params = jax.tree.map(
-            lambda p: np.asarray(p, np.float64) + 0.3 * rng.standard_normal(p.shape), jax.device_get(params)
-        )
+        self.params = jax.tree.map(lambda p: 0.5 * rng.standard_normal(p.shape), params)
 
         def call(params, tokens, memory=None, ids=None):
             model = nnx.merge(graphdef, params)
@@ -47,6 +45,7 @@ class Decoder:
 
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         self.call = functools.partial(jax.jit(call, compiler_options=options), self.params)
+        self.start = jax.jit(lambda params: nnx.merge(graphdef, params).init_memory(len(LENGTHS)))(self.params)
         axes = nnx.merge(graphdef, self.params).memory_axes
         self.join = lambda memories: jax.tree.map(
             lambda axis, *leaves: np.concatenate(leaves, axis=axis), axes(memories[0]), *memories
@@ -62,7 +61,7 @@ class Decoder:
 
     def by_tokens(self):
         """The same, token by token, every row as if the others went on: no call holds padding, and one program does."""
-        memory, logits, after = None, [], []
+        memory, logits, after = self.start, [], []
         for t in range(LONGEST):
             found, memory = self.call(PROMPTS[:, t : t + 1], memory)
             logits.append(np.asarray(found))
@@ -92,6 +91,7 @@ def decode_equally(config, *, alone: bool, where=("right", "left", "inside")):
         found, padded = decoder.padded(place)
         scale = max(np.abs(row).max() for row in prompts)
         for b, (row, alone_row) in enumerate(zip(found, prompts)):
+            assert np.all(np.isfinite(row))
             np.testing.assert_allclose(row, alone_row, atol=ROUNDING * scale, err_msg=f"prompt {b}, padding {place}")
         found = [row[-1] for row in found]
         for t in range(NEW):
@@ -137,7 +137,7 @@ def raised(config):
     return dataclasses.replace(config, capacity=64) if getattr(config, "capacity", 64) < 64 else config
 
 
-CHEAP = [name for name in MIXERS if not any(word in MIXERS[name].__module__ for word in COSTLY)]
+CHEAP = [n for n in MIXERS if n not in RELATIVES and not any(word in MIXERS[n].__module__ for word in COSTLY)]
 
 
 @pytest.mark.parametrize(
@@ -161,10 +161,9 @@ def test_prompts_of_unequal_length_with_a_prefix(x64):
 @pytest.mark.parametrize(
     "name, index",
     [
-        pytest.param("armt", 0, marks=pytest.mark.deep),
         pytest.param("hmt", 0, marks=pytest.mark.deep),
         *[pytest.param(*case, marks=pytest.mark.long) for case in (("hmt", 1), ("language_model", 1))],
-        *[pytest.param(name, 0, marks=pytest.mark.long) for name in MODELS if name not in ("armt", "hmt", "rmt")],
+        *[pytest.param(name, 0, marks=pytest.mark.long) for name in MODELS if name not in ("hmt", "rmt")],
     ],
 )
 def test_prompts_of_unequal_length_of_every_model(name, index, x64):
