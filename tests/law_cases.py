@@ -5,12 +5,13 @@ import inspect
 import pytest
 
 from engrax.laws import LAWS
+
 # Compiling is nearly all that a law costs. `make test` runs all laws on what everything else is built on. Elsewhere it
 # leaves out the laws that need programs of their own, rows without segment ids, all but the first example of a config,
 # gradients where a config resembles another that is tested in full, and most laws of mere settings of another config's
 # module. `make test-deep` adds the other examples, nearly all laws of cheap configs, and of costly ones those of
-# causality, rows, packing and state that share programs. `make test-long` runs the rest, and with `deep=True` every law whose body
-# then does more: rows with and without segment ids, more cuts, gradients of implementations.
+# causality, rows, packing and state that share programs. `make test-long` runs the rest, and with `deep=True` every
+# law whose body then does more: rows with and without segment ids, more cuts, gradients of implementations.
 DEEP_ONLY = ("causality.distance",)  # rows of 3072 tokens
 OWN_PROGRAMS = ("state_carry.gradients", "state_carry.cuts", "state_carry.padding", "independence.batch_size")
 OWN_PROGRAMS += ("stability.long", "state.start")
