@@ -115,7 +115,7 @@ def test_it_is_told_and_saved(folders):
 
 def test_baselines_count_the_rows_as_trained(folders):
     """When sources have epochs of their own, then rows that come again count again, as the model saw them."""
-    experiment = tiny(data=mixture(folders), batch_size=4, carry_memory=False)
+    experiment = tiny(data=mixture(folders, seq_len=512), batch_size=4)
     experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, vocab_size=256))
     seen, epochs = scoring.seen_rows(experiment, 150)
     assert len(seen) == 600 and np.isnan(epochs)
