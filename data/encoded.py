@@ -86,18 +86,18 @@ def readable(text: str | bytes) -> tuple[str, Int[np.ndarray, "C"]]:
     """Returns (the text, the source bytes of each of its characters).
 
     Bytes are read as UTF-8. Those that are not UTF-8 become U+FFFD, as with `errors="replace"`, and keep their number.
+    Raises UnicodeEncodeError for a string with lone surrogates, which has no bytes.
     """
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", errors="engrax_sized")
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    given = text.decode("utf-8", errors="engrax_sized") if isinstance(text, bytes) else text
+    codes = np.frombuffer(given.encode("utf-32-le", "surrogatepass" if isinstance(text, bytes) else "strict"), "<u4")
     sizes = np.ones(len(codes), np.int8)
     for first in _WIDER:
         sizes += codes >= first
-    invalid = (codes > _INVALID) & (codes <= _INVALID + 3)
+    invalid = codes & ~np.uint32(3) == _INVALID
     if invalid.any():
         sizes[invalid] = codes[invalid] - _INVALID
-        text = np.where(invalid, np.uint32(_REPLACEMENT), codes).tobytes().decode("utf-32-le")
-    return text, sizes
+        given = np.where(invalid, np.uint32(_REPLACEMENT), codes).tobytes().decode("utf-32-le")
+    return given, sizes
 
 
 def _sized(error: UnicodeDecodeError) -> tuple[str, int]:
