@@ -86,6 +86,7 @@ class DiskCorpus:
         folder = shards.folder_of(**header)
         with shards.locked(folder):
             if not folder.exists():
+                print(f"the text is tokenised once, into {folder}", file=sys.stderr)
                 plan = self._plan(validation_fraction)
                 with _bar("tokenising", sum(getattr(plan.splits, s).bytes for s in SPLITS)) as tick:
                     shards.write(folder, self._placed(plan, tick), plan.splits, tokenizer, header)
