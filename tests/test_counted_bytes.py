@@ -352,6 +352,9 @@ def test_the_warning_shows_the_first_change(kinds, tmp_path):
     (tmp_path / "9.txt").write_text("the cat on the on the  Cat on the on")
     assert "' the on the  Cat on the ' comes back as ' the on the ? on the on'" in data.warnings()[0]
     assert TextFolder(path=str(tmp_path)).warnings() == []
+    (tmp_path / "9.txt").write_text("THE cat")  # comes back as long as it was
+    data = TextFolder(path=str(tmp_path / "9.txt"), tokenizer_file=kinds("nfkc_and_lower_case"))
+    assert len(data.warnings()) == 1
 
 
 def test_a_run_divides_by_the_bytes_and_names_the_tokenizer(kinds, corpus, tmp_path, capsys):
