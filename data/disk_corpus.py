@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from engrax.data import shards, split
-from engrax.data.config import SPLITS, Splits, require
+from engrax.data.config import SPLIT_RULE, SPLITS, Splits, require
 from engrax.data.files import Listed, manifest_of
 from engrax.data.sources import Reader
 from engrax.data.tokenizers import Tokenizer
@@ -86,6 +86,7 @@ class DiskCorpus:
         folder = shards.folder_of(**header)
         with shards.locked(folder):
             if not folder.exists():
+                print(f"the text is tokenised once, into {folder}", file=sys.stderr)
                 plan = self._plan(validation_fraction)
                 with _bar("tokenising", sum(getattr(plan.splits, s).bytes for s in SPLITS)) as tick:
                     shards.write(folder, self._placed(plan, tick), plan.splits, tokenizer, header)
@@ -109,14 +110,14 @@ class DiskCorpus:
                         return
 
     def _plan(self, validation_fraction: float) -> _Plan:
-        plan = self._planned(validation_fraction, sections=False)
+        plan = self._planned(validation_fraction, self._notes, sections=False)
         if sum(getattr(plan.splits, s).documents for s in SPLITS) == 1 and self._given is None:
-            plan = self._planned(validation_fraction, sections=True)
+            plan = self._planned(validation_fraction, plan.splits.notes, sections=True)
         for s in SPLITS:
             require(getattr(plan.splits, s).documents > 0, f"the corpus leaves nothing for the {s} split.")
         return plan
 
-    def _planned(self, validation_fraction: float, sections: bool) -> _Plan:
+    def _planned(self, validation_fraction: float, notes: Sequence[str], sections: bool) -> _Plan:
         given, high, low, sizes = array("b"), array("Q"), array("Q"), array("q")
         with _bar("reading", None) as tick:
             for of_given, chunks in self._documents(sections):
@@ -131,9 +132,11 @@ class DiskCorpus:
                 low.append(int.from_bytes(key[8:16], "big"))
                 sizes.append(size)
         arrays = (np.frombuffer(a, t) for a, t in ((given, np.int8), (high, "u8"), (low, "u8"), (sizes, "i8")))
-        return self._arranged(*arrays, validation_fraction, sections)
+        return self._arranged(*arrays, validation_fraction, notes, sections)
 
-    def _arranged(self, given, high, low, sizes, validation_fraction: float, sections: bool) -> _Plan:
+    def _arranged(
+        self, given, high, low, sizes, validation_fraction: float, notes: Sequence[str], sections: bool
+    ) -> _Plan:
         """The plan, from whether each document is of the validation files, its hash and its bytes."""
         filled = np.flatnonzero(sizes)
         require(len(filled) > 0, "the text folder holds no text: every document is empty.")
@@ -151,12 +154,11 @@ class DiskCorpus:
         validation[distinct] = held
         for members in (distinct[held], distinct[~held]):
             index[members] = np.arange(len(members))
-        notes = [*self._notes]
         group = np.cumsum(new) - 1
         both = int(np.sum(held & (np.bincount(group, weights=1 - given[order]) > 0))) if self._given is not None else 0
-        notes += split.notes(len(order) - len(distinct) - both, both, len(distinct) if sections else None)
+        found = split.notes(len(order) - len(distinct) - both, both, len(order) if sections else None)
         train, held_out = (split.size_of(sizes[members]) for members in (distinct[~held], distinct[held]))
-        return _Plan(index, validation, high, sections, Splits(train, held_out, tuple(notes)))
+        return _Plan(index, validation, high, sections, Splits(train, held_out, (*notes, *found)))
 
     def _placed(self, plan: _Plan, tick=lambda size: None) -> Iterator[tuple[str, int, Iterable[bytes]]]:
         """Yields (split, index in it, chunks) of every document that is not left out.
@@ -173,10 +175,9 @@ class DiskCorpus:
     def _known(self, name: str, find: Any) -> Any:
         """What `find()` returns (JSON-able), kept in the cache once the files are at rest."""
         files = (*self._files, *(self._given or ()))
-        what = json.dumps([files, self._given is None, dataclasses.astuple(self._reader), list(self._notes)])
-        path = (
-            shards.cache() / "corpora" / f"{hashlib.sha256(what.encode(errors='surrogatepass')).hexdigest()[:32]}.json"
-        )
+        read_as = [shards.FORMAT, SPLIT_RULE, dataclasses.astuple(self._reader), [*self._notes]]
+        key = hashlib.sha256(json.dumps([self._files, self._given, read_as]).encode()).hexdigest()[:32]
+        path = shards.cache() / "corpora" / f"{key}.json"
         with shards.locked(path):
             found = _read_json(path)
             if name not in found:

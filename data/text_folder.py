@@ -23,8 +23,8 @@ class TextFolder(CorpusConfig):
     """A folder of text, JSON Lines and Parquet files, plain or compressed; `gs://` and other paths of etils.epath work.
 
     Files are found at any depth; hidden ones are skipped. `engrax.data.sources` says how files become documents, and
-    `engrax.data.split` how documents are split. A config's loaders read the folder as it was
-    listed by its first loader, or since then by `digest`, `documents` or `splits`.
+    `engrax.data.split` how documents are split. A config's loaders read the folder as it was listed by its first
+    loader, or since then by `digest`, `documents` or `splits`.
     """
 
     path: str = ""  # folder, or one file
