@@ -11,6 +11,7 @@ from etils import epath
 
 from engrax.errors import UserError
 
+RUN = {"config.json", "metrics.jsonl"}  # a folder inside a corpus that holds these is a run, not text
 PACKED = (".gz", ".bz2", ".zst")  # endings of compressed files, left out of account by `list_files`
 
 
@@ -62,8 +63,9 @@ def manifest_of(files: tuple[Listed, ...], given: tuple[Listed, ...] | None, rea
 def list_files(root: epath.Path, suffixes: tuple[str, ...]) -> Listing:
     """Returns the files below a folder whose names end in one of `suffixes` (() = all), compressed or not.
 
-    Hidden files and folders are left out. Links are followed; a folder is read once, so a loop of links ends. A single
-    file may have any ending. Raises UserError for what is no file: a link to nothing, a pipe, a device.
+    Hidden files and folders are left out, and so are run folders. Links are followed; a folder is read once, so a loop
+    of links ends. A single file may have any ending. Raises UserError for what is no file: a link to nothing, a pipe, a
+    device.
     """
     if not root.is_dir():
         return Listing((Listed(root.name, str(root), _checked_stamp(root)),), ())
@@ -89,14 +91,20 @@ def _walk(root: epath.Path) -> Iterator[tuple]:
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name, reverse=True):
-                if entry.name.startswith("."):
-                    continue
-                if os.path.isdir(entry.path):  # as entry.is_dir(), but False for a link to itself
-                    folders.append((f"{prefix}{entry.name}/", entry.path))
-                else:
-                    yield prefix + entry.name, entry.path, lambda entry=entry: _checked_stamp(entry)
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name, reverse=True)
+        for entry in _text_entries(entries, prefix):
+            if os.path.isdir(entry.path):  # as entry.is_dir(), but False for a link to itself
+                folders.append((f"{prefix}{entry.name}/", entry.path))
+            else:
+                yield prefix + entry.name, entry.path, lambda entry=entry: _checked_stamp(entry)
+
+
+def _text_entries(entries: list[Any], prefix: str) -> list[Any]:
+    """The entries of a folder that are not hidden; none of a run folder inside the corpus."""
+    if prefix and {entry.name for entry in entries} >= RUN:
+        return []
+    return [entry for entry in entries if not entry.name.startswith(".")]
 
 
 def _checked_stamp(entry: "os.DirEntry | epath.Path") -> tuple[int, int]:
@@ -116,9 +124,7 @@ def _walk_remote(root: epath.Path) -> Iterator[tuple]:
     folders = [("", root)]
     while folders:
         prefix, folder = folders.pop()
-        for entry in folder.iterdir():
-            if entry.name.startswith("."):
-                continue
+        for entry in _text_entries(list(folder.iterdir()), prefix):
             if entry.is_dir():
                 folders.append((f"{prefix}{entry.name}/", entry))
             else:

@@ -16,7 +16,8 @@ DEEP_ONLY = ("causality.distance",)  # rows of 3072 tokens
 OWN_PROGRAMS = ("state_carry.gradients", "state_carry.cuts", "state_carry.padding", "independence.batch_size")
 OWN_PROGRAMS += ("stability.long", "state.start")
 COSTLY = ("test_time", "routed", "prefix_linear_attention")  # tens of seconds for all laws; models too
-OF_COSTLY = ("state.shapes", "state_carry.steps")  # and NO_GRADIENTS
+OF_COSTLY = ("state.shapes", "state.one_segment", "state_carry.steps")  # and NO_GRADIENTS
+OWN_OF_COSTLY = ("state.shapes", "state.one_segment", "trainability.finite_differences", "padding.nothing")
 FOUNDATIONS = ("attention", "linear_attention", "titans")
 THOROUGH = ("attention", "linear_attention")  # with rows of every layout; the others in `make test-long`
 FEW_PROGRAMS = ("causality.finite_change", "independence.rows", "padding.content")
@@ -30,7 +31,7 @@ GRADIENTS += ("independence.gradients",)
 OF_FIRST = ("causality.jacobian", "independence.gradients", "stability.gradients", "padding.nothing")
 OF_FIRST += ("trainability.finite_differences",)
 OF_FIRST_COSTLY = ("packing.gradients", "trainability.gradients")
-SETTINGS_LEFT_OUT = ("ttt_mlp", "yaad", "moneta", "memora", "omeganet")  # of test_time_memory
+SETTINGS_LEFT_OUT = ("ttt_mlp", "yaad", "moneta", "memora", "omeganet", "atlas", "lact")  # of test_time_memory
 MODELS_LEFT_OUT = ("titans_lmm", "titans_mac", "titans_mag", "titans_mal", "transformer_xl", "memorizing_transformer")
 
 
@@ -75,7 +76,7 @@ def _is_left_out(registry, name: str, index: int, part: str) -> bool:
     if part in ("independence.gradients", "stability.gradients"):
         return True
     costly = registry.kind == "model" or any(word in registry[name].__module__ for word in COSTLY)
-    if costly and part in (*GRADIENTS, "state.shapes", "trainability.finite_differences", "padding.nothing"):
+    if costly and part in (*GRADIENTS, *OWN_OF_COSTLY):
         return True
     return part in OWN_PROGRAMS
 

@@ -234,7 +234,8 @@ def test_a_file_outside_the_package_is_enough(tmp_path, run_python):
     (tmp_path / "everything.py").write_text(CONFIG)
     check_run(tmp_path / "run", run_python, "everything.py", plugins)
     sources = sorted(path.name for path in (tmp_path / "run" / "source").iterdir())
-    assert sources == sorted([*(p.name for p in plugins if p.stem != "added_evaluator"), "everything.py"])
+    names = [path.name for path in plugins if path.stem != "added_evaluator"]
+    assert sources == sorted([*names, "everything.py", "manifest.json"])
 
     copies = copies_of(tmp_path / "run", plugins)
     out = run_python(RELOAD, devices=1, args=[tmp_path / "run", json.dumps(copies)])

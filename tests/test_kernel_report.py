@@ -54,8 +54,8 @@ def test_the_table_of_every_shipped_config(config):
 def test_the_command_prints_it_without_the_device(capsys):
     sizes = ["--batch-size", "2"]
     assert cli.main(["describe", "quickstart", "--device", "v5e", *sizes]) == 0
-    costs, told = capsys.readouterr().out.split("\n\n")
-    assert costs.startswith("parameters")
+    costs, splits, told = capsys.readouterr().out.split("\n\n")
+    assert costs.startswith("parameters") and "validation" in splits
     head, *lines = told.splitlines()
     assert head == "operations of the training on TPU v5 lite, bfloat16:"
     assert lines[0].startswith("neural_memory  ") and "batch=2 heads=4 blocks=8 aligned=yes segments=yes" in lines[0]
@@ -66,7 +66,7 @@ def test_the_command_prints_it_without_the_device(capsys):
         ["reference", "only by its name: the oracle"],
     ]
     assert cli.main(["describe", "quickstart", "--device", "cpu", *sizes]) == 0
-    told = capsys.readouterr().out.split("\n\n")[1]
+    told = capsys.readouterr().out.split("\n\n")[2]
     assert "on cpu, float32:" in told and "tokens=float32" in told and "xla         serves it" in told
 
 

@@ -133,6 +133,7 @@ def test_as_accurate_as_xla(op, dtype, case, interpreted):
 
 
 @with_races
+@pytest.mark.deep
 @pytest.mark.parametrize("op", [pytest.param("linear_attention", marks=pytest.mark.long), "gated_delta_rule"])
 def test_no_races(op, interpreted):
     """Ten chunks and a last group that is short, states of segments, a query head for two value heads."""

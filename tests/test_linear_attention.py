@@ -212,6 +212,7 @@ def test_temporary_memory_grows_with_the_length_alone(gate):
     assert long < 0.1 * 16384 * 64 * 64 * 2 * 4
 
 
+@pytest.mark.deep
 def test_time_per_token_does_not_grow_with_the_length():
     programs = {length: forward_and_backward(length, "scalar", jax.jit) for length in (2048, 16384)}
     seconds = dict.fromkeys(programs, np.inf)

@@ -90,6 +90,7 @@ def memory_alone(mixture, n):
 # --- what MoM must equal ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("name", bases("gla"))
 def test_one_memory_is_the_base_layer(name, x64, rng):
     mixture = built(rng, base_config(name), memories=1, top_k=1, shared=False)

@@ -260,6 +260,7 @@ def test_truncation_is_the_rows_not_the_calls():
     np.testing.assert_allclose(cut, whole, rtol=1e-4)
 
 
+@pytest.mark.deep
 def test_truncation_leaves_the_gradient_of_the_learned_start():
     """When a document begins, then what it starts from is a parameter and learns, whatever `bptt_segments` is."""
     config = RMTConfig(memory_tokens=2, bptt_segments=1, **SIZES)
@@ -280,6 +281,7 @@ def test_a_state_from_the_host_is_not_taken_for_the_start():
     np.testing.assert_allclose(rest, whole[:, 2:], atol=1e-5)
 
 
+@pytest.mark.deep
 def test_memory_of_the_backward_pass_grows_with_the_unroll_and_not_with_the_document():
     backbone = dataclasses.replace(BACKBONE, dim=32, mixers=(AttentionConfig(heads=4, head_dim=8),), mlp_hidden=128)
     sizes = dict(backbone=backbone, segment_length=16, memory_tokens=2)

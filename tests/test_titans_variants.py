@@ -12,7 +12,7 @@ from engrax.errors import UserError
 from engrax.laws import LAWS, Breach, Subject
 from engrax.layers import AttentionConfig, MACConfig, MAGConfig, MALConfig, TitansConfig
 from engrax.layers.attention.attention import masked_attention, rotate
-from engrax.models import MODELS
+from engrax.models import MODELS, ModelConfig
 from engrax.tests.experiments import tiny
 from engrax.train.experiment import from_dict, to_dict
 from engrax.train.trainer import check
@@ -51,7 +51,7 @@ def test_a_model_that_sees_the_future_is_not_trained_unless_asked(x64):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_config_survives_json(name):
     config = MODELS[name].examples()[0]
-    assert from_dict(to_dict(config)) == config
+    assert from_dict(to_dict(config), ModelConfig) == config
 
 
 def literal_mac(m, x):

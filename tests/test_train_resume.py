@@ -107,6 +107,7 @@ def test_sigterm_saves_and_says_how_to_resume(root, tmp_path, uninterrupted):
     assert losses(run_dir) == uninterrupted
 
 
+@pytest.mark.deep
 def test_saved_on_8_devices_resumes_on_1(root, tmp_path, uninterrupted):
     run_dir = tmp_path / "run"
     parallel = dict(data=2, fsdp=4, zero=3)

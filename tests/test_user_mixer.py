@@ -119,6 +119,7 @@ def test_a_mixer_in_a_file_of_the_users_own(tmp_path, run_python):
     assert "finished step 2" in out
 
 
+@pytest.mark.deep
 def test_a_users_mixer_is_checked(tmp_path, run_python):
     (tmp_path / "my_mixer.py").write_text(textwrap.dedent(MIXER))
     command = "import sys; from engrax import cli; sys.exit(cli.main(sys.argv[1:]))"

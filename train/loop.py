@@ -66,9 +66,8 @@ def train(
     keep_freed_memory()
     run_dir = runs.folder(run_dir)
     main = jax.process_index() == 0
-    experiment = experiments.with_absolute_paths(experiment)
     trainer = check(experiment, run_dir)
-    mesh = trainer.mesh
+    experiment = trainer.experiment
     trainer.check_validation()
     saved = _latest_step(run_dir)
     # Errors are raised before anything is written.
@@ -109,7 +108,7 @@ def train(
         bar = metrics.Progress(saved, experiment.steps, tokens, clock, active=main and progress)
         stack.callback(bar.close)
         loop = Loop(trainer, checkpoints, writer, bar, clock, saved=saved)
-        with jax.set_mesh(mesh), StopSignal() as stop:
+        with jax.set_mesh(trainer.mesh), StopSignal() as stop:
             step, state = loop.run(state, data, saved, stop, first)
             loop.save(step, state, data)
             checkpoints.wait()
@@ -120,8 +119,10 @@ def train(
 
 
 def check(experiment: Experiment, run_dir: epath.Path) -> Trainer:
-    """The trainer. Raises UserError for what can be known to fail before data are read and arrays made."""
+    """The trainer of the experiment, whose paths are absolute. Raises UserError for what can be known to fail before
+    data are read and arrays made."""
     experiments.check_saveable(experiment)
+    experiment = experiments.with_absolute_paths(experiment)
     runs.refuse_file(run_dir)
     refuse_links(run_dir)
     if jax.process_index() == 0:
