@@ -110,10 +110,8 @@ class Session:
         """The text of one row as it is written; characters of several tokens come whole."""
         if self.rows != 1 or self.tokenizer is None:
             raise UserError(f"streaming text needs one row and a tokenizer; this session has {self.rows} rows.")
-        before, ids = (
-            [],
-            [],
-        )  # the ids of the last piece, which the spelling of the next may depend on, and those after it
+        before: list[int] = []  # of the last piece: the spelling of the next may depend on them
+        ids: list[int] = []  # those after it
         for token in self.stream(tokens, sampling, **settings):
             ids.append(int(token[0]))
             piece = self.text(before + ids)[len(self.text(before)) :]
