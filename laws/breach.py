@@ -52,7 +52,7 @@ def law(name: str) -> Callable[[Callable], Callable]:
 
 
 def parts_of(name: str) -> list[str]:
-    """The parts of a law ("causality"), or the one part ("causality.jacobian"); empty where there is no such law."""
+    """The parts of a law ("causality"), or the one part ("causality.jacobian"); empty if no such law exists."""
     return [part for part in LAWS if part == name or part.split(".")[0] == name]
 
 

@@ -19,8 +19,8 @@ def _ranks(ids: np.ndarray) -> np.ndarray:
 
 @law("packing.apart")
 def packed_segments_equal_segments_alone(s: Subject, deep: bool = False):
-    """Every segment gives the same whatever stands in the others; one that begins on the chunk grid gives what it gives
-    in a row of its own. What follows the row is the same too."""
+    """A segment's outputs do not depend on the other segments. A segment that begins on the chunk grid gives the same
+    as alone in a row. Later calls give the same too."""
     ids = np.asarray(s.ids)
     ranks = _ranks(ids)
     packed, state = s.run(s.params, s.x, None, s.ids)
@@ -43,7 +43,7 @@ def packed_segments_equal_segments_alone(s: Subject, deep: bool = False):
 
 
 def _follows(s: Subject, state, changed, ids, rows, what: str) -> None:
-    """Two tokens that go on with the last segment of the rows, from two states."""
+    """Two tokens that continue the last segment of the rows, from two states."""
     if not len(rows):
         return
     last = ids.max(axis=1, keepdims=True).astype(np.int32)
