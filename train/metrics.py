@@ -73,8 +73,7 @@ def cut_after(path: epath.Path, step: int) -> None:
 
 
 def read(run_dir: epath.PathLike) -> list[dict[str, Any]]:
-    """The logged steps of a run, oldest first, without an incomplete last line. Raises UserError for other bad
-    lines."""
+    """The logged steps of a run, oldest first. An incomplete last line is skipped; other bad lines raise UserError."""
     path = epath.Path(run_dir) / "metrics.jsonl"
     return [row for _, row in _rows(path)] if path.exists() else []
 

@@ -16,7 +16,7 @@ NAME = "lock.json"
 
 @contextlib.contextmanager
 def held(directory: Any) -> Iterator[None]:
-    """Holds the lock of a run folder. The lock of an ended process of this host is taken over.
+    """Holds the lock of a run folder. It takes over the lock of an ended process of this host.
 
     A missing folder is created, and removed again if nothing was written. Raises UserError if another process holds the
     lock.
