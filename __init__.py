@@ -58,7 +58,7 @@ __getattr__ = lazy.attach(__name__)
 
 
 def _train(config, run_dir, *, source=None, progress=True, **fields):
-    """The call of `engrax.train`; see there."""
+    """The function behind `engrax.train`; see there."""
     from engrax import configs
     from engrax.train import experiment as experiments
     from engrax.train import loop
@@ -74,7 +74,7 @@ def _train(config, run_dir, *, source=None, progress=True, **fields):
 def load(run, step=None, plugins=()):
     """(model, step) of a run folder's checkpoint: None = newest, "best" = lowest validation loss, or a step's number.
 
-    `plugins` are files that register mixers or models of the user's own. Raises UserError where something is missing.
+    `plugins` are the user's files that register mixers or models. Raises UserError if something is missing.
     """
     from engrax.train import runs
 
@@ -84,7 +84,7 @@ def load(run, step=None, plugins=()):
 def evaluate(run, *, step=None, only=None, batches=None, stream=None, plugins=(), data=None, progress=True):
     """Evaluates a checkpoint of a run folder and writes a new folder in RUN/evals; returns `engrax.evals.Results`.
 
-    `only`: names of evaluators to run, all that apply where it is None. `stream`: also read that many tokens of long
+    `only`: names of evaluators to run; None runs all that apply. `stream`: also read that many tokens of long
     validation documents through the carried memory. `plugins`: files that register the user's own mixers or evaluators.
     `data`: fields of the data set to replace, {"path": "elsewhere/books"} for a run away from its data.
     """
@@ -96,10 +96,10 @@ def evaluate(run, *, step=None, only=None, batches=None, stream=None, plugins=()
 
 
 def check(target, *, laws=(), progress=True):
-    """The laws that a mixer or model breaks: a list of `engrax.laws.Breach`, empty where all hold.
+    """The laws that a mixer or model breaks: a list of `engrax.laws.Breach`, empty if all hold.
 
     `target`: a Python file that registers mixers or models, a registered name, or a config; `laws`: names of laws
-    ("causality") or of their parts, none = all. Raises UserError where the target cannot be found, built or called.
+    ("causality") or of their parts, none = all. Raises UserError if the target cannot be found, built or called.
     """
     from engrax.laws import check as run
 
@@ -120,12 +120,12 @@ def generate(
     data=None,
     **settings,
 ):
-    """A sampled continuation of `prompt`, up to `tokens` tokens long; for a list of prompts a list, side by side.
+    """A sampled continuation of `prompt`, up to `tokens` tokens long; for a list of prompts a list.
 
     `run_or_model`, `tokenizer`, `dtype`, `step`, `plugins`, `data`: as for `engrax.session`. `prompt`: text or token
-    ids, which give text or ids. `sampling`: a `Sampling`, or its fields by name: `temperature=0` takes the likeliest
-    token. `stream=True` returns an iterator of the text of one prompt as it is written. Each row of a list gets what it
-    gets alone with the same seed.
+    ids; the result is text or ids. `sampling`: a `Sampling`, or its fields by name: `temperature=0` takes the most
+    likely token. `stream=True` returns an iterator of the text of one prompt as it is written. With the same seed, a
+    row of a list gives the same as alone.
     """
     from engrax.models import sampling as draws
     from engrax.models.tokens import is_one
@@ -141,11 +141,11 @@ def generate(
 
 
 def session(run_or_model, *, rows=1, tokenizer=None, dtype=None, step=None, plugins=(), data=None):
-    """A model's memory as a thing to hold (`engrax.models.session.Session`): feed it a text, ask, branch, save.
+    """A session that holds a model's memory (`engrax.models.session.Session`): feed it a text, ask, branch, save.
 
     `run_or_model`: a run folder, read at `step` with the run's tokenizer and compute dtype, or a model, with a
-    `tokenizer` for texts. `dtype`: another compute dtype. `rows`: texts read side by side. `plugins`: as for `load`.
-    No data are read. `data`: fields of the data set to replace, {"tokenizer_file": "tokenizer.json"} for example.
+    `tokenizer` for texts. `dtype`: another compute dtype. `rows`: texts read together. `plugins`: as for `load`. No
+    data are read. `data`: fields of the data set to replace, {"tokenizer_file": "tokenizer.json"} for example.
     """
     from engrax.models.session import Session
 

@@ -53,11 +53,11 @@ def main(args: Sequence[str] | None = None) -> int:
             return _run(args)
         except KeyboardInterrupt as error:
             return _fail(error, 130)
-        except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        except BrokenPipeError:  # the reader of the output, for example `head`, has stopped
             sys.stdout = None
             return 0
         except Exception as error:
-            if interrupted:  # inside an import, a library may turn Ctrl-C into an error of its own
+            if interrupted:  # inside an import, a library may turn Ctrl-C into its own error
                 return _fail(KeyboardInterrupt(), 130)
             # OSError: a full disk, a folder without write permission, a file in place of a folder
             if isinstance(error, (UserError, OSError)):
@@ -66,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: BaseException, code: int) -> int:
-    """Prints the error as one line without control characters: names out of a stranger's files may hold some."""
+    """Prints the error as one line without control characters: names from others' files may have some."""
     line = " ".join(str(error).split()) or ("interrupted" if code == 130 else type(error).__name__)
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     print(f"engrax: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
@@ -151,7 +151,7 @@ def _train(args: list[str]) -> int:
 
 
 def _on_these_devices(experiment: Any) -> Any:
-    """The experiment with a mesh of the devices that are here, where its own needs others."""
+    """The experiment, with a mesh of this machine's devices if its own mesh does not fit."""
     import jax
 
     from engrax.train import sharding
@@ -252,7 +252,7 @@ def _describe(args: list[str]) -> int:
     _print_splits(experiment.data)
     try:
         warnings = experiment.data.warnings()
-    except UserError as error:  # the costs are known without the data
+    except UserError as error:  # the costs do not need the data
         warnings = [f"the tokenizer was not tried on the data: {error}"]
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -282,10 +282,10 @@ def _tokenize(args: list[str]) -> int:
 
 
 def _print_splits(data: Any) -> None:
-    """Prints the sizes of both splits of a text; without the text, why they are unknown."""
+    """Prints the sizes of both splits of a text, or why they are unknown."""
     try:
         splits = data.splits()
-    except UserError as error:  # a config is described before its text is there
+    except UserError as error:  # a config can be described before its text exists
         print(f"\nsplits unknown: {error}")
         return
     if splits is not None:
@@ -390,7 +390,7 @@ def _bench(args: list[str]) -> int:
 
 
 def _check_output(output: str | None) -> None:
-    """Raises UserError if no file can be written there, before anything is timed."""
+    """Raises UserError, before anything is timed, if the file cannot be written."""
     if output and Path(output).is_dir():
         raise UserError(f"--output {output} is a folder; give the name of a file.")
     for folder in Path(output).parents if output else ():
@@ -424,7 +424,7 @@ def _find(name: str) -> Any:
 
 
 def _split_help(parser: _Parser, args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parses what the parser knows; the rest are a config's fields. --help after a config lists its fields."""
+    """Parses the parser's own arguments; the rest are a config's fields. --help after a config lists its fields."""
     wants_help = [a for a in args if a in ("-h", "--help")]
     plain = [a for a in args if a not in ("-h", "--help")]
     if wants_help and (not plain or plain[0].startswith("-")):

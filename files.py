@@ -1,4 +1,4 @@
-"""Files that others may have written: what they say is checked, and what they name never leads outside their folder."""
+"""Files that others may have written: their content is checked, and their names never lead outside their folder."""
 
 import json
 import math
@@ -8,22 +8,22 @@ from typing import Any
 
 from engrax.errors import UserError
 
-MOST_JSON = 1 << 28  # bytes of a JSON file that is read; the largest tokenizers have a tenth of it
+MOST_JSON = 1 << 28  # most bytes of a JSON file; the largest tokenizers have a tenth of it
 
 
 def read_json(path: Any, remedy: str = "restore the file") -> dict[str, Any]:
     """The object in a JSON file (a pathlib or epath path).
 
-    Raises UserError where the file is missing, no regular file, too large, or holds anything but a JSON object.
+    Raises UserError if the file is missing, not a regular file, too large, or not a JSON object.
     """
     return parse_object(read_text(path, remedy), str(path), remedy)
 
 
 def read_text(path: Any, remedy: str = "restore the file") -> str:
-    """The text of a UTF-8 file. Raises UserError where it is missing, no regular file, too large or not UTF-8."""
+    """The text of a UTF-8 file. Raises UserError if it is missing, not a regular file, too large or not UTF-8."""
     if not path.exists():
         raise UserError(f"{path} is missing; {remedy}.")
-    if not path.is_file():  # of a pipe, say, nothing would ever be read
+    if not path.is_file():  # a read of a pipe, for example, might never end
         raise UserError(f"{path} is no file; {remedy}.")
     if "://" not in str(path) and os.path.getsize(path) > MOST_JSON:
         raise UserError(f"{path} has more than {MOST_JSON >> 20} MiB; {remedy}.")
@@ -34,7 +34,7 @@ def read_text(path: Any, remedy: str = "restore the file") -> str:
 
 
 def parse_object(text: str, where: str, remedy: str = "restore the file") -> dict[str, Any]:
-    """The JSON object in a text; `where` names its file in the UserError that anything else raises."""
+    """The JSON object in a text. Raises UserError for anything else; `where` names the file in it."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, or a thousand brackets
@@ -55,7 +55,7 @@ WORDS = {
 
 
 def expect(value: Any, kind: type, where: str) -> Any:
-    """The value, where it is of the kind; an int is a float too, a bool is no number. Raises UserError otherwise."""
+    """The value, if it has this type; an int counts as a float, a bool is not a number. Raises UserError otherwise."""
     fits = type(value) is kind or (kind is float and type(value) is int)
     if not fits or (kind is float and not _is_finite(value)):
         raise UserError(f"{where} is {short(value)}, not {WORDS[kind]}; restore the file.")
@@ -65,12 +65,12 @@ def expect(value: Any, kind: type, where: str) -> Any:
 def _is_finite(value: int | float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an int beyond all floats
+    except OverflowError:  # an int larger than every float
         return False
 
 
 def expect_texts(value: Any, where: str) -> dict[str, str]:
-    """The value, where it is an object of texts. Raises UserError otherwise."""
+    """The value, if it is an object with text values. Raises UserError otherwise."""
     for name, text in expect(value, dict, where).items():
         expect(text, str, f"{where}.{name}")
     return value
@@ -86,7 +86,7 @@ def short(value: Any) -> str:
 
 
 def plain_name(name: Any, where: str) -> str:
-    """The name, where it is that of a file in one folder. Raises UserError where it leads anywhere else."""
+    """The name, if it is a plain file name. Raises UserError if it leads out of its folder."""
     plain = isinstance(name, str) and name not in ("", ".", "..") and len(name.encode(errors="replace")) < 256
     if not plain or any(c in "/\\:" or not c.isprintable() for c in name):
         raise UserError(
@@ -96,9 +96,9 @@ def plain_name(name: Any, where: str) -> str:
 
 
 def refuse_links(folder: Any) -> None:
-    """Raises UserError where a run folder holds anything but files and folders, at any depth: a link would lead out of
-    it, a pipe would never end. What lies in folders named wandb, which links its newest log, engrax never opens; and
-    buckets have no links."""
+    """Raises UserError if a run folder holds anything but files and folders, at any depth: a link would lead out of it,
+    a pipe would never end. Folders named wandb are skipped: wandb links its newest log, and engrax never opens them.
+    Buckets have no links."""
     if "://" in str(folder) or not os.path.isdir(folder):
         return
     waiting = [str(folder)]
@@ -114,9 +114,9 @@ def refuse_links(folder: Any) -> None:
 
 
 def write_atomically(path: Any, text: str) -> None:
-    """Writes a temporary file, then renames it: after a crash there is the old file or the new one.
+    """Writes a temporary file, then renames it. After a crash there is the old file or the new one.
 
-    What stands in the temporary file's place, a link say, is removed and not written through.
+    Anything at the temporary file's path, for example a link, is removed and not written through.
     """
     temporary = path.parent / (path.name + ".tmp")
     if "://" not in str(path):

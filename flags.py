@@ -11,7 +11,8 @@ from engrax.registry import did_you_mean
 
 
 def split_data(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Parses the arguments of a command on a run; the second value is the fields that `--data.FIELD VALUE` replace."""
+    """Parses the arguments of a command on a run. The second value has the fields that `--data.FIELD VALUE`
+    replaces."""
     given, rest = [], list(args)
     while (at := next((i for i, arg in enumerate(rest) if arg.startswith("--data.")), None)) is not None:
         length = 1 if "=" in rest[at] or at + 1 == len(rest) or rest[at + 1].startswith("--") else 2

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment of a command: one KeyboardInterrupt, that no library swallows."""
+"""Ctrl-C at any moment of a command: one KeyboardInterrupt, which no library swallows."""
 
 import contextlib
 import signal
@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-LONGEST_IMPORT = 5.0  # seconds that Ctrl-C waits for
+LONGEST_IMPORT = 5.0  # seconds that Ctrl-C waits for an import
 
 
 @contextlib.contextmanager
 def handled() -> Iterator[list[float]]:
-    """Yields a list that is no longer empty once Ctrl-C was pressed. KeyboardInterrupt follows, not inside an import,
-    where libraries turn it into errors of their own, but as soon as that is over; at the second Ctrl-C at once."""
+    """Yields a list that is not empty once Ctrl-C was pressed. KeyboardInterrupt is raised then, but inside an import
+    only after it, because libraries turn it into their own errors there. A second Ctrl-C raises it at once."""
     pressed: list[float] = []
     if threading.current_thread() is not threading.main_thread():
         yield pressed
@@ -28,7 +28,7 @@ def handled() -> Iterator[list[float]]:
         else:
             raise KeyboardInterrupt
 
-    def lost(error: Any) -> None:  # raised where Python could not pass it on, in a destructor say
+    def lost(error: Any) -> None:  # raised where Python cannot pass it on, as in a destructor
         if issubclass(error.exc_type, KeyboardInterrupt):
             signal.setitimer(signal.ITIMER_REAL, 0.02)
         elif not pressed:

@@ -14,10 +14,10 @@ from engrax.errors import UserError
 
 
 def load(path: Path | str) -> ModuleType:
-    """Runs a Python file as a module of its own; its registrations stay. The file's folder is importable meanwhile.
+    """Runs a Python file as its own module; its registrations stay. During the run the file's folder is importable.
 
-    The standard library comes first: a file random.py in the folder is not what others import. Raises UserError where
-    the file is missing or does not run, naming the line.
+    The standard library comes first, so a file random.py in the folder does not replace it for others. Raises UserError
+    with the line if the file is missing or does not run.
     """
     path = Path(path)
     if not path.is_file():
@@ -37,7 +37,7 @@ def load(path: Path | str) -> ModuleType:
 
 
 def _after_standard_library() -> int:
-    """The place in sys.path behind the standard library, its compiled modules included, before installed packages."""
+    """The index in sys.path after the standard library and its compiled modules, before installed packages."""
     folders = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
     folders += [folder / "lib-dynload" for folder in folders]
     return max((i + 1 for i, entry in enumerate(sys.path) if entry and Path(entry) in folders), default=len(sys.path))
@@ -55,7 +55,7 @@ def run(path: Path, call: Callable[[], Any]) -> Any:
 
 
 def _line_in(path: Path, error: BaseException) -> str:
-    """`, line N` of the innermost frame that lies in the file."""
+    """`, line N` of the innermost frame in the file."""
     if isinstance(error, SyntaxError):
         return f", line {error.lineno}"
     number, frame = None, error.__traceback__
@@ -69,8 +69,8 @@ def _line_in(path: Path, error: BaseException) -> str:
 def files_of(path: Path) -> list[Path]:
     """A user's file and the files of its folder that it imports, directly or through others, at any depth.
 
-    Imports are read from the text, those inside functions included, and from what is imported now. Installed packages
-    and the standard library are left out.
+    Imports are read from the text, also inside functions, and from the modules imported now. Installed packages and the
+    standard library are left out.
     """
     path = path.resolve()
     root = path.parent
@@ -86,10 +86,10 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _imported_names(file: Path, root: Path) -> Iterator[str]:
-    """The absolute dotted names that a file imports; of `from a import b` both a and a.b, as b may be a module."""
+    """The absolute dotted names that a file imports; for `from a import b` both a and a.b, as b may be a module."""
     try:
         tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # it was imported nevertheless inside a try, or is no code of ours to judge
+    except (SyntaxError, ValueError):  # not valid Python; a try may have imported it
         return
     package = file.relative_to(root).parent.parts
     for node in ast.walk(tree):
@@ -112,7 +112,7 @@ def _places(root: Path, name: str) -> Iterator[Path]:
 
 
 def _imported_now(root: Path) -> Iterator[Path]:
-    """The files below `root` of imported modules whose names say their places there."""
+    """The files below `root` of imported modules whose names match their paths there."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         inside = file and file.startswith(f"{root}{os.sep}") and name.split(".")[0] != "engrax"

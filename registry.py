@@ -3,9 +3,9 @@
 There is one registry per kind of thing. It maps a name to a frozen config dataclass; the config builds the thing.
 Configs travel as JSON through these names alone, never through pickle or an import path.
 
-A new thing is one file: a class that derives from the kind's base (KINDS) and stands under `@engrax.register("name")`.
-A registry knows the package that holds its kind. It imports the files of that package when it is first asked for a
-name, so a file dropped into the package is found without an edit anywhere else.
+A new part is one file: a class that derives from the kind's base (KINDS), decorated with `@engrax.register("name")`. A
+registry knows the package that holds its kind. It imports the files of that package when it is first asked for a name,
+so a file dropped into the package is found without an edit anywhere else.
 """
 
 import difflib

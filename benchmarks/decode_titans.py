@@ -1,14 +1,14 @@
-"""Times decoding of Titans memories, beside another checkout of engrax where its folder is given.
+"""Times decoding of Titans memories, also with another checkout of engrax if its folder is given.
 
     python benchmarks/decode_titans.py
     python benchmarks/decode_titans.py --old PARENT_OF_CHECKOUT --output benchmarks/results/decode_titans.json
 
-Two layers of `titans`, width 256, 4 heads of 64, memory 64 -> 256 -> 64, no MLP beside it than the default; prompts of
-64 tokens, then greedy decoding; batch 64 and batch 1. Each engine runs in a process of its own; they take turns, run by
-run, and ratios are of neighbours. A run decodes a short and a long text, and the time per token is their difference, so
-that neither compilation nor the reading of the prompt is in it. The bytes that one step moves are counted by XLA in the
-compiled program of one token, plus what the rows' settling of waiting writes moves, once in WAITING tokens; the unit is
-reading and writing the weights and the momentum once.
+Two layers of `titans`, width 256, 4 heads of 64, memory 64 -> 256 -> 64, the default MLPs; prompts of 64 tokens, then
+greedy decoding; batch 64 and batch 1. Each engine runs in its own process. They alternate run by run, and ratios are
+between neighbouring runs. A run decodes a short and a long text; the time per token comes from their difference, so it
+excludes compilation and the reading of the prompt. XLA counts the bytes that one step moves in the compiled program of
+one token. The bytes of settling the rows' waiting writes, once in WAITING tokens, are added. The unit is reading and
+writing the weights and the momentum once.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Measures what comes before the first step and what a large vocabulary takes.
+"""Measures the time before the first step and the memory of a large vocabulary.
 
     python benchmarks/training_start.py [--rounds 5] [--output benchmarks/results/training_start.json]
 
 probe: seconds of the probe for leaks before the quickstart's first step (its programs are compiled, too), and of the
 whole command to the end of step 1. vocabulary: the largest memory (GB) of a process that trains 4 steps of 16 x 512
-tokens at a vocabulary of 128,256 and width 32. Every round is a new process; figures are medians, with the least and
-the largest.
+tokens at a vocabulary of 128,256 and width 32. Every round is a new process; figures are medians, with the smallest and
+the largest value.
 """
 
 import argparse

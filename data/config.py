@@ -20,7 +20,7 @@ DATASETS = Registry("data", "engrax.data", word="data set")
 SPLITS = ("train", "validation")
 SPLIT_RULE = "split by size class"  # changes with every change of engrax.data.split that moves documents
 
-IGNORE = -1  # in targets: no loss here; in segment_ids: padding
+IGNORE = -1  # in targets: no loss; in segment_ids: padding
 FILLER = -2  # in segment_ids: an empty position that moves the next document to a multiple of `align`
 
 
@@ -32,15 +32,15 @@ class Batch(TypedDict):
 
     tokens: Int32[np.ndarray, "B T"]
     targets: Int32[np.ndarray, "B T"]  # -1 = no loss
-    segment_ids: Int32[np.ndarray, "B T"]  # 0, 1, 2, ... within a row; -1 at padding after them, -2 at filler
-    target_bytes: NotRequired[Int32[np.ndarray, "B T"]]  # source bytes of the target, 0 without; for the host, if asked
+    segment_ids: Int32[np.ndarray, "B T"]  # 0, 1, 2, ... within a row; -1 = padding after the tokens, -2 = filler
+    target_bytes: NotRequired[Int32[np.ndarray, "B T"]]  # source bytes of the target, 0 = no target; only if requested
 
 
 @runtime_checkable
 class Loader(Protocol):
     """An iterator over batches; its position is a small JSON-able dict.
 
-    `get_state()` is the position after the last returned batch: a loader with the same arguments and this state returns
+    `get_state()` is the position after the last returned batch. A loader with the same arguments and this state returns
     the next batch. All processes of a run have the same state. A text loader's state counts documents and rows, so it
     is also valid for another number of processes.
     """
@@ -56,7 +56,7 @@ class Loader(Protocol):
 
 @runtime_checkable
 class Documents(Protocol):
-    """A random-access source of documents; if it has `__getitems__(indices) -> list`, it is read in groups."""
+    """A random-access source of documents. If it has `__getitems__(indices) -> list`, documents are read in groups."""
 
     def __len__(self) -> int: ...
 
@@ -87,7 +87,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class SplitSize:
-    """How much text a split has."""
+    """The amount of text in a split."""
 
     documents: int
     bytes: int | None = None  # None = unknown without reading the whole data set
@@ -105,7 +105,7 @@ class SplitSize:
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The sizes of both splits, and what a reader should know of them, a sentence each."""
+    """The sizes of both splits, and notes on them, one sentence each."""
 
     train: SplitSize
     validation: SplitSize
@@ -113,7 +113,7 @@ class Splits:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Splits":
-        """The inverse of `dataclasses.asdict`, also after a way through JSON."""
+        """The inverse of `dataclasses.asdict`, also after JSON."""
         sizes = (
             data[split] | {"lengths": data[split]["lengths"] and tuple(data[split]["lengths"])} for split in SPLITS
         )
@@ -131,7 +131,7 @@ class DataConfig(abc.ABC):
 
     registry: ClassVar[Registry] = DATASETS
     registered_name: ClassVar[str] = ""
-    even_epochs: ClassVar[bool] = True  # the endless order shows every row once before it shows one again
+    even_epochs: ClassVar[bool] = True  # the endless order shows every row once before it repeats one
 
     seq_len: int = 512  # tokens per row
 
@@ -149,7 +149,7 @@ class DataConfig(abc.ABC):
         return "target_bytes" in inspect.signature(self.loader).parameters
 
     def warnings(self) -> list[str]:
-        """Sentences on what makes scores of this data doubtful, for `describe`, training and the report of a run.
+        """Sentences on why scores of this data may be wrong, for `describe`, training and the report of a run.
 
         Raises UserError if the data is missing.
         """
@@ -158,7 +158,7 @@ class DataConfig(abc.ABC):
     def token_types(self, batch: Batch) -> TokenTypes:
         """Returns the type of every token, for diagnostics by type of token; types of padding are not used.
 
-        By default these are the tokenizer's types, or without a tokenizer the most frequent tokens. Tasks override it.
+        The default is the tokenizer's types, or the most frequent tokens if there is no tokenizer. Tasks override it.
         """
         if hasattr(self.tokenizer, "token_types"):
             return self.tokenizer.token_types(batch["tokens"])
@@ -187,18 +187,18 @@ class DataConfig(abc.ABC):
     ) -> Loader:
         """Returns an iterator over batches (`Batch`) of one process.
 
-        The loader of a data set of text takes `target_bytes` too: whether every batch says how many bytes of the source
-        each target stands for (`engrax.data.encoded`).
+        The loader of a text data set also takes `target_bytes`: if true, every batch has the number of source bytes of
+        each target (`engrax.data.encoded`).
 
         Args:
           split: "train" or "validation"; they share no document or example.
           batch_size: rows of the global batch, over all processes.
-          seed: of the order; the data do not depend on it.
-          process_index, process_count: this process yields the rows `[i * b, (i + 1) * b)` of every global batch,
-            b = batch_size // process_count. In process order they form the batch of a single process.
-          epochs: None for an endless stream, reshuffled every epoch; n for n passes in one fixed order, with the last
-            batch padded by empty rows.
-          align: text only: every packed document starts at a multiple of `align` tokens, which must divide seq_len.
+          seed: seed of the order; the data do not depend on it.
+          process_index, process_count: this process yields the rows `[i * b, (i + 1) * b)` of every global batch, b =
+          batch_size // process_count. In process order they form the batch that a single process would yield. epochs:
+          None for an endless stream, reshuffled every epoch; n for n passes in one fixed order, where empty rows pad
+          the last batch. align: text only: every packed document starts at a multiple of `align` tokens, which must
+          divide seq_len.
 
         Raises:
           UserError: unknown split, a batch that does not divide, a bad seed, `epochs` or `align`, missing data.
@@ -206,7 +206,7 @@ class DataConfig(abc.ABC):
 
 
 def check_loader_arguments(config: DataConfig, split: str, seed: int, epochs: int | None, align: int) -> None:
-    """Raises UserError for loader arguments that no data set accepts."""
+    """Raises UserError for invalid loader arguments."""
     require(split in SPLITS, f"unknown split {split!r} (known: {', '.join(SPLITS)}).")
     require(seed >= 0, f"seed must not be negative, not {seed}.")
     require(epochs is None or epochs >= 1, f"epochs must be None (endless) or at least 1, not {epochs}.")
@@ -217,7 +217,8 @@ def check_loader_arguments(config: DataConfig, split: str, seed: int, epochs: in
 
 
 def check_rows(segment_ids: Integer[np.ndarray, "B T"]) -> None:
-    """Raises UserError if padding precedes a token or filler in a row: training programs move no padding."""
+    """Raises UserError if padding precedes a token or filler in a row, because training programs do not move
+    padding."""
     wrong = np.argwhere((segment_ids[:, :-1] == IGNORE) & (segment_ids[:, 1:] != IGNORE))
     if len(wrong):
         row, place = map(int, wrong[0])

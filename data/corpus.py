@@ -13,7 +13,7 @@ from engrax.data.tokenizers import Tokenizer
 
 
 class Corpus:
-    """Documents in memory. Exact copies count once, so no text is in both splits; empty documents are left out.
+    """Documents in memory. Exact duplicates count once, so no text is in both splits. Empty documents are left out.
 
     `split(fraction)`, `splits(fraction)` and `encoded(fraction, tokenizer)` are computed once for each argument.
     """
@@ -32,7 +32,7 @@ class Corpus:
         given: Iterable[bytes] | None = None,
         notes: Sequence[str] = (),
     ) -> "Corpus":
-        """Returns the corpus of documents; those of `given` are its validation split, and are left out of train."""
+        """Returns the corpus of documents. Those of `given` are its validation split and are left out of train."""
         corpus = cls.__new__(cls)
         corpus._fill(manifest, contents, given, notes)
         return corpus
@@ -89,7 +89,7 @@ class Corpus:
         return self.split(validation_fraction)[name][:count]
 
     def tokenized(self, validation_fraction: float, tokenizer: Tokenizer) -> shards.Shards:
-        """Returns the token shards, which are written if they are missing."""
+        """Returns the token shards. Writes them if they are missing."""
         header = shards.header(self.manifest, validation_fraction, tokenizer)
         folder = shards.folder_of(**header)
         with shards.locked(folder):
@@ -120,7 +120,7 @@ def _distinct(texts: Iterable[bytes]) -> tuple[dict[bytes, bytes], int]:
 
 
 class EncodedDocuments:
-    """A random-access source of `Encoded`, each made at its first use and kept in the smallest integer types."""
+    """A random-access source of `Encoded`. Each is computed at its first use and kept in the smallest integer types."""
 
     def __init__(self, documents: Sequence[bytes], tokenizer: Tokenizer):
         self._dtype = np.min_scalar_type(tokenizer.vocab_size - 1)

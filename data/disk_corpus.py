@@ -1,8 +1,8 @@
-"""Corpora larger than memory: read in a stream, tokenised once, trained on from token shards.
+"""Corpora larger than memory: streamed, tokenised once, and then read from token shards.
 
-The first pass hashes every document. From the hashes follow the split and the copies (24 bytes of memory a document).
-The second pass encodes the documents into shards (`engrax.data.shards`). What the first pass found of a corpus is kept
-in the cache under the names, sizes and times of its files, so that a corpus that was tokenised is not read again.
+The first pass hashes every document. The hashes determine the split and the duplicates (24 bytes of memory per
+document). The second pass encodes the documents into shards (`engrax.data.shards`). The cache keeps the result of the
+first pass under the names, sizes and times of the files, so a tokenised corpus is not read again.
 """
 
 import contextlib
@@ -27,23 +27,23 @@ from engrax.data.sources import Reader
 from engrax.data.tokenizers import Tokenizer
 from engrax.errors import UserError
 
-_SETTLED = 2.0  # seconds after its last change from which a file's size and time tell its content
+_SETTLED = 2.0  # seconds after its last change from which a file's size and time identify its content
 _FIRST = 1 << 16  # bytes of a document that `first_texts` returns
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Where every scanned document goes, in the order of the scan."""
+    """The destination of every scanned document, in the order of the scan."""
 
-    index: Int64[np.ndarray, " N"]  # its place in its split, -1 = left out
+    index: Int64[np.ndarray, " N"]  # index in its split, -1 = left out
     validation: Bool[np.ndarray, " N"]
     keys: np.ndarray  # the first 8 bytes of its hash
-    sections: bool  # what was scanned are sections of one document
+    sections: bool  # the scanned items are sections of one document
     splits: Splits
 
 
 class DiskCorpus:
-    """The documents of files, split and told of as those of `engrax.data.corpus.Corpus`."""
+    """The documents of files, split and described as in `engrax.data.corpus.Corpus`."""
 
     def __init__(
         self, files: tuple[Listed, ...], given: tuple[Listed, ...] | None, reader: Reader, notes: Sequence[str]
@@ -53,7 +53,7 @@ class DiskCorpus:
 
     @property
     def manifest(self) -> str:
-        """The SHA-256 of the files and of how they are read."""
+        """The SHA-256 of the files and of the reader's settings."""
         return self._known("manifest", lambda: manifest_of(self._files, self._given, self._reader))
 
     def splits(self, validation_fraction: float) -> Splits:
@@ -72,7 +72,7 @@ class DiskCorpus:
         return found
 
     def first_texts(self, validation_fraction: float, name: str, count: int) -> list[bytes]:
-        """Returns the start of the first documents of the files, whatever their split."""
+        """Returns the start of the first documents of the files, in either split."""
         found = []
         for _, chunks in self._documents(sections=False):
             found.append(next(iter(chunks), b"")[:_FIRST])
@@ -81,7 +81,7 @@ class DiskCorpus:
         return found
 
     def tokenized(self, validation_fraction: float, tokenizer: Tokenizer) -> shards.Shards:
-        """Returns the token shards, which are written if they are missing."""
+        """Returns the token shards. Writes them if they are missing."""
         header = shards.header(self.manifest, validation_fraction, tokenizer)
         folder = shards.folder_of(**header)
         with shards.locked(folder):
@@ -96,7 +96,7 @@ class DiskCorpus:
         return self.tokenized(validation_fraction, tokenizer).documents()
 
     def _documents(self, sections: bool) -> Iterator[tuple[bool, Iterable[bytes]]]:
-        """Yields (it is of the validation files, document in chunks), the validation files first."""
+        """Yields (whether it is of the validation files, document in chunks), the validation files first."""
         for listed, of_given in ((self._given or (), True), (self._files, False)):
             for file in listed:
                 for chunks in self._reader.documents(file.path) if file.stamp[0] else ():
@@ -137,7 +137,7 @@ class DiskCorpus:
     def _arranged(
         self, given, high, low, sizes, validation_fraction: float, notes: Sequence[str], sections: bool
     ) -> _Plan:
-        """The plan, from whether each document is of the validation files, its hash and its bytes."""
+        """The plan. Its inputs: whether each document is of the validation files, its hash and its bytes."""
         filled = np.flatnonzero(sizes)
         require(len(filled) > 0, "the text folder holds no text: every document is empty.")
         order = filled[np.lexsort((low[filled], high[filled]))]  # stable: of copies, the validation files' come first
@@ -163,7 +163,7 @@ class DiskCorpus:
     def _placed(self, plan: _Plan, tick=lambda size: None) -> Iterator[tuple[str, int, Iterable[bytes]]]:
         """Yields (split, index in it, chunks) of every document that is not left out.
 
-        Raises UserError if a document is not the one that was scanned.
+        Raises UserError if a document has changed since the scan.
         """
         for place, (_, chunks) in enumerate(self._documents(plan.sections)):
             require(place < len(plan.index), "the corpus grew while it was read; start again.")
@@ -173,7 +173,7 @@ class DiskCorpus:
                 hashed.check(int(plan.keys[place]))
 
     def _known(self, name: str, find: Any) -> Any:
-        """What `find()` returns (JSON-able), kept in the cache once the files are at rest."""
+        """The result of `find()` (JSON-able). It is cached once the files have stopped changing."""
         files = (*self._files, *(self._given or ()))
         read_as = [shards.FORMAT, SPLIT_RULE, dataclasses.astuple(self._reader), [*self._notes]]
         key = hashlib.sha256(json.dumps([self._files, self._given, read_as]).encode()).hexdigest()[:32]
@@ -191,7 +191,7 @@ class DiskCorpus:
 
 
 class _Hashed:
-    """The chunks of a document, hashed while they are read, once."""
+    """The chunks of a document, to be read once and hashed while they are read."""
 
     def __init__(self, chunks: Iterable[bytes], tick: Any):
         self._chunks, self._tick, self._digest = chunks, tick, hashlib.sha256()
@@ -203,7 +203,7 @@ class _Hashed:
             yield chunk
 
     def check(self, key: int) -> None:
-        """Raises UserError if what was read has another hash."""
+        """Raises UserError if the text read has another hash."""
         if int.from_bytes(self._digest.digest()[:8], "big") != key:
             raise UserError("the corpus changed while it was read; start again.")
 
@@ -211,7 +211,7 @@ class _Hashed:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):  # missing or damaged: it is found again
+    except (OSError, ValueError):  # missing or damaged: compute it again
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -1,17 +1,17 @@
-"""Documents as tokens, with the bytes of the source text that every token stands for.
+"""Documents as tokens, with the number of source bytes of every token.
 
-Losses per token of different tokenizers are not comparable; losses per byte of the same text are. The bytes are counted
-in the document itself, from the spans that the tokenizer reports, because spellings in a vocabulary do not tell them:
-normalisers drop and change characters, and an unknown token may stand for any text.
+Losses per token are not comparable between tokenizers; losses per byte of the same text are. The bytes are counted in
+the document itself, from the spans that the tokenizer reports. The vocabulary's spellings do not give them: normalisers
+drop and change characters, and an unknown token may stand for any text.
 
-- A character's bytes belong to the last token whose span holds it. Where several tokens spell one character, all but
+- A character's bytes belong to the last token whose span contains it. If several tokens spell one character, all but
   the last have 0 bytes.
-- A character that is in no span (stripped, or dropped as space between words) belongs with the character before it, at
-  the start of the document with the first one that is in a span.
+- A character may be in no span (stripped, or dropped as space between words). Its bytes go with the character before
+  it; at the start of the document, with the first character in a span.
 
-So the bytes of a document's tokens sum exactly to its length, and those of its pieces do, however it is cut. A document
-without tokens has no place for its bytes; nothing of it is predicted, and it counts nowhere. The first token of a
-document is no target: bits per byte are the bits of the targets over the bytes of the targets.
+So the bytes of a document's tokens sum exactly to its length, and the same holds for its pieces, for any cut. A
+document without tokens has no predicted tokens and does not count. The first token of a document is not a target: bits
+per byte are the bits of the targets over the bytes of the targets.
 """
 
 import codecs
@@ -24,15 +24,15 @@ from jaxtyping import Int
 
 from engrax.data.config import TokenArray
 
-_INVALID = 0xDC00  # plus the number of bytes: stands for bytes that are not UTF-8 (a surrogate: UTF-8 has none)
+_INVALID = 0xDC00  # plus the number of bytes: marks bytes that are not UTF-8 (a surrogate, which UTF-8 does not have)
 _REPLACEMENT = 0xFFFD
 PART = 1 << 20  # bytes of a document that are encoded at once
-_WIDER = (0x80, 0x800, 0x10000)  # from each of these code points on, UTF-8 takes one byte more
+_WIDER = (0x80, 0x800, 0x10000)  # from each of these code points on, UTF-8 takes one more byte
 
 
 @runtime_checkable
 class Document(Protocol):
-    """A document as tokens: `Encoded`, or one on disk, which is read where `tokens` and `bytes` are sliced."""
+    """A document as tokens: `Encoded`, or one on disk, which is read when `tokens` and `bytes` are sliced."""
 
     tokens: Any
     bytes: Any
@@ -42,10 +42,10 @@ class Document(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """The tokens of a document and the bytes of source text that each stands for, in any integer types."""
+    """The tokens of a document and the source bytes of each, in any integer types."""
 
     tokens: TokenArray
-    bytes: TokenArray  # as many; they sum to the document's length in bytes, if it has tokens
+    bytes: TokenArray  # one per token; the sum is the document's length in bytes, if it has tokens
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -54,8 +54,8 @@ class Encoded:
 def encode_in_parts(tokenizer: Any, chunks: Iterable[bytes]) -> Iterator[Encoded]:
     """Encodes a document, given in chunks, with a tokenizer of `engrax.data.tokenizers`.
 
-    A document longer than PART bytes is encoded in parts, which end with a line if one ends in the last sixteenth, else
-    with a character: memory does not grow with it.
+    A document longer than PART bytes is encoded in parts, so memory does not grow with its length. A part ends with a
+    line if one ends in the last sixteenth, else with a character.
     """
     rest = bytearray()
     for chunk in chunks:
@@ -70,12 +70,12 @@ def encode_in_parts(tokenizer: Any, chunks: Iterable[bytes]) -> Iterator[Encoded
 
 
 def joined(parts: Sequence[Encoded]) -> Encoded:
-    """Returns the document of its parts."""
+    """Joins the parts of a document."""
     return Encoded(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "bytes")))
 
 
 def character_start(text: bytes | bytearray, at: int) -> int:
-    """Returns the first place from `at` on where a character of UTF-8 starts, at most 3 bytes on."""
+    """Returns the first position from `at` on where a UTF-8 character starts, at most 3 bytes later."""
     for place in range(at, min(at + 3, len(text))):
         if text[place] & 0xC0 != 0x80:
             return place
@@ -85,8 +85,8 @@ def character_start(text: bytes | bytearray, at: int) -> int:
 def readable(text: str | bytes) -> tuple[str, Int[np.ndarray, "C"]]:
     """Returns (the text, the source bytes of each of its characters).
 
-    Bytes are read as UTF-8. Those that are not UTF-8 become U+FFFD, as with `errors="replace"`, and keep their number.
-    Raises UnicodeEncodeError for a string with lone surrogates, which has no bytes.
+    Bytes are read as UTF-8. Invalid bytes become U+FFFD, as with `errors="replace"`, and their number is kept. Raises
+    UnicodeEncodeError for a string with lone surrogates, which has no UTF-8 form.
     """
     given = text.decode("utf-8", errors="engrax_sized") if isinstance(text, bytes) else text
     codes = np.frombuffer(given.encode("utf-32-le", "surrogatepass" if isinstance(text, bytes) else "strict"), "<u4")
@@ -120,14 +120,14 @@ def bytes_of_spans(spans: Int[np.ndarray, "T 2"], sizes: Int[np.ndarray, "C"]) -
 
 
 def _last_holders(spans: Int[np.ndarray, "T 2"], count: int) -> Int[np.ndarray, "C"]:
-    """The last token whose span holds each character, -1 without one; spans may overlap and come in any order.
+    """The last token whose span contains each character, -1 = none. Spans may overlap and come in any order.
 
-    A span is covered by two blocks of a power of two characters, and a block by its halves, longest first: the time
-    grows with tokens and characters, however the spans overlap.
+    Two blocks of a power of two characters cover a span, and two halves cover a block, longest first. The time is
+    linear in tokens and characters, for any overlap of the spans.
     """
     starts, ends = np.clip(spans, 0, count).T
     lengths = ends - starts
-    last = np.full(count, -1)  # entry i: of the block that starts at i
+    last = np.full(count, -1)  # entry i: for the block that starts at i
     for power in reversed(range(int(lengths.max(initial=0)).bit_length())):
         block = 1 << power
         longer = last.copy()

@@ -1,4 +1,5 @@
-"""Text as UTF-8: other encodings are decoded where one is given, else named; what is no text is refused."""
+"""Text as UTF-8. Another encoding is decoded if it is given, else the error names it. Files that are not text are
+refused."""
 
 import codecs
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ _MARKS = {  # byte order marks, the longer ones first
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_FORMATS = {  # first bytes of files that are no text
+_FORMATS = {  # first bytes of files that are not text
     b"%PDF-": "a PDF file",
     b"PK\x03\x04": "a zip archive (also docx, epub, xlsx)",
     b"\xfd7zXZ\x00": "compressed with xz: use gzip, bzip2 or Zstandard",
@@ -31,7 +32,7 @@ _FORMATS = {  # first bytes of files that are no text
     b"FEA1": "a Feather file",
     b"SQLite format 3": "a database",
 }
-# (encoding, first and last character that it is known by, least share of those among the text's other characters)
+# (encoding, first and last of its typical characters, their least share among the text's non-ASCII characters)
 _GUESSES = (
     ("euc_jp", "\u3040", "\u30ff", 0.2),
     ("shift_jis", "\u3040", "\u30ff", 0.2),
@@ -43,7 +44,7 @@ _GUESSES = (
 
 
 def check(encoding: str) -> None:
-    """Raises UserError for a name that is no encoding of text."""
+    """Raises UserError for a name that is not a text encoding."""
     try:
         if codecs.getincrementaldecoder(encoding)("strict").decode(b"") != "":
             raise LookupError
@@ -52,7 +53,7 @@ def check(encoding: str) -> None:
 
 
 def refuse_binary(path: str, first: bytes, encoding: str | None) -> None:
-    """Raises UserError if a file's first block is of a format that is no text, or of UTF-16 or UTF-32."""
+    """Raises UserError if a file's first block is UTF-16, UTF-32 or a format that is not text."""
     for magic, what in _FORMATS.items():
         require(not first.startswith(magic), f"{path} is no text: it is {what}; remove it or convert it.")
     if encoding is None:
@@ -73,7 +74,7 @@ def _refuse_nul(path: str, block: bytes) -> None:
 
 
 def utf8(path: str, blocks: Iterable[bytes], encoding: str | None) -> Iterator[bytes]:
-    """Yields a text as UTF-8 without byte order mark. Raises UserError for what is not in the encoding."""
+    """Yields a text as UTF-8 without byte order mark. Raises UserError for bytes that are invalid in the encoding."""
     decoder = codecs.getincrementaldecoder(encoding or "utf-8")("strict")
     begun, offset, block = False, 0, b""
     try:
@@ -99,7 +100,7 @@ def _complaint(path: str, error: UnicodeError, offset: int, block: bytes, encodi
 
 
 def _guess(block: bytes) -> str:
-    """The encoding that a text is perhaps in, by the characters that it would have."""
+    """The likely encoding of a text, judged by the characters that each encoding would give."""
     if sum(byte > 0x7F for byte in block) < 0.25 * len(block):
         return "cp1252"
     for name, first, last, least in _GUESSES:
@@ -114,7 +115,7 @@ def _guess(block: bytes) -> str:
 
 
 def unix_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yields the text with every CRLF as LF; a lone CR stays."""
+    """Yields the text with every CRLF as LF; a lone CR is kept."""
     held = b""
     for block in blocks:
         block = held + block

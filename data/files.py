@@ -12,13 +12,13 @@ from etils import epath
 from engrax.errors import UserError
 
 RUN = {"config.json", "metrics.jsonl"}  # a folder inside a corpus that holds these is a run, not text
-PACKED = (".gz", ".bz2", ".zst")  # endings of compressed files, left out of account by `list_files`
+PACKED = (".gz", ".bz2", ".zst")  # endings of compressed files, ignored by `list_files`
 
 
 class Listed(NamedTuple):
     """A file that was found."""
 
-    name: str  # its path in the folder, with "/"
+    name: str  # path in the folder, with "/"
     path: str
     stamp: tuple[int, int]  # (bytes, time of the last change)
 
@@ -44,13 +44,13 @@ def _local_stamp(found: os.stat_result) -> tuple[int, int]:
 
 
 def open_bytes(path: str) -> Any:
-    """Opens a file for reading; a local one without the detour through epath, which takes as long as reading it."""
+    """Opens a file for reading. A local file is opened without epath, which takes as long as reading it."""
     return epath.Path(path).open("rb") if "://" in path else open(path, "rb")
 
 
 def manifest_of(files: tuple[Listed, ...], given: tuple[Listed, ...] | None, reader: Any) -> str:
-    """Returns the SHA-256 of path, size and SHA-256 of every file, those of a given validation split too, and of how
-    they are read (the text of `reader`)."""
+    """Returns the SHA-256 of path, size and SHA-256 of every file, also of a given validation split, and of the
+    reader's settings (the text of `reader`)."""
     manifest = hashlib.sha256()
     for file in files + (given or ()):
         with open_bytes(file.path) as content:
@@ -64,8 +64,8 @@ def list_files(root: epath.Path, suffixes: tuple[str, ...]) -> Listing:
     """Returns the files below a folder whose names end in one of `suffixes` (() = all), compressed or not.
 
     Hidden files and folders are left out, and so are run folders. Links are followed; a folder is read once, so a loop
-    of links ends. A single file may have any ending. Raises UserError for what is no file: a link to nothing, a pipe, a
-    device.
+    of links ends. A single file may have any ending. Raises UserError for anything that is not a file: a dangling link,
+    a pipe, a device.
     """
     if not root.is_dir():
         return Listing((Listed(root.name, str(root), _checked_stamp(root)),), ())
@@ -108,7 +108,7 @@ def _text_entries(entries: list[Any], prefix: str) -> list[Any]:
 
 
 def _checked_stamp(entry: "os.DirEntry | epath.Path") -> tuple[int, int]:
-    """Returns the stamp of a file; raises UserError if it is none."""
+    """Returns the stamp of a file; raises UserError if it is not a file."""
     if isinstance(entry, epath.Path) and "://" in str(entry):
         return stamp(entry)
     try:

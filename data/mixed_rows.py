@@ -1,4 +1,4 @@
-"""The rows of several packed texts in one stream of batches, by weight."""
+"""One stream of batches with the rows of several packed texts, by weight."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,11 @@ from engrax.errors import UserError
 
 
 class MixedRows(grain.DatasetIterator):
-    """Batches whose rows are of several sources, a grain iterator (see `engrax.data.mixture`).
+    """Batches with rows of several sources, a grain iterator (see `engrax.data.mixture`).
 
-    The next row is of the source i with the largest w_i (S + T) - s_i: s_i are its tokens so far, S those of all, T the
-    tokens of a row, w_i the weights with sum 1. Every process counts the tokens of all rows and writes its own.
+    The next row comes from the source i with the largest w_i (S + T) - s_i. s_i are its tokens so far, S those of all
+    sources, T the tokens of a row, w_i the weights with sum 1. Every process counts the tokens of all rows and writes
+    its own rows.
     """
 
     def __init__(
@@ -26,7 +27,7 @@ class MixedRows(grain.DatasetIterator):
         self._tokens = [0] * len(sources)
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last batch: those of the sources, and the tokens read of each."""
+        """The position after the last batch: the sources' positions, and the tokens read from each."""
         return {"sources": [source.get_state() for source in self._sources], "tokens": list(self._tokens)}
 
     def set_state(self, state: dict[str, Any]) -> None:

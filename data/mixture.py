@@ -29,10 +29,11 @@ from engrax.data.tokenizers import Tokenizer
 class Mixture(DataConfig):
     """Texts with weights: `Mixture(sources=(TextFolder(path="a"), StdlibText()), weights=(3, 1))`.
 
-    Every row is of one source: of the one whose tokens so far are fewest for its weight. So the shares of the tokens
-    are the weights at all times, to a few rows, and no random number decides. Each source has its own order and epochs.
-    The validation split mixes the sources' validation splits in the same way, until each has been read once. Rows are
-    of the mixture's `seq_len`. All sources have one tokenizer. A text that two sources share is not sought.
+    Every row comes from one source: the one with the fewest tokens so far relative to its weight. So at any time the
+    shares of the tokens match the weights within a few rows, without random numbers. Each source has its own order and
+    epochs. The validation split mixes the sources' validation splits in the same way, until each has been read once.
+    Rows have the mixture's `seq_len`. All sources share one tokenizer. Texts that occur in two sources are not
+    detected.
     """
 
     even_epochs: ClassVar[bool] = False
@@ -55,7 +56,7 @@ class Mixture(DataConfig):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The sources' tokenizer; raises UserError if they have several."""
+        """The sources' tokenizer; raises UserError if they differ."""
         found = [source.tokenizer for source in self.sources]
         for i, other in enumerate(found):
             require(
@@ -88,7 +89,7 @@ class Mixture(DataConfig):
         return Splits(*sizes, notes=tuple(notes))
 
     def warnings(self) -> list[str]:
-        """Those of the sources."""
+        """The warnings of the sources."""
         return list(dict.fromkeys(itertools.chain.from_iterable(source.warnings() for source in self.sources)))
 
     def token_documents(self, split: str) -> Iterator[Document]:
@@ -112,11 +113,11 @@ class Mixture(DataConfig):
         align: int = 1,
         target_bytes: bool = False,
     ) -> Loader:
-        """See `DataConfig.loader`. The position is that of every source and its tokens so far."""
+        """See `DataConfig.loader`. The position has every source's position and its tokens so far."""
         from engrax.data.mixed_rows import MixedRows
 
         check_loader_arguments(self, split, seed, epochs, align)
-        assert self.tokenizer is not None  # raises where the sources have several
+        assert self.tokenizer is not None  # raises if the sources differ
         same = {"seq_len": self.seq_len, "share": Share.of(batch_size, process_index, process_count)}
         rows = [source.packed(split, seed=seed, epochs=epochs, align=align, **same) for source in self.sources]
         return MixedRows(rows, self.weights, target_bytes=target_bytes, **same)

@@ -1,8 +1,8 @@
 """Packing: a plan that places documents of any length in rows of fixed length, computed from the lengths.
 
-A document longer than a row fills whole rows. Its rest, and every shorter document, is not cut: longest first, each
-goes to the fullest row that still has room (best-fit decreasing, as in Ding et al., "Fewer Truncations Improve
-Language Modeling", arXiv 2404.10830). Each piece is one segment of its row.
+A document longer than a row fills whole rows. Its rest, and every shorter document, is not cut. Longest first, each
+goes to the fullest row that has room (best-fit decreasing, as in Ding et al., "Fewer Truncations Improve Language
+Modeling", arXiv 2404.10830). Each piece is one segment of its row.
 """
 
 import dataclasses

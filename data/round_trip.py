@@ -1,19 +1,19 @@
-"""Whether a tokenizer gives back the texts it is given. What it drops or changes, a model of its tokens never sees."""
+"""Whether a tokenizer reproduces its texts. A model never sees text that its tokenizer drops or changes."""
 
 from collections.abc import Iterable
 
 from engrax.data.encoded import readable
 from engrax.data.tokenizers import Tokenizer
 
-FIRST_DOCUMENTS = 16  # of each split are tried
-FIRST_CHARACTERS = 4_096  # of each document
+FIRST_DOCUMENTS = 16  # documents tried in each split
+FIRST_CHARACTERS = 4_096  # characters tried in each document
 _SHOWN = 12  # characters before and after the first change
 
 
 def first_change(tokenizer: Tokenizer, texts: Iterable[str | bytes]) -> tuple[str, str] | None:
-    """The first place where a decoded text differs, as (text, what comes back); None where all come back.
+    """The first place where a decoded text differs, as (text, decoded text); None if all are reproduced.
 
-    Bytes that are not UTF-8 count as the U+FFFD that the tokenizer gets.
+    Bytes that are not UTF-8 count as U+FFFD, which the tokenizer gets.
     """
     for document in texts:
         text = readable(document[: 4 * FIRST_CHARACTERS])[0][:FIRST_CHARACTERS]

@@ -1,12 +1,12 @@
 """Token shards: the tokens of a corpus on disk, written once and read at random.
 
 The tokens of a split are one long sequence, cut into records of RECORD tokens in ArrayRecord files (the shards). A
-record holds the tokens and, unless each stands for one byte, the bytes of each. The first record of a shard says which
-data and tokenizer it is of. `SPLIT.places.npy` has the first token and the number of tokens of every document, and
-`index.json` the rest. A process reads only the records that hold its own rows.
+record holds the tokens and, unless each token is one byte, the bytes of each. The first record of a shard names its
+data and tokenizer. `SPLIT.places.npy` has the first token and the number of tokens of every document, and `index.json`
+the rest. A process reads only the records that hold its own rows.
 
-Shards lie in a cache, `$ENGRAX_CACHE` or `~/.cache/engrax`, and may be deleted at any time. A folder appears there
-whole or not at all, and one process writes it while the others wait.
+Shards are in a cache, `$ENGRAX_CACHE` or `~/.cache/engrax`. You may delete them at any time. A folder appears there
+complete or not at all. One process writes it while the others wait.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def cache() -> Path:
 
 
 def header(manifest: str, validation_fraction: float, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns what the shards of a corpus are of: the digests of data and tokenizer, and the split."""
+    """Returns the identity of a corpus's shards: the digests of data and tokenizer, and the split."""
     return {"data": manifest, "tokenizer": tokenizer.manifest, "split": [SPLIT_RULE, validation_fraction]}
 
 
@@ -55,7 +55,7 @@ def folder_of(**header: Any) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a folder or file of the cache; the lock of a process ends with it."""
+    """Holds the lock of a folder or file of the cache. The lock ends with the process."""
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,8 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class Writer:
-    """Writes the tokens of one split. `add` takes the documents in any order; places are known by their index."""
+    """Writes the tokens of one split. `add` takes the documents in any order; the index determines a document's
+    place."""
 
     def __init__(self, folder: Path, split: str, documents: int, dtype: np.dtype, header: dict[str, Any]):
         self._folder, self._split, self._header = folder, split, header
@@ -111,7 +112,7 @@ class Writer:
             self._file.close()
 
     def close(self) -> dict[str, int]:
-        """Writes what is left and returns {"documents", "tokens"}."""
+        """Writes the remaining tokens and returns {"documents", "tokens"}."""
         tokens = self._end
         if self._filled:
             self._flush()
@@ -132,10 +133,10 @@ def write(
     tokenizer: Tokenizer,
     header: dict[str, Any],
 ) -> None:
-    """Writes the shards of (split, index in it, document in chunks), in any order, whole or not at all."""
+    """Writes the shards of (split, index in it, document in chunks), in any order, all or none."""
     _require_array_record()
     part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed: the caller holds the lock
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed process: the caller holds the lock
     part.mkdir(parents=True)
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     try:
@@ -149,7 +150,7 @@ def write(
         part.rename(folder)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, RuntimeError):  # of array_record: a full disk, say
+        if isinstance(error, RuntimeError):  # from array_record, for example a full disk
             raise UserError(f"the token shards cannot be written: {_reason(error)}; see ENGRAX_CACHE.") from None
         raise
 
@@ -218,12 +219,12 @@ def _reason(error: Exception) -> str:
 
 
 class StoredDocuments:
-    """A random-access source of documents in shards. A document is read piece by piece, where it is sliced."""
+    """A random-access source of documents in shards. Only the sliced parts of a document are read."""
 
     def __init__(self, folder: Path, source: Any, places: np.ndarray, dtype: np.dtype, index: dict[str, Any]):
         self._folder, self._source, self._places = folder, source, places
         self._dtype, self._record, self._shard = dtype.newbyteorder("<"), index["record"], index["shard"]
-        self._kept: OrderedDict[int, Encoded] = OrderedDict()  # the records used last
+        self._kept: OrderedDict[int, Encoded] = OrderedDict()  # the most recently used records
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -257,7 +258,7 @@ class StoredDocuments:
     def _records(self, numbers: Sequence[int]) -> list[Encoded]:
         missing = [number for number in numbers if number not in self._kept]
         if missing:
-            try:  # the first record of every shard says what it is
+            try:  # the first record of every shard identifies it
                 found = self._source.__getitems__([number + number // self._shard + 1 for number in missing])
                 self._kept |= {number: self._parsed(record) for number, record in zip(missing, found)}
             except Exception as error:  # the library raises many types, and bare ones
@@ -280,7 +281,7 @@ class StoredDocuments:
 
 @dataclasses.dataclass(frozen=True)
 class StoredDocument:
-    """A document in shards, read where `tokens` or `bytes` are sliced."""
+    """A document in shards, read when `tokens` or `bytes` are sliced."""
 
     source: StoredDocuments
     start: int  # its first token in the split's sequence

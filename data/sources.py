@@ -1,14 +1,15 @@
-"""Documents of files as people have them: text, JSON Lines and Parquet, plain or compressed (gzip, bzip2, Zstandard).
+"""Documents of files: text, JSON Lines and Parquet, plain or compressed (gzip, bzip2, Zstandard).
 
-What a file is, its content says:
+The content decides the type of a file:
 
-- The first bytes tell a compressed file and Parquet, whatever the name. Other formats that are no text are refused.
+- The first bytes identify a compressed file and Parquet, under any name. Other formats that are not text are refused.
 - JSON Lines: the name ends in .jsonl or .ndjson, or the first two lines are JSON objects (or the only one, if it has
-  the field). Each line is a document; empty lines are skipped. In Parquet each row is one. The text is in one field.
-- All else is text, and a file is a document.
+  the field). Each line is a document; empty lines are skipped. In Parquet each row is a document. The text is in one
+  field.
+- Anything else is text, and each file is a document.
 
-Text is UTF-8, checked, unless an encoding is given. A byte order mark at the start of a file is left out, and CRLF
-becomes LF. Values of JSON Lines and Parquet are taken as they are.
+Text is checked as UTF-8, unless an encoding is given. A byte order mark at the start of a file is removed, and CRLF
+becomes LF. Values of JSON Lines and Parquet are not changed.
 """
 
 import bz2
@@ -41,10 +42,10 @@ class Reader:
     encoding: str | None = None  # None = UTF-8
 
     def documents(self, path: str) -> Iterator[Iterable[bytes]]:
-        """Yields every document in chunks of UTF-8, to be read before the next one is asked for.
+        """Yields every document in chunks of UTF-8. Read them before you ask for the next document.
 
-        Memory holds a block of a text, a line of JSON Lines, some rows of Parquet. Raises UserError, naming the file
-        and the line, for what cannot be read.
+        Memory holds a block of a text, a line of JSON Lines, or some rows of Parquet. Raises UserError with the file
+        and the line for unreadable content.
         """
         try:
             with open_bytes(path) as raw:
@@ -59,12 +60,12 @@ class Reader:
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path} is damaged or cut off: {_reason(error)}; restore it.") from None
         except OSError as error:
-            if error.errno is not None:  # of the operating system: it names the file
+            if error.errno is not None:  # from the operating system: it names the file
                 raise
             raise UserError(f"{path} is damaged or cut off: {_reason(error)}; restore it.") from None
 
     def _read(self, path: str, stream: Any) -> Iterator[Iterable[bytes]]:
-        """Yields the documents of a file that is text, when decompressed."""
+        """Yields the documents of a text file, after decompression."""
         first = stream.read(_BLOCK)
         require(
             not first.startswith(_POINTER), f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull`."
@@ -195,7 +196,8 @@ def _decompressed(raw: Any, magic: bytes) -> Iterator[Any]:
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines of a text, without their ends. Only LF ends a line: other separators may stand in JSON strings."""
+    """The lines of a text, without their ends. Only LF ends a line, because JSON strings may contain other
+    separators."""
     open_line = io.BytesIO()
     for block in blocks:
         *ended, rest = block.split(b"\n")

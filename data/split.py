@@ -1,12 +1,12 @@
-"""The split of a corpus into train and validation: a fair sample of every size that is stable when files are added.
+"""The split of a corpus into train and validation: a fair sample of every size, stable when files are added.
 
-Size classes are powers of 4 bytes. In each class, the documents whose hash lies below `validation_fraction` are
-validation. Where none does and the class holds two documents or more, the one of smallest hash is. A file that is added
-therefore moves at most one other document of a class. If no document were validation the smallest of all is, and if all
-were the longest is not.
+Documents are grouped in size classes: powers of 4 bytes. In each class, the documents with a hash below
+`validation_fraction` go to validation. If there is none and the class has two documents or more, the one with the
+smallest hash goes there. An added file therefore moves at most one other document of a class. If no document were in
+validation, the smallest one goes there; if all were, the longest stays in train.
 
 A corpus of one document is cut into sections of 64 KiB, which are split in the same way. A document shorter than two
-sections is cut in two; its tail is the validation split.
+sections is cut in two, and its tail is the validation split.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ from engrax.data.config import SplitSize, require
 from engrax.data.encoded import character_start
 
 SECTION = 64 * 1024  # bytes of a section, at least
-_TO_LINE_END = 4 * 1024  # bytes that a section may be longer, to end with a line
+_TO_LINE_END = 4 * 1024  # bytes by which a section may be longer, to end with a line
 
 
 def place_of(digest: bytes) -> float:
@@ -29,7 +29,7 @@ def place_of(digest: bytes) -> float:
 def choose(
     places: Float64[np.ndarray, " D"], sizes: Int64[np.ndarray, " D"], fraction: float
 ) -> Bool[np.ndarray, " D"]:
-    """Returns which of two or more documents are the validation split (see the module)."""
+    """Returns which of two or more documents are in the validation split (see the module)."""
     chosen = places < fraction
     classes = (np.frexp(sizes)[1] - 1) // 2  # class c: from 4^c up to 4^(c + 1) bytes
     for members in (np.flatnonzero(classes == c) for c in np.unique(classes)):
@@ -45,7 +45,8 @@ def choose(
 def sections(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Cuts a document, given in chunks of any size, into sections of SECTION bytes or slightly more.
 
-    A section ends with a line if one ends soon, else with a character of UTF-8. The last one is shorter than two.
+    A section ends with a line if one ends soon, else with a UTF-8 character. The last section is shorter than two
+    sections.
     """
     rest = bytearray()
     for chunk in chunks:
@@ -69,7 +70,7 @@ def _section_end(text: bytearray) -> int:
 
 
 def cut_in_two(content: bytes, fraction: float) -> tuple[bytes, bytes]:
-    """Returns head and tail; the tail has at most `fraction` of the bytes, but at least a character.
+    """Returns head and tail. The tail has at most `fraction` of the bytes, but at least one character.
 
     The cut is at the end of a line if one is near. Raises UserError for a text of one character.
     """
@@ -90,7 +91,7 @@ def size_of(sizes: Int64[np.ndarray, " D"]) -> SplitSize:
 
 
 def notes(copies: int, shared: int, parts: int | None) -> list[str]:
-    """Returns what a reader should know of a corpus.
+    """Returns notes on a corpus, for the reader.
 
     Args:
       copies: exact copies that were left out.

@@ -1,7 +1,7 @@
 """Rows as streams: each row of a batch continues the same row of the previous batch.
 
-It serves memories carried from batch to batch. Row r of B reads the documents r, r + B, r + 2 B, ... of an endless
-shuffled order in sequence. `segment_ids` number them over the whole run, so a memory sees where a document ends.
+This serves memories carried from batch to batch. Row r of B reads the documents r, r + B, r + 2 B, ... of an endless
+shuffled order in sequence. `segment_ids` number them over the whole run, so a memory can tell where a document ends.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class StreamedText(grain.DatasetIterator):
 
     @property
     def document_count(self) -> int:
-        """Number of documents in the split: that many at the start of the endless order are distinct."""
+        """Number of documents in the split; the first this many of the endless order are distinct."""
         return len(self._documents)
 
     def get_state(self) -> dict[str, list[list[int]]]:

@@ -49,7 +49,7 @@ class TextConfig(DataConfig):
         """Returns the texts of a split's documents (bytes or str), of the first ones at least."""
 
     def warnings(self) -> list[str]:
-        """Names a tokenizer that does not give back the first documents of the splits."""
+        """Warns of a tokenizer that does not reproduce the first documents of the splits."""
         from engrax.data import round_trip
 
         if self.tokenizer_file is None:
@@ -122,7 +122,7 @@ class CorpusConfig(TextConfig):
         """Returns the documents; raises UserError if there are none."""
 
     def _last_corpus(self) -> Corpus | DiskCorpus:
-        """Returns the documents as they were found last, for loaders: a validation pass must not list a folder anew."""
+        """Returns the documents as last found, for loaders: a validation pass must not list a folder again."""
         return self._corpus()
 
     def documents(self, split: str) -> list[bytes]:
@@ -135,13 +135,13 @@ class CorpusConfig(TextConfig):
         return self._corpus().splits(self.validation_fraction)
 
     def digest(self) -> str:
-        """Returns the SHA-256 of the manifest (path, size and SHA-256 of every file), the tokenizer and the rule of
-        the split: under another rule, validation may hold text that a run was trained on."""
+        """Returns the SHA-256 of the manifest (path, size and SHA-256 of every file), the tokenizer and the split rule.
+        Under another rule, validation may contain text that a run was trained on."""
         parts = (self._corpus().manifest, self.tokenizer.manifest, SPLIT_RULE)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def tokenize(self) -> tuple[Shards, ...]:
-        """Writes the token shards, if they are missing, and returns them; loaders read them from then on."""
+        """Writes the token shards if they are missing, and returns them. Loaders read them from then on."""
         return (self._corpus().tokenized(self.validation_fraction, self.tokenizer),)
 
     def _texts(self, split):

@@ -23,13 +23,13 @@ class TextFolder(CorpusConfig):
     """A folder of text, JSON Lines and Parquet files, plain or compressed; `gs://` and other paths of etils.epath work.
 
     Files are found at any depth; hidden ones are skipped. `engrax.data.sources` says how files become documents, and
-    `engrax.data.split` how documents are split. A config's loaders read the folder as it was listed by its first
-    loader, or since then by `digest`, `documents` or `splits`.
+    `engrax.data.split` how documents are split. A config's loaders read the folder as its first loader listed it, or as
+    `digest`, `documents` or `splits` listed it later.
     """
 
     path: str = ""  # folder, or one file
     suffixes: tuple[str, ...] = (".txt", ".md", ".rst", ".jsonl", ".ndjson", ".parquet")  # name endings; () = all files
-    validation_path: str | None = None  # folder or file of a validation split of your own, left out of train
+    validation_path: str | None = None  # folder or file of your own validation split, left out of train
     field: str | None = "text"  # field of JSON Lines or column of Parquet; None = JSON Lines are read as text
     encoding: str | None = None  # of text and JSON Lines; None = UTF-8
 
@@ -83,7 +83,7 @@ def _read_files(
 
 
 def _contents(files: tuple[Listed, ...], reader: Reader, at_most: int) -> list[bytes] | None:
-    """Returns the documents, None where they are more than `at_most` bytes."""
+    """Returns the documents, or None if they have more than `at_most` bytes."""
     found = []
     for file in files:
         for chunks in reader.documents(file.path) if file.stamp[0] else ():

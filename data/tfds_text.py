@@ -15,8 +15,8 @@ from engrax.files import short
 
 # data set[/config][:version] or /version; a namespace (huggingface:NAME) would reach the network, arguments need code
 _NAME = re.compile(r"[a-zA-Z]\w*(/[\w.+-]+)?(:(\d+|\*)\.(\d+|\*)\.(\d+|\*))?")
-_CLASSES = "tensorflow_datasets."  # whose classes a prepared folder may name
-_DIGEST_SAMPLES = 64  # records of each split that enter the digest
+_CLASSES = "tensorflow_datasets."  # a prepared folder may name only classes of this package
+_DIGEST_SAMPLES = 64  # records of each split in the digest
 
 
 @DATASETS.register("tfds_text")
@@ -24,9 +24,9 @@ _DIGEST_SAMPLES = 64  # records of each split that enter the digest
 class TfdsText(TextConfig):
     """A TFDS text data set by name, for example "lm1b" or "my_books/1.0.0"; a document is an example.
 
-    Prepare it beforehand with `file_format="array_record"`; nothing is downloaded here. The two splits must not share
-    an example; duplicate texts inside the data set are not checked. Every epoch has a new order of the whole split, of
-    which `buffer_tokens` are read, packed and shuffled together: the time to start does not depend on the data set.
+    Prepare it in advance with `file_format="array_record"`; nothing is downloaded. The two splits must not share an
+    example; duplicate texts inside the data set are not checked. Every epoch has a new order of the whole split.
+    `buffer_tokens` tokens are read, packed and shuffled together, so the start-up time does not depend on the data set.
     """
 
     name: str = ""  # TFDS name: data set[/config][:version]
@@ -66,7 +66,7 @@ class TfdsText(TextConfig):
         return manifest.hexdigest()
 
     def splits(self) -> Splits:
-        """Returns the number of documents of both splits; their bytes are known only after reading them all."""
+        """Returns the number of documents of both splits. Their bytes would be known only after a full read."""
         builder = self._builder()
         return Splits(*(SplitSize(len(self._records(builder, split))) for split in SPLITS))
 
@@ -177,7 +177,7 @@ class _Texts:
 
 @contextlib.contextmanager
 def _own_classes_only() -> Iterator[None]:
-    """Refuses what TFDS would do meanwhile: import the module of whatever Python class a prepared folder names."""
+    """Refuses other classes: TFDS would import the module of any Python class that a prepared folder names."""
     import tensorflow_datasets as tfds
 
     connector = tfds.features.FeatureConnector

@@ -1,6 +1,6 @@
 """Tokenizers: bytes, or a local Hugging Face `tokenizer.json`. Ids are int32; no special tokens are added.
 
-Both give with the tokens of a text the bytes that each stands for (`engrax.data.encoded` has the rule).
+Both return the tokens of a text and the source bytes of each (`engrax.data.encoded` has the rule).
 """
 
 import functools
@@ -40,7 +40,7 @@ class ByteTokenizer:
     end_of_text: tuple[int, ...] = ()  # tokens that end a text
 
     def encode(self, text: str | bytes) -> Int32[np.ndarray, "T"]:
-        """Returns the bytes of the text (UTF-8 of a string). Raises UserError for a string that has none."""
+        """Returns the bytes of the text (UTF-8 of a string). Raises UserError for a string without a UTF-8 form."""
         data = _utf8(text) if isinstance(text, str) else text
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
@@ -49,7 +49,7 @@ class ByteTokenizer:
         return bytes(np.asarray(ids, np.int64).ravel().tolist()).decode("utf-8", errors="replace")
 
     def encode_with_bytes(self, text: str | bytes) -> Encoded:
-        """Returns the bytes of the text, each of which stands for one byte (one element in memory for all)."""
+        """Returns the bytes of the text as tokens; each has one source byte (one element in memory for all)."""
         tokens = self.encode(text)
         return Encoded(tokens, np.broadcast_to(np.uint8(1), tokens.shape))
 
@@ -76,13 +76,13 @@ class JsonTokenizer:
         # The file may enable truncation or padding of every text; packing needs neither.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # It adds special tokens, which are not wanted, and some trim the space off a token's span, which is its own.
+        # The post-processor adds special tokens, and some trim the space off a token's span, where it belongs.
         self._tokenizer.post_processor = None
         self.manifest = hashlib.sha256(content).hexdigest()
 
     @property
     def end_of_text(self) -> tuple[int, ...]:
-        """Ids of the added special tokens that end a text, by the names that the published tokenizers give them."""
+        """Ids of the added special tokens that end a text, by their names in published tokenizers."""
         added = self._tokenizer.get_added_tokens_decoder().items()
         return tuple(sorted(index for index, token in added if token.special and token.content in ENDS_OF_TEXT))
 
@@ -94,7 +94,7 @@ class JsonTokenizer:
     def encode(self, text: str | bytes) -> Int32[np.ndarray, "T"]:
         """Returns the ids; bytes are decoded as UTF-8, invalid ones become U+FFFD.
 
-        Raises UserError for a string without UTF-8, and for a text that the tokenizer has no ids for.
+        Raises UserError for a string without a UTF-8 form, and for a text that the tokenizer has no ids for.
         """
         data = _utf8(text) if isinstance(text, str) else text
         return np.asarray(self._encoding(data.decode("utf-8", errors="replace")).ids, np.int32)
@@ -102,13 +102,13 @@ class JsonTokenizer:
     def _encoding(self, text: str) -> Any:
         try:
             return self._tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:  # the library raises a bare Exception: for an unknown token that is unknown, say
+        except Exception as error:  # the library raises a bare Exception, as for an unknown token
             raise UserError(f"the tokenizer cannot read a text ({error}); restore its tokenizer.json.") from error
 
     def encode_with_bytes(self, text: str | bytes) -> Encoded:
         """Returns the ids of `encode`, and the bytes of each in the smallest integer type.
 
-        They sum to the bytes of the text, unless it has no ids.
+        Their sum is the bytes of the text, unless it has no ids.
         """
         text, sizes = readable(text)
         found = self._encoding(text)

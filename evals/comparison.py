@@ -25,7 +25,7 @@ from engrax.files import expect, read_json, refuse_links, short, write_atomicall
 from engrax.train import cost, loop, metrics, runs, sharding
 from engrax.train.experiment import Experiment
 
-LEARNT = 0.95  # accuracy from which a task counts as learnt
+LEARNT = 0.95  # accuracy at which a task counts as learnt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Claim:
 
     better: str
     worse: str
-    source: str  # where, with its numbers
+    source: str  # the source, with its numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Comparison:
 
     experiments: dict[str, Experiment]  # by their names in the table; the first is the baseline
     learning_rates: tuple[float, ...]  # the grid, three or more
-    seeds: int = 3  # at the best learning rate, in addition to that of the grid
+    seeds: int = 3  # seeds at the best learning rate, in addition to the grid's seed
     claims: tuple[Claim, ...] = ()
 
     def __post_init__(self):
@@ -85,8 +85,8 @@ class Score:
 
     sums: np.ndarray | None  # [N] bits (text, tokens) or correctly predicted tokens (task)
     counts: np.ndarray | None  # [N] bytes, tokens or labelled tokens
-    learnt_at: int | None = None  # first validated step with an accuracy of LEARNT, tasks alone
-    seconds: float = 0.0  # of training and scoring
+    learnt_at: int | None = None  # first validated step with an accuracy of LEARNT; tasks only
+    seconds: float = 0.0  # time of training and scoring
 
     @property
     def mean(self) -> float:
@@ -119,7 +119,7 @@ def run(comparison: Comparison, folder: epath.PathLike, *, progress: bool = True
     folder = runs.folder(folder)
     runs.refuse_file(folder)
     refuse_links(folder)
-    for name, experiment in comparison.experiments.items():  # before any of them is trained
+    for name, experiment in comparison.experiments.items():  # before any training
         loop.check(experiment, folder / folder_of(name))
     trials = len(comparison.experiments) * (len(comparison.learning_rates) + comparison.seeds)
     tell = _progress(trials) if progress else lambda trial, score: None
@@ -148,8 +148,8 @@ def _row(comparison: Comparison, name: str, folder: epath.Path, tell: Callable, 
 
 @contextlib.contextmanager
 def _programs_compiled_once() -> Iterator[None]:
-    """Uses a compilation cache for this comparison, unless the user has one: the training step is compiled once per
-    learning rate, which is a constant in it, and all else once per mixer."""
+    """Uses a compilation cache for this comparison, unless the user has one. The training step is compiled once per
+    learning rate, which is a constant in it, and everything else once per mixer."""
     if jax.config.jax_compilation_cache_dir:
         yield
         return
@@ -229,7 +229,7 @@ def _written(score: Score) -> dict[str, Any]:
 
 
 def _read(data: dict[str, Any], path: Any) -> Score:
-    """The inverse of `_written`. Raises UserError if the data in `path` make no sense."""
+    """The inverse of `_written`. Raises UserError if the data in `path` are invalid."""
     arrays = {}
     for name in _ARRAYS:
         values = data.get(name)

@@ -71,7 +71,7 @@ def _keys(tokens: Rows, targets: Rows, segment_ids: Rows, vocab_size: int, order
         older = np.roll(tokens, back, axis=1)
         inside = np.roll(segment_ids, back, axis=1) == segment_ids
         inside[:, :back] = False
-        depth += inside[labelled]  # ids do not decrease: what lies between is inside too
+        depth += inside[labelled]  # ids do not decrease: tokens between are inside too
         context = context + older[labelled].astype(dtype) * dtype(place)
         place *= vocab_size
         keys.append(context * dtype(vocab_size) + token)
@@ -94,7 +94,7 @@ def _starts(ordered: Shaped[np.ndarray, " N"]) -> Int[np.ndarray, " U"]:
 
 
 def _look_up(keys: Shaped[np.ndarray, " U"], values: Int[np.ndarray, " U"], wanted: Shaped[np.ndarray, " N"]):
-    """The value of each wanted key, 0 where it is not among the sorted `keys`."""
+    """The value of each wanted key, 0 if it is not among the sorted `keys`."""
     if not len(keys):
         return np.zeros(len(wanted), np.int64)
     places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)

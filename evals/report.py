@@ -1,4 +1,4 @@
-"""The page of an evaluation: one HTML file with its plots inside, which needs no network and no script."""
+"""The page of an evaluation: one HTML file with its plots inside. It needs no network and no script."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ LABELS = {
 
 
 def render(data: dict[str, Any], found: dict[str, Evaluation]) -> str:
-    """The page for results.json's content and what the evaluators found, in their order."""
+    """The page for results.json's content and the evaluators' results, in their order."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
@@ -44,7 +44,7 @@ def _subject(config: dict[str, Any]) -> str:
 
 
 def _parts(name: str, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The sections of one evaluator: its figures or, where it has none, its summary as a table."""
+    """The sections of one evaluator: its figures or, without figures, its summary as a table."""
     figures = evaluation.figures
     if not figures and evaluation.summary:
         table = Table((), evaluation.summary)

@@ -33,7 +33,7 @@ SEEN_TOKENS = 32_000_000  # training tokens that the n-gram baselines count at m
 
 
 UNITS = {"text": "bits per byte", "task": "accuracy", "tokens": "bits per token"}  # of the score, by kind_of
-_PADDING = {"tokens": 0, "targets": -1, "segment_ids": -1}  # what a model reads
+_PADDING = {"tokens": 0, "targets": -1, "segment_ids": -1}  # the arrays that a model reads
 _FIELDS = (*_PADDING, "target_bytes")
 
 
@@ -44,14 +44,14 @@ class Rows:
     tokens: Int[np.ndarray, "N T"]
     targets: Int[np.ndarray, "N T"]
     segment_ids: Int[np.ndarray, "N T"]
-    target_bytes: Int[np.ndarray, "N T"] | None  # of the source, 0 without a target; None if the data is no text
-    complete: bool  # these are all there are
+    target_bytes: Int[np.ndarray, "N T"] | None  # source bytes, 0 without a target; None if the data is not text
+    complete: bool  # whether these are all rows
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What a model reads: three arrays by their names in a batch."""
+        """The arrays that a model reads, by their names in a batch."""
         return {name: getattr(self, name) for name in _PADDING}
 
     def take(self, chosen: slice | Int[np.ndarray, "M"], complete: bool) -> "Rows":
@@ -61,7 +61,7 @@ class Rows:
 
     @property
     def labelled(self) -> Bool[np.ndarray, "N T"]:
-        """Where a prediction is scored."""
+        """True where a prediction is scored."""
         return self.targets >= 0
 
 
@@ -69,13 +69,13 @@ class Rows:
 class Scores:
     """The results of one pass, per token."""
 
-    nats: Float[np.ndarray, "N T"]  # negative log-likelihood of the target, 0 where there is none
+    nats: Float[np.ndarray, "N T"]  # negative log-likelihood of the target, 0 without a target
     right: Bool[np.ndarray, "N T"]  # the target had the highest logit
-    tokens_per_second: float  # of the compiled forward pass, compilation and loading left out
+    tokens_per_second: float  # speed of the compiled forward pass, without compilation and loading
 
 
 def kind_of(experiment: Experiment) -> str:
-    """The kind of score, one of UNITS: of text, of a generated task with known answers, or of other tokens."""
+    """The kind of score, one of UNITS: for text, for a generated task with known answers, or for other tokens."""
     if hasattr(experiment.data, "solve") and hasattr(experiment.data, "chance"):
         return "task"
     return "text" if experiment.data.counts_bytes else "tokens"
@@ -94,7 +94,7 @@ def batch_rows(experiment: Experiment) -> int:
 
 
 def _loader(experiment: Experiment, split: str, rows: int) -> Iterator[dict[str, np.ndarray]]:
-    """The training's own loader of a split, whose rows come in the same order at any batch size."""
+    """The training's loader of a split. Its rows come in the same order at any batch size."""
     optimizer = dataclasses.replace(experiment.optimizer, accumulate=1)
     same = dataclasses.replace(experiment, batch_size=rows, optimizer=optimizer)
     return Trainer(same).loader(split, target_bytes=experiment.data.counts_bytes)
@@ -127,10 +127,10 @@ def validation_rows(experiment: Experiment, batches: int | None) -> Rows:
 
 
 def seen_rows(experiment: Experiment, step: int) -> tuple[Rows, float]:
-    """(the distinct training rows of the first `step` steps, epochs seen); `complete` False where SEEN_TOKENS cut them.
+    """(the distinct training rows of the first `step` steps, epochs seen); `complete` is False if SEEN_TOKENS cut them.
 
-    Only the first epoch is counted: later epochs repeat the same tokens. For a run with a carried memory, which was
-    trained on streams, streams are counted.
+    Only the first epoch is counted: later epochs repeat the same tokens. A run with a carried memory was trained on
+    streams, so streams are counted.
     """
     if experiment.carry_memory:
         return _seen_streams(experiment, step)
@@ -140,15 +140,15 @@ def seen_rows(experiment: Experiment, step: int) -> tuple[Rows, float]:
     whole = _whole_epoch(experiment, int(seen.labelled.sum()))
     if whole is None:
         return dataclasses.replace(seen, complete=limit == wanted), float("nan")
-    # Every labelled token stands once in an epoch, whatever the packing: the epoch's end is where the count is reached.
+    # Every labelled token occurs once in an epoch, for any packing, so the epoch ends where the count is reached.
     reached = int(np.searchsorted(np.cumsum(seen.labelled.sum(axis=1)), whole)) + 1
     return seen.take(slice(reached), complete=True), wanted / reached
 
 
 def _seen_streams(experiment: Experiment, step: int) -> tuple[Rows, float]:
-    """`seen_rows` of a training on streams: what a row reads depends on the batch size, so its own batches are read.
+    """`seen_rows` of a training on streams. Rows depend on the batch size, so the training's batches are read.
 
-    A token read before has no target here.
+    A token that was read before has no target.
     """
     rows = experiment.batch_size
     steps = min(step, max(1, SEEN_TOKENS // (rows * experiment.data.seq_len)))
@@ -172,7 +172,7 @@ def _first_rows(experiment: Experiment, split: str, count: int) -> Rows:
 
 
 def _whole_epoch(experiment: Experiment, seen: int) -> int | None:
-    """Labelled tokens of the whole training split, or None where they are more than `seen` or epochs are uneven."""
+    """Labelled tokens of the whole training split, or None if they are more than `seen` or epochs are uneven."""
     if not experiment.data.even_epochs:
         return None
     loader = experiment.data.loader("train", batch_size=256, epochs=1)
@@ -192,7 +192,7 @@ def reported_rows(rows: Rows) -> Rows:
 
 
 def _close(loader: Any) -> None:
-    """Stops a loader's reading ahead."""
+    """Stops a loader's read-ahead."""
     if hasattr(loader, "close"):
         loader.close()
 
@@ -206,7 +206,7 @@ class Scorer:
         self.rows = batch_rows(experiment)
         self.dtype = train_step.resolve_dtype(experiment.compute_dtype)
         self._place = None
-        if mesh is not None:  # where parameters are shared, each layer gathers its own
+        if mesh is not None:  # if parameters are sharded, each layer gathers its own
             specs = map_parameters(lambda variable: variable.get_value().sharding.spec, self.params)
             self._place = train_step.compiler_placement(specs, mesh)
         self._score = jax.jit(self._forward, static_argnames="mute")
@@ -234,11 +234,11 @@ class Scorer:
     def report(self, rows: Rows) -> dict[str, np.ndarray]:
         """The mixers' diagnostics of `reported_rows(rows)`, one row at a time: {"titans.lr_mean": [rows, repeat]}.
 
-        It works row by row, because the mean over a batch hides a memory that diverges on one row in a hundred. A
+        Rows are reported one by one, because a batch mean hides a memory that diverges on one row in a hundred. A
         diagnostic per token is [rows, repeat, T] or, with a value per memory, [rows, repeat, T, M], NaN at padding.
         """
         rows = reported_rows(rows)
-        copies = 1 if self.mesh is None else self.mesh.size  # every device computes the same row: kernels need one each
+        copies = 1 if self.mesh is None else self.mesh.size  # every device computes the same row, as kernels need one
         taken = {name: np.repeat(array[:, None], copies, axis=1) for name, array in rows.arrays().items()}
         found = jax.device_get(self._report(self.params, taken))
         padding = rows.segment_ids < 0
@@ -249,7 +249,7 @@ class Scorer:
             yield {name: array[start : start + self.rows] for name, array in rows.arrays().items()}
 
     def _put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """The batch on the devices: as it is on one, padded to whole rows for each of several."""
+        """The batch on the devices: unchanged on one device, padded to whole rows per device on several."""
         if self.mesh is None:
             return batch
         rows = len(batch["tokens"])
@@ -275,7 +275,7 @@ class Scorer:
 
 
 def _squeeze(values: np.ndarray, padding: np.ndarray, copies: int) -> np.ndarray:
-    """[rows, repeat, copies, T, ...] diagnostics of tokens without their copies and padding; others as they are."""
+    """[rows, repeat, copies, T, ...] diagnostics of tokens without their copies and padding; others do not change."""
     if values.shape[2:4] != (copies, padding.shape[1]):
         return values
     padding = padding[:, None].reshape(len(padding), 1, -1, *(1,) * (values.ndim - 4))

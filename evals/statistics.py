@@ -1,5 +1,5 @@
-"""Means with their uncertainty, whole and by position. Rows are the unit of resampling: tokens of a row are not
-independent, rows are taken to be."""
+"""Means with their uncertainty, in total and by position. Rows are the unit of resampling: rows are treated as
+independent, tokens of a row are not."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ class Estimate:
 def mean(sums: Shaped[np.ndarray, "N T"], counts: Shaped[np.ndarray, "N T"]) -> Estimate:
     """sum(sums) / sum(counts) with the linearised standard error of a ratio over rows (Cochran 1977, eq. 6.13).
 
-    The interval is Student's, with one degree of freedom less than there are rows.
+    The interval is Student's, with one degree of freedom less than the number of rows.
     """
     row_sums, row_counts = np.sum(sums, axis=1, dtype=np.float64), np.sum(counts, axis=1, dtype=np.float64)
     return _ratio(row_sums, row_counts)
@@ -42,7 +42,7 @@ def mean_of_few(values: Float[np.ndarray, " N"]) -> Estimate:
 
 @functools.cache
 def half_width(rows: int) -> float:
-    """Half of a 95 % interval in standard errors of a mean over so many rows: 12.7 for two, 1.96 for very many."""
+    """Half of a 95 % interval in standard errors of a mean over this many rows: 12.7 for two, 1.96 for very many."""
     from scipy.stats import t
 
     return float(t.ppf(0.975, rows - 1))
@@ -78,7 +78,7 @@ def by_position(
     positions: Int[np.ndarray, "N T"],
     edges: Int[np.ndarray, " edges"],
 ) -> list[dict[str, Any]]:
-    """Per bin of `positions` that holds anything: {"from", "to" (exclusive), "tokens", "value", "low", "high"}."""
+    """For every non-empty bin of `positions`: {"from", "to" (exclusive), "tokens", "value", "low", "high"}."""
     rows, bins = len(sums), len(edges) - 1
     place = np.digitize(positions, edges) - 1
     inside = (place >= 0) & (place < bins) & (counts > 0)

@@ -28,12 +28,12 @@ from engrax.train.objective import score
 PIECE = 256  # tokens of one call
 LENGTH_UNIT = 4 * PIECE  # lengths are multiples of it: quarters are read in pieces
 DOCUMENTS = 64  # documents read, at most
-SIDE_BY_SIDE = 16  # of them in one call, at most
-TURNS = 15  # timed calls at the beginning and at the end, by turns
+SIDE_BY_SIDE = 16  # documents in one call, at most
+TURNS = 15  # timed calls at the beginning and at the end, alternating
 
 
 def long_documents(experiment: Experiment, length: int) -> Encoded:
-    """The first length + 1 tokens of up to DOCUMENTS validation documents that have as many: arrays [N, length + 1].
+    """The first length + 1 tokens of up to DOCUMENTS validation documents that are long enough: arrays [N, length + 1].
 
     Raises UserError if the data is not text, or if no validation document is long enough.
     """
@@ -54,7 +54,7 @@ def long_documents(experiment: Experiment, length: int) -> Encoded:
 
 
 def longest(experiment: Experiment, at_most: int) -> int:
-    """The longest length up to `at_most` that a validation document has, a multiple of LENGTH_UNIT.
+    """The length of the longest validation document, at most `at_most`, as a multiple of LENGTH_UNIT.
 
     Raises UserError as `long_documents` does.
     """
@@ -123,7 +123,7 @@ def stream(
         group = tokens[at : at + SIDE_BY_SIDE], targets[at : at + SIDE_BY_SIDE]
         *found, early, late = _read(reader, *group, mesh, tick)
         losses.append(found)
-        memories = memories or [early, late]  # the first group's are timed, the others' need not be kept
+        memories = memories or [early, late]  # only the first group is timed, so the others are not kept
     bits, reset = (np.concatenate(found) / np.log(2) for found in zip(*losses))
     early, late = memories
     few = len(_placed(tokens[:SIDE_BY_SIDE, :1], mesh))
@@ -164,7 +164,7 @@ def calls(documents: Encoded) -> int:
 
 
 def _placed(rows_NL: Int[np.ndarray, "N L"], mesh: Mesh | None) -> Any:
-    """The rows on the devices: as they are on one, padded with the last row and split over several."""
+    """The rows on the devices: unchanged on one device, padded with the last row and split over several."""
     if mesh is None:
         return rows_NL
     padded = np.pad(rows_NL, ((0, -len(rows_NL) % mesh.size), (0, 0)), mode="edge")

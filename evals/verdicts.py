@@ -1,15 +1,15 @@
 """Turns the scores of a comparison into verdicts with a fixed rule.
 
 Every number has a 95 % interval from a bootstrap in which seeds and validation rows are drawn with replacement: seeds
-for each experiment apart, rows for all together, since all are scored on the same ones. The spread of n seeds is
-widened by the root of n / (n - 1), which drawing from them takes away, and by the ratio of Student's t to the normal
-quantile, which few seeds need (without it two equal models differed in 12 of 100 comparisons of 3 seeds).
+for each experiment separately, rows for all together, because all are scored on the same rows. The spread of n seeds is
+widened by the root of n / (n - 1), which the draws lose, and by the ratio of Student's t to the normal quantile,
+because seeds are few (without it two equal models differed in 12 of 100 comparisons of 3 seeds).
 
-An experiment is *better* or *worse* than another where the interval of their difference leaves out 0; else, and where a
+An experiment is *better* or *worse* than another if the interval of their difference excludes 0. Otherwise, and if a
 judged seed diverged, the comparison is *inconclusive*. A table of m verdicts is corrected after Holm (1979): the
 clearest difference is judged by its interval at 1 - 0.05 / m, the next at 1 - 0.05 / (m - 1), and so on to the first
-that is inconclusive, with which all that follow are. The chance of even one wrong verdict in a table is then at most
-5 %. The intervals shown are the plain ones, of 95 % each.
+that is inconclusive; all later ones are inconclusive too. The chance of even one wrong verdict in a table is then at
+most 5 %. The intervals shown are the plain 95 % intervals.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from engrax.evals.comparison import Claim, Comparison, Row, kind
 
 DRAWS = 4000
-LEVEL = 0.05  # chance of a wrong verdict in a table whose experiments are all equal, at most
+LEVEL = 0.05  # largest chance of a wrong verdict in a table of equal experiments
 Verdict = Literal["better", "worse", "inconclusive"]
 
 
@@ -45,9 +45,9 @@ class TableRow:
     difference: Interval | None  # to the first experiment; None for that one
     verdict: Verdict | None
     learning_rate: float
-    at_edge: bool  # the best learning rate ends the grid: a wider one might be better
-    diverged: int  # learning rates and seeds that did
-    learnt_at: float | None  # median step over the seeds that learnt, tasks alone
+    at_edge: bool  # the best learning rate is at an end of the grid: a wider grid might be better
+    diverged: int  # learning rates and seeds that diverged
+    learnt_at: float | None  # median step over the seeds that learnt; tasks only
     learnt_seeds: int
     parameters: int
     state_bytes: int | None
@@ -64,7 +64,7 @@ class ClaimVerdict:
 
 
 class Bootstrap:
-    """The draws of one comparison: the same rows for every experiment, seeds of its own for each."""
+    """The draws of one comparison: the same rows for every experiment, separate seeds for each."""
 
     def __init__(self, rows: list[Row], draws: int = DRAWS):
         rng = np.random.default_rng(0)
@@ -151,7 +151,7 @@ def holm(drawn: Bootstrap, pairs: list[tuple[str, str]], higher_is_better: bool)
 
 
 def _clearness(difference: Interval) -> float:
-    """The value in lengths of its interval's side towards 0: above 1 the interval leaves out 0."""
+    """The value in lengths of its interval's side towards 0: above 1 the interval excludes 0."""
     side = difference.value - (difference.low if difference.value > 0 else difference.high)
     if side:
         return difference.value / side if math.isfinite(difference.value) else -math.inf
@@ -162,7 +162,7 @@ def verdict(difference: Interval, higher_is_better: bool) -> Verdict:
     """The verdict of one difference from its own interval."""
     if difference.low > 0 or difference.high < 0:
         return "better" if (difference.low > 0) == higher_is_better else "worse"
-    return "inconclusive"  # so is a difference that is not a number
+    return "inconclusive"  # also for a difference that is not a number
 
 
 def _line(

@@ -1,7 +1,7 @@
 """The laws that every memory obeys, one body each, for the tests and for `engrax check` alike.
 
-`LAWS` maps "law.part" to a function of a `Subject`, in the order in which they are tried; each raises a `Breach` where
-the subject breaks the law. Where a law says "no bit" the comparison is exact; elsewhere rounding is allowed.
+`LAWS` maps "law.part" to a function of a `Subject`, in the order in which they are tried; each raises a `Breach` if the
+subject breaks the law. If a law says "no bit", the comparison is exact; otherwise rounding is allowed.
 """
 
 from engrax.laws import (  # noqa: F401, I001  (the order of the laws)

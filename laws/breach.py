@@ -1,7 +1,7 @@
-"""The table of the laws, what a broken one raises, and the comparisons that find it.
+"""The table of the laws, the exception of a broken law, and the comparisons that find it.
 
-A law is a function of a `Subject`. It returns nothing where the subject obeys, and raises a `Breach` where it does not.
-Nothing here needs a test framework: `engrax check` and the tests run the same bodies.
+A law is a function of a `Subject`. It returns nothing if the subject obeys, else it raises a `Breach`. Nothing here
+needs a test framework: `engrax check` and the tests run the same bodies.
 """
 
 import functools
@@ -17,14 +17,14 @@ LAWS: dict[str, Callable] = {}  # "law.part" -> body(subject, deep=False)
 class Breach(AssertionError):
     """A law that a subject breaks.
 
-    law: "law.part"; position: where it shows ("row 0, token 12", or a parameter's or a state leaf's name); size: how
-    large it is, in the units of what was compared (None where nothing is measured); message: what was seen.
+    law: "law.part"; position: place of the breach ("row 0, token 12", or a parameter's or a state leaf's name); size:
+    in the units of the compared values (None if nothing is measured); message: the observation.
     """
 
     def __init__(self, message: str, *, position: str = "", size: float | None = None, law: str = ""):
         super().__init__(message)
         self.law, self.position, self.size, self.message = law, position, size, message
-        self.subject = ""  # the name of the mixer or model, given by whoever ran the law
+        self.subject = ""  # the name of the mixer or model, set by the caller
 
     def __str__(self) -> str:
         found = [f"at {self.position}"] if self.position else []
@@ -52,7 +52,7 @@ def law(name: str) -> Callable[[Callable], Callable]:
 
 
 def parts_of(name: str) -> list[str]:
-    """The parts of a law ("causality"), or the one part ("causality.jacobian"); empty where there is no such law."""
+    """The parts of a law ("causality"), or the one part ("causality.jacobian"); empty if no such law exists."""
     return [part for part in LAWS if part == name or part.split(".")[0] == name]
 
 
@@ -69,7 +69,7 @@ def output_position(index: tuple[int, ...], first_token: int = 0) -> str:
 
 
 def leaf_position(path: Any, index: tuple[int, ...] | None = None) -> str:
-    """The name of a leaf of a tree, and the entry of it: `['gate']['bias'][2]`."""
+    """The name of a leaf of a tree, and its entry: `['gate']['bias'][2]`."""
     entry = f"[{', '.join(map(str, index))}]" if index else ""
     return jax.tree_util.keystr(path).removesuffix(".value") + entry
 
@@ -87,7 +87,7 @@ def _finite(array: np.ndarray, what: str, place: Callable) -> None:
 
 
 def close(actual, wanted, what: str, tolerance: float, place: Callable = output_position) -> None:
-    """Raises a Breach unless two arrays are finite and differ by at most `tolerance` of the largest value wanted.
+    """Raises a Breach unless two arrays are finite and differ by at most `tolerance` of the largest expected value.
 
     `place(index)` names the first entry that differs more; the breach's size is the largest difference.
     """

@@ -15,12 +15,12 @@ IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu")
 
 @law("paths.implementations")
 def implementations_agree(s: Subject, deep: bool = False):
-    """Every implementation that can run here, where the config lets one choose; deep: gradients too."""
+    """All implementations that can run here agree, if the config has the choice; deep: gradients too."""
     if not hasattr(s.config, "implementation"):
         return
     wanted, _ = s.run(s.params, s.x, None, s.ids)
     ran = []
-    for name in IMPLEMENTATIONS if s.thorough or deep else ("reference",):  # the xla form is what runs by default here
+    for name in IMPLEMENTATIONS if s.thorough or deep else ("reference",):  # the xla form is the default here
         other = s.variant(dataclasses.replace(s.config, implementation=name))
         try:
             y, _ = other.run(s.params, s.x, None, s.ids)
@@ -40,7 +40,7 @@ def by_single_tokens(s: Subject, ids):
     """Outputs [B, T, D] of T calls of one token, and the states before the first tokens."""
     state, outputs, states = s.start(s.params, ROWS), [], []
     for t in range(s.length):
-        if t < s.chunk + 2:  # those that the laws start from; a cache may be large
+        if t < s.chunk + 2:  # the laws start from these; a cache may be large
             states.append(state)
         y, state = s.run(s.params, s.x[:, t : t + 1], state, None if ids is None else ids[:, t : t + 1])
         outputs.append(y)
@@ -49,7 +49,7 @@ def by_single_tokens(s: Subject, ids):
 
 @law("state_carry.steps")
 def full_pass_equals_single_tokens(s: Subject, deep: bool = False):
-    """One call gives what T calls of one token give."""
+    """One call equals T calls of one token."""
     for ids in s.layouts(deep):
         wanted, _ = s.run(s.params, s.x, None, ids)
         what = f"token by token against one call, {'one segment' if ids is None else 'packed'}"
@@ -61,8 +61,8 @@ def full_pass_equals_single_tokens(s: Subject, deep: bool = False):
 
 @law("state_carry.cuts")
 def cuts_continue(s: Subject, deep: bool = False):
-    """f(x) equals f(x[:, :a]) then f(x[:, a:], state), literally; deep: for cuts at ends, in and on the chunk grid."""
-    # Each cut compiles two programs; `state_carry.blocks` makes every cut of a chunk with one.
+    """f(x) equals f(x[:, :a]) followed by f(x[:, a:], state); deep: for cuts at ends, in and on the chunk grid."""
+    # Each cut compiles two programs; `state_carry.blocks` covers every cut of a chunk with one program.
     many = sorted({1, s.chunk - 1, s.chunk, s.chunk + 1, 2 * s.chunk + 3, s.length - 1} - {0})
     for ids in (None, s.ids) if deep else (None,):
         wanted, _ = s.run(s.params, s.x, None, ids)
@@ -100,8 +100,8 @@ def every_cut_continues(s: Subject, deep: bool = False):
 
 @law("state_carry.padding")
 def cuts_inside_padding_and_filler_continue(s: Subject, deep: bool = False):
-    """A call cut inside padding or filler leaves what the whole call leaves, and what follows is the same; so does a
-    call of padding or filler alone. A model is also cut inside padding that stands before or between its tokens."""
+    """A call cut inside padding or filler leaves the same state as the whole call, and later calls give the same. So
+    does a call with only padding or filler. A model is also cut inside padding before or between its tokens."""
     a = s.chunk + 5
     layouts = {
         "inside the padding after its tokens": trailing_padding(s.one_segment, [s.chunk + 3] * ROWS),
@@ -125,7 +125,7 @@ def cuts_inside_padding_and_filler_continue(s: Subject, deep: bool = False):
 
 @law("state_carry.gradients")
 def gradients_agree_through_the_state(s: Subject, deep: bool = False):
-    """One call, or several with the state between them: the same gradients."""
+    """One call and several calls with the state between them have the same gradients."""
     cuts = (s.chunk + 3, s.chunk + 4) if deep else (s.chunk + 4,)
     for ids in (None, s.ids) if deep else (s.ids,):
         args = (s.params, s.x, ids, s.weights)

@@ -1,4 +1,4 @@
-"""Law 3: a finite change of a token changes no bit of what came before it; no gradient comes from the future."""
+"""Law 3: a finite change of a token changes no bit of earlier outputs; no gradient comes from the future."""
 
 import functools
 
@@ -9,12 +9,12 @@ from engrax.laws.breach import Breach, demand, law, output_position, same
 from engrax.laws.layouts import ROWS
 from engrax.laws.subject import Subject, values_of
 
-REACH = 3 * 1024  # tokens of the rows that show a leak from far away; short rows end inside a chunk, these with one
+REACH = 3 * 1024  # tokens of rows that show distant leaks; short rows end inside a chunk, these with a whole one
 
 
 @law("causality.finite_change")
 def the_future_changes_no_bit_of_the_past(s: Subject, deep: bool = False):
-    """Every token in turn is replaced by another; outputs before it stay as they are, bit for bit."""
+    """Every token in turn is replaced by another; outputs before it do not change in any bit."""
     for ids in s.layouts(deep):
         before, seen = s.shown(s.run(s.params, s.x, None, ids)[0], ids), False
         for t in range(1, s.length):
@@ -27,11 +27,11 @@ def the_future_changes_no_bit_of_the_past(s: Subject, deep: bool = False):
 
 @law("causality.distance")
 def the_far_future_changes_no_bit_of_the_past(s: Subject, deep: bool = False):
-    """On rows of 3072 tokens, where a leak shows from far away, all tokens from t on are replaced."""
+    """On rows of 3072 tokens, which show distant leaks, all tokens from t on are replaced."""
     reach = min([REACH, *(n for n in values_of(s.config, "positions") if n)])  # a table of learned positions ends
     far, x = s.with_capacity(reach), s.inputs(1, reach)
     before = np.asarray(far.run(s.params, x)[0])
-    if not np.all(np.isfinite(before)):  # a memory may diverge on long rows at parameters scaled up: take fresh ones
+    if not np.all(np.isfinite(before)):  # a memory may diverge on long rows with scaled parameters: take fresh ones
         params = jax.tree.map(lambda p: p.astype(s.dtype), s.initial)
         before = np.asarray(far.run(params, x)[0])
     else:
@@ -62,9 +62,9 @@ def some_tokens(s: Subject, deep: bool) -> tuple[int, ...]:
 def gradient_of_other_tokens(s: Subject, ids, others) -> np.ndarray | None:
     """For a model: the gradient of the outputs at the other positions with respect to tokens where `others [B, T]`.
 
-    Those tokens use the upper half of the vocabulary, the rest the lower half; the logits of the upper half, through
-    which tied embeddings would get a gradient of their own, are left out. None where no parameter named embedding has
-    one row per token: then finite changes alone can tell.
+    Those tokens use the upper half of the vocabulary, the rest the lower half. The logits of the upper half are left
+    out, because tied embeddings would get a gradient through them. None if no parameter named embedding has one row per
+    token: then only finite changes can tell.
     """
     half = s.vocab // 2
     tokens = np.where(others, half + s.x % half, s.x % half).astype(np.int32)
@@ -79,7 +79,7 @@ def gradient_of_other_tokens(s: Subject, ids, others) -> np.ndarray | None:
 
 
 def no_gradient(found: np.ndarray | None, what: str) -> None:
-    """Raises a Breach where a model's tokens have a gradient that they must not have."""
+    """Raises a Breach if a model's tokens have a gradient that they must not have."""
     if found is not None:
         same(found, 0, what, lambda index: f"token id {index[0]} of the upper half")
 

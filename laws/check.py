@@ -1,4 +1,4 @@
-"""`engrax check`: the laws on a user's own mixers and models, or on registered ones."""
+"""`engrax check`: the laws on a user's mixers and models, or on registered ones."""
 
 import contextlib
 import sys
@@ -20,10 +20,10 @@ from engrax.layers import MIXERS
 from engrax.models import MODELS, ModelConfig
 from engrax.registry import did_you_mean
 
-DIMS = (16, 32, 64, 128, 256)  # model widths that a mixer is built for: the first that it accepts
-CAPACITY = 1024  # tokens that caches are declared to hold at least: the rows of most laws, and what follows them
-CHUNK = 32  # tokens; of a config without a field chunk_size: its rows have 103 tokens
-# A law that cannot be judged while another is broken: what it would show is that law's fault.
+DIMS = (16, 32, 64, 128, 256)  # model widths for a mixer: the first that it accepts
+CAPACITY = 1024  # least tokens of declared caches: enough for the rows of most laws and the later calls
+CHUNK = 32  # tokens, for a config without a field chunk_size: its rows have 103 tokens
+# A law that cannot be judged while another is broken, because it would show the other law's fault.
 HIDDEN_BY = {
     "state_carry": ("state", "independence", "causality"),
     "packing": ("state", "independence", "causality"),
@@ -36,20 +36,20 @@ HIDDEN_BY = {
 class Target(NamedTuple):
     """One config to check."""
 
-    label: str  # its registered name, with the example's number where there are several
+    label: str  # its registered name, with the example's number if there are several
     config: Any
     path: Path | None  # the user's file that registers it
 
 
 def check(target: str | Path | Any, *, laws: Sequence[str] = (), progress: bool = True) -> list[Breach]:
-    """The laws that `target` breaks, one `Breach` for each law of each config; an empty list where all hold.
+    """The laws that `target` breaks, one `Breach` for each law of each config; an empty list if all hold.
 
     Args:
       target: a Python file, all of whose mixers and models are checked; a registered name; or a config.
       laws: names of laws ("causality") or of their parts ("causality.jacobian"); none = all.
       progress: print a line to stderr for every law tried.
 
-    Runs on the CPU. Raises UserError for an unknown file, name or law, and where a module cannot be built or called.
+    Runs on the CPU. Raises UserError for an unknown file, name or law, or if a module cannot be built or called.
     """
     parts = _selected(laws)
     breaches = []
@@ -69,7 +69,7 @@ def _selected(laws: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _on_cpu() -> Iterator[None]:
-    """The CPU, where equal programs give equal bits; the default device where jax was told to leave the CPU alone."""
+    """The CPU, where equal programs give equal bits; the default device if jax has no CPU backend."""
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -109,7 +109,7 @@ def _targets(target: Any) -> list[Target]:
 
 
 def _registered_by(path: Path) -> list[tuple[str, type]]:
-    """(kind, class) of the mixers and models that a file registers, by itself or through what it imports."""
+    """(kind, class) of the mixers and models that a file registers, itself or through its imports."""
     before = {registry.kind: dict(registry.items()) for registry in (MIXERS, MODELS)}
     module = plugins.load(path)
     named = [value for value in vars(module).values() if isinstance(value, type)]
@@ -174,7 +174,7 @@ def _check_one(target: Target, parts: list[str], progress: bool) -> list[Breach]
 
 
 def _try(s: Subject, part: str) -> Breach | None:
-    """The breach of one law; an exception of the module's is one too."""
+    """The breach of one law; an exception in the module is also a breach."""
     try:
         LAWS[part](s)
     except Breach as breach:
@@ -191,7 +191,7 @@ def _raised(error: Exception, part: str) -> Breach:
 
 
 class _Progress:
-    """Lines on stderr: which law was tried, and what came of it."""
+    """Lines on stderr: each tried law and its result."""
 
     def __init__(self, label: str, total: int, active: bool):
         self.label, self.total, self.active = label, total, active
@@ -207,8 +207,8 @@ class _Progress:
 
 
 def _how_it_runs(target: Target) -> tuple[int, bool]:
-    """(model width, whether it computes in float64): the first width that the mixer accepts, and float32 where the
-    module computes in float32 whatever it is given. Raises UserError where it cannot be built or called."""
+    """(model width, whether it computes in float64): the first width that the mixer accepts, and float32 if the module
+    always computes in float32. Raises UserError if it cannot be built or called."""
     dims = (16,) if isinstance(target.config, ModelConfig) else DIMS
     first = None
     for dim in dims:

@@ -1,11 +1,11 @@
-"""Which configs may be exempt from a law: only for the reasons listed here, and only where the law really fails."""
+"""Which configs may be exempt from a law: only for the reasons listed here, and only if the law really fails."""
 
 from typing import Any
 
 from engrax.laws.breach import LAWS, Breach, demand, parts_of
 from engrax.laws.subject import Subject
 
-ALLOWED = {  # law -> the words by which a reason names one of the exemptions that exist
+ALLOWED = {  # law -> words that identify one of the accepted exemptions in a reason
     "causality": ("paper", "prefix"),
     "state_carry": ("prefix",),
     "trainability": ("stop-gradient", "correction", "truncated", "top-k", "top-1", "single-memory"),
@@ -18,12 +18,12 @@ def claims(config: Any) -> dict[str, str]:
 
 
 def exempt(config: Any, name: str) -> bool:
-    """True where the config is exempt from `law.part`, or from the whole law."""
+    """True if the config is exempt from `law.part`, or from the whole law."""
     return name in claims(config) or name.split(".")[0] in claims(config)
 
 
 def check_exemptions_exist(config: Any) -> None:
-    """Raises a Breach unless every exemption names a law, for a reason that exists."""
+    """Raises a Breach unless every exemption names a law and has an accepted reason."""
     for name, reason in claims(config).items():
         demand(parts_of(name), f"exempt from {name!r}, which is no law (known: {', '.join(LAWS)})")
         words = ALLOWED.get(name.split(".")[0], ())
@@ -32,7 +32,7 @@ def check_exemptions_exist(config: Any) -> None:
 
 
 def check_exemptions(s: Subject) -> None:
-    """Raises a Breach unless every exemption is one that exists, and the law it names really fails."""
+    """Raises a Breach unless every exemption is accepted and its law really fails."""
     check_exemptions_exist(s.config)
     for name in claims(s.config):
         failing = any(_fails(s, part) for part in parts_of(name))

@@ -1,7 +1,7 @@
-"""Parameters pushed to where gates saturate, for the laws that must hold there.
+"""Parameters moved so that gates saturate, for the laws that must hold there.
 
-A gate is a bias or a decay rate, moved by a constant, or a projection of the input: its kernel is moved along one
-direction u that the inputs then all have, so that its logits move by that constant too.
+A gate is a bias, a decay rate or a projection of the input. A bias or rate is moved by a constant. A projection's
+kernel is moved along one direction u that is added to all inputs, so its logits move by that constant too.
 """
 
 from collections.abc import Iterator
@@ -13,17 +13,17 @@ from engrax.laws.breach import leaf_position
 from engrax.laws.subject import Subject, is_float
 
 KEEPING = "gates that write all and forget nothing"
-FORGETTING = ("decay", "forget", "a_log", "log_rate", "dt_")  # names of gates that are pushed down for it
+FORGETTING = ("decay", "forget", "a_log", "log_rate", "dt_")  # names of gates that are pushed down to keep the memory
 WORDS = ("gate", "bias", "decay", "beta", "forget", "lambda", "alpha", "momentum", "a_log", "dt_")
 
 
 def direction(dim: int) -> np.ndarray:
-    """The vector u [D] of +-1 that pushed inputs have added."""
+    """The vector u [D] of +-1 that is added to pushed inputs."""
     return np.where(np.random.default_rng(6).random(dim) < 0.5, -1.0, 1.0)
 
 
 def pushed_inputs(s: Subject, x):
-    """A mixer's inputs with u added; a model's tokens as they are."""
+    """A mixer's inputs with u added; a model's tokens do not change."""
     return x if s.is_model else (x + direction(s.dim)).astype(x.dtype)
 
 
@@ -34,10 +34,10 @@ def _along_u(p, amount: float):
 
 
 def each_leaf_pushed(s: Subject) -> Iterator[tuple[str, object]]:
-    """(what was pushed, parameters): one leaf at a time, both ways, little and far.
+    """(name of the pushed leaf, parameters): one leaf at a time, up and down, a little and far.
 
-    No name is needed to find a gate: every leaf of a mixer is tried. A model's are those whose names are a gate's; its
-    mixers' others are tried by themselves.
+    Every leaf of a mixer is tried, so gates need no special names. Of a model, only leaves with a gate's name are
+    tried; its mixers are tried on their own.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(s.params)
     for i, (path, leaf) in enumerate(leaves):
@@ -59,8 +59,8 @@ def _is_gate(name: str) -> bool:
 
 def extreme_gates(params, dim: int | None) -> Iterator[tuple[str, object]]:
     """Named variants of the parameters: all gates moved by 50 (almost 0 or 1) and by 1000 (exactly), projections of
-    gates made 100 times larger, so that tokens saturate them one way or the other, and forgetting pushed down where the
-    others are pushed up. dim: of a mixer, whose projections are moved along its inputs; None for a model."""
+    gates made 100 times larger, so that tokens saturate them up or down, and forgetting pushed down while the others
+    are pushed up. dim: the width of a mixer, whose projections are moved along its inputs; None for a model."""
     yield "fresh", params
     for name, amount in (
         ("gates +50", 50.0),

@@ -13,7 +13,7 @@ from engrax.laws.subject import Subject
 
 @law("independence.rows")
 def other_rows_change_no_bit(s: Subject, deep: bool = False):
-    """A row is changed, or set to zero, or others permuted: outputs and state of the rest keep every bit."""
+    """A row is changed or set to zero, or others are permuted: outputs and state of the rest keep every bit."""
     swap = np.array([0, 2, 1])
     for ids in s.layouts(deep):
         before = s.run(s.params, s.x, None, ids)
@@ -31,7 +31,7 @@ def other_rows_change_no_bit(s: Subject, deep: bool = False):
 
 
 def _keeps(s: Subject, rows: list[int], after, before, ids, how: str) -> None:
-    """Raises a Breach where outputs or states of `rows` differ in a bit."""
+    """Raises a Breach if outputs or states of `rows` differ in a bit."""
     place = functools.partial(_place_of_row, rows)
     y_after, y_before = (s.shown(y, ids)[rows] for y, _ in (after, before))
     same(y_after, y_before, f"outputs of other rows {how}", place)
@@ -44,7 +44,7 @@ def _keeps(s: Subject, rows: list[int], after, before, ids, how: str) -> None:
 
 @law("independence.batch_size")
 def batch_size_changes_rounding_only(s: Subject, deep: bool = False):
-    """A row alone gives what it gives in a batch."""
+    """A row gives the same alone and in a batch."""
     place = functools.partial(_place_of_row, [2])
     wanted, _ = s.run(s.params, s.x)
     alone, _ = s.run(s.params, s.x[2:])

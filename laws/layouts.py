@@ -1,7 +1,7 @@
 """The rows that the laws run on: packed segments, and padding where the contract allows it.
 
-Segment ids [B, T] are int32 and non-decreasing over the tokens of a row, -1 on padding. A mixer meets padding only
-after a row's last token; a model meets it anywhere.
+Segment ids [B, T] are int32 and non-decreasing over the tokens of a row, -1 on padding. A mixer gets padding only after
+a row's last token; a model gets it anywhere.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ ROWS = 3  # batch rows of every law
 
 
 def _lay_out(rows, length: int) -> np.ndarray:
-    """Ids [rows, length] from runs of (id, number of tokens); None = all that the row has left."""
+    """Ids [rows, length] from runs of (id, number of tokens); None = the rest of the row."""
     ids = []
     for row in rows:
         rest = length - sum(n or 0 for _, n in row)
@@ -19,8 +19,8 @@ def _lay_out(rows, length: int) -> np.ndarray:
 
 
 def packed_ids(chunk: int, length: int, *, padding: bool) -> np.ndarray:
-    """Ids [ROWS, length]: boundaries on and off the chunk grid; where `padding`, also filler (-2) before, between and
-    inside segments, and padding (-1) after them."""
+    """Ids [ROWS, length] with boundaries on and off the chunk grid. With `padding`, also filler (-2) before, between
+    and inside segments, and padding (-1) after them."""
     if padding:
         rows = (
             [(0, chunk + 3), (1, 1), (2, chunk - 1), (6, None), (-1, 2)],
@@ -42,7 +42,7 @@ def trailing_padding(ids: np.ndarray, tokens) -> np.ndarray:
 
 
 def scattered_padding(tokens: int, length: int) -> np.ndarray:
-    """Positions [ROWS, tokens], increasing, of a row's tokens among `length` positions, the rest being padding: before,
+    """Positions [ROWS, tokens], increasing, of a row's tokens among `length` positions. The others are padding: before,
     inside and after the tokens; only after them; only before them."""
     gap = length - tokens
     head, inside = gap // 3, gap // 3

@@ -12,15 +12,15 @@ from engrax.laws.subject import Subject
 
 
 def _ranks(ids: np.ndarray) -> np.ndarray:
-    """For every position its segment's place among the row's segments; -1 at padding."""
+    """For every position, the index of its segment in the row; -1 at padding."""
     ranks = np.stack([np.searchsorted(np.unique(row[row >= 0]), row) for row in ids])
     return np.where(ids >= 0, ranks, -1)
 
 
 @law("packing.apart")
 def packed_segments_equal_segments_alone(s: Subject, deep: bool = False):
-    """Every segment gives the same whatever stands in the others; one that begins on the chunk grid gives what it gives
-    in a row of its own. What follows the row is the same too."""
+    """A segment's outputs do not depend on the other segments. A segment that begins on the chunk grid gives the same
+    as alone in a row. Later calls give the same too."""
     ids = np.asarray(s.ids)
     ranks = _ranks(ids)
     packed, state = s.run(s.params, s.x, None, s.ids)
@@ -43,7 +43,7 @@ def packed_segments_equal_segments_alone(s: Subject, deep: bool = False):
 
 
 def _follows(s: Subject, state, changed, ids, rows, what: str) -> None:
-    """Two tokens that go on with the last segment of the rows, from two states."""
+    """Two tokens that continue the last segment of the rows, from two states."""
     if not len(rows):
         return
     last = ids.max(axis=1, keepdims=True).astype(np.int32)
@@ -81,7 +81,7 @@ def _equals_a_row_of_its_own(s: Subject, packed: np.ndarray) -> None:
 
 @law("packing.slow_decay")
 def nothing_leaks_where_gates_keep_everything(s: Subject, deep: bool = False):
-    """Every parameter in turn is pushed to where a gate may keep all it has; then the first segment of every row is
+    """Each parameter in turn is pushed so that a gate may keep everything. Then the first segment of every row is
     changed, and its last. No other segment may change, nor the first token of another document in the next call."""
     ids = np.asarray(s.ids)
     ranks = _ranks(ids)
@@ -92,7 +92,7 @@ def nothing_leaks_where_gates_keep_everything(s: Subject, deep: bool = False):
     for what, params in each_leaf_pushed(s):
         (y, state), (z, state_changed) = (s.run(params, inputs, None, s.ids) for inputs in (x, changed))
         y, z = (np.where(others[..., None], np.asarray(outputs), 0) for outputs in (y, z))
-        if not (np.all(np.isfinite(y)) and np.max(np.abs(y)) < 1e6):  # the memory diverges: nothing can be said
+        if not (np.all(np.isfinite(y)) and np.max(np.abs(y)) < 1e6):  # the memory diverges: no verdict is possible
             continue
         close(z, y, f"with {what}, other segments after a change of the first", s.rounding)
         _next_document(s, params, x, state, state_changed, f"with {what}, ")

@@ -1,4 +1,4 @@
-"""Law 9: padding (-1) is nothing. A mixer meets it after a row's last token, a model anywhere."""
+"""Law 9: padding (-1) has no effect. A mixer gets it after a row's last token, a model anywhere."""
 
 import functools
 
@@ -12,7 +12,7 @@ from engrax.laws.subject import Subject
 
 @law("padding.content")
 def what_stands_in_padding_changes_no_bit(s: Subject, deep: bool = False):
-    """What stands at padding changes no bit of the outputs, or of what follows; outputs at padding are finite."""
+    """The content of padding changes no bit of the outputs or of later calls; outputs at padding are finite."""
     ids = s.ids if s.is_model else trailing_padding(s.ids, [s.chunk + 5, s.length, 2 * s.chunk - 1])
     padding = np.asarray(ids) < 0
     before = s.run(s.params, s.x, None, ids)
@@ -24,7 +24,7 @@ def what_stands_in_padding_changes_no_bit(s: Subject, deep: bool = False):
         )
     same(s.shown(after[0], ids), s.shown(before[0], ids), "outputs after a change of what stands in padding")
     (_, before), (_, after), last = before, after, np.asarray(ids).max(axis=1, keepdims=True)
-    for t in range(4):  # the row's last segment goes on
+    for t in range(4):  # the row's last segment continues
         y_before, before = s.run(s.params, s.x[:, t : t + 1], before, last)
         y_after, after = s.run(s.params, s.x[:, t : t + 1], after, last)
         place = functools.partial(output_position, first_token=s.length + t)
@@ -33,7 +33,7 @@ def what_stands_in_padding_changes_no_bit(s: Subject, deep: bool = False):
 
 @law("padding.nothing")
 def rows_with_padding_equal_rows_without(s: Subject, deep: bool = False):
-    """Padding equals none: outputs at tokens, every leaf of the state, what follows, and gradients, to rounding."""
+    """Rows with and without padding agree to rounding: outputs at tokens, the whole state, later calls, gradients."""
     if s.is_model:
         _model_with_padding(s, s.one_segment, gradients=True)
         _model_with_padding(s, s.ids)  # documents and filler
@@ -46,7 +46,7 @@ def rows_with_padding_equal_rows_without(s: Subject, deep: bool = False):
         lengths = [(s.chunk + 3, 1, s.length - 1), (s.chunk, 2 * s.chunk + 1, 2)]
     for tokens in lengths:
         _mixer_with_padding(s, tokens, None, s.one_segment)
-    if s.thorough or deep:  # a call that continues, in packed rows, and rows of padding alone
+    if s.thorough or deep:  # a call that continues, in packed rows, and rows of only padding
         a = s.chunk - 2
         _, state = s.run(s.params, s.x[:, :a], None, s.ids[:, :a])
         _mixer_with_padding(s, (5, 0, s.chunk), state, s.ids, a)
@@ -54,7 +54,7 @@ def rows_with_padding_equal_rows_without(s: Subject, deep: bool = False):
 
 
 def _mixer_with_padding(s: Subject, tokens: tuple[int, ...], state, ids, start: int = 0) -> None:
-    """A call whose row b has tokens[b] tokens and then padding, against calls of those tokens alone."""
+    """A call whose row b has tokens[b] tokens and then padding, against calls of only those tokens."""
     x, ids = np.roll(s.x, -start, axis=1), np.roll(ids, -start, axis=1)
     ids = np.maximum.accumulate(np.where(np.arange(s.length) < s.length - start, ids, -1), axis=1)
     padded = trailing_padding(ids, tokens)
@@ -91,7 +91,7 @@ def _own_row(rows, start: int, index: tuple[int, ...]) -> str:
 
 
 def _follows(s: Subject, padded, alone, last, rows, what: str) -> None:
-    """Four tokens that go on with each row's last segment."""
+    """Four tokens that continue each row's last segment."""
     last = np.maximum(last, 0).astype(np.int32)
     for t in range(4):
         token = s.x[:, t : t + 1]

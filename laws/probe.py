@@ -1,9 +1,9 @@
 """The probe before a training: does the model see the tokens that it should predict, or other rows of its batch?
 
-The run's own model, in float32, reads a few packed rows of the run's own data with its parameters moved by noise, so
-that nothing hides behind a gate that begins at zero. Then the last token of a document, all tokens from the middle of
-it on, and all rows but the first are replaced. No output before a replaced token, and none of the first row, may
-change: on the CPU in no bit, elsewhere by no more than 4 times what two equal runs differ by.
+The run's model, in float32, reads a few packed rows of the run's data. Its parameters are moved by noise, so nothing
+hides behind a gate that starts at zero. Then three things are replaced: the last token of a document, all tokens from
+its middle on, and all rows but the first. No output before a replaced token, and none of the first row, may change: on
+the CPU in no bit, elsewhere by at most 4 times the difference between two equal runs.
 
 A leak is found at any distance within the rows; `engrax check` looks further.
 """
@@ -20,16 +20,16 @@ from flax import nnx
 from engrax.laws.subject import is_float
 
 LENGTH = 1024  # most tokens of a row
-LOGITS = 2**24  # most logits that are looked at beside the hidden states
-NOISY = 4.0  # times the difference of two equal runs: what counts as equal where programs are not exact
-BOUND = 1e4  # outputs beyond it: the memory diverges at parameters moved so far
-NOISE = 65_521  # normal numbers that the parameters are moved by, over and over; a prime, so that no row repeats
+LOGITS = 2**24  # most logits checked in addition to the hidden states
+NOISY = 4.0  # tolerance in differences of two equal runs, for devices with inexact programs
+BOUND = 1e4  # above it the memory diverges, and the noise is too large
+NOISE = 65_521  # normal numbers added to the parameters, repeated; a prime, so that no row repeats
 
 
 class Leak(NamedTuple):
-    """Something that a model sees and must not."""
+    """Something that a model sees but must not see."""
 
-    cause: str  # what was changed, in words
+    cause: str  # the change, in words
     token: int  # position in the row of the first output that changed
     size: float  # largest change of an output
 
@@ -46,22 +46,22 @@ def probe(
     """The first leak found, or None.
 
     Args:
-      graphdef, params: the model, split by `nnx.Param`; the parameters where the training has them.
-      tokens, segment_ids: int32 [B, T], B >= 2, packed rows, the same on every process; -1 in the ids is padding. Row 0
-        is the one that is watched.
-      vocab_size: tokens that the model knows.
+      graphdef, params: the model, split by `nnx.Param`; the parameters placed as in training.
+      tokens, segment_ids: int32 [B, T], B >= 2, packed rows, equal on all processes; -1 in the ids is padding. Row 0 is
+      watched.
+      vocab_size: tokens in the vocabulary.
       put: makes the array that the model reads from one of these.
     """
     tokens, ids = np.asarray(tokens)[:, :LENGTH], np.asarray(segment_ids)[:, :LENGTH]
     reader = _Reader(graphdef, params, put(ids), put, tokens.size * vocab_size <= LOGITS)
     base = reader.settle(tokens)
-    if base is None:  # not finite at the run's own parameters either: its first step will say so
+    if base is None:  # not finite at the run's parameters either: the first step will say so
         return None
     allowed = 0.0 if reader.exact else NOISY * float(np.max(np.abs(reader(tokens) - base)))
     others = _others(tokens, vocab_size)
 
     def shows(*changes: Change) -> Leak | None:
-        """What the changes, made together, show in row 0."""
+        """The leak that the changes, made together, show in row 0."""
         changed = np.where(functools.reduce(np.logical_or, (change.where for change in changes)), others, tokens)
         size = np.max(np.abs(reader(changed)[0] - base[0]), axis=-1)
         before = min(change.before for change in changes)
@@ -71,7 +71,7 @@ def probe(
     last, middle, rows = _changes(ids)
     for together in ((last, rows), (middle,)):
         leak = shows(*together)
-        if leak:  # then one by one, to tell which it was
+        if leak:  # then one by one, to find the cause
             return next(filter(None, map(shows, together)), leak)
     return None
 
@@ -82,7 +82,7 @@ class _Reader:
     def __init__(self, graphdef: nnx.GraphDef, params: Any, segment_ids: Any, put: Callable, with_logits: bool):
         self.fixed = (graphdef, params, _noise(params))
         self.segment_ids, self.put, self.with_logits = segment_ids, put, with_logits
-        self.scale = 1.0  # of the noise
+        self.scale = 1.0  # scale of the noise
         self.exact = next(iter(jax.tree.leaves(params)[0].devices())).platform == "cpu"
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
@@ -94,7 +94,7 @@ class _Reader:
         return np.asarray(multihost_utils.process_allgather(outputs, tiled=True))
 
     def settle(self, tokens: np.ndarray) -> np.ndarray | None:
-        """Outputs at the most noise that keeps them bounded; None where they are finite at none."""
+        """Outputs with the largest noise that keeps them bounded; None if they are never finite."""
         for self.scale in (1.0, 0.25, 0.0):
             outputs = self(tokens)
             if np.max(np.abs(outputs), initial=0) < BOUND or (self.scale == 0.0 and np.all(np.isfinite(outputs))):
@@ -125,19 +125,19 @@ def _changes(ids: np.ndarray) -> tuple[Change, Change, Change]:
 
 
 def _others(tokens: np.ndarray, vocab: int) -> np.ndarray:
-    """Another token for each."""
+    """A different token for each."""
     return ((tokens + 1 + np.arange(tokens.shape[1]) % (vocab - 1)) % vocab).astype(tokens.dtype)
 
 
 @functools.cache
 def _compiled(cpu: bool) -> Callable:
-    """`_outputs` as a program. It runs five times: on CPU optimising it takes longer than it saves."""
+    """`_outputs`, compiled. It runs five times: on CPU optimisation takes longer than it saves."""
     options = {"xla_backend_optimization_level": 0} if cpu else None
     return jax.jit(_outputs, static_argnums=(0, 6), compiler_options=options)
 
 
 def _outputs(graphdef, params, noise, scale, tokens, segment_ids, with_logits: bool):
-    """float32 hidden states, and logits where asked for, at the parameters plus `scale` times the noise."""
+    """float32 hidden states, and logits if requested, at the parameters plus `scale` times the noise."""
     params = jax.tree.map(lambda p, n: p.astype(jnp.float32) + scale * n if is_float(p) else p, params, noise)
     model = nnx.merge(graphdef, params)
     hidden = model(tokens, segment_ids=segment_ids)[0]
@@ -146,7 +146,7 @@ def _outputs(graphdef, params, noise, scale, tokens, segment_ids, with_logits: b
 
 
 def _noise(params: Any) -> Any:
-    """Normal noise for every parameter, as large as a fresh one of its shape, where the parameter lives."""
+    """Normal noise for every parameter, as large as a fresh parameter of its shape, on the parameter's devices."""
     table = np.random.default_rng(0).standard_normal(NOISE).astype(np.float32)
 
     def of(i: int, p: jax.Array) -> jax.Array:

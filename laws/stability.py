@@ -11,13 +11,13 @@ from engrax.laws.subject import Subject, in_bfloat16, is_float
 
 TOKENS, BLOCK = 10_240, 512  # tokens of the long row, and of each call
 LONG = ("fresh", KEEPING)  # variants that read the whole long row; the others read four blocks
-SETTLED = 4  # calls after which a state's size is taken
-GROWTH = 1e4  # at most, from there to the end of the long row: sums over the row stay far below it
+SETTLED = 4  # calls after which a state's size is measured
+GROWTH = 1e4  # largest growth from there to the end of the long row; sums over the row stay far below it
 
 
 @law("stability.gradients")
 def gradients_stay_finite_at_extreme_gates(s: Subject, deep: bool = False):
-    """Gradients are finite where gates are almost, and exactly, 0 and 1."""
+    """Gradients are finite at gates of almost and exactly 0 and 1."""
     initial = jax.tree.map(lambda p: p.astype(s.dtype) if is_float(p) else p, s.initial)
     for name, extreme in extreme_gates(initial, None if s.is_model else s.dim):
         x = s.x if s.is_model or name == "fresh" else (s.x + direction(s.dim)).astype(s.dtype)
@@ -54,7 +54,7 @@ def long_rows_and_extreme_gates_stay_bounded(s: Subject, deep: bool = False):
 
 
 def _sizes(state) -> dict[str, float]:
-    """The largest absolute value of every leaf of floating-point numbers."""
+    """The largest absolute value of every floating-point leaf."""
     leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state) if is_float(leaf)]
     return {
         f"state {leaf_position(path)}": float(np.max(np.abs(np.asarray(leaf, np.float32)), initial=0.0))
@@ -63,7 +63,7 @@ def _sizes(state) -> dict[str, float]:
 
 
 def _stream(s: Subject, n: int, *, shifted: bool):
-    """Block n of three kinds of row: random, one token repeated for ever, and zeros; shifted: the first two along u."""
+    """Block n of three kinds of row: random, one token repeated, and zeros; shifted: the first two along u."""
     rng = np.random.default_rng(100 + n)
     if s.is_model:
         kinds = [rng.integers(0, s.vocab, BLOCK), np.ones(BLOCK), np.zeros(BLOCK)]

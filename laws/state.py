@@ -1,4 +1,4 @@
-"""The contract of the state: every leaf [B, ...], a size that does not depend on T, a start that `None` means."""
+"""The contract of the state: leaves are [B, ...], sizes do not depend on T, `None` means the initial state."""
 
 import functools
 
@@ -10,12 +10,12 @@ from engrax.laws.breach import close, demand, law, leaf_position
 from engrax.laws.layouts import ROWS
 from engrax.laws.subject import Subject, in_bfloat16
 
-LONG = 1025  # tokens of the longest call whose state is looked at
+LONG = 1025  # tokens of the longest call whose state is checked
 
 
 @law("state.shapes")
 def state_has_a_batch_axis_and_a_fixed_size(s: Subject, deep: bool = False):
-    """Calls of any length leave a state of the shapes and dtypes that it began with, in float64 and in bfloat16."""
+    """Calls of any length keep the shapes and dtypes of the state, in float64 and in bfloat16."""
     start = s.start(s.params, ROWS)
     _has_batch_axes(s)
     for ids in s.layouts(deep):
@@ -63,7 +63,7 @@ def _same_kinds(after, start, length: int, when: str = ""):
 
 @law("state.start")
 def init_state_is_what_none_means(s: Subject, deep: bool = False):
-    """A call from init_state(B) gives what a call from None gives."""
+    """Calls from init_state(B) and from None give the same."""
     length = s.length if deep else 1
     for ids in (None, s.ids[:, :length]) if deep else (None,):
         wanted, _ = s.run(s.params, s.x[:, :length], None, ids)
@@ -74,6 +74,6 @@ def init_state_is_what_none_means(s: Subject, deep: bool = False):
 
 @law("state.one_segment")
 def no_ids_mean_one_segment(s: Subject, deep: bool = False):
-    """A call without segment ids gives what a call with one segment gives."""
+    """Calls without segment ids and with one segment give the same."""
     actual, wanted = (s.run(s.params, s.x, None, ids) for ids in (None, s.one_segment))
     close(actual[0], wanted[0], "outputs without ids against outputs with one segment", s.rounding)

@@ -1,4 +1,4 @@
-"""What the laws are run on: a mixer or a model as one pure function, with parameters scaled up and packed test rows.
+"""The subject of the laws: a mixer or a model as one pure function, with parameters scaled up and packed test rows.
 
 A `Subject` hides the difference between mixers (inputs are vectors [B, T, D]) and models (inputs are token ids [B, T],
 outputs are logits), so that each law has one body.
@@ -19,11 +19,11 @@ from engrax.models import ModelConfig
 from engrax.models.contract import as_model
 from engrax.models.parameters import cast, declare_roles
 
-BOUND = 1e3  # outputs and states beyond it: the memory diverges, and every law would fail by rounding
+BOUND = 1e3  # above it the memory diverges, and every law would fail by rounding
 
 
 def values_of(config: Any, name: str) -> list:
-    """All values of the field `name` in a config and the configs inside it, None left out."""
+    """All values of the field `name` in a config and the configs inside it, without None."""
     if not dataclasses.is_dataclass(config):
         return [v for item in config for v in values_of(item, name)] if isinstance(config, (tuple, list)) else []
     found = []
@@ -34,7 +34,7 @@ def values_of(config: Any, name: str) -> list:
 
 
 def raise_capacity(config: Any, tokens: int) -> Any:
-    """The config with every field `capacity` raised to `tokens`, in the configs inside it too."""
+    """The config with every field `capacity` raised to `tokens`, also in the configs inside it."""
     if isinstance(config, (tuple, list)):
         items = [raise_capacity(item, tokens) for item in config]
         return config if all(a is b for a, b in zip(items, config)) else type(config)(items)
@@ -53,17 +53,17 @@ def raise_capacity(config: Any, tokens: int) -> Any:
 class Subject:
     """A config under test: `apply(params, x, state, ids) -> (y, state)`, compiled once per shape, shared by the laws.
 
-    Must be made, and used, where 64-bit types are on, unless `wide` is False: then where they are off. Inputs are NumPy
-    arrays: to slice a JAX array compiles a program.
+    Create and use it with 64-bit types on; if `wide` is False, with 64-bit types off. Inputs are NumPy arrays, because
+    slicing a JAX array compiles a program.
 
     Args:
       config: a mixer's or a model's config.
-      dim: the model width that a mixer is built for.
-      seed: of the inputs and of the noise on the parameters.
-      thorough: whether laws run on rows with and without segment ids; else on packed rows: half the programs.
+      dim: the model width of a mixer.
+      seed: seed of the inputs and of the noise on the parameters.
+      thorough: laws run on rows with and without segment ids; else only on packed rows, with half the programs.
       default_chunk: the chunk, in tokens, of a config without a field `chunk_size`; rows have 3 chunks + 7 tokens.
-      wide: float64, where rounding is 1e-16; else float32, for modules that compute in it whatever they are given.
-      optimised: compile as users' programs are compiled; else, on a CPU, without optimisation, which is quicker here.
+      wide: float64, where rounding is 1e-16; else float32, for modules that always compute in float32.
+      optimised: compile as for users; else, on a CPU, without optimisation, which is faster here.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Subject:
         self.config, self.dim, self.thorough, self.wide = config, dim, thorough, wide
         self.is_model = isinstance(config, ModelConfig)
         self.dtype = np.float64 if wide else np.float32
-        self.rounding = 1e-9 if wide else 2e-4  # of the largest value compared
+        self.rounding = 1e-9 if wide else 2e-4  # relative to the largest compared value
         self.gradient_rounding = 1e-8 if wide else 2e-3
         self.chunk = max(values_of(config, "chunk_size"), default=default_chunk)
         self.length = 3 * self.chunk + 7
@@ -99,9 +99,9 @@ class Subject:
         self.weights = self.rng.standard_normal(shape) / self.length**0.5  # projects outputs to one number
 
     def _compile(self):
-        # On CPU none runs often enough to pay for optimised machine code.
+        # On CPU no program runs often enough to pay for optimised machine code.
         device = jax.config.jax_default_device or jax.devices()[0]
-        level = 3 if self.optimised else 0  # 3 is what XLA takes by itself
+        level = 3 if self.optimised else 0  # 3 is XLA's default
         options = {"xla_backend_optimization_level": level} if device.platform == "cpu" else None
         self.run = jax.jit(self.apply, compiler_options=options)
         self.start = jax.jit(self.init_state, static_argnums=1, compiler_options=options)
@@ -110,10 +110,10 @@ class Subject:
     def _build(self, config):
         rngs = nnx.Rngs(0)
         module = config.build(rngs=rngs) if self.is_model else config.build(self.dim, rngs=rngs)
-        return declare_roles(module, strict=False)  # training refuses parameters without a role; the laws do without
+        return declare_roles(module, strict=False)  # training refuses parameters without a role; the laws need none
 
     def _vocabulary(self) -> int:
-        """Tokens that a model knows: the width of its logits."""
+        """The vocabulary of a model: the width of its logits."""
         return jax.eval_shape(self.apply, self.initial, np.zeros((1, 1), np.int32))[0].shape[-1]
 
     def apply(self, params, x, state=None, ids=None):
@@ -126,9 +126,9 @@ class Subject:
         return model.logits(out.hidden), out.memory
 
     def _pullback(self, params, x, ids, weights, cuts=()):
-        """Gradients of sum(weights * outputs): of the parameters and, for a mixer, of the inputs.
+        """Gradients of sum(weights * outputs) by the parameters and, for a mixer, by the inputs.
 
-        The outputs come from one call, or from the calls that `cuts` make of the row.
+        The outputs come from one call, or from several calls if `cuts` cut the row.
         """
         bounds = [0, *cuts, x.shape[1]]
 
@@ -147,11 +147,11 @@ class Subject:
         return module.init_memory(batch_size) if self.is_model else module.init_state(batch_size)
 
     def layouts(self, deep: bool) -> tuple:
-        """The segment ids that a law runs with: none (one segment) and packed rows, or packed rows alone."""
+        """The segment ids that a law runs with: none (one segment) and packed rows, or only packed rows."""
         return (None, self.ids) if self.thorough or deep else (self.ids,)
 
     def shown(self, y, ids) -> np.ndarray:
-        """Outputs as NumPy, zero at padding, whose outputs no law speaks of."""
+        """Outputs as NumPy, zero at padding, where no law applies."""
         y = np.asarray(y)
         return y if ids is None else np.where((np.asarray(ids) >= 0)[..., None], y, 0)
 
@@ -164,7 +164,7 @@ class Subject:
         return other
 
     def with_capacity(self, tokens: int) -> "Subject":
-        """The subject, its caches declared to hold `tokens` tokens where its config has fields `capacity`."""
+        """The subject with caches of `tokens` tokens, if its config has fields `capacity`."""
         config = raise_capacity(self.config, tokens)
         return self if config is self.config else self.variant(config)
 
@@ -182,7 +182,7 @@ class Subject:
         return np.where(where[..., None], 3.0 * self.rng.standard_normal(x.shape) - x, x).astype(x.dtype)
 
     def _scaled_up(self):
-        """Parameters with normal noise well above their initialisation, the most that keeps the memory bounded.
+        """Parameters with normal noise well above their initialisation: the largest that keeps the memory bounded.
 
         A test-time memory is gradient descent: at weights too large it diverges, and then every law fails by rounding.
         """
@@ -206,7 +206,7 @@ class Subject:
 
     @functools.cached_property
     def batch_axes(self):
-        """For every leaf of the state the axis that is the batch, found from the shapes alone."""
+        """The batch axis of every leaf of the state, found from the shapes alone."""
         shapes = [jax.eval_shape(lambda p, n=n: self.init_state(p, n), self.params) for n in (2, 5)]
 
         def axis(path, a, b):
@@ -226,7 +226,7 @@ class Subject:
         return jax.tree.map(lambda leaf: np.asarray(leaf)[rows] if np.ndim(leaf) else leaf, state)
 
     def join_rows(self, states):
-        """One state of the rows of several."""
+        """One state with the rows of several states."""
         if self.is_model:
             return jax.tree.map(lambda axis, *leaves: np.concatenate(leaves, axis=axis), self.batch_axes, *states)
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *states)
@@ -244,5 +244,5 @@ def is_float(leaf) -> bool:
 
 
 def in_bfloat16(params):
-    """The parameters as a bfloat16 training computes with them; where 64-bit types are off."""
+    """The parameters as used in bfloat16 training; needs 64-bit types off."""
     return cast(params, jnp.bfloat16)

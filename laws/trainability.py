@@ -1,4 +1,4 @@
-"""Law 7: every parameter has a gradient, and it is the right one."""
+"""Law 7: every parameter has a gradient, and the gradient is correct."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ import numpy as np
 from engrax.laws.breach import demand, law, leaf_position
 from engrax.laws.subject import Subject, is_float
 
-LONG = 1031  # tokens of a row that reaches what short rows do not, such as late positions of a table
-NOTHING = 1e-14  # of the largest gradient: a leaf whose gradient is nowhere larger has rounding alone
+LONG = 1031  # tokens of a row that reaches more than short rows do, such as late positions of a table
+NOTHING = 1e-14  # of the largest gradient: a leaf whose gradient is nowhere larger has only rounding
 
 
 @law("trainability.gradients")
@@ -33,13 +33,13 @@ def every_parameter_has_a_gradient(s: Subject, deep: bool = False):
 
 
 def _dead(size: np.ndarray, nothing: float) -> np.ndarray:
-    """Which entries of a leaf have no gradient: those at exact 0, or all where none exceeds `nothing`."""
+    """Which entries of a leaf have no gradient: those at exact 0, or all if none exceeds `nothing`."""
     return size == 0 if np.any(size > nothing) else np.ones(size.shape, bool)
 
 
 def _situations(s: Subject, programs: bool):
-    """Gradients of the parameters, most telling first; what the first ones leave dead is looked for in the others, also
-    in those that need `programs` of their own."""
+    """Gradients of the parameters, most informative first. Entries without a gradient in the first ones are looked for
+    in the others, also in those that need their own `programs`."""
 
     def of(*args, **kwargs):
         grads = s.pullback(*args, **kwargs)
@@ -49,7 +49,7 @@ def _situations(s: Subject, programs: bool):
     yield of(s.params, s.changed(s.x, np.ones(s.x.shape[:2], bool)), s.ids, s.weights)
     fresh = jax.tree.map(lambda p: p.astype(s.dtype) if is_float(p) else p, s.initial)
     yield of(fresh, s.x, s.ids, s.weights)
-    for _ in range(4):  # paths that few tokens take
+    for _ in range(4):  # paths of few tokens
         yield of(s.params, s.inputs(*s.x.shape[:2]), s.ids, s.weights)
     if not programs:
         return
@@ -76,7 +76,7 @@ def finite_differences_agree(s: Subject, deep: bool = False):
         for i, (path, g) in enumerate(jax.tree_util.tree_leaves_with_path(grads)):
             direction = rng.standard_normal(g.shape) / g.size**0.5
             wanted = float(np.sum(g * direction))
-            # Where the function curves much a long step errs, where little a short one; a wrong gradient fails at all.
+            # A long step errs at large curvature, a short one at small curvature; a wrong gradient fails at all.
             tried = [_directional_derivative(s, point, i, direction, ids, step) for step in steps]
             found = min(tried, key=lambda value, wanted=wanted: abs(value - wanted))
             size = float(np.linalg.norm(g.ravel()) * np.linalg.norm(direction))

@@ -38,7 +38,7 @@ class MixerConfig:
     exempt_from: ClassVar[
         dict[str, str]
     ] = {}  # {law or law.part: reason}; a test asserts that the exempt law really fails
-    least_call: ClassVar[int] = 1  # tokens at the start of a segment that one call must hold, where it has as many
+    least_call: ClassVar[int] = 1  # tokens of a segment's start that one call must hold, if it has that many
     memory_reads: ClassVar[tuple[str, ...]] = ("read",)  # names of its memory reads; () = no memory
 
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> nnx.Module:
@@ -51,7 +51,7 @@ class MixerConfig:
         return (cls(),)
 
     def flops_per_token(self, dim: int, seq_len: int) -> float:
-        """Forward FLOPs per token of a row of `seq_len` tokens (a multiply-add is 2), the memory update included."""
+        """Forward FLOPs per token of a row of `seq_len` tokens (a multiply-add is 2), including the memory update."""
         raise NotImplementedError(f"{type(self).__name__} must define flops_per_token(dim, seq_len).")
 
 
@@ -61,7 +61,7 @@ class MixerOutput(NamedTuple):
     y: Float[Array, "B T D"]
     state: Any  # after the last token
     aux: Float[Array, " B"]  # a loss per row, added per labelled token of the row; 0 for most mixers
-    collected: dict[str, Array]  # diagnostics, {} unless asked for
+    collected: dict[str, Array]  # diagnostics, {} unless requested
 
 
 class Mixer(nnx.Module):
@@ -73,11 +73,11 @@ class Mixer(nnx.Module):
         raise NotImplementedError(f"{type(self).__name__} must define init_state(batch_size).")
 
     def open_state(self, state: Any) -> Any:
-        """The state in the form for many calls of one token without gradients, if the mixer has one of its own."""
+        """The state in the form for many calls of one token without gradients, if the mixer has such a form."""
         return state
 
     def close_state(self, state: Any) -> Any:
-        """The state that `open_state` opened, in its own form."""
+        """An opened state in its usual form; the inverse of `open_state`."""
         return state
 
     def report(self, x_BTD: Float[Array, "B T D"], state: Any = None, segment_ids: Any = None) -> dict[str, Array]:

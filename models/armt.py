@@ -102,7 +102,7 @@ class AssociativeLanguageModel(LanguageModel):
         return self._scan(body, jnp.zeros(()), None)[1]
 
     def read_segment(self, x_BSD, state, ids, associations, owner: Int[Array, " B"], call: Call) -> Read:
-        """`encode`, with the memories of the documents `owner`; `made` are the memories after writing the suffix."""
+        """`encode`, with the memories of the documents `owner`; `made` are the memories after the suffix is written."""
         calls, closing = self._calls(call.collect, call.mute), call.closing
         x_BSD, states, place, _ = self._add_positions(x_BSD, state, ids)  # a segment never exceeds its positions
         pattern = len(self.config.mixers)

@@ -8,8 +8,8 @@
 `collect` and `mute` are registered names of mixers: `collect` returns their diagnostics, `mute` removes their memory
 reads.
 
-In `segment_ids`, -1 is padding, which is nothing, and may stand before, inside and after a row's tokens. Mixers take it
-only after a row's last token. `compact` stands between the two; a caller whose rows are like that already says so
+In `segment_ids`, -1 is padding. It has no effect and may be before, inside and after a row's tokens. Mixers accept it
+only after a row's last token, so `compact` moves it there. A caller whose rows already have this form declares it
 (`padding_last`).
 
 On a mesh the batch is split over `data` and `fsdp` in all layers (`split_rows`). Sharded parameters are gathered where
@@ -42,7 +42,7 @@ class Output(NamedTuple):
     hidden: Float[Array, "B T D"]  # before the head
     memory: Any  # after the last token
     aux_loss: Float[Array, " B"]  # loss that mixers add per labelled token of a row, summed over blocks
-    collected: dict[str, Array]  # {"titans.lr_mean": [repeat, ...]}, {} unless asked for
+    collected: dict[str, Array]  # {"titans.lr_mean": [repeat, ...]}, {} unless requested
 
 
 class LinearHead(NamedTuple):
@@ -63,8 +63,8 @@ class LinearHead(NamedTuple):
 class Model(nnx.Module):
     """Base of the models' modules. A subclass defines `__call__`, `head` and `init_memory`.
 
-    Its call takes padding anywhere: that of a model inside it does, and `compact` does so for layers of its own. A call
-    also takes tokens as lists, and one row as one sequence. Outside jit it refuses ids beyond `vocabulary`.
+    Its call accepts padding anywhere: a model inside it does, and `compact` handles it for its own layers. A call also
+    takes tokens as lists, and one row as one sequence. Outside jit it refuses ids beyond `vocabulary`.
     """
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -74,12 +74,12 @@ class Model(nnx.Module):
 
     @property
     def vocabulary(self) -> int | None:
-        """Tokens that the model knows; None: not known, or it reads no tokens."""
+        """The number of tokens in the vocabulary; None: unknown, or the model reads no tokens."""
         return None
 
     @property
     def least_call(self) -> int:
-        """Tokens at the start of a text that one call must hold, where it has as many."""
+        """Tokens at the start of a text that one call must hold, if the text is that long."""
         return 1
 
     def logits_of(self, tokens: Any) -> Float[Array, "B T V"]:
@@ -106,16 +106,16 @@ class Model(nnx.Module):
     def open_memory(self, memory: Any) -> Any:
         """The memory in the form for many calls of one token without gradients: batch axes first, updated in place.
 
-        In this form, segment ids say what is padding (-1); other ids continue the row's segment.
+        In this form, segment ids only mark padding (-1); other ids continue the row's segment.
         """
         return memory
 
     def close_memory(self, memory: Any) -> Any:
-        """The memory that `open_memory` opened, in its own form."""
+        """An opened memory in its usual form; the inverse of `open_memory`."""
         return memory
 
     def at_call_length(self, memory: Any, length: int) -> Any:
-        """The same memory, for a caller whose calls all have `length` tokens: a model may then trace a single path."""
+        """The same memory for a caller whose calls all have `length` tokens, so a model may trace a single path."""
         return memory
 
 
@@ -166,11 +166,11 @@ class Rows(NamedTuple):
     """Rows whose padding follows their last token, and the way back to the caller's rows."""
 
     segment_ids: Int[Array, "B T"] | None
-    order: Int[Array, "B T"] | None  # the caller's position of every place; None: the rows are the caller's
+    order: Int[Array, "B T"] | None  # the caller's position of every place; None: nothing moved
     place: Int[Array, "B T"] | None  # its inverse: the place of every position of the caller
 
     def gather(self, x_BT: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
-        """The caller's tokens, at their places."""
+        """The caller's tokens, moved to their places."""
         return x_BT if self.order is None else _take(x_BT, self.order)
 
     def scatter(self, out: Output) -> Output:
@@ -191,8 +191,8 @@ def _take(x: Shaped[Array, "B T *D"], index: Int[Array, "B T"]) -> Shaped[Array,
 def compact(segment_ids: Int[Array, "B T"] | None) -> Rows:
     """Moves each row's tokens and filler to its front, in their order, and its padding behind them.
 
-    Nothing is moved, and nothing added to the program, without ids, in a call of one token, and where the caller says
-    that the rows are like that already (`padding_last`).
+    Nothing is moved, and nothing added to the program, without ids, in a call of one token, or if the caller declares
+    that the rows already have this form (`padding_last`).
     """
     if segment_ids is None or segment_ids.shape[1] == 1 or segment_ids is _padding_last.get():
         return Rows(segment_ids, None, None)
@@ -208,9 +208,10 @@ _padding_last: contextvars.ContextVar[Any] = contextvars.ContextVar("padding_las
 
 @contextmanager
 def padding_last(segment_ids: Int[Array, "B T"] | None) -> Iterator[None]:
-    """In this context, models that are given this very array trust that no padding (-1) precedes a token or filler in
-    it, as in the rows of a data set. Where one does, outputs and memory are wrong; rows are checked where they are read
-    (`engrax.data.config.check_rows`). The claim is about the array: ids that a model makes from it are other ids."""
+    """In this context, models trust that no padding (-1) precedes a token or filler in this array, as in the rows of a
+    data set. If padding does, outputs and memory are wrong; rows are checked when they are read
+    (`engrax.data.config.check_rows`). The claim is only about this array, not about ids that a model derives from
+    it."""
     token = _padding_last.set(segment_ids)
     try:
         yield

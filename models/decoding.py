@@ -1,7 +1,7 @@
 """A language model's memory in the form for many calls of one token.
 
 A scan over stacked blocks copies every block's state and parameters at every call. For single tokens the blocks run one
-after another in the program: each has a state of its own, which is updated in place, and parameters of its own.
+after another in the program. Each has its own parameters and its own state, which is updated in place.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 
 class Opened(NamedTuple):
-    """blocks[i][j]: the state of pattern position j in repeat i, [B, ...], as `Mixer.open_state` makes it."""
+    """blocks[i][j]: the state of pattern position j in repeat i, [B, ...], from `Mixer.open_state`."""
 
     blocks: tuple[tuple[Any, ...], ...]
-    place: tuple  # of the learned positions: their state, if the model has any
-    params: tuple[tuple[Any, ...], ...]  # of the blocks, likewise
+    place: tuple  # the state of the learned positions, if the model has any
+    params: tuple[tuple[Any, ...], ...]  # the blocks' parameters, indexed in the same way
 
 
 def open_blocks(mixers: list[Any], memory: tuple, params: tuple, repeat: int) -> Opened:

@@ -1,9 +1,9 @@
 """A model's compiled functions for reading and writing text, and `sample`.
 
-Compiled functions belong to this module and not to a model: their key is the model's structure, and parameters are
-arguments. A second call, or a second model of the same structure, compiles nothing, whatever the lengths of the
-prompts: prompts are read in pieces of one length, filled with padding, and tokens are written by a loop whose number of
-steps is an argument. Memories are donated, so that they are updated in place.
+Compiled functions belong to this module, not to a model. Their key is the model's structure, and parameters are
+arguments. A second call, or a second model of the same structure, compiles nothing, for prompts of any length: prompts
+are read in padded pieces of one length, and tokens are written by a loop whose number of steps is an argument. Memories
+are donated, so they are updated in place.
 """
 
 from functools import lru_cache, partial
@@ -50,13 +50,13 @@ class Structure:
 
 
 class Flow(NamedTuple):
-    """What writing carries from token to token."""
+    """The carry of the writing loop."""
 
     logits: Float[Array, "B V"]
     memory: Any  # opened (`Model.open_memory`)
     alive: Bool[Array, " B"]  # rows that have not stopped
     position: Int[Array, " B"]  # tokens the row has read
-    is_number: Bool[Array, ""]  # no logit of a living row was NaN
+    is_number: Bool[Array, ""]  # no logit of an active row was NaN
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -66,7 +66,7 @@ def _start(structure: Structure, params: Any, rows: int) -> Any:
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(4, 5))
 def _read(structure: Structure, params: Any, tokens_BT, ids_BT, logits_BV, memory) -> tuple[Array, Any]:
-    """Logits after each row's last real token, and the memory; a row of padding alone keeps its logits."""
+    """Logits after each row's last real token, and the memory. A row with only padding keeps its logits."""
     model = structure.model(params)
     with padding_last(ids_BT):
         out = model(tokens_BT, memory, segment_ids=ids_BT)
@@ -114,7 +114,7 @@ def _write(structure: Structure, params: Any, flow: Flow, settings: Traced, most
 
     flow = flow._replace(is_number=~jnp.any(jnp.isnan(flow.logits) & flow.alive[:, None]))
     carry = (jnp.int32(0), flow, jnp.full((rows, PIECE), -1, jnp.int32))
-    # While no row has stopped there is no padding, and mixers need not look for it.
+    # Without stopped rows there is no padding, and mixers need not check for it.
     carry = jax.lax.while_loop(partial(going, jnp.all), partial(step, False), carry)
     if rows > 1:
         carry = jax.lax.while_loop(partial(going, jnp.any), partial(step, True), carry)
@@ -124,7 +124,7 @@ def _write(structure: Structure, params: Any, flow: Flow, settings: Traced, most
 
 @partial(jax.jit, static_argnums=0)
 def _diagnose(structure: Structure, params: Any, logits_BV, memory) -> dict[str, Array]:
-    """What the mixers report of reading each row's likeliest token."""
+    """The mixers' diagnostics of reading each row's most likely token."""
     token = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)[:, None]
     return structure.model(params)(token, memory, collect=("*",)).collected
 
@@ -148,7 +148,7 @@ class Compiled:
         )
 
     def not_numbers(self, name: str) -> UserError:
-        """The error where logits are NaN: weights that hold NaN, else a cache that is full."""
+        """The error for NaN logits: weights with NaN, else a full cache."""
         for path, variable in nnx.to_flat_state(self.params):
             value = np.asarray(variable.get_value())
             bad = (
@@ -167,9 +167,9 @@ class Compiled:
 
 @lru_cache(maxsize=64)
 def _sizes(structure: Structure, tree: Any, shapes: tuple) -> tuple[int, Any, int]:
-    """(vocabulary, dtype of the logits, tokens that are read at a time) of a model, found without computing.
+    """(vocabulary, dtype of the logits, tokens read at a time) of a model, found without computation.
 
-    A piece is PREFILL tokens; fewer where a cache holds less, more where a mixer must see more at once.
+    A piece has PREFILL tokens; fewer if a cache holds less, more if a mixer must see more at once.
     """
     params = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in shapes])
 
@@ -198,12 +198,11 @@ def sample(
     dtype: Any = None,
     **settings: Any,
 ) -> Int[np.ndarray, "B new"]:
-    """Samples up to `tokens` tokens after each prompt; a row that has stopped is filled with -1.
+    """Samples up to `tokens` tokens after each prompt; a stopped row is filled with -1.
 
-    prompts: token ids, one prompt or several of any lengths. `settings` are fields of `Sampling`, in place of one.
-    dtype: the compute dtype; None = that of the parameters.
-    Raises UserError for an empty prompt, an id outside the vocabulary, a setting out of range, weights that are not
-    numbers, or if a cache of declared capacity overflows.
+    prompts: token ids, one prompt or several of any lengths. `settings` are fields of `Sampling`, instead of one.
+    dtype: the compute dtype; None = that of the parameters. Raises UserError for an empty prompt, an id outside the
+    vocabulary, a setting out of range, weights that are not numbers, or if a cache of declared capacity overflows.
     """
     from engrax.models.session import Session
 

@@ -285,7 +285,7 @@ class LanguageModel(Model):
         return max(mixer.least_call for mixer in self.config.mixers)
 
     def open_memory(self, memory: Any) -> Opened:
-        """The memory with the state of every block apart, in its mixer's form for single tokens."""
+        """The memory with a separate state for every block, in its mixer's form for single tokens."""
         params = tuple(nnx.split(block)[1] for block in self.blocks)
         return open_blocks([block.mixer for block in self.blocks], memory, params, self.config.repeat)
 
@@ -306,8 +306,8 @@ class LanguageModel(Model):
         return (*states, self.positions.init_state(batch_size)) if hasattr(self, "positions") else states
 
     def _scan(self, body, x, memory, opened: Opened | None = None):
-        """Runs `body(blocks, x, states) -> (x, outputs)` over the repeats; outputs are stacked along a first axis, but
-        for the states of an opened memory."""
+        """Runs `body(blocks, x, states) -> (x, outputs)` over the repeats. Outputs are stacked along a first axis,
+        except for the states of an opened memory."""
         graphdefs, params = zip(*(nnx.split(block) for block in self.blocks))
 
         def step(x, xs):

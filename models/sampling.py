@@ -1,7 +1,7 @@
-"""How tokens are drawn: settings, and the choice among logits. All settings are traced: changing one compiles nothing.
+"""Sampling of tokens: the settings and the draw from logits. All settings are traced, so a change compiles nothing.
 
-The order is that of the field: temperature, then top-k, then top-p among those, then min-p. Every row has a key of its
-own, so what it draws depends neither on the rows beside it nor on how many there are.
+The order is the usual one: temperature, then top-k, then top-p among those, then min-p. Every row has its own key, so
+its draws do not depend on the other rows or their number.
 """
 
 import dataclasses
@@ -15,19 +15,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from engrax.errors import UserError
 
-STOPS = 8  # stop tokens are padded to a multiple: their number compiles nothing
+STOPS = 8  # stop tokens are padded to a multiple of it, so a new number rarely compiles
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """Settings of sampling. Raises UserError for a value out of range."""
 
-    temperature: float = 0.8  # 0 takes the likeliest token
-    top_k: int | None = None  # only the k likeliest tokens
-    top_p: float | None = None  # only the likeliest tokens that together reach this probability
-    min_p: float | None = None  # only tokens at least this fraction as likely as the likeliest
-    stop: int | str | tuple[int | str, ...] = ()  # tokens, or texts, that end a row; it returns them last
-    seed: int = 0  # of the draws
+    temperature: float = 0.8  # 0 takes the most likely token
+    top_k: int | None = None  # only the k most likely tokens
+    top_p: float | None = None  # only the most likely tokens that together reach this probability
+    min_p: float | None = None  # only tokens with at least this fraction of the largest probability
+    stop: int | str | tuple[int | str, ...] = ()  # tokens, or texts, that end a row; the row's output includes them
+    seed: int = 0  # seed of the draws
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, int | str) else tuple(self.stop)
@@ -48,11 +48,11 @@ class Sampling:
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
-        """The stops that are texts."""
+        """The text stops."""
         return tuple(item for item in self.stop if isinstance(item, str))
 
     def traced(self, streams: Int[np.ndarray, " B"], end_of_text: tuple[int, ...] = ()) -> "Traced":
-        """The settings as arrays; `streams` numbers the draws of rows that have read the same."""
+        """The settings as arrays; `streams` numbers the rows that have read the same tokens."""
         stop = [*(item for item in self.stop if not isinstance(item, str)), *end_of_text]
         stop += [-1] * (-len(stop) % STOPS or (0 if stop else STOPS))
         return Traced(
@@ -67,7 +67,7 @@ class Sampling:
 
 
 def of(sampling: Sampling | None, settings: dict) -> Sampling:
-    """The settings given whole or by name. Raises UserError for both at once, or an unknown name."""
+    """The settings, given as a `Sampling` or by name. Raises UserError for both at once, or an unknown name."""
     if sampling is not None and settings:
         raise UserError(f"give sampling or {', '.join(settings)}, not both; `dataclasses.replace` changes a Sampling.")
     known = [field.name for field in dataclasses.fields(Sampling)]
@@ -84,20 +84,20 @@ class Traced(NamedTuple):
     top_k: Int[np.ndarray, ""]
     top_p: Float[np.ndarray, ""]
     min_p: Float[np.ndarray, ""]
-    stop: Int[np.ndarray, " N"]  # -1: no token
+    stop: Int[np.ndarray, " N"]  # -1 = no token
     seed: Int[np.ndarray, ""]
     streams: Int[np.ndarray, " B"]
 
 
 def choose(logits_BV: Float[Array, "B V"], position: Int[Array, " B"], settings: Traced) -> Int[Array, " B"]:
-    """Draws each row's token; `position` is how many tokens the row has read."""
+    """Draws each row's token; `position` is the number of tokens that the row has read."""
 
     def draw(logits, stream, position):
         key = jax.random.key(settings.seed)
         return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, stream), position), logits)
 
     def drawn(logits_BV):
-        # Shifted before the division: a small temperature gives -inf, never inf - inf.
+        # Logits are shifted before the division: a small temperature gives -inf, never inf - inf.
         scaled = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / settings.temperature
         sorts = (settings.top_k < logits_BV.shape[-1]) | (settings.top_p < 1)
         scaled = jax.lax.cond(sorts, lambda x: jnp.where(_likeliest(x, settings), x, -jnp.inf), lambda x: x, scaled)
@@ -110,7 +110,7 @@ def choose(logits_BV: Float[Array, "B V"], position: Int[Array, " B"], settings:
 
 
 def _likeliest(logits_BV: Float[Array, "B V"], settings: Traced) -> Bool[Array, "B V"]:
-    """True for the tokens that top-k and top-p keep; of equal ones the first."""
+    """True for the tokens that top-k and top-p keep; among equal ones, the first."""
     order = jnp.argsort(-logits_BV, axis=-1, stable=True)
     place = jnp.argsort(order, axis=-1)
     falling = jnp.take_along_axis(logits_BV, order, axis=-1)

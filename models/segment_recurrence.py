@@ -9,8 +9,9 @@ Its hidden states at the suffix become the new memory. A model defines the hooks
 `update_memory`); `SegmentRunner` runs them over any number of tokens, from any position.
 
 The segment grid is that of the row. A document that starts inside a segment reads the rest of that segment without a
-prefix; to avoid this, set the experiment's `align` to the segment length. Padding (-1) has no place in a segment: a row
-that ends before the others keeps its incomplete segment, and goes on in it. A segment of filler (-2) writes no memory.
+prefix; to avoid this, set the experiment's `align` to the segment length. Padding (-1) takes no position in a segment:
+a row that ends before the others keeps its incomplete segment and continues in it. A segment of filler (-2) writes no
+memory.
 """
 
 from typing import Any
@@ -129,8 +130,8 @@ class SegmentRecurrent(Model):
         return zero._replace(memory=own, backbone=backbone)
 
     def at_call_length(self, memory: Running, length: int) -> Running:
-        """If all calls are whole segments without padding, as of streamed rows, all rows are at the start of one, and a
-        single path is traced."""
+        """If all calls are whole segments without padding, as with streamed rows, all rows are at the start of a
+        segment, and a single path is traced."""
         if length % self.config.segment_length:
             return memory
         return memory._replace(offset=np.zeros(memory.offset.shape, np.int32))

@@ -1,7 +1,7 @@
 """The runner of segment-recurrent models (`models/segment_recurrence.py`): any number of tokens, from any position.
 
-Rows may be at different offsets in their segments and end at different ones. Padding follows a row's tokens, and is
-counted nowhere: a row that ends before the others keeps its incomplete segment.
+Rows may start and end at different offsets in their segments. Padding follows a row's tokens and does not count: a row
+that ends before the others keeps its incomplete segment.
 """
 
 from typing import Any, NamedTuple
@@ -103,10 +103,10 @@ class SegmentRunner:
         return jnp.concatenate(hidden, axis=1), state, aux, collected
 
     def with_incomplete(self, complete: Running, state: Running, tokens, ids) -> Running:
-        """The state after every row's own last tokens, if some rows end inside a segment that others complete.
+        """The state after every row's last tokens, if some rows end inside a segment that others complete.
 
-        complete: after the complete segments of every row. Only the state is computed here: where it is not used, as in
-        training, nothing is."""
+        complete: the state after the complete segments of every row. Only the state is computed here; if it is not
+        used, as in training, nothing is computed."""
         end, whole = self.count(ids), tokens.shape[1] // self.length * self.length
         begin = end // self.length * self.length
         places = begin[:, None] + jnp.arange(self.length - 1)
@@ -319,11 +319,11 @@ class SegmentRunner:
         return _select(rows, when_true, when_false, axes)
 
     def keep(self, rows: Bool[Array, " B"], new: Any, old: Any) -> Any:
-        """The new memory in the rows that reach it, in all if rows are not padded."""
+        """The new memory in the rows that reach it; in all rows if there is no padding."""
         return self.select(rows, new, old) if self.padded else new
 
     def reached(self, rows: Bool[Array, " B"], ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
-        """Segment ids of vectors that only the given rows reach; they are padding in the others."""
+        """Segment ids of vectors that only the given rows reach; in the other rows they are padding."""
         return jnp.where(rows[:, None], ids, PADDING) if self.padded else ids
 
     def select(self, rows: Bool[Array, " B"], when_true: Any, when_false: Any) -> Any:
@@ -347,7 +347,7 @@ def _over_segments(values: Array, rows: int, length: int) -> Array:
 
 
 def _with_rest(whole: dict[str, Array], rest: dict[str, Array], rows: int, done: int, length: int) -> dict[str, Array]:
-    """Diagnostics of whole segments and of the tokens of an incomplete last one, or of that one alone."""
+    """Diagnostics of whole segments and of the tokens of an incomplete last segment, or of the last segment alone."""
     if not done:
         return rest
     at_tokens = {name for name, values in rest.items() if values.shape[1:3] == (rows, length)}
@@ -358,7 +358,8 @@ def _with_rest(whole: dict[str, Array], rest: dict[str, Array], rows: int, done:
 
 
 def _owned(owner: Int[Array, " B"], counts: Bool[Array, "B S"]) -> Int[Array, "B S"]:
-    """Segment ids of vectors of the document `owner`. Those that do not count keep their places."""
+    """Segment ids of vectors of the document `owner`. Vectors that do not count become filler, so positions do not
+    move."""
     return jnp.where(counts & (owner >= 0)[:, None], owner[:, None], FILLER)
 
 

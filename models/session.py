@@ -1,4 +1,4 @@
-"""A model's memory as a thing to hold: read once, asked many times, kept in a file.
+"""A session holds a model's memory: read a text once, continue from it many times, save it in a file.
 
 session = engrax.session("runs/a")
 session.feed(book)
@@ -24,14 +24,14 @@ from engrax.models.generate import PIECE, Compiled, Flow
 from engrax.models.sampling import Sampling
 from engrax.models.tokens import check_ids, is_one
 
-LONGEST_STOP = 16  # tokens of a row that are searched for a text that stops it, beside the text's own bytes
+LONGEST_STOP = 16  # tokens at a row's end searched for a stop text, plus the text's number of bytes
 
 
 class Session:
-    """The state of `rows` texts that a model reads side by side; every method that reads or writes continues them.
+    """The state of `rows` texts that a model reads together. Every method that reads or writes continues them.
 
     model: the module. tokenizer: for texts; None = token ids only. dtype: the compute dtype, None = the parameters'.
-    name: of the weights, in errors.
+    name: name of the weights in errors.
     """
 
     def __init__(
@@ -42,29 +42,29 @@ class Session:
         self.model, self.tokenizer, self.name = as_model(model), tokenizer, name
         self._compiled = Compiled(model, dtype)
         self.tokens_read = np.zeros(rows, np.int64)  # by row
-        self._read = [hashlib.sha256().digest()] * rows  # digests of what the rows have read
-        self._streams = np.arange(rows)  # numbers the draws of rows that have read the same
+        self._read = [hashlib.sha256().digest()] * rows  # digests of the tokens that the rows have read
+        self._streams = np.arange(rows)  # numbers the rows that have read the same tokens
         self._memory = self._compiled.start(rows)
         self._logits = jnp.zeros((rows, self._compiled.vocabulary), self._compiled.logits_dtype)
 
     @property
     def rows(self) -> int:
-        """Texts side by side."""
+        """The number of texts."""
         return len(self._read)
 
     @property
     def logits(self) -> Float[np.ndarray, "B V"]:
         """The logits after each row's last token. Raises UserError before the first, or if they are not numbers."""
         self._ready()
-        found = np.array(self._logits)  # a copy: the array itself is used up by the next call
+        found = np.array(self._logits)  # a copy: the next call donates the array
         if np.isnan(found).any():
             raise self._compiled.not_numbers(self.name)
         return found
 
     def feed(self, given: Any) -> "Session":
-        """Reads a text or token ids, for all rows, or one for each, of any lengths; returns the session.
+        """Reads one text (or its token ids) for all rows, or one per row, of any lengths; returns the session.
 
-        Raises UserError for an empty row, an id outside the vocabulary, or a number of rows that is not the session's.
+        Raises UserError for an empty row, an id outside the vocabulary, or a wrong number of rows.
         """
         rows = self._rows_of(given)
         piece, memory = self._compiled.piece, self._taken()
@@ -82,9 +82,10 @@ class Session:
         return self
 
     def generate(self, tokens: int = 200, sampling: Sampling | None = None, **settings: Any) -> Any:
-        """Writes up to `tokens` tokens in every row: its text or, without a tokenizer, its ids; several rows: a list.
+        """Writes up to `tokens` tokens in every row. Returns its text or, without a tokenizer, its ids; a list for
+        several rows.
 
-        `settings` are fields of `Sampling`, in place of one. What was written is in the state.
+        `settings` are fields of `Sampling`, instead of one. The written tokens are in the state.
         """
         found = self.sample(tokens, draws.of(sampling, settings))
         kept = [row[row >= 0] for row in found]
@@ -92,14 +93,14 @@ class Session:
         return made[0] if self.rows == 1 else made
 
     def sample(self, tokens: int, sampling: Sampling | None = None, **settings: Any) -> Int[np.ndarray, "B new"]:
-        """The ids that `generate` writes; -1 after a row's last, where it stopped before others."""
+        """The ids that `generate` writes; -1 after the end of a row that stopped before others."""
         pieces = list(self._written(tokens, draws.of(sampling, settings), PIECE))
         return np.concatenate(pieces, axis=1)
 
     def stream(
         self, tokens: int = 200, sampling: Sampling | None = None, **settings: Any
     ) -> Iterator[Int[np.ndarray, " B"]]:
-        """The ids [B] of one token after another as they are drawn, -1 in rows that have stopped.
+        """Yields the ids [B] of each token as it is drawn, -1 in rows that have stopped.
 
         The state holds exactly the tokens that were taken from the iterator.
         """
@@ -107,7 +108,7 @@ class Session:
         return (piece[:, 0] for piece in written)
 
     def stream_text(self, tokens: int = 200, sampling: Sampling | None = None, **settings: Any) -> Iterator[str]:
-        """The text of one row as it is written; characters of several tokens come whole."""
+        """Yields the text of one row as it is written. A character of several tokens is never split."""
         if self.rows != 1 or self.tokenizer is None:
             raise UserError(f"streaming text needs one row and a tokenizer; this session has {self.rows} rows.")
         before: list[int] = []  # of the last piece: the spelling of the next may depend on them
@@ -127,7 +128,7 @@ class Session:
         return self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self._end_of_text() else ids)
 
     def branch(self, rows: int) -> "Session":
-        """A new session with `rows` copies of every row; this one stays as it is."""
+        """A new session with `rows` copies of every row; this one does not change."""
         if rows < 1:
             raise UserError(f"branch({rows}) must make at least 1 row.")
         self._ready(feeding=True)
@@ -142,8 +143,8 @@ class Session:
         return new
 
     def report(self) -> dict[str, Any]:
-        """Tokens read by row, bytes of the state, and the mixers' diagnostics: means over what they would report of
-        reading each row's likeliest token next (nothing is kept of that)."""
+        """Tokens read by row, bytes of the state, and the means of the mixers' diagnostics for reading each row's most
+        likely token next (the state does not change)."""
         self._ready()
         collected = jax.device_get(self._compiled.diagnose(self._logits, self._memory))
         return {
@@ -161,7 +162,7 @@ class Session:
     def restore(self, path: Any) -> "Session":
         """Continues from a saved state, with its rows; returns the session.
 
-        Raises UserError if the file is damaged or belongs to another model, and leaves the session as it was.
+        Raises UserError if the file is damaged or belongs to another model; the session then does not change.
         """
 
         def shapes(rows: int):
@@ -188,7 +189,7 @@ class Session:
         return self._model_digest
 
     def _written(self, tokens: int, sampling: Sampling, piece: int) -> Iterator[Int[np.ndarray, "B new"]]:
-        """Writes and yields the ids in pieces; where a text stops rows, one token at a time."""
+        """Writes and yields the ids in pieces; with stop texts, one token at a time."""
         if not 1 <= tokens < 2**31:
             raise UserError(f"tokens={tokens} must be at least 1 and below 2^31.")
         self._ready()
@@ -215,11 +216,11 @@ class Session:
                     flow = flow._replace(alive=flow.alive & ~self._stopped(tails, found, sampling.stop_texts))
                 yield found
         finally:
-            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(flow)):  # else interrupted in the middle of a call
+            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(flow)):  # else the call was interrupted
                 self._logits, self._memory = flow.logits, self._compiled.close(flow.memory)
 
     def _stopped(self, tails: list[list[int]], found, texts: tuple[str, ...]) -> np.ndarray:
-        """Which rows' texts hold one of the texts; `tails` are the rows' last tokens."""
+        """Which rows contain one of the texts; `tails` are the rows' last tokens."""
         longest = LONGEST_STOP + max(len(text.encode()) for text in texts)
         for tail, row in zip(tails, found):
             tail[:] = [*tail, *(int(token) for token in row if token >= 0)][-longest:]
@@ -230,14 +231,14 @@ class Session:
         return tuple(int(i) for i in ids if i < self._compiled.vocabulary)
 
     def _note(self, rows: list[np.ndarray]) -> None:
-        """Remembers what the rows have read, as digests."""
+        """Updates the digests of the tokens that the rows have read."""
         for i, row in enumerate(rows):
             if len(row):
                 self._read[i] = hashlib.sha256(self._read[i] + np.asarray(row, "<i4").tobytes()).digest()
         self.tokens_read = self.tokens_read + np.array([len(row) for row in rows])
 
     def _rows_of(self, given: Any) -> list[np.ndarray]:
-        """The ids of every row. Raises UserError where they cannot be read."""
+        """The ids of every row. Raises UserError if they are invalid."""
         rows = [given] * self.rows if is_one(given) else list(given)
         if len(rows) != self.rows:
             raise UserError(
@@ -259,7 +260,7 @@ class Session:
         return ids
 
     def _taken(self) -> Any:
-        """The memory, which the compiled functions use up."""
+        """The memory, which the compiled functions donate."""
         self._ready(feeding=True)
         memory, self._memory = self._memory, None
         return memory
@@ -272,5 +273,5 @@ class Session:
 
 
 def _repeat(x: jax.Array, count: int, axis: int) -> jax.Array:
-    """Every row `count` times, in an array of its own: the calls on either use up theirs."""
+    """Every row `count` times, in a new array, because calls donate their arrays."""
     return jnp.array(jnp.repeat(x, count, axis=axis), copy=True)

@@ -1,4 +1,4 @@
-"""Saved states: a safetensors file of arrays whose header names the model they belong to. Nothing in it is executed."""
+"""Saved states: a safetensors file of arrays. Its header names their model. Nothing in it is executed."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def digest_of(model: nnx.Module, params: Any) -> str:
 
 
 def save(path: Any, state: Any, header: dict[str, Any]) -> None:
-    """Writes a state's arrays, one after another, and the header; an old file stays whole until the new one is."""
+    """Writes a state's arrays, one after another, and the header. An old file is kept until the new one is complete."""
     from safetensors.numpy import save as pack
 
     arrays = {f"{i:05d}": np.ascontiguousarray(leaf) for i, leaf in enumerate(jax.device_get(jax.tree.leaves(state)))}
@@ -41,7 +41,7 @@ def save(path: Any, state: Any, header: dict[str, Any]) -> None:
 
 
 def load(path: Any, model: str, shapes: Callable[[int], Any]) -> tuple[dict[str, Any], Any]:
-    """(header, state) of a saved state; `model` is the digest that it must carry, `shapes(rows)` the state's structure.
+    """(header, state) of a saved state; `model` is the digest that it must have, `shapes(rows)` the state's structure.
 
     Raises UserError if the file is missing, damaged, or of another model.
     """
@@ -73,7 +73,7 @@ def load(path: Any, model: str, shapes: Callable[[int], Any]) -> tuple[dict[str,
 
 
 def _content(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
-    """The digest of all that a file holds."""
+    """The digest of a file's whole content."""
     found = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "content"}, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         found.update(f"{name} {array.shape} {array.dtype}".encode())

@@ -1,4 +1,4 @@
-"""Token ids as callers have them: lists, one row, several; checked on the host, never inside jit."""
+"""Token ids from callers: lists, one row or several rows. They are checked on the host, never inside jit."""
 
 import functools
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def taking_lists(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_tokens(tokens: Any, vocabulary: int | None) -> Any:
-    """Token ids as an array [B, T]; what holds no integers is returned as it is: vectors of a set, or shapes.
+    """Token ids as an array [B, T]. Inputs that are not integers (vectors of a set, or shapes) are returned unchanged.
 
     Raises UserError for rows of unequal lengths, for more than two axes, and for an id outside the vocabulary.
     """
@@ -45,7 +45,7 @@ def as_tokens(tokens: Any, vocabulary: int | None) -> Any:
 
 
 def is_one(given: Any) -> bool:
-    """Whether what a caller gives is one text or one row of ids, and not several."""
+    """Whether the input is one text or one row of ids, and not several."""
     return isinstance(given, str | bytes) or not len(given) or not (isinstance(given[0], str) or np.ndim(given[0]))
 
 

@@ -6,12 +6,13 @@ import pytest
 
 from engrax.laws import LAWS
 
-# Compiling is nearly all that a law costs. `make test` runs all laws on what everything else is built on. Elsewhere it
-# leaves out the laws that need programs of their own, rows without segment ids, all but the first example of a config,
-# gradients where a config resembles another that is tested in full, and most laws of mere settings of another config's
-# module. `make test-deep` adds the other examples, nearly all laws of cheap configs, and of costly ones those of
-# causality, rows, packing and state that share programs. `make test-long` runs the rest, and with `deep=True` every
-# law whose body then does more: rows with and without segment ids, more cuts, gradients of implementations.
+# Compilation is nearly the whole cost of a law. `make test` runs all laws on the foundations of everything else.
+# Elsewhere it leaves out laws that need their own programs, rows without segment ids, all but the first example of a
+# config, gradients if a config resembles another that is tested in full, and most laws of configs that are only
+# settings of another config's module. `make test-deep` adds the other examples, nearly all laws of cheap configs, and
+# for costly configs the laws of causality, rows, packing and state that share programs. `make test-long` runs the rest,
+# and with `deep=True` every law whose body then does more: rows with and without segment ids, more cuts, gradients of
+# implementations.
 DEEP_ONLY = ("causality.distance",)  # rows of 3072 tokens
 OWN_PROGRAMS = ("state_carry.gradients", "state_carry.cuts", "state_carry.padding", "independence.batch_size")
 OWN_PROGRAMS += ("stability.long", "state.start")
@@ -27,7 +28,7 @@ RELATIVES += ("infini_attention", "hopfield_layer", "memorizing", "transformer_x
 RELATIVES += ("deltanet", "kda", "gla", "based", "gsa", "gated_convolution", "hopfield_pooling")
 GRADIENTS = ("causality.jacobian", "packing.gradients", "stability.gradients", "trainability.gradients")
 GRADIENTS += ("independence.gradients",)
-# With gradients of their own programs; of the examples after a config's first, they are left to `make test-long`.
+# Laws with their own gradient programs; after a config's first example they run only in `make test-long`.
 OF_FIRST = ("causality.jacobian", "independence.gradients", "stability.gradients", "padding.nothing")
 OF_FIRST += ("trainability.finite_differences",)
 OF_FIRST_COSTLY = ("packing.gradients", "trainability.gradients")

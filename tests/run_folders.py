@@ -1,4 +1,4 @@
-"""Run folders for tests, written without a training, and the ways to damage their JSON files."""
+"""Run folders for tests, written without training, and ways to damage their JSON files."""
 
 import copy
 import itertools
@@ -15,13 +15,13 @@ from engrax.train import run_lock, runs
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.trainer import Trainer
 
-# What a value is replaced by: every type, numbers without sense, names that lead elsewhere.
+# Replacements for a value: every type, absurd numbers, names that lead out of the folder.
 NONSENSE = (None, True, -1, 10**30, 0.5, float("nan"), "", "../outside/victim", [], [[1]], {}, {"a": {"b": 1}}, ...)
 MISSING = ...  # the key is dropped
 
 
 def write_tokenizer(path: Path, *, backwards: bool = False) -> Path:
-    """A tokenizer.json of 256 bytes, whose ids run forwards or backwards."""
+    """A tokenizer.json of the 256 bytes, with ascending or descending ids."""
     import tokenizers
 
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet(), reverse=backwards)
@@ -33,7 +33,7 @@ def write_tokenizer(path: Path, *, backwards: bool = False) -> Path:
 
 
 def text_experiment(folder: Path, **fields) -> experiments.Experiment:
-    """A small model on the texts in `folder`/texts, read by `folder`/tokenizer.json; both are written."""
+    """A small model on the texts in `folder`/texts with `folder`/tokenizer.json; both are written."""
     (folder / "texts").mkdir()
     for i in range(12):
         (folder / "texts" / f"{i}.txt").write_text(f"document number {i} says hello world " * (5 + i))
@@ -46,7 +46,7 @@ def text_experiment(folder: Path, **fields) -> experiments.Experiment:
 
 
 def write_run(directory: Path, experiment: experiments.Experiment, source: Path | None = None) -> Path:
-    """A run folder with a checkpoint of step 4 whose parameters are fresh."""
+    """A run folder with a checkpoint of step 4 and fresh parameters."""
     trainer = Trainer(experiment)
     with run_lock.held(runs.folder(directory)):
         run = runs.prepare(directory, experiment, source=source)
@@ -60,7 +60,7 @@ def write_run(directory: Path, experiment: experiments.Experiment, source: Path 
 
 
 def write_tuned(folder: Path) -> tuple[Path, Path]:
-    """(a published checkpoint, a run folder without checkpoints that began from it)."""
+    """(a published checkpoint, a run folder without checkpoints that started from it)."""
     config = pretrained_numpy.CONFIGS["llama3"]
     pretrained_numpy.write_checkpoint(
         folder / "published", config, pretrained_numpy.random_tensors(config, "float32"), 2
@@ -72,7 +72,7 @@ def write_tuned(folder: Path) -> tuple[Path, Path]:
 
 
 def places(value, at=()):
-    """The paths of all values inside a JSON value, itself included."""
+    """The paths of all values inside a JSON value, including itself."""
     yield at
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
@@ -80,9 +80,9 @@ def places(value, at=()):
 
 
 def damages(text: str, each: int | None = None):
-    """(what was done, the changed text) for every place of a JSON file and `each` kinds of nonsense, all where None.
+    """(the change, the changed text) for every place of a JSON file and `each` kinds of bad values; None = all kinds.
 
-    The kinds go round, so that neighbouring places are damaged differently.
+    The kinds rotate, so neighbouring places get different damage.
     """
     whole = json.loads(text)
     kinds = itertools.cycle(NONSENSE)

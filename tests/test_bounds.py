@@ -1,4 +1,4 @@
-"""Bounds that theory gives hold after rounding: unit keys, rotary angles at late positions, states over long rows."""
+"""Theoretical bounds hold after rounding: unit keys, rotary angles at late positions, states over long rows."""
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ SCALINGS = RopeScaling(), RopeScaling("linear", factor=4.0), RopeScaling("llama3
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling.kind)
 def test_rotary_angles_are_exact_at_late_positions(scaling):
-    """EleutherAI/gpt-neox#1003 and huggingface/transformers#29285: angles in 16 bits turn late positions by anything.
-    A float32 product does the same from a million tokens on."""
+    """EleutherAI/gpt-neox#1003 and huggingface/transformers#29285: angles in 16 bits are arbitrary at late positions. A
+    float32 product has this error from a million tokens on."""
     position = np.array([[0, 1, 4095, 10**6, 2**24 + 1, 2**30 + 12345, 2**31 - 1]], np.int64)
     x = np.random.default_rng(0).standard_normal((1, position.shape[1], 2, 16))
     frequency = scaling.apply(10_000.0 ** (-np.arange(8) / 8))
@@ -52,9 +52,9 @@ DELTA = dict(heads=2, head_dim=32, max_beta=2.0)
     ids=lambda config: config.registered_name,
 )
 def test_one_token_repeated_keeps_the_state_bounded(config):
-    """24,576 equal tokens in bfloat16, every gate saturated by its projection, where the rules are barely stable.
+    """24,576 equal tokens in bfloat16, with every gate saturated by its projection: the rules are barely stable there.
 
-    Kin: fla-org/flash-linear-attention#99 and #537, values of the delta rule that are not finite in 16 bits."""
+    Related: fla-org/flash-linear-attention#99 and #537, non-finite values of the delta rule in 16 bits."""
     dim, blocks, block = 64, 24, 1024
     graphdef, params = nnx.split(config.build(dim, rngs=nnx.Rngs(0)))
     (kept,) = (moved for name, moved in extreme_gates(params, dim) if name == KEEPING)

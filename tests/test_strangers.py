@@ -1,4 +1,4 @@
-"""Run folders and checkpoints that others wrote: nothing outside is written or run, nonsense is one sentence."""
+"""Run folders and checkpoints from others: nothing outside is written or run, and nonsense gives one sentence."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def copied(made, tmp_path):
-    """The same in a folder that a test may damage, beside an empty folder `outside`."""
+    """A copy that a test may damage, next to an empty folder `outside`."""
     shutil.copytree(made, tmp_path / "copy")
     (tmp_path / "outside").mkdir()
     return tmp_path / "copy"
@@ -70,13 +70,13 @@ def trainer(made):
 
 
 def listing(folder):
-    """{path: size} of all that is in a folder."""
+    """{path: size} of everything in a folder."""
     return {str(path): path.lstat().st_size for path in sorted(folder.rglob("*"))}
 
 
 ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
-# Names that lead elsewhere.
+# Names that lead out of the folder.
 
 
 def rename(value, name, keys):
@@ -98,7 +98,7 @@ def test_an_export_writes_into_its_folder_alone(copied, model, name):
 
 @pytest.mark.parametrize("name", OUTSIDE, ids=lambda name: files.short(name)[:20])
 def test_an_index_names_files_of_its_folder_alone(copied, model, name):
-    """huggingface/transformers#47176: weight_map values were joined to the folder as they stand."""
+    """huggingface/transformers#47176: weight_map values were joined to the folder unchecked."""
     path = copied / "published" / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     path.write_text(json.dumps(index | {"weight_map": dict.fromkeys(index["weight_map"], name)}))
@@ -164,7 +164,7 @@ def test_the_cache_of_the_hub_is_read(copied, model):
     "name", ["os.system", "../outside/evil", "/tmp/evil.py", "__import__('os')", "evil", "a:b", ""]
 )
 def test_a_registered_name_is_looked_up_and_nothing_else(copied, kind, name, monkeypatch):
-    """When every class of a config has such a name, then nothing is imported, and one sentence says what is unknown."""
+    """When every class of a config has such a name, then nothing is imported; one sentence names the unknown class."""
     (copied.parent / "outside" / "evil.py").write_text("raise SystemExit('executed')")
     monkeypatch.chdir(copied.parent / "outside")
     monkeypatch.syspath_prepend(str(copied.parent / "outside"))
@@ -184,7 +184,7 @@ def test_control_characters_of_a_strangers_file_do_not_reach_the_terminal(copied
     assert "\x1b" not in told and "\x07" not in told and "\\x1b[31mlinear" in told
 
 
-# Python that others wrote.
+# Python from others.
 
 
 def test_a_tfds_folder_runs_no_class_but_those_of_tfds(tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_a_tfds_name_is_a_plain_one(name):
 
 @pytest.mark.parametrize("name", ["random", "json", "string", "_heapq", "token"])
 def test_a_plugins_folder_does_not_shadow_the_standard_library(tmp_path, name, monkeypatch):
-    """numpy/numpy#16753: a random.py beside the user's file was what numpy imported."""
+    """numpy/numpy#16753: numpy imported a random.py next to the user's file."""
     (tmp_path / f"{name}.py").write_text("raise SystemExit('executed')")
     (tmp_path / "helper.py").write_text("VALUE = 3\n")
     (tmp_path / "plugin.py").write_text(f"import {name}\nimport helper\nFOUND = {name}.__file__, helper.VALUE\n")
@@ -231,11 +231,11 @@ def test_a_plugins_folder_does_not_shadow_the_standard_library(tmp_path, name, m
     assert sys.path == before
 
 
-# What parses and makes no sense.
+# Files that parse but make no sense.
 
 
 def fuzz(path, call, each):
-    """Damages one JSON file in all its places; what `call()` raises that is no sentence, with the damage."""
+    """Damages one JSON file in all its places; returns the errors of `call()` that are no sentence, with the damage."""
     text, lines = path.read_text(), path.suffix == ".jsonl"
     whole = text.splitlines()[0] if lines else text
     wrong, refused = [], 0
@@ -294,7 +294,7 @@ def test_damaged_files_of_a_published_checkpoint_are_named_in_one_sentence(copie
 
 
 def test_a_damaged_tokenizer_is_named_in_one_sentence(tmp_path):
-    """When its file still parses, then it is refused as it is read, or when it has no ids for a text."""
+    """When its file still parses, then it is refused when it is read, or when it has no ids for a text."""
     path = run_folders.write_tokenizer(tmp_path / "tokenizer.json")
     whole = json.loads(path.read_text())
     whole["model"]["vocab"] = {"a": 0, "b": 1, "c": 2}
@@ -311,7 +311,7 @@ def test_a_damaged_tokenizer_is_named_in_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("text", ["a\udcff", "\ud800b"])
 def test_a_text_that_is_no_text(made, text):
-    """A prompt of bytes that are not UTF-8 reaches Python as half characters."""
+    """A prompt with bytes that are not UTF-8 reaches Python as lone surrogates."""
     for file in (None, str(made / "tokenizer.json")):
         with pytest.raises(UserError, match="is no UTF-8"):
             load_tokenizer(file).encode(text)
@@ -350,7 +350,7 @@ def test_a_chunk_larger_than_its_array_is_refused_before_it_is_read(copied):
 
 
 def test_a_header_that_claims_more_than_its_file_holds(copied, model):
-    """A safetensors header is checked against the size of its file before any of it is mapped."""
+    """A safetensors header is checked against the size of its file before the file is mapped."""
     path = min((copied / "published").glob("*.safetensors"))
     length = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + length])

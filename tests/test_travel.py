@@ -1,4 +1,4 @@
-"""A run folder travels: it brings its tokenizer and the user's files, and knows its data by digest; one writes it."""
+"""A run folder can move: it has its tokenizer and the user's files, knows its data by digest, and has one writer."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from engrax.train import experiment as experiments
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with texts, tokenizer.json and the run `run`, whose config gave its paths relative."""
+    """A folder with texts, tokenizer.json and the run `run`, whose config had relative paths."""
     folder = tmp_path_factory.mktemp("made")
     experiment = run_folders.text_experiment(folder)
     before = os.getcwd()
@@ -36,7 +36,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def moved(made, tmp_path, monkeypatch):
-    """The run alone, in another folder under another home; its texts and tokenizer lie elsewhere, or nowhere."""
+    """Only the run, in another folder under another home; its texts and tokenizer are elsewhere or missing."""
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
@@ -59,11 +59,11 @@ def test_paths_of_data_are_saved_absolute(made):
 
 
 def test_the_tokenizer_in_the_run_serves_where_the_original_is_gone(moved):
-    """huggingface/transformers#15283: a saved tokenizer named a file of the machine that it was saved on."""
+    """huggingface/transformers#15283: a saved tokenizer named a file of the machine where it was saved."""
     run = runs.open_run(moved)
     assert run.experiment.data.tokenizer_file.startswith(str(moved / "source"))
     assert run.experiment.data.tokenizer.encode("abc").tolist() == [64, 65, 66]
-    shutil.move(moved, moved.parent / "again")  # and once more, after a resumption that saved the copy's path
+    shutil.move(moved, moved.parent / "again")  # once more, after a resume that saved the copy's path
     path = moved.parent / "again" / "config.json"
     path.write_text(path.read_text().replace("/gone/tokenizer.json", run.experiment.data.tokenizer_file))
     assert runs.open_run(moved.parent / "again").experiment.data.tokenizer.encode("a").tolist() == [64]
@@ -89,7 +89,7 @@ def test_a_moved_run_generates_without_its_data_and_evaluates_with_them(moved, m
 def test_another_tokenizer_of_the_same_size_is_refused(moved, made, capsys, where):
     other = run_folders.write_tokenizer(moved.parent / "other.json", backwards=True)
     args = ["evaluate", str(moved), "--data.path", str(made / "texts")]
-    if where == "the path":  # the config's own path holds it
+    if where == "the path":  # the config's path has the data
         path = moved / "config.json"
         path.write_text(path.read_text().replace("/gone/tokenizer.json", str(other)))
     elif where == "a flag":
@@ -109,7 +109,7 @@ def test_resuming_with_another_tokenizer_is_refused(made, tmp_path):
 
 
 def test_moved_data_are_known_by_their_digest(made, tmp_path):
-    """When texts or tokenizer lie elsewhere, then a run resumes with them; it does not with other texts."""
+    """When texts or tokenizer are elsewhere, then a run resumes with them, but not with other texts."""
     shutil.copytree(made / "run", tmp_path / "run")
     shutil.copytree(made / "texts", tmp_path / "texts")
     shutil.copy(made / "tokenizer.json", tmp_path / "elsewhere.json")
@@ -122,7 +122,7 @@ def test_moved_data_are_known_by_their_digest(made, tmp_path):
 
 
 def test_a_run_without_a_manifest_still_loads(made, tmp_path):
-    """Runs of format 2 that were begun before tokenizers were copied."""
+    """Runs of format 2 that are older than the copies of tokenizers."""
     shutil.copytree(made / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "source")
     assert engrax.load(tmp_path / "run")[1] == 4
@@ -233,7 +233,7 @@ def test_a_second_process_is_refused(tmp_path):
 
 
 def test_a_lock_of_a_dead_process_is_taken_over(tmp_path):
-    """ChrisCummins/clgen#116: locks of trainings that had crashed blocked the next ones."""
+    """ChrisCummins/clgen#116: locks of crashed trainings blocked the next ones."""
     run = runs.folder(tmp_path / "run")
     run.mkdir()
     child = subprocess.Popen([sys.executable, "-c", ""])

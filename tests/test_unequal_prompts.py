@@ -1,4 +1,4 @@
-"""Prompts of unequal length in one batch: wherever padding stands, decoding goes on as with each prompt alone."""
+"""Prompts of unequal length in one batch: with padding anywhere, decoding continues as with each prompt alone."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ def places(where: str) -> list[np.ndarray]:
 
 
 class Decoder:
-    """A model with random parameters in float64, and its call as a program."""
+    """A model with random float64 parameters, and its compiled call."""
 
     def __init__(self, config):
         graphdef, params = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))), nnx.Param)
@@ -55,12 +55,12 @@ class Decoder:
         )
 
     def alone(self):
-        """(logits [n, V] of each prompt read alone, the memories after them): a call for each."""
+        """(logits [n, V] of each prompt read alone, the memories after them), one call per prompt."""
         read = [self.call(PROMPTS[b : b + 1, :n]) for b, n in enumerate(LENGTHS)]
         return [np.asarray(logits[0]) for logits, _ in read], self.join([memory for _, memory in read])
 
     def by_tokens(self):
-        """The same, token by token, every row as if the others went on: no call holds padding, and one program does."""
+        """The same, token by token, each row as if the others continued: no padding, and one program suffices."""
         memory, logits, after = self.start, [], []
         for t in range(LONGEST):
             found, memory = self.call(PROMPTS[:, t : t + 1], memory)
@@ -71,7 +71,7 @@ class Decoder:
         return [logits[b, :n] for b, n in enumerate(LENGTHS)], self.join([memories[b] for b in range(len(LENGTHS))])
 
     def padded(self, where: str):
-        """The same, of the prompts in one call with padding."""
+        """The same, for the prompts in one call with padding."""
         tokens, ids = (
             np.full((len(LENGTHS), LONGEST), VOCAB - 1, np.int32),
             np.full((len(LENGTHS), LONGEST), -1, np.int32),
@@ -83,7 +83,7 @@ class Decoder:
 
 
 def decode_equally(config, *, alone: bool, where=("right", "left", "inside")):
-    """Asserts that prompts read together, with padding, and NEW tokens decoded after them equal each read alone."""
+    """Asserts that prompts read together with padding, and NEW tokens decoded after them, equal each prompt alone."""
     decoder = Decoder(config)
     prompts, after = decoder.alone() if alone else decoder.by_tokens()
     for place in where:
@@ -123,9 +123,9 @@ def model_of(*mixers) -> LanguageModelConfig:
     ids=["attention and gated_deltanet", "rmt"],
 )
 def test_prompts_of_unequal_length(config, x64):
-    """Rotary positions, a cache, a short convolution and segments, none of which may count padding.
+    """Rotary positions, a cache, a short convolution and segments: none may count padding.
 
-    Of huggingface/transformers#31540 and #32677 (Mamba: padding reached the convolution and the state), of
+    Cases from huggingface/transformers#31540 and #32677 (Mamba: padding reached the convolution and the state), of
     fla-org/flash-linear-attention#1272 (padding inside a row decayed the state) and of ndif-team/nnsight#673 (positions
     counted padding).
     """
@@ -133,7 +133,7 @@ def test_prompts_of_unequal_length(config, x64):
 
 
 def raised(config):
-    """The config with caches for the prompts and what follows."""
+    """The config with caches for the prompts and the new tokens."""
     return dataclasses.replace(config, capacity=64) if getattr(config, "capacity", 64) < 64 else config
 
 
@@ -154,7 +154,7 @@ def test_prompts_of_unequal_length_of_every_mixer(name, x64):
 
 @pytest.mark.deep
 def test_prompts_of_unequal_length_with_a_prefix(x64):
-    """Each prompt in one call, alone too: a prefix sees all of itself."""
+    """Each prompt in one call, also alone, because a prefix sees all of itself."""
     decode_equally(model_of(PrefixLinearAttentionConfig.examples()[0]), alone=True)
 
 

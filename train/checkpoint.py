@@ -2,7 +2,7 @@
 
 A checkpoint of step k holds the parameters, the optimizer state and the step after k updates, and the position in the
 data after batch k. Arrays are stored under flat dotted names ("params.blocks.0.mixer.qkv.kernel"), so the file's
-layout depends on neither Flax nor optax classes, and may be restored to any other sharding.
+layout does not depend on Flax or optax classes, and arrays can be restored to any other sharding.
 """
 
 import contextlib
@@ -40,8 +40,8 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any], like: Any) -> Any:
-    """Returns a tree with the structure of `like` and the arrays of `flat`. Arrays of size 0 are not stored and come
-    back empty. Raises ValueError naming an array that is missing from `flat`."""
+    """Returns a tree with the structure of `like` and the arrays of `flat`. Arrays of size 0 are not stored and are
+    restored as empty arrays. Raises ValueError naming an array that is missing from `flat`."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_variable)
 
     def one(path, leaf):
@@ -61,7 +61,7 @@ def _is_variable(x: Any) -> bool:
 
 
 def _holds_array(leaf: Any) -> bool:
-    """False for the state that an optimizer keeps in the place of a frozen parameter."""
+    """False for an optimizer's placeholder for a frozen parameter."""
     return not _is_variable(leaf) or bool(jax.tree.leaves(leaf))
 
 
@@ -82,9 +82,9 @@ def _key(entry: Any) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder; `config` says how many of the newest and best are kept.
+    """The checkpoints of one run folder; `config` sets how many of the newest and best are kept.
 
-    Without a config they are only read: a save in progress in another process is not touched.
+    Without a config they are only read, and a save in progress in another process is left alone.
     """
 
     def __init__(self, run_dir: epath.PathLike, config: CheckpointConfig | None = None):
@@ -116,7 +116,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Turns what Orbax raises for damaged files, of any type, into a UserError."""
+        """Turns Orbax's errors for damaged files, of any type, into a UserError."""
         try:
             yield
         except UserError:
@@ -125,7 +125,7 @@ class Checkpoints:
             raise UserError(f"{self.directory} is damaged ({first_line(error)}); restore it.") from error
 
     def save(self, step: int, state: Any, data_state: dict, metrics: dict[str, float] | None) -> None:
-        """Starts a save and blocks only while arrays are copied to the host. A rename completes the write."""
+        """Starts a save. Blocks only while arrays are copied to the host; a rename completes the write."""
         args = self._ocp.args.Composite(
             state=self._ocp.args.StandardSave(_not_empty(flatten(state))), data=self._ocp.args.JsonSave(data_state)
         )
@@ -188,7 +188,7 @@ class Checkpoints:
                 return manager.restore(step, args=args)
             except Exception as error:  # of many types, by what is damaged
                 reason = first_line(error)
-            gc.collect()  # of what was cut short, while nobody listens
+            gc.collect()  # collects interrupted reads while their messages are silenced
         raise self._damaged(step, reason)
 
     def _damaged(self, step: int, reason: str) -> UserError:
@@ -197,7 +197,7 @@ class Checkpoints:
         return UserError(f"checkpoint {self.directory / str(step)} is damaged ({reason}); {remedy}.")
 
     def _check(self, wanted: dict[str, Any], step: int) -> None:
-        """Raises UserError for an array that is missing, has another shape or type, or chunks larger than itself."""
+        """Raises UserError if an array is missing, has another shape or type, or has chunks larger than itself."""
         stored = self._stored(list(wanted), step)
         for name in sorted(wanted, key=lambda name: not name.startswith("params.")):
             leaf = wanted[name]
@@ -215,8 +215,8 @@ class Checkpoints:
                 raise self._damaged(step, f"{name} has the shape {list(shape)} and chunks of {short(chunks)}")
 
     def _stored(self, names: list[str], step: int) -> dict[str, tuple[list[int], np.dtype, list[int]] | None]:
-        """{name: (shape, dtype, chunk shape)} as each array's own file says, None without one. No values are read, and
-        Orbax, which complains on stderr, is not asked."""
+        """{name: (shape, dtype, chunk shape)} from each array's own file, None without one. No values are read. Orbax
+        is not used, because it prints complaints on stderr."""
         import tensorstore
 
         path = str(self.directory / str(step) / "state") + "/"
@@ -243,13 +243,13 @@ class Checkpoints:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, cut to a piece of a line."""
+    """An error's message, cut to part of a line."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the tracebacks of reads that another's failure cut short off stderr; the failure itself is raised."""
+    """Keeps tracebacks off stderr for reads that another read's failure interrupted. The failure itself is raised."""
     old = sys.excepthook, sys.unraisablehook
     sys.excepthook, sys.unraisablehook = (lambda *_: None), (lambda _: None)
     try:

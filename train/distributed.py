@@ -38,7 +38,7 @@ class StopSignal:
 
     def __init__(self):
         self.asked = False
-        self.number: int | None = None  # of the signal
+        self.number: int | None = None  # the signal's number
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":

@@ -21,7 +21,7 @@ from engrax.models.model import ModelConfig
 from engrax.registry import KINDS, did_you_mean, find_registry
 from engrax.train.optimizers import AdamWConfig, OptimizerConfig
 
-FORMAT_VERSION = 2  # of config.json; 1 was written by engrax 0.1.0
+FORMAT_VERSION = 2  # format of config.json; engrax 0.1.0 wrote format 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,8 @@ class LogConfig:
         require_at_least("log", self, every=1)
 
 
-MOST = 1 << 31  # above every number of a config: no array has such an axis, no generator such a seed
-# A field of the data with such a name holds a path, or several: a run saves it absolute.
+MOST = 1 << 31  # limit of every number in a config: no array has such an axis, no generator such a seed
+# A field of the data with such a name has a path, or several. A run saves it as an absolute path.
 PATH = re.compile(r"(^|_)(path|dir|folder|file)s?$")
 RUN_TIME_FIELDS = ("parallel", "checkpoint", "eval", "log")
 
@@ -94,7 +94,7 @@ class Experiment:
     data: DataConfig
     steps: int = 1000  # optimizer steps
     batch_size: int = 16  # rows per step, over all devices and microbatches
-    seed: int = 0  # of the parameters and of the order of the data
+    seed: int = 0  # seed of the parameters and of the data order
     align: int = 1  # tokens; packed documents start at multiples of it (for example a memory's chunk_size)
     compute_dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # of activations; auto = bfloat16 on GPU and TPU
     init_from: str | None = None  # folder of a published checkpoint to start from; None = random initialisation
@@ -122,7 +122,7 @@ class Experiment:
 
 
 def _refuse_senseless(experiment: Experiment) -> None:
-    """Raises UserError for a number that is not finite, an absurdly large one, and a negative seed."""
+    """Raises UserError for a non-finite number, an absurdly large number, or a negative seed."""
     for path, value in _numbers(experiment):
         if not -MOST < value < MOST and (isinstance(value, int) or not math.isfinite(value)):
             raise UserError(f"{path}={short(value)} makes no sense; give a finite number below {MOST:,}.")
@@ -145,7 +145,7 @@ def _numbers(config: Any, path: str = "") -> Iterator[tuple[str, int | float]]:
 
 
 def nested_configs(config: Any, skip: type | tuple[type, ...] = ()) -> Iterator[Any]:
-    """Yields the config and all dataclasses in it; those of the classes `skip` are omitted with all they contain."""
+    """Yields the config and all dataclasses in it, without those of the classes `skip` and their contents."""
     if isinstance(config, (tuple, list)):
         for item in config:
             yield from nested_configs(item, skip)
@@ -172,7 +172,7 @@ def map_fields(config: Any, name: str, change: Callable[[str, Any], Any]) -> Any
 
 
 def with_absolute_paths(experiment: Experiment) -> Experiment:
-    """The experiment with the paths of its data, of `init_from` and `start_from` absolute; buckets' are unchanged."""
+    """The experiment with absolute paths for its data, `init_from` and `start_from`; bucket paths do not change."""
 
     def absolute(value: str) -> str:
         return value if "://" in value or not value else os.path.abspath(os.path.expanduser(value))
@@ -232,7 +232,7 @@ def from_dict(data: Any, annotation: Any = Experiment, path: str = "config") -> 
             return cls(**values)
         except UserError:
             raise
-        except Exception as error:  # of a user's own class; of ours, what no check foresaw
+        except Exception as error:  # from a user's class, or an error that no check of ours covers
             raise UserError(f"{path} makes no sense: {cls.__name__} raises {type(error).__name__}: {error}.") from error
     if isinstance(data, list):
         return _tuple(data, _not_none(annotation), path)
@@ -240,7 +240,7 @@ def from_dict(data: Any, annotation: Any = Experiment, path: str = "config") -> 
 
 
 def _class_of(data: dict[str, Any], annotation: Any, path: str) -> type:
-    """The dataclass of a group of fields: the registered one that it names, else the annotation."""
+    """The dataclass of a group of fields: the registered class that it names, else the annotation."""
     cls = _not_none(annotation)
     if "type" in data:
         kind, _, name = str(data["type"]).partition(":")
@@ -256,7 +256,7 @@ def _class_of(data: dict[str, Any], annotation: Any, path: str) -> type:
 
 
 def _tuple(data: list, annotation: Any, path: str) -> tuple:
-    """The tuple of a list's values, each of its annotation."""
+    """The tuple of a list's values, each converted by its annotation."""
     args = typing.get_args(annotation)
     if annotation is Any or annotation is tuple:
         args = (Any, ...)
@@ -267,7 +267,7 @@ def _tuple(data: list, annotation: Any, path: str) -> tuple:
 
 
 def _named(annotation: Any) -> str:
-    """The annotation as a reader writes it."""
+    """The annotation as text for a message."""
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 

@@ -37,7 +37,7 @@ from engrax.train.host import keep_freed_memory
 from engrax.train.probe import refuse_leaks
 from engrax.train.trainer import Trainer
 
-BEGINS_AT = "start_from.json"  # in a run folder: the step of the earlier run that it started from
+BEGINS_AT = "start_from.json"  # in a run folder: the starting step in the earlier run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def train(
         first, state = None, None
 
         def begin():
-            """The state before the first step, probed; what a restored run has done before. Takes the lock."""
+            """The state before the first step, probed, or a restored run's state. Takes the lock."""
             nonlocal first, state
             if not saved:
                 state, first = trainer.init_state(params), next(data)
@@ -119,8 +119,8 @@ def train(
 
 
 def check(experiment: Experiment, run_dir: epath.Path) -> Trainer:
-    """The trainer of the experiment, whose paths are absolute. Raises UserError for what can be known to fail before
-    data are read and arrays made."""
+    """The trainer of the experiment, whose paths are absolute. Raises UserError for errors that can be found before
+    data are read and arrays are created."""
     experiments.check_saveable(experiment)
     experiment = experiments.with_absolute_paths(experiment)
     runs.refuse_file(run_dir)
@@ -224,7 +224,7 @@ class Loop:
 
 @functools.cache
 def _warn(sentence: str) -> None:
-    """Prints a warning, once in a process that trains several times."""
+    """Prints a warning, once per process, even if it trains several times."""
     print(f"warning: {sentence}", file=sys.stderr)
 
 
@@ -243,7 +243,7 @@ def _latest_step(run_dir: epath.Path) -> int:
 
 
 def _restore(trainer: Trainer, checkpoints: Checkpoints, data: Any, saved: int) -> Any:
-    """The state of the newest checkpoint; the data are moved to its position."""
+    """The state of the newest checkpoint. Moves the data to its position."""
     state, position = checkpoints.restore(trainer.abstract_state(), saved)
     try:
         _refuse_senseless(position)
@@ -257,7 +257,7 @@ def _restore(trainer: Trainer, checkpoints: Checkpoints, data: Any, saved: int) 
 
 
 def _refuse_senseless(position: Any) -> None:
-    """Raises ValueError if a number in a position in the data cannot count anything."""
+    """Raises ValueError if a number in a data position is not a valid count."""
     if isinstance(position, (dict, list)):
         for part in position.values() if isinstance(position, dict) else position:
             _refuse_senseless(part)

@@ -73,8 +73,7 @@ def cut_after(path: epath.Path, step: int) -> None:
 
 
 def read(run_dir: epath.PathLike) -> list[dict[str, Any]]:
-    """The logged steps of a run, oldest first; an incomplete last line is skipped. Raises UserError for other lines
-    that are no logged step."""
+    """The logged steps of a run, oldest first. An incomplete last line is skipped; other bad lines raise UserError."""
     path = epath.Path(run_dir) / "metrics.jsonl"
     return [row for _, row in _rows(path)] if path.exists() else []
 
@@ -102,7 +101,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_logs(config: LogConfig) -> None:
-    """Raises UserError if a log cannot be opened: the package is missing, or wandb has no key to go online with."""
+    """Raises UserError if a log cannot be opened: the package is missing, or wandb has no key for online mode."""
     if config.tensorboard:
         _summary_writer()
     if config.wandb == "online" and not _has_wandb_key():
@@ -113,7 +112,7 @@ def check_logs(config: LogConfig) -> None:
 
 
 def _has_wandb_key() -> bool:
-    """Whether wandb would find a key without asking: in its variables, or in ~/.netrc."""
+    """Whether wandb finds a key without a prompt: in its environment variables, or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
@@ -143,7 +142,7 @@ def _start_wandb(run_dir: epath.Path, config: LogConfig, settings: dict) -> Any:
             name=run_dir.name,
             config=settings,
         )
-    except Exception as error:  # wandb raises many types: no network, a key that is refused, a bad project
+    except Exception as error:  # wandb raises many types: no network, a refused key, a bad project
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"wandb does not start ({reason}); choose --log.wandb offline, or off.") from error
 

@@ -32,7 +32,7 @@ def score(
 ) -> Score:
     """Scores the labelled tokens of a batch; `memory` continues earlier tokens, None starts from an empty memory.
 
-    The batch has rows of a data set: their padding (-1 in `segment_ids`) follows their last token.
+    The batch has rows of a data set, so padding (-1 in `segment_ids`) follows their last token.
 
     collect: registered names of mixers whose diagnostics are returned. mute: names of those whose memory reads are
     replaced by zeros.

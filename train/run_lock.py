@@ -1,4 +1,4 @@
-"""One process writes a run folder at a time: a file names its host and its number while it does."""
+"""One process writes a run folder at a time. Meanwhile a file has its host and its process number."""
 
 import contextlib
 import json
@@ -16,20 +16,20 @@ NAME = "lock.json"
 
 @contextlib.contextmanager
 def held(directory: Any) -> Iterator[None]:
-    """Holds the lock of a run folder; the lock of a process of this host that ended is taken over.
+    """Holds the lock of a run folder. It takes over the lock of an ended process of this host.
 
-    A folder that does not exist is made, and removed again if nothing was written. Raises UserError if another process
-    holds the lock.
+    A missing folder is created, and removed again if nothing was written. Raises UserError if another process holds the
+    lock.
     """
     path = directory / NAME
     missing = [place for place in (directory, *directory.parents) if not place.exists()]
     mine = {"host": socket.gethostname(), "process": os.getpid(), "started": _started(os.getpid())}
     refuse_other(directory)
-    if "://" in str(path):  # a bucket creates no file exclusively: what is seen is all that can be done
+    if "://" in str(path):  # a bucket cannot create a file exclusively: only this check is possible
         path.write_text(json.dumps(mine))
     else:
         directory.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # of a process that ended
+        path.unlink(missing_ok=True)  # the lock of an ended process
         try:
             with open(path, "x") as file:
                 json.dump(mine, file)
@@ -62,21 +62,21 @@ def refuse_other(directory: Any) -> None:
 
 
 def _runs(process: int, started: Any) -> bool:
-    """Whether the process of this host that started then still runs; its number may have been given to another."""
+    """Whether this host's process with this start time still runs; another process may have its number now."""
     if not 0 < process < 1 << 31:
         return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # another user's process
         pass
     now = _started(process)
     return None in (now, started) or now == started
 
 
 def _started(process: int) -> int | None:
-    """When a process started, in clock ticks since the machine's start; None where the system does not say."""
+    """The start of a process, in clock ticks since the machine's start; None if the system does not report it."""
     try:
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):

@@ -1,6 +1,6 @@
-"""What a run brings along in RUN/source: the user's files with all that they import, and its tokenizers.
+"""The content of RUN/source: the user's files with everything they import, and the run's tokenizers.
 
-manifest.json names every file with its SHA-256, and says where a tokenizer came from. Nothing there runs unasked.
+manifest.json lists every file with its SHA-256, and the origin of each tokenizer. Nothing there runs unasked.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from engrax.errors import UserError
 from engrax.train.experiment import Experiment, map_fields, nested_configs
 
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer_file"  # the field that names one, in any config of the data
+TOKENIZER = "tokenizer_file"  # the field with a tokenizer's path, in any config of the data
 
 
 def copy(directory: epath.Path, experiment: Experiment, source: epath.PathLike | None) -> None:
@@ -52,7 +52,7 @@ def _user_files(experiment: Experiment, source: epath.PathLike | None) -> dict[s
     for path in roles:
         for file in plugins.files_of(path):
             name, content = file.relative_to(path.parent).as_posix(), file.read_bytes()
-            if name in found and found[name][0] != content:  # another folder has a file of that name
+            if name in found and found[name][0] != content:  # another folder has a file of the same name
                 name = f"{path.parent.name}_{hashlib.sha256(str(path.parent).encode()).hexdigest()[:8]}/{name}"
             found[name] = content, {"role": roles.get(file, "module")}
     return found
@@ -89,13 +89,13 @@ def read(directory: epath.Path) -> dict[str, dict[str, str]]:
 
 
 def with_own_tokenizers(directory: epath.Path, experiment: Experiment) -> Experiment:
-    """The experiment with every tokenizer file that is gone replaced by the run's copy.
+    """The experiment, with the run's copy for every missing tokenizer file.
 
-    Raises UserError if a tokenizer is not one that the run was trained with.
+    Raises UserError if a tokenizer is not the one used in training.
     """
     manifest = read(directory)
     kept = {name: entry for name, entry in manifest.items() if entry.get("role") == "tokenizer"}
-    if not kept:  # a run of bytes, or one begun before tokenizers were copied
+    if not kept:  # a run on bytes, or older than the copies of tokenizers
         return experiment
 
     def own(name: str, value: Any) -> Any:
@@ -105,7 +105,7 @@ def with_own_tokenizers(directory: epath.Path, experiment: Experiment) -> Experi
 
 
 def _own_tokenizer(directory: epath.Path, kept: dict[str, dict[str, str]], path: str) -> str:
-    """The path, or that of the run's copy of its file."""
+    """The path, or the path of the run's copy of the file."""
     file = epath.Path(path)
     if not file.exists():
         names = [name for name, entry in kept.items() if path == entry.get("from") or file.name == name]
@@ -123,7 +123,7 @@ def _own_tokenizer(directory: epath.Path, kept: dict[str, dict[str, str]], path:
 
 
 def plugin_hint(directory: epath.Path) -> str:
-    """The flags that load the run's own files, for a message; "" if it brought none."""
+    """The flags that load the run's own files, for a message; "" if it has none."""
     folder = directory / "source"
     named = [name for name, entry in read(directory).items() if entry.get("role") == "plugin"]
     paths = [folder / name for name in named] or (sorted(folder.glob("*.py")) if folder.exists() else [])
@@ -131,7 +131,7 @@ def plugin_hint(directory: epath.Path) -> str:
 
 
 def warn_of_changes(directory: epath.Path, loaded: Iterable[Any]) -> None:
-    """Warns of files loaded from RUN/source that were changed after the run copied them."""
+    """Warns of files loaded from RUN/source that have changed since the run copied them."""
     manifest = read(directory)
     for path in map(Path, loaded):
         for name, entry in manifest.items():

@@ -1,9 +1,9 @@
-"""The run folder: all that is needed to evaluate, sample or resume a run.
+"""The run folder: everything needed to evaluate, sample or resume a run.
 
 It holds config.json (the experiment, with a format version), environment.json (versions, device, commit, data digest),
 metrics.jsonl, checkpoints/, evals/ and source/ (the user's files and the tokenizers, with their digests). A second
-stage also has start_from.json (the step of the first stage that it started from), and a run that is being trained
-lock.json. Nothing in it is executed, and no name or link in it leads outside.
+stage also has start_from.json (the step of the first stage that it started from). During training there is also
+lock.json. Nothing in the folder is executed, and no name or link in it may lead outside.
 """
 
 import dataclasses
@@ -78,21 +78,21 @@ class Run:
 def open_run(run_dir: epath.PathLike, data: dict[str, Any] | None = None) -> Run:
     """Reads a run folder. `data` replaces fields of the data set, {"path": "elsewhere/books"} for example.
 
-    A tokenizer file that is gone is replaced by the run's copy. Raises UserError if the folder is missing or damaged,
-    and for another tokenizer than the run was trained with.
+    The run's copy replaces a missing tokenizer file. Raises UserError if the folder is missing or damaged, or if the
+    tokenizer is not the one used in training.
     """
     experiment = read_experiment(run_dir)
     experiment = experiments.replace(experiment, {f"data.{name}": value for name, value in (data or {}).items()})
     directory = folder(run_dir)
     environment = directory / "environment.json"
-    found = read_json(environment) if environment.exists() else {}  # informative: a run can do without it
+    found = read_json(environment) if environment.exists() else {}  # informative: a run works without it
     if found.get("data_digest") is not None:
         expect(found["data_digest"], str, f"{environment}: data_digest")
     return Run(directory, run_sources.with_own_tokenizers(directory, experiment), found)
 
 
 def read_experiment(run_dir: epath.PathLike) -> Experiment:
-    """The experiment of a run folder as config.json says it. Raises UserError if the folder is missing or damaged."""
+    """The experiment in a run folder's config.json. Raises UserError if the folder is missing or damaged."""
     directory = folder(run_dir)
     path = directory / "config.json"
     if not directory.exists():
@@ -123,9 +123,9 @@ def prepare(
 ) -> Run:
     """Creates the run folder, or checks that an existing one belongs to this experiment.
 
-    `before_writing` is called when the folder is known to be this experiment's, and may refuse the training. Raises
-    UserError naming the fields that differ, or if the data or the tokenizer has changed since the run began. Of a new
-    run nothing is left if an error stops the writing.
+    `before_writing` is called once the folder is known to belong to this experiment; it may refuse the training. Raises
+    UserError naming the fields that differ, or if the data or the tokenizer has changed since the run began. If an
+    error stops the writing of a new run, nothing is left.
     """
     directory = folder(run_dir)
     experiment = experiments.with_absolute_paths(experiment)
@@ -147,11 +147,11 @@ def prepare(
 
 
 def _check_folder(directory: epath.Path, experiment: Experiment, steps_done: int) -> dict[str, Any]:
-    """The environment of this process. Raises UserError if the folder is another experiment's, or no run's."""
+    """The environment of this process. Raises UserError if the folder belongs to another experiment or is not a run."""
     refuse_file(directory)
     if (directory / "config.json").exists():
         old = open_run(directory)
-        run_sources.with_own_tokenizers(directory, experiment)  # raises if it is another
+        run_sources.with_own_tokenizers(directory, experiment)  # raises if the tokenizer differs
         environment = describe_environment(experiment)
         digest = old.environment.get("data_digest")
         same_data = digest == environment["data_digest"]
@@ -167,7 +167,7 @@ def _check_folder(directory: epath.Path, experiment: Experiment, steps_done: int
 
 
 def refuse_file(directory: epath.Path) -> None:
-    """Raises UserError if the run folder or one of the folders around it is a file."""
+    """Raises UserError if the run folder or one of its parents is a file."""
     for path in (directory, *directory.parents):
         if path.exists():
             if not path.is_dir():
@@ -185,7 +185,7 @@ def _write(directory: epath.Path, experiment: Experiment, environment: dict[str,
         imported.describe_source(experiment.init_from, directory / "pretrained")
     if experiment.start_from is not None and not (directory / "pretrained").exists():
         _copy_description(folder(experiment.start_from) / "pretrained", directory / "pretrained")
-    if not (directory / "environment.json").exists():  # describes the start of the run, not its last resumption
+    if not (directory / "environment.json").exists():  # describes the start of the run, not its last resume
         write_atomically(directory / "environment.json", json.dumps(environment, indent=2) + "\n")
     run_sources.copy(directory, experiment, source)
 
@@ -204,8 +204,8 @@ def _remove(directory: epath.Path) -> None:
 def refuse_differences(
     old: Experiment, new: Experiment, steps_done: int, directory: Any, *, moved: bool = False
 ) -> None:
-    """Raises UserError if two experiments differ in more than run-time fields; `moved`: paths of the data may differ,
-    as their digest is known to be the same."""
+    """Raises UserError if two experiments differ in more than run-time fields. `moved`: paths of the data may differ,
+    because the digests are known to be equal."""
     old, new = (experiments.with_absolute_paths(e) for e in (old, new))
     names = experiments.differences(experiments.to_dict(old), experiments.to_dict(new))
     names = [n for n in names if n.split(".")[0] not in experiments.RUN_TIME_FIELDS]
@@ -239,7 +239,7 @@ def describe_environment(experiment: Experiment) -> dict[str, Any]:
 
 
 def _copy_description(source: epath.Path, target: epath.Path) -> None:
-    """Copies what `export` needs of the published checkpoint that an earlier stage started from, if there was one."""
+    """Copies the files that `export` needs from an earlier stage's published checkpoint, if there is one."""
     if source.exists():
         target.mkdir()
         for file in source.iterdir():

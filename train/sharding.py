@@ -47,7 +47,7 @@ def make_mesh(config: ParallelConfig, batch_size: int, accumulate: int = 1) -> M
 
 
 def fitting(config: ParallelConfig, devices: int) -> ParallelConfig:
-    """The config, if it says a mesh of so many devices; else one that does: `fsdp` becomes its largest part that
+    """The config, if its mesh has this number of devices; else one that has: `fsdp` becomes its largest divisor that
     divides them, `data` takes the rest."""
     data = devices // config.fsdp if config.data == -1 else config.data
     if data * config.fsdp == devices:

@@ -1,4 +1,4 @@
-"""The trainer builds all that the loop needs from an experiment: mesh, shardings, state, compiled step, validation."""
+"""The trainer builds what the loop needs from an experiment: mesh, shardings, state, compiled step, validation."""
 
 import contextlib
 import dataclasses
@@ -113,19 +113,19 @@ class Trainer:
 
         `params` of an earlier run, with this trainer's shardings, replace fresh or imported ones.
         """
-        # On CPU it is compiled without optimisation, which would take three times longer than it saves: it runs once.
+        # On CPU it is compiled without optimisation: it runs once, and optimisation costs three times what it saves.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         given = self._imported_params() if params is None else flatten({"params": params})
 
-        def fresh():  # what is given is neither returned nor, therefore, computed
+        def fresh():  # given parameters are not returned, so they are not computed
             flat = {name: leaf for name, leaf in flatten(self._fresh_state()).items() if name not in given}
-            # A weakly typed array would come back from the first step as another type, and the step compile twice.
+            # A weakly typed array would return from the first step with another type, and the step would compile twice.
             return {name: jax.lax.convert_element_type(leaf, leaf.dtype) for name, leaf in flat.items()}
 
         shardings = {name: s for name, s in flatten(self.state_shardings).items() if name not in given}
         found = jax.jit(fresh, out_shardings=shardings, compiler_options=options)()
         state = unflatten(found | given, self.abstract_state())
-        if given and self.experiment.carry_memory:  # a memory may start from learned values of these parameters
+        if given and self.experiment.carry_memory:  # a memory may start from learned values among these parameters
 
             def memory(params):
                 return self._fresh_memory(params, self.experiment.batch_size)
@@ -202,7 +202,7 @@ class Trainer:
     def loader(self, split: str, *, target_bytes: bool = False) -> Iterator[dict[str, np.ndarray]]:
         """This process's batches: endless and shuffled for "train", one fixed pass for "validation".
 
-        `target_bytes`, of text alone: the batches have this field too. It is for the host and not for `put`.
+        `target_bytes`, only for text: the batches also have this field. It is for the host, not for `put`.
         """
         e = self.experiment
         return e.data.loader(
@@ -218,7 +218,7 @@ class Trainer:
         )
 
     def check_validation(self) -> None:
-        """Raises UserError if the validation batches of the training hold no labelled token."""
+        """Raises UserError if the training's validation batches have no labelled token."""
         with contextlib.closing(self.loader("validation")) as loader:
             batches = itertools.islice(loader, self.experiment.eval.batches)
             if any((batch["targets"] >= 0).any() for batch in batches):
@@ -271,7 +271,7 @@ def check(experiment: Experiment) -> None:
 
 
 def _check_carried(experiment: Experiment) -> None:
-    """Raises UserError if the data has no streams, or a part of the model has a limited number of tokens per row."""
+    """Raises UserError if the data cannot be streamed, or if a part of the model has a limit on tokens per row."""
     if "stream" not in inspect.signature(experiment.data.loader).parameters:
         raise UserError(
             f"carry_memory needs rows that continue in the next batch, and {experiment.data.registered_name} has none; "

@@ -46,9 +46,9 @@ class AttentionState(NamedTuple):
 class RopeScaling:
     """Scaling of rotary frequencies for rows longer than in pretraining."""
 
-    kind: Literal["none", "linear", "llama3"] = "none"  # linear: all alike (arXiv 2306.15595); llama3: the slow ones
+    kind: Literal["none", "linear", "llama3"] = "none"  # linear: all slowed (arXiv 2306.15595); llama3: the slow ones
     factor: float = 1.0  # a slowed frequency is divided by it
-    low_freq_factor: float = 1.0  # llama3: wavelengths above original_context / this are slowed in full
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original_context / this are fully slowed
     high_freq_factor: float = 4.0  # llama3: wavelengths below original_context / this do not change
     original_context: int = 8192  # llama3: tokens of a row in pretraining
 
@@ -86,10 +86,10 @@ class AttentionConfig(MixerConfig):
     kv_heads: int | None = None  # key/value heads, a divisor of heads; None = heads
     head_dim: int = 32  # width of one head, even
     window: int | None = None  # tokens a query sees, itself included; None = all
-    capacity: int = 4096  # tokens a row may hold without a window; more raise
+    capacity: int = 4096  # tokens a row may hold without a window; more raise an error
     rope_base: float | None = 10_000.0  # longest rotary wavelength / 2 pi, in tokens; None = no rotary positions
     conv_width: int = 1  # taps of a short convolution on q, k and v; 1 = none
-    persistent_tokens: int = 0  # learned tokens that every token attends to, outside the window too
+    persistent_tokens: int = 0  # learned tokens that every token attends to, also outside the window
     rope_scaling: RopeScaling = RopeScaling()
     bias: Literal["none", "qkv", "all"] = "none"  # projections with a bias
     qk_norm_eps: float | None = None  # eps of an RMSNorm over each head's query and key; None = no norm
@@ -159,8 +159,8 @@ def rotate(
 def _angles(position_BT: Int[Array, "B T"], frequency: Float[np.ndarray, " N"], dtype: Any) -> Float[Array, "B T N"]:
     """position * frequency in radians, modulo 2 pi, as exact at a late position as at an early one.
 
-    A float32 product errs by position * 6e-8. So frequencies are counted in 2^-32 turns, whole ones and a rest, and
-    their products with the position in uint32, which drops whole turns by itself.
+    A float32 product has an error of position * 6e-8. So frequencies are counted in units of 2^-32 turns, split into an
+    integer and a remainder. The product with the position is in uint32, which drops whole turns by overflow.
     """
     if dtype == jnp.float64:
         return position_BT[..., None] * jnp.asarray(frequency, dtype)
@@ -197,7 +197,7 @@ def masked_attention(
 def in_blocks(
     window: int | None, tokens: Sequence[Shaped[Array, "B T ..."]], slots: Sequence[Shaped[Array, "B S ..."]]
 ) -> tuple[list[Shaped[Array, "N L ..."]], list[Shaped[Array, "N M ..."]]]:
-    """Cuts long rows into blocks of L tokens, each with the M = 2L slots of its own and the previous block.
+    """Cuts long rows into blocks of L tokens, each with the M = 2L slots of itself and the previous block.
 
     A window of at most L tokens reaches no further, so the work grows with T, not T^2. The slots end with the call's
     tokens, S - T < window. Fill values are -1 (segments and positions) or 0. N = B * ceil(T / L). Rows are not cut
@@ -223,7 +223,7 @@ def in_blocks(
 
 
 def out_of_blocks(y: Shaped[Array, "N L ..."], batch: int, length: int) -> Shaped[Array, "B T ..."]:
-    """The rows that `in_blocks` cut."""
+    """The rows, joined again after `in_blocks`."""
     return y.reshape(batch, -1, *y.shape[2:])[:, :length]
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 @jax.custom_vjp
 def _matmul(x: Float[Array, "*B I"], kernel: Float[Array, "I O"]) -> Float[Array, "*B O"]:
-    """x W, with the derivative by W as the product x^T y, [I, O]. Automatic differentiation would transpose y^T x; for
-    that, XLA's CPU code transposes y and the computation of y, at half the speed."""
+    """x W, with the derivative by W as the product x^T y, [I, O]. Automatic differentiation would transpose y^T x.
+    XLA's CPU code then transposes y and the computation of y, at half the speed."""
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
@@ -27,7 +27,7 @@ _matmul.defvjp(lambda x, kernel: (_matmul(x, kernel), (x, kernel)), _matmul_bwd)
 
 @jax.custom_vjp
 def _matmul_wide(x: Float[Array, "*B I"], kernel: Float[Array, "I O"]) -> Float[Array, "*B O"]:
-    """x W with operands as they are, accumulated and returned in float32 or wider."""
+    """x W with unconverted operands, accumulated and returned in float32 or wider."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=wide)
 
@@ -124,10 +124,10 @@ ACTIVATIONS = {
 
 
 def l2_normalise(x: Float[Array, "*B K"], eps: float = 1e-6) -> Float[Array, "*B K"]:
-    """(1 - m) x / sqrt(|x|^2 + eps^2) over the last axis, computed in float32 or wider; finite, its gradient too, at 0.
+    """(1 - m) x / sqrt(|x|^2 + eps^2) over the last axis, computed in float32 or wider, finite at 0 with its gradient.
 
-    The margin m is the largest relative error of rounding to x's dtype, so that the rounded vector is no longer than 1:
-    delta rules and test-time memories stay bounded only for such keys.
+    The margin m is the largest relative error of rounding to x's dtype, so the rounded vector has a length of at most
+    1. Delta rules and test-time memories stay bounded only for such keys.
     """
     wide_dtype = jnp.promote_types(x.dtype, jnp.float32)
     wide = x.astype(wide_dtype)

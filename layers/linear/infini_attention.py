@@ -59,7 +59,7 @@ class InfiniAttentionConfig(MatrixMemoryConfig):
         return (Matrix(self.heads, self.heads, self.head_dim, self.head_dim + 1),)
 
     def flops_per_token(self, dim: int, seq_len: int) -> float:
-        (m,) = self.matrices  # every token stands twice in the memory's rows
+        (m,) = self.matrices  # every token occurs twice in the memory's rows
         once = self.operation_flops(
             batch=1, seq=seq_len, heads=m.heads, key=m.key, value=m.value, chunk_size=self.chunk_size
         )
@@ -128,7 +128,7 @@ class InfiniAttention(MatrixMemory):
         def spread(y, at):
             return jax.vmap(lambda y, at: jnp.zeros((2 * E, *y.shape[1:]), y.dtype).at[at].set(y))(y, at)
 
-        ids = spread(segment, reads) + spread(segment, writes)  # the one is 0 where the other stands
+        ids = spread(segment, reads) + spread(segment, writes)  # each is 0 where the other is set
         rows = (spread(query, reads), spread(key, writes), spread(with_ones(v), writes))
         read, matrix = self.apply_once(*rows, {"scale": 1.0}, matrix, ids)
         at = reads[:, E - T :, None, None]

@@ -54,7 +54,7 @@ class PrefixLinearAttentionConfig(BasedConfig):
     @property
     def matrices(self) -> tuple[Matrix, ...]:
         (m,) = super().matrices
-        return (Matrix(2 * m.query_heads, 2 * m.heads, m.key, m.value),)  # of all tokens, and of the prefix
+        return (Matrix(2 * m.query_heads, 2 * m.heads, m.key, m.value),)  # for all tokens, and for the prefix
 
     def gate_multiplies(self, dim: int) -> int:
         return dim * sum(self.widths[1:])
@@ -88,7 +88,7 @@ class PrefixLinearAttention(Based):
         both = (jnp.concatenate(pair, axis=2) for pair in ((q, q), (k, keys), (v, values)))
         read, memory = self.apply_once(*both, once, state.memory[0], segment_ids)
         read = sum(jnp.split(read, 2, axis=2))
-        # What of the prefix comes after a token is what a pass backwards reads, less the token's own.
+        # The prefix part after a token equals the backward pass's read minus the token's own part.
         backwards = (jnp.flip(y, axis=1) for y in (q, keys, values))
         after, _ = self.apply_once(*backwards, once, jnp.zeros_like(memory[:, : v.shape[2]]), _reversed(segment_ids))
         own = jnp.repeat(jnp.sum(q * keys, axis=-1, keepdims=True), v.shape[2] // q.shape[2], axis=2) * values
@@ -96,7 +96,7 @@ class PrefixLinearAttention(Based):
 
 
 def _reversed(segment_ids):
-    """Segment ids of the rows read from their ends, non-decreasing again."""
+    """Segment ids of the reversed rows, made non-decreasing again."""
     if segment_ids is None:
         return None
     last = jnp.max(segment_ids, axis=1, keepdims=True)

@@ -71,7 +71,7 @@ class TestTimeMixerBase(Mixer):
         raise NotImplementedError
 
     def _closed(self, memory):
-        """Returns the memory of one row with its last chunk ended, at phase 0."""
+        """Returns the memory of one row after the end of its last chunk, at phase 0."""
         raise NotImplementedError
 
     def _broadcast(self, memory, batch_size: int):
@@ -129,7 +129,7 @@ class TestTimeMixerBase(Mixer):
     ) -> tuple[Float[Array, "B T D"], ShellState]:
         """Writes and reads every token; a new segment starts from `reset_state()`. Padding (-1) gives 0."""
         if segment_ids is not None:
-            x_BTD = jnp.where((segment_ids >= 0)[..., None], x_BTD, 0)  # padding may hold anything, NaN included
+            x_BTD = jnp.where((segment_ids >= 0)[..., None], x_BTD, 0)  # padding may hold any value, also NaN
         read, state, _ = self._mix(x_BTD, state, segment_ids)
         return self._project_read(x_BTD, read), state
 

@@ -48,11 +48,11 @@ class TitansConfig(MixerConfig):
     persistent_tokens: int = 0  # learned tokens written into the memory before every segment
     max_lr: float | None = None  # upper bound of theta / (1 - eta), per token; None: see `lr_bound`
     lr_init: float = 0.5  # theta at the start, as a fraction of that bound
-    forget_init: float = 0.001  # alpha at the start, per token (the middle head's)
+    forget_init: float = 0.001  # alpha at the start, per token, of the middle head
     momentum: bool = True  # False: eta = 0
     forgetting: bool = True  # False: alpha = 0
-    activation: str = "gelu"  # of the memory MLP
-    save_every: int = 1  # chunks between saved states in the backward pass; more = less memory, more recomputing
+    activation: str = "gelu"  # activation of the memory MLP
+    save_every: int = 1  # chunks between saved states in the backward pass; more = less memory, more recomputation
     implementation: str | None = (
         None  # of the operation neural_memory: reference | xla | ...; None = chosen by platform
     )

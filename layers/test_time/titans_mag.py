@@ -84,7 +84,7 @@ class _Pair(Mixer):
         self.memory_norm = rms_norm(dim, rngs=rngs)
 
     def init_state(self, batch_size: int) -> PairState:
-        """The states every row starts from."""
+        """The initial states of every row."""
         return PairState(self.memory.init_state(batch_size), self.attention.init_state(batch_size))
 
     def open_state(self, state: PairState) -> PairState:
@@ -97,7 +97,7 @@ class _Pair(Mixer):
         return self(x_BTD, state, segment_ids, without=reads)
 
     def report(self, x_BTD, state=None, segment_ids=None) -> dict[str, Array]:
-        """Diagnostics of the memory, where it has any."""
+        """Diagnostics of the memory, if it has any."""
         return self.memory.report(x_BTD, None if state is None else state.memory, segment_ids)
 
 
@@ -117,7 +117,7 @@ class MAG(_Pair):
         *,
         without: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B T D"], PairState]:
-        """Attends and remembers side by side. Padding (-1) gives 0; without the memory the gate is 1."""
+        """Runs attention and memory in parallel. Padding (-1) gives 0; without the memory the gate is 1."""
         state = PairState(None, None) if state is None else state
         m, memory = self.memory(x_BTD, state.memory, segment_ids)
         y, attention = self.attention(x_BTD, state.attention, segment_ids)

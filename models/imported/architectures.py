@@ -13,7 +13,7 @@ from engrax.models.block_style import BlockStyleConfig
 from engrax.models.imported.files import refuse_link
 from engrax.models.language_model import LanguageModelConfig
 
-MOST = 1 << 31  # of any count: no array has such an axis
+MOST = 1 << 31  # limit of every count: no array has such an axis
 CAPACITY = 4096  # default tokens of an imported model's cache; fewer if the model reads fewer
 ACTIVATIONS = {
     "silu": "silu",
@@ -23,7 +23,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# Fields that do not change the forward pass: training (there is no dropout here), sampling, notes of the program.
+# Fields that do not change the forward pass: training (there is no dropout here), sampling, metadata.
 IGNORED = {
     *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "prefix", "tokenizer_class"),
@@ -45,7 +45,7 @@ class Fields:
         self.architecture = named[0]
 
     def take(self, name: str, default: Any = None) -> Any:
-        """A field's value, of the default's type, or the default if it is absent or null; without one a count.
+        """A field's value, of the default's type, or the default if it is absent or null; without a default, a count.
 
         Raises UserError if there is no default, for a value of another type, and for a number that is not positive.
         """
@@ -57,7 +57,7 @@ class Fields:
         return self._sensible(value, int if default is None else type(default), name)
 
     def _sensible(self, value: Any, kind: type, name: str) -> Any:
-        """The value, of this type and if a number positive and, if whole, below MOST."""
+        """The value, if it has this type; a number must be positive, and a whole number below MOST."""
         expect(value, kind, f"{self.path}: {name}")
         if kind in (int, float) and not 0 < value < (MOST if kind is int else math.inf):
             raise UserError(f"{self.path}: {name}={short(value)} makes no sense; restore the file.")
@@ -120,7 +120,7 @@ class Architecture:
 
     config: Callable[[Fields], LanguageModelConfig]  # from its fields
     tensors: dict[str, tuple[str, ...]]  # name ("{}" is the layer) -> parameters side by side along its outputs
-    prefixes: tuple[str, ...]  # of all names except the head's: the current one first, then older ones
+    prefixes: tuple[str, ...]  # prefixes of all names except the head's: the current one first, then older ones
     outputs_first: bool = True  # matrices are stored [out, in]
     buffers: tuple[str, ...] = ()  # name endings of buffers, which are not parameters and are skipped
 

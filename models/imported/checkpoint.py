@@ -49,7 +49,7 @@ class Plan:
     def __init__(self, files: TensorFiles, arch: Architecture, shapes: dict[str, tuple[int, ...]]):
         self.files, self.shapes = files, shapes
         layers = max((shape[0] for name, shape in shapes.items() if name.startswith("blocks.")), default=0)
-        if layers > len(files.infos):  # each has tensors of its own; a number without sense would take all memory
+        if layers > len(files.infos):  # each layer has its own tensors; a huge number would fill the memory
             raise UserError(f"{files.folder}: config.json asks for {layers} layers of {len(files.infos)} tensors.")
         prefix = next((p for p in arch.prefixes if any(name.startswith(p) for name in files.infos)), "")
         self.pieces = {piece.tensor: piece for piece in _pieces(arch, prefix, shapes)}

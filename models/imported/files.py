@@ -143,14 +143,14 @@ def inside(folder: Path, name: str, where: str) -> Path:
     """The path of a file that another file of `folder` names (`where` says which).
 
     Raises UserError unless it is a plain name and no link. A link of the Hugging Face cache
-    (snapshots/REVISION/NAME -> ../../blobs/DIGEST) is followed: that cache holds nothing else.
+    (snapshots/REVISION/NAME -> ../../blobs/DIGEST) is followed: that cache has nothing else.
     """
     path = folder / plain_name(name, where)
     return refuse_link(path)
 
 
 def refuse_link(path: Path) -> Path:
-    """The path. Raises UserError if it is a symbolic link, unless one of the Hugging Face cache."""
+    """The path. Raises UserError if it is a symbolic link, except for links of the Hugging Face cache."""
     if path.is_symlink():
         snapshot = path.parent.resolve()
         if snapshot.parent.name != "snapshots" or path.resolve().parent != snapshot.parent.parent / "blobs":
