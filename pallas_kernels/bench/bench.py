@@ -21,9 +21,7 @@ import engrax.pallas_kernels as kernels
 from engrax.pallas_kernels.bench import baselines
 from engrax.pallas_kernels.dispatch import OPERATIONS, available
 
-UNFUSED = (
-    "attentions"  # of Hopfield retrieval: attentions in sequence, as one would write them without the operation
-)
+UNFUSED = "attentions"  # of Hopfield retrieval: attentions in sequence, as one would write them without the operation
 PARTS = ("forward", "forward_backward")
 ERROR_TOKENS = 256  # the reference runs token by token
 # Vendor figures: dense bfloat16 matrix products (operations per second), memory (bytes per second). float32 counts

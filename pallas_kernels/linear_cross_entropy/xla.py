@@ -21,7 +21,7 @@ from engrax.pallas_kernels.common.matmul import Operands, accumulator, emulated_
 
 
 class Form(NamedTuple):
-    """Static settings. tile: vocabulary entries at a time; operands: of the matrix products; soft_cap: of the logits."""
+    """Static settings. tile: vocabulary entries at a time; operands: of the products; soft_cap: of the logits."""
 
     tile: int
     operands: Operands
