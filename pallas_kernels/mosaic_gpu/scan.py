@@ -76,7 +76,7 @@ class Write(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """The result of a sweep. Lists have one entry per read; dots only for reads that request them. None: not asked."""
+    """Result of a sweep. Lists have one entry per read; dots only for reads that request them. None: not requested."""
 
     outs: list  # [B, T, H, E]
     final: jax.Array  # [B, H, D, E] float32, the state at the end
