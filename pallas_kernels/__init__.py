@@ -1,7 +1,7 @@
-"""Operations of engrax: pure functions of arrays, one folder each, one reference and several implementations.
+"""Operations of engrax: pure functions of arrays, one folder each, with one reference and several implementations.
 
-`available(op)` says which implementations can run in this process and why the others cannot. `debug_checks(True)` has
-positive log-decay gates reported.
+`available(op)` says which implementations can run in this process and why the others cannot. `debug_checks(True)` turns
+on reports of positive log-decay gates.
 """
 
 from engrax.pallas_kernels.common.validation import debug_checks

@@ -1,8 +1,8 @@
 """The device that a program is traced for: its platform and its architecture.
 
-It is the device of the mesh in force (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`), which may be abstract or that
-of a topology, so that a program can be compiled or exported for hardware that is not here. Where no mesh says, it is
-what this process has.
+It is the device of the active mesh (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`). The mesh may be abstract or
+belong to a topology, so programs can be compiled or exported for absent hardware. Without a mesh, it is this process's
+device.
 """
 
 import re
@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 
 from engrax.registry import did_you_mean
 
-# Device kinds as JAX reports them. A kind that is not here has no known architecture.
+# Device kinds as JAX reports them. Other kinds have no known architecture.
 ARCHITECTURES = {
     "cuda": (
         (r"A(100|800)", "sm_80"),
@@ -35,7 +35,7 @@ ARCHITECTURES = {
 
 
 class Device(NamedTuple):
-    """A device in sight. architecture: "sm_90", "v5e"; None where the kind is not known."""
+    """A device in sight. architecture: for example "sm_90" or "v5e"; None if the kind is unknown."""
 
     platform: str  # as programs are lowered for it: "cuda", "rocm", "tpu", "cpu"
     kind: str
@@ -53,14 +53,14 @@ NAMED = {
 
 
 def find(name: str) -> Device:
-    """Returns the device of `NAMED`. Raises ValueError for another name."""
+    """Returns the device of this name in `NAMED`. Raises ValueError for an unknown name."""
     if name not in NAMED:
         raise ValueError(f"unknown device {name!r}{did_you_mean(name, NAMED)} (known: {', '.join(NAMED)}).")
     return NAMED[name]
 
 
 def in_sight() -> tuple[Device, ...]:
-    """Returns the devices that a program traced here may run on, each kind once: the mesh's, else this process's."""
+    """Returns the devices that a program traced here may run on, each kind once: the mesh's, or this process's."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         return (_device(device.platform, device.device_kind),)
@@ -69,7 +69,7 @@ def in_sight() -> tuple[Device, ...]:
 
 @contextmanager
 def use(device: Device) -> Iterator[None]:
-    """Within it, programs are traced as for one such device. Needs a jax with `jax.sharding.AbstractDevice`."""
+    """A context in which programs are traced for one such device. Needs a jax with `jax.sharding.AbstractDevice`."""
     abstract = jax.sharding.AbstractDevice(device_kind=device.kind, num_cores=None, platform=device.platform)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
         yield
@@ -81,14 +81,14 @@ def _of_process() -> tuple[Device, ...]:
     for platform in ARCHITECTURES:
         try:
             devices = jax.local_devices(backend=platform)
-        except RuntimeError:  # no such backend in this process
+        except RuntimeError:  # this process lacks the backend
             continue
         found += [_device(platform, d.device_kind, getattr(d, "compute_capability", None)) for d in devices]
     return tuple(dict.fromkeys(found))
 
 
 def _device(platform: str, kind: str, compute_capability: str | None = None) -> Device:
-    if platform == "gpu":  # what a concrete device calls its platform
+    if platform == "gpu":  # the platform name of a concrete device
         platform = "cuda" if kind.startswith("NVIDIA") or compute_capability else "rocm"
     if platform == "cuda" and compute_capability:
         return Device(platform, kind, "sm_" + compute_capability.replace(".", ""))

@@ -1,17 +1,17 @@
-"""Which implementation of an operation serves a call.
+"""Chooses the implementation of an operation that serves a call.
 
-An operation is a folder `engrax.pallas_kernels.<op>` whose `__init__` lists its `IMPLEMENTATIONS` in order, and says of
-others why they are `MISSING`. The automatic choice takes the first that serves: of those for one platform the first
-that is made for the architecture in sight (`devices.in_sight`) and supports the sizes, else the first that runs
-anywhere. Sizes and architecture decide when a call is traced, the platform when its program is lowered. A kernel whose
-device is not in sight is neither imported nor traced, so that it costs a program for the CPU nothing.
+An operation is a folder `engrax.pallas_kernels.<op>`. Its `__init__` lists its `IMPLEMENTATIONS` in order, and says why
+others are `MISSING`. The automatic choice takes, per platform, the first implementation made for the architecture in
+sight (`devices.in_sight`) that supports the sizes, or else the first that runs anywhere. Sizes and architecture are
+checked when a call is traced, the platform when its program is lowered. A kernel whose device is not in sight is
+neither imported nor traced, so it adds no cost to a CPU program.
 
-A kernel is one file and one line in the list, `kernel(name, platform, architectures, module)`; the file holds
+A kernel is one file and one line in the list, `kernel(name, platform, architectures, module)`. The file defines
 
     unsupported(shapes) -> str | None     why it cannot serve a call of these sizes
     passes: Passes                        its forward and backward pass (`passes`)
 
-where `shapes` is what the operation says of a call (`LogDecayShapes`, `MemoryShapes`, `RetrievalShapes`).
+where `shapes` is the operation's description of a call (`LogDecayShapes`, `MemoryShapes`, `RetrievalShapes`).
 """
 
 import importlib
@@ -35,7 +35,7 @@ REFERENCE = "reference"  # the oracle, never chosen automatically
 
 @dataclass(frozen=True)
 class Later:
-    """An attribute of a module that is imported when it is first used."""
+    """An attribute of a module that is imported on first use."""
 
     module: str
     name: str
@@ -52,10 +52,10 @@ class Later:
 class Implementation:
     """One way to compute an operation.
 
-    name: what `implementation=` and `available` call it, unique in its list. platform: "cuda" or "tpu"; None: any.
-    architectures: of the platform, ("sm_90",); None: all that are known. supports(shapes): why it cannot serve a call
-    of these sizes, None where it can. call(plan, inputs): the operation's core, `Passes`. The reference's takes the
-    arguments of the operation instead.
+    name: its name in `implementation=` and `available`, unique in its list. platform: "cuda" or "tpu"; None: any.
+    architectures: of the platform, for example ("sm_90",); None: all known ones. supports(shapes): why it cannot serve
+    a call of these sizes, or None if it can. call(plan, inputs): the operation's core, `Passes`; the reference's takes
+    the operation's arguments instead.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Implementation:
 
 
 def kernel(name: str, platform: str, architectures: tuple[str, ...] | None, module: str) -> Implementation:
-    """Returns the implementation that a module holds, which is imported when it is first asked for."""
+    """Returns the implementation in a module, which is imported on first use."""
     return Implementation(name, platform, architectures, Later(module, "unsupported"), Later(module, "passes"))
 
 
@@ -85,7 +85,7 @@ def serves_all(shapes: Any) -> None:
 
 
 class Availability(NamedTuple):
-    """What `available` returns: the implementations that can run here, and for the others the reason."""
+    """The result of `available`: the implementations that can run here, and why the others cannot."""
 
     names: tuple[str, ...]
     missing: dict[str, str]
@@ -94,8 +94,8 @@ class Availability(NamedTuple):
 class Choice(NamedTuple):
     """The implementations that may serve a call. Static: part of every jit cache key.
 
-    branches: (platform, implementation), the last one for every other platform; alone if it was asked for by name.
-    interpret: kernels are interpreted (`interpreted_kernels`).
+    branches: (platform, implementation) pairs, the last for all other platforms; only one if requested by name.
+    interpret: interprets kernels (`interpreted_kernels`).
     """
 
     branches: tuple[tuple[str | None, Implementation], ...]
@@ -103,18 +103,18 @@ class Choice(NamedTuple):
 
     @property
     def reference(self) -> bool:
-        """Whether the reference was asked for."""
+        """Whether the reference was requested."""
         return self.branches[0][1].name == REFERENCE
 
     def run(self, plan: Any, inputs: Any) -> Any:
-        """Returns the outputs of the operation's core by the implementation for the platform of the program."""
+        """Returns the outputs of the operation's core from the implementation for the program's platform."""
         if len(self.branches) == 1:
             return self.branches[0][1].call(plan, inputs)
         return run_by_platform(tuple((platform, found.passes) for platform, found in self.branches), plan, inputs)
 
 
 class Call(NamedTuple):
-    """A call of an operation, as `recorded_calls` collects it. asked: the `implementation` that the caller named."""
+    """A call of an operation, collected by `recorded_calls`. asked: the caller's `implementation`."""
 
     op: str
     shapes: Any
@@ -122,14 +122,14 @@ class Call(NamedTuple):
 
 
 class Served(NamedTuple):
-    """Which implementation serves a call on a device, and for each other one in order why it does not."""
+    """Which implementation serves a call on a device, and why each other one, in order, does not."""
 
     by: str
     others: dict[str, str]
 
 
 def implementations(op: str) -> tuple[Implementation, ...]:
-    """Returns the implementations of an operation in order. Raises ValueError for an unknown operation."""
+    """Returns an operation's implementations in order. Raises ValueError for an unknown operation."""
     if op not in OPERATIONS:
         known = ", ".join(OPERATIONS)
         raise ValueError(f"unknown operation {op!r}{did_you_mean(str(op), OPERATIONS)} (known: {known}).")
@@ -137,12 +137,12 @@ def implementations(op: str) -> tuple[Implementation, ...]:
 
 
 def implementation(op: str, name: str) -> Implementation:
-    """Returns the implementation of that name. Raises KeyError where there is none."""
+    """Returns the implementation of this name. Raises KeyError if there is none."""
     return {found.name: found for found in implementations(op)}[name]
 
 
 def available(op: str) -> Availability:
-    """Returns the implementations of operation `op` that can run here, and for the others the reason.
+    """Returns the implementations of operation `op` that can run here, and why the others cannot.
 
     Raises ValueError for an unknown operation.
     """
@@ -155,9 +155,9 @@ def available(op: str) -> Availability:
 
 
 def choose(op: str, shapes: Any, asked: str | None = None) -> Choice:
-    """Returns the implementations that may serve a call: that of the name `asked`, or for None one per platform.
+    """Returns the implementations that may serve a call: the one named `asked`, or for None one per platform.
 
-    shapes: what the operation's kernels ask about a call.
+    shapes: the operation's description of a call for its kernels.
     Raises ValueError for an unknown name, NotImplementedError for one that cannot serve this call here.
     """
     listed = implementations(op)
@@ -211,7 +211,7 @@ def _named(op: str, listed: tuple[Implementation, ...], shapes: Any, asked: str)
 
 
 def _why_not(found: Implementation, shapes: Any, sight: tuple[devices.Device, ...]) -> str | None:
-    """Returns why an implementation cannot serve a call on the devices in sight; imports it only where one is its."""
+    """Returns why an implementation cannot serve a call on the devices in sight; imports it only if one device fits."""
     return _no_device(found, sight) or found.supports(shapes)
 
 
@@ -224,7 +224,7 @@ _local = threading.local()
 
 @contextmanager
 def recorded_calls() -> Iterator[list[Call]]:
-    """Within it, every call of an operation that is traced is added to the list."""
+    """A context that adds every traced call of an operation to the list."""
     before, _local.calls = getattr(_local, "calls", None), []
     try:
         yield _local.calls
@@ -234,7 +234,7 @@ def recorded_calls() -> Iterator[list[Call]]:
 
 @contextmanager
 def interpreted_kernels() -> Iterator[None]:
-    """Within it, kernels asked for by name run on any device, interpreted: slow, for tests."""
+    """A context in which kernels requested by name run on any device, interpreted: slow, for tests."""
     before, _local.interpret = interpreting(), True
     try:
         yield
@@ -243,7 +243,7 @@ def interpreted_kernels() -> Iterator[None]:
 
 
 def interpreting() -> bool:
-    """Whether kernels are interpreted here. Belongs into every jit cache key: a `Choice` carries it."""
+    """Whether kernels are interpreted here. Must be part of every jit cache key; a `Choice` carries it."""
     return getattr(_local, "interpret", False)
 
 
@@ -254,7 +254,7 @@ def _old_jax() -> str | None:
 
 
 def _no_device(found: Implementation, sight: tuple[devices.Device, ...]) -> str | None:
-    """Returns why no device in sight runs an implementation, None where one does."""
+    """Returns why no device in sight runs an implementation, or None if one does."""
     if found.platform is None:
         return None
     if reason := _old_jax():
@@ -272,7 +272,7 @@ def _no_device(found: Implementation, sight: tuple[devices.Device, ...]) -> str 
 
 
 def _needs(found: Implementation) -> str:
-    """Returns what an implementation runs on, in words: "GPU of compute capability 9.0", "TPU v5e or v6e"."""
+    """Returns the hardware of an implementation in words: "GPU of compute capability 9.0", "TPU v5e or v6e"."""
     if found.platform != "cuda":
         return " ".join([found.platform.upper(), " or ".join(found.architectures or ())]).strip()
     capabilities = [f"{name[3:-1]}.{name[-1]}" for name in found.architectures or ()]

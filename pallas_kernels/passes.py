@@ -1,4 +1,4 @@
-"""An implementation's forward and backward pass, and their choice by the platform that a program is lowered for."""
+"""An implementation's forward and backward pass, and their choice by the platform a program is lowered for."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 class Passes:
     """The core of an operation: `passes(plan, inputs) -> outputs`, differentiable.
 
-    forward(plan, inputs) -> (outputs, residuals): what the backward pass needs beside the inputs.
-    backward(plan, inputs, residuals, cotangents) -> cotangents of the inputs, None where they are no floats.
-    alone(plan, inputs) -> outputs: the same, differentiable by itself; None: it is made of the two. It serves where the
-    program holds no other implementation: it may keep residuals that the others have no room for, and run forwards
-    without them. plan: static, hashable; inputs, outputs, residuals: trees of arrays.
+    forward(plan, inputs) -> (outputs, residuals); residuals: values for the backward pass, besides the inputs.
+    backward(plan, inputs, residuals, cotangents) -> cotangents of the inputs, None for inputs that are not floats.
+    alone(plan, inputs) -> outputs: the same, differentiable by itself; None: built from the two. It is used if the
+    program has no other implementation: it may save residuals that the others cannot hold, and run forwards without
+    them. plan: static, hashable; inputs, outputs, residuals: trees of arrays.
     """
 
     forward: Callable
@@ -31,7 +31,7 @@ class Passes:
 
     @classmethod
     def of(cls, function: Callable) -> "Passes":
-        """Returns the passes of a differentiable `function(plan, inputs)`; without `alone` nothing is kept."""
+        """Returns the passes of a differentiable `function(plan, inputs)`; without `alone`, nothing is saved."""
 
         def forward(plan, inputs):
             return function(plan, inputs), ()
@@ -42,14 +42,14 @@ class Passes:
         return cls(forward, backward, function)
 
 
-Branches = tuple[tuple[str | None, Passes], ...]  # by platform; the last one is for all others
+Branches = tuple[tuple[str | None, Passes], ...]  # by platform; the last is for all others
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def run_by_platform(branches: Branches, plan: Any, inputs: Any) -> Any:
     """Returns the outputs of the branch for the platform that the program is lowered for.
 
-    `jax.lax.platform_dependent` traces every branch: the caller leaves out those that cannot serve the call.
+    `jax.lax.platform_dependent` traces every branch, so the caller must omit those that cannot serve the call.
     """
     if len(branches) == 1:
         return branches[0][1].forward(plan, inputs)[0]
@@ -57,12 +57,12 @@ def run_by_platform(branches: Branches, plan: Any, inputs: Any) -> Any:
 
 
 def _forward(branches: Branches, plan, inputs):
-    """Kernels have a slot each for their residuals; the last branch, beside kernels, keeps none and runs again."""
+    """Each kernel has a slot for its residuals. The last branch, beside kernels, saves none and recomputes."""
     if len(branches) == 1:
         outputs, residuals = branches[0][1].forward(plan, inputs)
         return outputs, (inputs, residuals)
     *kernels, (_, last) = branches
-    runs = [jax.jit(partial(passes.forward, plan)) for _, passes in kernels]  # jit: each is traced once
+    runs = [jax.jit(partial(passes.forward, plan)) for _, passes in kernels]  # jit: traces each once
     slots = [jax.eval_shape(run, inputs)[1] for run in runs]
 
     def with_slots(i, inputs):
@@ -105,7 +105,7 @@ def _zeros(tree: Any) -> Any:
 
 
 def pull_back(function: Callable, inputs: Any, cotangents: Any) -> Any:
-    """Returns the cotangents of the inputs of `function(inputs)`, None where they are no floats."""
+    """Returns the cotangents of the inputs of `function(inputs)`, None for inputs that are not floats."""
     leaves, structure = jax.tree.flatten(inputs)
     is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
 

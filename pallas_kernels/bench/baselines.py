@@ -1,11 +1,11 @@
-"""Other implementations that `engrax bench` times beside ours where their packages and a CUDA device are there.
+"""Other implementations that `engrax bench` times beside ours if their packages and a CUDA device are available.
 
     fla        flash-linear-attention 0.6 (Triton, PyTorch): `chunk_*` of `fla.ops`
     jla        jax-linear-attention 0.1 (Mosaic GPU, Hopper): its kernels by name, so that it does not fall back either
     cudnn      causal softmax attention by cuDNN on the same q, k and v: a yardstick, another function than ours
     attention  the same by XLA, on a CPU
 
-The peers get the arrays that ours get. Their packages are optional and are imported when called.
+The peers get the same arrays as ours. Their packages are optional and are imported when called.
 """
 
 import time
@@ -18,11 +18,11 @@ import numpy as np
 
 FLA, JLA, CUDNN, ATTENTION = "fla", "jla", "cudnn", "attention"
 PEERS = (FLA, JLA, CUDNN, ATTENTION)
-YARDSTICKS = (CUDNN, ATTENTION)  # not the same function: no error, no roofline
+YARDSTICKS = (CUDNN, ATTENTION)  # a different function: no error, no roofline
 MODULES = {FLA: ("torch", "triton", "fla.ops"), JLA: ("jla.ops",)}
 INSTALL = {FLA: "fla-core==0.6.0, with PyTorch and Triton", JLA: "jax-linear-attention==0.1.0"}
 
-# What the peers call an operation with this gate.
+# The peers' names for an operation with this gate.
 FLA_KINDS = {
     ("linear_attention", "scalar"): "simple_gla",
     ("linear_attention", "channel"): "gla",
@@ -37,7 +37,7 @@ JLA_KINDS = FLA_KINDS | {
 
 
 class Times(NamedTuple):
-    """Milliseconds of every run: wall clock around a call that is waited for, and between CUDA events around it."""
+    """Milliseconds of every run: wall clock of a blocking call, and time between CUDA events around it."""
 
     wall: list[float]
     device: list[float]
@@ -45,13 +45,13 @@ class Times(NamedTuple):
 
 
 def serves(name: str, op: str, sizes: dict[str, Any]) -> bool:
-    """Whether the peer has something to time at this shape; a yardstick stands once beside all gates of a shape."""
+    """Whether the peer can be timed at this shape; a yardstick is timed once for all gates of a shape."""
     gate = sizes.get("gate")
     return (op, gate) in FLA_KINDS and (name not in YARDSTICKS or gate == "scalar")
 
 
 def missing(name: str) -> str | None:
-    """Returns why the peer is left out here, None where it runs."""
+    """Returns why the peer is left out here, or None if it runs."""
     if name == ATTENTION:
         return None if jax.default_backend() == "cpu" else "it is timed on a CPU: elsewhere its T x T scores do not fit"
     if not _cuda_here():
@@ -67,7 +67,7 @@ def missing(name: str) -> str | None:
 
 
 def forward_only(name: str, op: str, sizes: dict[str, Any]) -> str | None:
-    """Returns why the gradients of the peer are not to be timed here, None where they are."""
+    """Returns why the peer's gradients are not timed here, or None if they are."""
     if name != FLA or import_module("torch").cuda.get_device_capability()[0] != 9:
         return None
     kind = FLA_KINDS[op, sizes["gate"]]
@@ -80,7 +80,7 @@ def forward_only(name: str, op: str, sizes: dict[str, Any]) -> str | None:
 
 
 def call(name: str, op: str, sizes: dict[str, Any], arrays: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
-    """Returns (out, final state) of a peer that JAX runs; a yardstick has no state."""
+    """Returns (out, final state) of a peer run by JAX; a yardstick has no state."""
     scale = sizes["key"] ** -0.5
     if name in YARDSTICKS:
         implementation = "cudnn" if name == CUDNN else "xla"
@@ -94,8 +94,8 @@ def call(name: str, op: str, sizes: dict[str, Any], arrays: dict[str, jax.Array]
 def torch_programs(
     op: str, sizes: dict[str, Any], arrays: dict[str, jax.Array]
 ) -> tuple[Callable[[], tuple], Callable[[], tuple]]:
-    """Returns two functions of flash-linear-attention on copies of the arrays: one gives (out, final state), the other
-    the gradients of the sum of their sines, in the arrays' order.
+    """Returns two flash-linear-attention functions on copies of the arrays. The first gives (out, final state). The
+    second gives the gradients of the sum of their sines, in the order of the arrays.
     """
     torch, kind = import_module("torch"), FLA_KINDS[op, sizes["gate"]]
     function = getattr(import_module(f"fla.ops.{kind}"), f"chunk_{kind}")
@@ -118,7 +118,7 @@ def torch_programs(
 
 
 def torch_times(program: Callable[[], Any], runs: int) -> Times:
-    """Times a PyTorch program after two runs, in which Triton compiles and chooses its settings."""
+    """Times a PyTorch program after two warm-up runs, in which Triton compiles and tunes."""
     torch = import_module("torch")
     for _ in range(2):
         program()
@@ -138,14 +138,14 @@ def torch_times(program: Callable[[], Any], runs: int) -> Times:
 
 
 def to_numpy(tensors: tuple) -> Iterator[np.ndarray]:
-    """Copies PyTorch tensors, bfloat16 as float32: NumPy has no such type."""
+    """Copies PyTorch tensors to NumPy, bfloat16 as float32, since NumPy lacks bfloat16."""
     return (x.detach().float().cpu().numpy() for x in tensors)
 
 
 def _cuda_here() -> bool:
     try:
         return bool(jax.local_devices(backend="cuda"))
-    except RuntimeError:  # no such backend in this process
+    except RuntimeError:  # this process lacks the backend
         return False
 
 

@@ -1,9 +1,9 @@
-"""Times every implementation of an operation and says how far from the device's limits it is; `engrax bench`.
+"""Times every implementation of an operation and compares it with the device's limits; `engrax bench`.
 
-Only jax is needed. Forward is the call alone; forward + backward has the gradient of every array argument. A figure is
-the median over runs of the wall-clock time of a blocking call; on a GPU the time of the kernels (CUPTI) is also
-reported. Error is the relative root mean square difference from the float64 reference on shorter rows.
-Peers, other libraries' implementations, are timed in the same run where they can be (`baselines`).
+Only jax is required. Forward is the call alone; forward + backward includes the gradient of every array argument. Each
+figure is the median wall-clock time of a blocking call over runs. On a GPU, the kernels' time (CUPTI) is also reported.
+Error is the relative root mean square difference from the float64 reference on shorter rows. Peers, other libraries'
+implementations, are timed in the same run if possible (`baselines`).
 """
 
 import datetime
@@ -21,13 +21,11 @@ import engrax.pallas_kernels as kernels
 from engrax.pallas_kernels.bench import baselines
 from engrax.pallas_kernels.dispatch import OPERATIONS, available
 
-UNFUSED = (
-    "attentions"  # of Hopfield retrieval: one attention after the other, as one would write it without the operation
-)
+UNFUSED = "attentions"  # of Hopfield retrieval: attentions in sequence, as one would write them without the operation
 PARTS = ("forward", "forward_backward")
 ERROR_TOKENS = 256  # the reference runs token by token
-# Vendor figures: dense matrix products in bfloat16 (operations a second), memory (bytes a second). float32 is counted
-# as bfloat16 / 2 on GPUs (TF32) and / 6 on TPUs (six bfloat16 passes).
+# Vendor figures: dense bfloat16 matrix products (operations per second), memory (bytes per second). float32 counts
+# as bfloat16 / 2 on GPUs (TF32) and bfloat16 / 6 on TPUs (six bfloat16 passes).
 PEAKS = {
     "NVIDIA H200": (989e12, 4.8e12),
     "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
@@ -48,11 +46,11 @@ class Case(NamedTuple):
 
 
 def default_cases(op: str, backend: str) -> list[Case]:
-    """Returns the shapes that `op` is timed at: 64K tokens in rows of 2K to 64K on an accelerator, less on a CPU.
+    """Returns the shapes at which `op` is timed: 64K tokens in rows of 2K to 64K on an accelerator, fewer on a CPU.
 
     Raises ValueError for an unknown operation.
     """
-    available(op)  # refuses an unknown one, naming the nearest
+    available(op)  # rejects an unknown operation, naming the nearest
     if op == "linear_cross_entropy":
         rows = [dict(batch=1, seq=1024, features=256, vocabulary=8192)]
         if backend != "cpu":
@@ -69,7 +67,7 @@ def default_cases(op: str, backend: str) -> list[Case]:
         tokens, lengths, heads, width = 65536, (2048, 8192, 32768, 65536), 16, 128
     deep = [dict(hidden=2 * width, depth=2)]
     if backend != "cpu":
-        deep.append(dict(key=64, value=64, hidden=128, depth=2))  # the largest that the GPU kernel serves
+        deep.append(dict(key=64, value=64, hidden=128, depth=2))  # the largest size that the GPU kernel serves
     more = {"neural_memory": [dict(hidden=width, depth=1), *deep]}.get(op)
     if more is None:
         gates = ("none",) if op == "gated_delta_rule" and backend != "cpu" else ()
@@ -180,7 +178,7 @@ def make_problem(case: Case, dtype) -> tuple[dict[str, Any], Callable]:
 
 
 def _total(run, implementation):
-    """A scalar that weighs every output differently, so that every cotangent differs."""
+    """A scalar that weights every output differently, so that every cotangent differs."""
 
     def total(arrays):
         outputs = jax.tree.leaves(run(arrays, implementation))
@@ -190,7 +188,7 @@ def _total(run, implementation):
 
 
 def errors(case: Case, implementation: str, dtype, gradients: bool = True) -> dict[str, float]:
-    """Returns the relative RMS error of the output and of the gradients (the worst), against the float64 reference."""
+    """Returns the relative RMS errors of the output and of the worst gradient against the float64 reference."""
     short = case._replace(sizes=case.sizes | dict(batch=1, seq=min(case.sizes["seq"], ERROR_TOKENS)))
     arrays, run = make_problem(short, dtype)
 
@@ -231,7 +229,7 @@ def _milliseconds(program, arrays, runs: int) -> dict[str, float]:
 
 
 def _device_milliseconds(program, arrays) -> float | None:
-    """The time that the GPU's kernels take, without the host's; None where there is no CUPTI."""
+    """The time of the GPU's kernels, without the host's; None without CUPTI."""
     if jax.default_backend() != "gpu":
         return None
     profiler = import_module("jax.experimental.mosaic.gpu.profiler")
@@ -239,7 +237,7 @@ def _device_milliseconds(program, arrays) -> float | None:
 
 
 def peaks(dtype) -> tuple[float, float, str]:
-    """Returns (operations a second, bytes a second, where the figures come from) of the first device."""
+    """Returns (operations per second, bytes per second, source of the figures) of the first device."""
     device = jax.devices()[0]
     if device.device_kind in PEAKS:
         compute, memory = PEAKS[device.device_kind]
@@ -266,7 +264,7 @@ def _roofline(case: Case, dtype, ms: float, backward: bool, limits) -> dict[str,
 
 
 def _without_chunk(case: Case) -> dict[str, Any]:
-    """The sizes that the traffic depends on: for the log-decay operations the chunk is none of them."""
+    """The sizes that the traffic depends on; for the log-decay operations, these exclude the chunk."""
     keep_chunk = case.op == "neural_memory"
     return {name: value for name, value in case.sizes.items() if keep_chunk or name != "chunk_size"}
 
@@ -305,8 +303,8 @@ def measure(case: Case, implementation: str, dtype, runs: int, limits) -> dict[s
 
 
 def _measure_or_why(case: Case, name: str, dtype, runs: int, limits) -> dict[str, Any]:
-    """`measure`, or a row that says why there is nothing to measure."""
-    caught = Exception if name in baselines.PEERS else NotImplementedError  # others' code fails as it likes
+    """Returns `measure`'s row, or a row that says why nothing is measured."""
+    caught = Exception if name in baselines.PEERS else NotImplementedError  # other libraries' code may raise anything
     try:
         return measure(case, name, dtype, runs, limits)
     except caught as error:
@@ -325,8 +323,8 @@ def bench(
     """Yields one row per shape and implementation, with its ratio to "xla" at the same shape.
 
     dtype: of q, k and v; default bfloat16 on an accelerator, float32 on a CPU. implementations: default all that can
-    run here, the token-by-token reference apart, and the peers, each of which is otherwise one row that says why it is
-    left out. Raises ValueError for an unknown operation.
+    run here except the token-by-token reference, and the peers. A peer that cannot run gives one row that says why.
+    Raises ValueError for an unknown operation.
     """
     backend = jax.default_backend()
     dtype = jnp.dtype(dtype or ("float32" if backend == "cpu" else "bfloat16"))
@@ -355,7 +353,7 @@ def bench(
 
 
 def describe(row: dict[str, Any]) -> str:
-    """Returns the lines that are printed for one row."""
+    """Returns the lines printed for one row."""
     if "left_out" in row:
         return f"{row['implementation']} is left out: {row['left_out']}"
     head = f"{Case(row['op'], row['sizes'])}  {row['implementation']}"
@@ -381,7 +379,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def report(rows: Sequence[dict[str, Any]], dtype: str | None = None) -> dict[str, Any]:
-    """Returns what is written as JSON: the rows and what they were measured on."""
+    """Returns the content of the JSON file: the rows and the setup they were measured on."""
     device = jax.devices()[0]
     limits = peaks(jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")))
     return {

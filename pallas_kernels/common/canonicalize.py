@@ -19,7 +19,7 @@ AnyArray = Array | np.ndarray  # accepted from callers
 
 
 def token_dtype(q: AnyArray, k: AnyArray, v: AnyArray, *others: AnyArray | None) -> np.dtype:
-    """Returns the dtype of q, k and v in the computation: their common one, float64 if any argument is float64."""
+    """Returns the dtype of q, k and v in the computation: their common dtype, or float64 if any argument is float64."""
     dtype = jnp.result_type(q, k, v)
     others = [x for x in others if x is not None]
     is_double = others and jnp.result_type(*others) == jnp.float64
@@ -29,7 +29,7 @@ def token_dtype(q: AnyArray, k: AnyArray, v: AnyArray, *others: AnyArray | None)
 def call_shapes(
     q: AnyArray, v: AnyArray, g: AnyArray | None, dtype: DTypeLike, chunk_size: int, num_segments: int | None
 ) -> LogDecayShapes:
-    """Returns the sizes that a kernel would get."""
+    """Returns the sizes passed to a kernel."""
     batch, length, query_heads, key = q.shape
     chunk = min(length, chunk_size)
     chunks = max_chunks(length, chunk, num_segments)
@@ -45,9 +45,9 @@ def lay_out(
     num_segments: int | None,
     chunk: int,
 ) -> tuple[tuple[Float[Array, "B L ..."], ...], Float[Array, "B L *D"] | None, SegmentLayout | None]:
-    """Returns tokens, gates and layout with L a multiple of the chunk; all are zero at positions without a real token.
+    """Returns tokens, gates and layout, with L a multiple of the chunk; positions without a real token are zero.
 
-    Segments without separate states become gates of -inf, so they need a `g`.
+    Segments without separate states become gates of -inf, so they require a `g`.
     """
     batch, length = tokens[0].shape[:2]
     if num_segments is not None:
@@ -67,7 +67,7 @@ def lay_out(
 def take_back(
     out: Float[Array, "B L HV V"], length: int, segment_ids: Int[Array, "B T"] | None, layout: SegmentLayout | None
 ) -> Float[Array, "B T HV V"]:
-    """Returns the outputs of the call's tokens in their order, zero at padding."""
+    """Returns the outputs of the call's tokens in order, with zeros at padding."""
     if layout is not None:
         return from_slots(out, layout)
     out = out[:, :length]

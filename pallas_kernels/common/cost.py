@@ -11,5 +11,5 @@ class Cost(NamedTuple):
 
 
 def gate_width(gate: str, key: int) -> int:
-    """Returns the log-decay gates per token and head: `gate` is "none", "scalar" or "channel"."""
+    """Returns the number of log-decay gates per token and head; `gate` is "none", "scalar" or "channel"."""
     return {"none": 0, "scalar": 1, "channel": key}[gate]

@@ -1,15 +1,15 @@
-"""Log decays: products of gates as differences of a cumulative sum, without the cancellation.
+"""Log decays: products of gates as differences of a cumulative sum, without cancellation.
 
-The product of the gates between two tokens is exp(G_i - G_j), G the cumulative sum of log gates inside a chunk. In
-float32 this difference loses all digits if gates of -50 and of -1e-4 are mixed. Here every gate is split into a
-multiple of 2^-7, whose sums are exact, and a small rest:
+The product of the gates between two tokens is exp(G_i - G_j), where G is the cumulative sum of log gates inside a
+chunk. In float32, this difference loses all digits if gates of -50 and of -1e-4 are mixed. So every gate is split into
+a multiple of 2^-7, whose sums are exact, and a small rest:
 
     g = round(2^7 g) / 2^7 + rest,    hi = cumsum(multiples),    lo = cumsum(rests)
     G_i - G_j = (hi_i - hi_j) + (lo_i - lo_j)
 
-The first difference is exact and the second is between small numbers, so the result is as accurate as summing the gates
-between the tokens one by one. A gate of -inf needs no special case: gates are clamped to a floor whose exponential is
-exactly zero, and the clamp gives it no gradient.
+The first difference is exact, and the second is between small numbers. So the result is as accurate as summing the
+gates between the tokens one by one. A gate of -inf needs no special case: gates are clamped to a floor whose
+exponential is exactly zero, and the clamp gives no gradient.
 """
 
 from functools import partial
@@ -24,15 +24,15 @@ from jaxtyping import Array, Float
 from engrax.pallas_kernels.common.matmul import COLUMNS, Operands, dot
 
 FLOOR = -750.0  # exp(FLOOR) is exactly 0 in float64
-FLOOR_32 = -110.0  # and in float32; up to 1191 of these in one chunk add up exactly
+FLOOR_32 = -110.0  # the same in float32; up to 1191 of these in one chunk add up exactly
 STEP = 2.0**-7
 DIRECT = 16  # tokens
 
 
 class Decay(NamedTuple):
-    """The cumulative sum hi + lo of the log gates of a chunk, up to and with each token.
+    """The cumulative sum hi + lo of the log gates of a chunk, up to and including each token.
 
-    hi has no gradient: the gradient with respect to the sum is the cotangent of lo.
+    hi has no gradient. The gradient with respect to the sum is the cotangent of lo.
     """
 
     hi: Float[Array, "..."]
@@ -42,8 +42,8 @@ class Decay(NamedTuple):
 def cumulative_decay(g: Float[Array, "..."], axis: int, *, segments: bool = False) -> Decay:
     """Returns the cumulative sums of log gates (float32 or float64) along the axis of the tokens of one chunk.
 
-    segments: gates at the floor are boundaries. Nothing passes them, so `lo` restarts there, and no rounding error of a
-    gradient passes them either.
+    segments: gates at the floor are boundaries that nothing passes, so `lo` restarts there. Rounding errors of
+    gradients do not pass them either.
     """
     floor = FLOOR if g.dtype == jnp.float64 else FLOOR_32
     boundary, g = g <= floor, jnp.maximum(g, floor)
@@ -53,7 +53,7 @@ def cumulative_decay(g: Float[Array, "..."], axis: int, *, segments: bool = Fals
 
 
 def _sum_since(boundary, x, axis: int):
-    """Returns the cumulative sum of x, restarted at every boundary, by doubling: nothing is subtracted."""
+    """Returns the cumulative sum of x, restarted at every boundary; doubling avoids any subtraction."""
     x, segment = jnp.moveaxis(x, axis, 0), jnp.cumsum(jnp.moveaxis(boundary, axis, 0), axis=0, dtype=jnp.int32)
     shift = 1
     while shift < x.shape[0]:
@@ -78,12 +78,12 @@ def difference(a: Decay, b: Decay) -> Float[Array, "..."]:
 def channel_scores(
     queries: tuple[Float[Array, "C K"], ...], k: Float[Array, "C K"], decay: Decay, operands: Operands
 ) -> tuple[Float[Array, "C C"], ...]:
-    """Returns for each set of queries sum_c q[i, c] k[j, c] exp(G[i, c] - G[j, c]) for j <= i, zero above.
+    """Returns, per set of queries, sum_c q[i, c] k[j, c] exp(G[i, c] - G[j, c]) for j <= i, and 0 for j > i.
 
-    The chunk is halved again and again: between the left and the right half of a block the decay factors around the
-    last token of the left half, into exp(G_i - G_last) and exp(G_last - G_j), neither of which exceeds 1. So there is
-    no overflow at any gate, and all but the diagonal is matrix products. Blocks of up to `DIRECT` tokens take one
-    product of DIRECT x DIRECT per halving, of which a mask keeps the blocks wanted: small products do not pay.
+    The chunk is halved repeatedly. Between the left and the right half of a block, the decay factors around the left
+    half's last token into exp(G_i - G_last) and exp(G_last - G_j), both at most 1. So no gate overflows, and all but
+    the diagonal is matrix products. Blocks of up to `DIRECT` tokens use one DIRECT x DIRECT product per halving and
+    mask out unwanted blocks, because smaller products are inefficient.
     """
     tokens = k.shape[0]
     size = 1 << (tokens - 1).bit_length()
@@ -105,17 +105,17 @@ def channel_scores(
 
 
 def _direct_scores(queries, k, decay, operands):
-    """The same inside blocks `[n, size, K]` of a power of two tokens: all halvings at once, as masked products."""
+    """The same inside blocks `[n, size, K]` of a power-of-two size: all halvings at once, as masked products."""
     blocks, size, _ = k.shape
     scores = [jnp.sum(q * k, axis=2)[:, :, None] * jnp.eye(size, dtype=k.dtype) for q in queries]
     if size == 1:
         return scores
-    halves = [1 << n for n in range(size.bit_length() - 1)]  # of a halving: how many tokens a half has
+    halves = [1 << n for n in range(size.bit_length() - 1)]  # per halving: tokens in a half
     i, half = np.arange(size), np.array(halves)[:, None]
     is_right = (i % (2 * half) >= half)[:, :, None]
-    same = i[:, None] // (2 * half[:, None]) == i[None, :] // (2 * half[:, None])  # in the same block of the halving
+    same = i[:, None] // (2 * half[:, None]) == i[None, :] // (2 * half[:, None])  # in the same block
 
-    def at_last(x):  # of each halving and token, the last token of the left half of its block
+    def at_last(x):  # per halving and token: the last token of its block's left half
         return jnp.stack([jnp.repeat(x[:, half - 1 :: 2 * half], 2 * half, axis=1) for half in halves], axis=1)
 
     def per_halving(x, mask):  # [n, size, K] -> [n * halvings, size, K]
@@ -129,13 +129,13 @@ def _direct_scores(queries, k, decay, operands):
 
 
 def _products(queries, k, operands):
-    """Returns q k^T for each of the queries, by one product; the leading axis of all is mapped over."""
+    """Returns q k^T for each of the queries, in one product; maps over the leading axis of all arrays."""
     multiply = jax.vmap(partial(dot, axis_a=COLUMNS, axis_b=COLUMNS, operands=operands))
     return jnp.split(multiply(jnp.concatenate(queries, axis=1), k), len(queries), axis=1)
 
 
 def _pairs(size, x):
-    """Returns blocks of `size` tokens `[n, 2, size, K]`, in pairs: the left and the right half of blocks twice that."""
+    """Returns blocks of `size` tokens in pairs, `[n, 2, size, K]`: the left and right halves of blocks of 2 size."""
     return x.reshape(-1, 2, size, x.shape[-1])
 
 
@@ -152,6 +152,6 @@ def _last_of_left(pairs):
 
 
 def _join(halves, corner):
-    """Returns blocks of twice the size from the pairs of blocks on the diagonal and those below them."""
+    """Returns blocks of twice the size, from the pairs of blocks on the diagonal and the blocks below it."""
     upper = jnp.concatenate([halves[:, 0], jnp.zeros_like(corner)], axis=2)
     return jnp.concatenate([upper, jnp.concatenate([corner, halves[:, 1]], axis=2)], axis=1)

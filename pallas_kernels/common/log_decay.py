@@ -1,4 +1,4 @@
-"""Description of a call of the log-decay operations (`linear_attention`, `gated_delta_rule`) for implementations."""
+"""Describes a call of the log-decay operations (`linear_attention`, `gated_delta_rule`) to implementations."""
 
 from typing import NamedTuple
 
@@ -18,13 +18,13 @@ class LogDecayShapes(NamedTuple):
     key: int
     value: int
     chunk: int
-    dtype: np.dtype  # of q, k and v as the kernel gets them
+    dtype: np.dtype  # of the kernel's q, k and v
     gate: str  # "none", "scalar" or "channel"
-    segments: bool  # states per segment: a chunk may begin from another state than its predecessor's
+    segments: bool  # separate states per segment: a chunk may start from another than its predecessor's
 
 
 class LogDecayPlan(NamedTuple):
-    """The static settings of a call. interpret: kernels are interpreted (`dispatch.interpreted_kernels`)."""
+    """The static settings of a call. interpret: interprets kernels (`dispatch.interpreted_kernels`)."""
 
     chunk: int
     scale: float

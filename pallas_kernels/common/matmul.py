@@ -1,6 +1,6 @@
-"""Matrix products of the chunkwise forms: operands in the dtype of the inputs, sums and results in the state's.
+"""Matrix products of the chunkwise forms: operands have the inputs' dtype, sums and results the state's.
 
-`dot` is written for both kinds of body: batched by `jax.vmap` in the XLA forms, two-dimensional in a kernel.
+`dot` works both batched by `jax.vmap` in the XLA forms and two-dimensional in a kernel.
 """
 
 from functools import partial
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float
 
-ROWS, COLUMNS = 0, 1  # the axis of an operand that is summed over
+ROWS, COLUMNS = 0, 1  # the summed axis of an operand
 
 
 class EmulatedPrecision(NamedTuple):
-    """Operands rounded to `dtype` but multiplied in the accumulator's: XLA's CPU backend lacks products of 16 bits."""
+    """Rounds operands to `dtype` but multiplies in the accumulator's: XLA's CPU backend lacks 16-bit products."""
 
     dtype: DTypeLike
 
@@ -24,7 +24,7 @@ Operands = DTypeLike | EmulatedPrecision  # the dtype of a product's operands
 
 
 def emulated_on_cpu(dtype: DTypeLike) -> Operands:
-    """Returns the operands that give the same products on a CPU."""
+    """Returns the operands that give the same products on CPU."""
     return EmulatedPrecision(dtype) if jnp.dtype(dtype).itemsize == 2 else dtype
 
 
@@ -37,10 +37,10 @@ def accumulator(dtype: DTypeLike) -> jnp.dtype:
 def dot(
     a: Float[Array, "_ _"], b: Float[Array, "_ _"], axis_a: int, axis_b: int, operands: Operands
 ) -> Float[Array, "_ _"]:
-    """Returns the product of two matrices, summed over one axis of each; the rows are the other axis of a.
+    """Returns the product of two matrices, summed over one axis of each; the result's rows are the other axis of a.
 
-    Both are rounded to the operands' dtype, which the matrix unit multiplies; the derivative rounds them and the
-    cotangent likewise. The results have the accumulator's dtype.
+    Both are rounded to the operands' dtype for the matrix unit. The derivative rounds them and the cotangent in the
+    same way. Results have the accumulator's dtype.
     """
     a, b = rounded(a, operands), rounded(b, operands)
     contract = (((axis_a,), (axis_b,)), ((), ()))
@@ -48,7 +48,7 @@ def dot(
 
 
 def rounded(x: Float[Array, "..."], operands: Operands) -> Float[Array, "..."]:
-    """Returns x as an operand of a product."""
+    """Returns x rounded as an operand of a product."""
     if not isinstance(operands, EmulatedPrecision):
         return x.astype(operands)
     bits = jnp.finfo(operands.dtype)
@@ -56,7 +56,7 @@ def rounded(x: Float[Array, "..."], operands: Operands) -> Float[Array, "..."]:
 
 
 def precision(operand: Float[Array, "..."]) -> lax.Precision:
-    """Returns the precision that drops no digit of an operand; matrix units take 16 bits."""
+    """Returns the precision that keeps all digits of an operand; matrix units take 16 bits."""
     return lax.Precision.DEFAULT if operand.dtype.itemsize == 2 else lax.Precision.HIGHEST
 
 

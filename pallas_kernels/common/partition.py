@@ -18,12 +18,12 @@ HEAD_AXES = ("tensor",)
 def shard_over_batch_and_heads(
     f: Callable, in_dims: tuple[Any, ...], out_dims: Any, *, uneven: str = "refuse"
 ) -> Callable:
-    """Returns f as it runs under the mesh in force (`jax.set_mesh`), f itself where there is none.
+    """Returns f for the active mesh (`jax.set_mesh`), or f unchanged without a mesh.
 
     in_dims: for each argument a pytree prefix of strings with one letter per axis, "BTHK"; B is a batch row, H a head
-    (of q or of v), any other letter stays whole; None: replicated. out_dims: the same for what f returns.
-    Axes that are already manual (inside `jax.shard_map`) are left alone. uneven: what is done with sizes that do not
-    divide over the devices: "refuse" raises ValueError, "whole" runs f as it is (no kernel then).
+    (of q or of v); other axes are not split; None: replicated. out_dims: the same for f's results.
+    Mesh axes that are already manual (inside `jax.shard_map`) are ignored. uneven: for sizes that do not divide evenly
+    over the devices, "refuse" raises ValueError, and "whole" runs f unsplit (f must then not be a kernel).
     """
     mesh = jax.sharding.get_abstract_mesh()
     automatic = () if mesh.empty else [n for n, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto]
@@ -41,7 +41,7 @@ def shard_over_batch_and_heads(
         if misfits:
             raise ValueError(misfits[0])
         in_specs, out_specs = (jax.tree.map(spec, dims, is_leaf=_is_dims) for dims in (in_dims, out_dims))
-        # All axes become manual, those that split nothing too: kernels are refused where an automatic one is left.
+        # All axes become manual, even those that split nothing, because kernels are rejected under automatic axes.
         names = set(automatic)
         return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)(*args)
 
@@ -53,7 +53,7 @@ def _is_dims(x) -> bool:
 
 
 def _misfits(dims, arg, axes, mesh) -> list[str]:
-    """What does not divide over the mesh, a sentence each."""
+    """The sizes that do not divide evenly over the mesh, one sentence each."""
     found = []
 
     def check(dims, subtree):

@@ -1,7 +1,7 @@
-"""Segments packed into rows: their gates for the simple form, and the layout that gives each segment its own state.
+"""Segments packed into rows: gates for the simple form, and the layout that gives each segment its own state.
 
 `segment_ids [B, T]` do not decrease along a row's real tokens. -1 is padding and -2 is filler: neither is written, and
-both give 0. Padding after a row's last token counts nowhere (`row_lengths`). Filler, and padding before a row's last
+both give 0. Padding after a row's last token does not count (`row_lengths`). Filler, and padding before a row's last
 token, count in the row's chunk grid.
 """
 
@@ -16,7 +16,7 @@ PADDING, FILLER = -1, -2  # in segment_ids
 
 
 def row_lengths(segment_ids: Int[Array, "B T"]) -> Int[Array, " B"]:
-    """Returns how many positions of each row count: all up to its last token or filler, so 0 where all is padding."""
+    """Returns the number of positions that count in each row: up to its last token or filler; 0 if all is padding."""
     counts = jnp.arange(1, segment_ids.shape[1] + 1, dtype=jnp.int32)
     return jnp.max(jnp.where(segment_ids != PADDING, counts, 0), axis=1)
 
@@ -30,12 +30,12 @@ def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
 
 
 def mask_tokens(real: Bool[Array, "B T"], x: Shaped[Array, "B T *D"]) -> Shaped[Array, "B T *D"]:
-    """Returns x with zeros in the place of padding, which may hold anything, NaN included."""
+    """Returns x with zeros at padding, which may hold any value, even NaN."""
     return jnp.where(real.reshape(real.shape + (1,) * (x.ndim - 2)), x, 0)
 
 
 def segment_gates(g: Float[Array, "B T *D"], segment_ids: Int[Array, "B T"]) -> Float[Array, "B T *D"]:
-    """Returns log gates that forget everything where a segment begins and nothing at padding."""
+    """Returns log gates that forget everything at segment starts and nothing at padding."""
     begins = segment_starts(segment_ids)
     begins = begins.reshape(begins.shape + (1,) * (g.ndim - 2))
     return mask_tokens(segment_ids >= 0, jnp.where(begins, -jnp.inf, g))
@@ -44,9 +44,9 @@ def segment_gates(g: Float[Array, "B T *D"], segment_ids: Int[Array, "B T"]) -> 
 class SegmentLayout(NamedTuple):
     """Tokens laid out so that every segment begins at a chunk boundary.
 
-    token: the token in every slot, T where a slot is empty. slot: the slot of every token, L for padding.
+    token: the token in every slot, T for empty slots. slot: the slot of every token, L for padding.
     segment: the segment of every chunk. first: True where a chunk is its segment's first.
-    last_chunk: of every segment; has_tokens: False where a segment has none (its last chunk means nothing).
+    last_chunk: of every segment; has_tokens: False for segments without tokens (their last chunk is meaningless).
     """
 
     token: Int[Array, "B L"]
@@ -58,7 +58,7 @@ class SegmentLayout(NamedTuple):
 
 
 def max_chunks(length: int, chunk: int, num_segments: int | None) -> int:
-    """Returns the most chunks that `length` tokens take, in that many segments that each begin a chunk."""
+    """Returns the most chunks that `length` tokens can take in `num_segments` segments that each begin a chunk."""
     begun = 1 if num_segments is None else min(num_segments, length)
     return (length + begun * (chunk - 1)) // chunk
 
@@ -67,7 +67,7 @@ def aligned_layout(segment_ids: Int[Array, "B T"], num_segments: int, chunk: int
     """Returns the layout of rows with segments 0 .. num_segments - 1.
 
     The number of chunks is static: the most that T tokens in that many segments can take. Chunks after a row's last
-    segment hold no token and count as that segment's continuation.
+    segment are empty and count as its continuation.
     """
     batch, length = segment_ids.shape
     chunks = max_chunks(length, chunk, num_segments)
@@ -75,7 +75,7 @@ def aligned_layout(segment_ids: Int[Array, "B T"], num_segments: int, chunk: int
     ids = jnp.where(real, segment_ids, num_segments)  # out of range: dropped by the counting
     count = jax.vmap(lambda row: jnp.zeros(num_segments, jnp.int32).at[row].add(1, mode="drop"))(ids)
     used = -(-count // chunk)
-    end = jnp.cumsum(used, axis=1)  # the chunk after each segment's last
+    end = jnp.cumsum(used, axis=1)  # the chunk after each segment's last chunk
     first_chunk = end - used
     tokens_before = jnp.cumsum(count, axis=1) - count
     own = jnp.minimum(ids, num_segments - 1)
@@ -95,13 +95,13 @@ def aligned_layout(segment_ids: Int[Array, "B T"], num_segments: int, chunk: int
 
 @jax.custom_vjp
 def to_slots(x: Shaped[Array, "B T *D"], layout: SegmentLayout) -> Shaped[Array, "B L *D"]:
-    """Lays tokens out in slots; empty slots hold zeros."""
+    """Lays out tokens in slots; empty slots hold zeros."""
     return _take(x, layout.token)
 
 
 @jax.custom_vjp
 def from_slots(x: Shaped[Array, "B L *D"], layout: SegmentLayout) -> Shaped[Array, "B T *D"]:
-    """Returns the tokens in their order; padding holds zeros."""
+    """Returns the tokens in order; padding holds zeros."""
     return _take(x, layout.slot)
 
 
@@ -109,6 +109,6 @@ def _take(x, index):
     return jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0))(x, index)
 
 
-# Each is the other's transpose, so that neither direction scatters.
+# Each is the other's transpose, so neither direction needs a scatter.
 to_slots.defvjp(lambda x, layout: (to_slots(x, layout), layout), lambda layout, y: (from_slots(y, layout), None))
 from_slots.defvjp(lambda x, layout: (from_slots(x, layout), layout), lambda layout, y: (to_slots(y, layout), None))

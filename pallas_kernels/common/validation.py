@@ -1,7 +1,7 @@
-"""Validation that the operations share: every message names the argument, what it is and what is wanted.
+"""Shared validation of the operations: every message names the argument, its actual and its expected form.
 
-Values are not looked at: that would wait for the device. `debug_checks(True)`, or `ENGRAX_DEBUG=1` in the environment,
-has programs traced from then on report positive log-decay gates as a warning of the logger "engrax".
+Values are not checked, since that would wait for the device. With `debug_checks(True)`, or `ENGRAX_DEBUG=1` in the
+environment, programs traced afterwards report positive log-decay gates as warnings of the logger "engrax".
 """
 
 import logging
@@ -20,7 +20,7 @@ _debug = os.environ.get("ENGRAX_DEBUG", "") not in ("", "0")
 
 @no_type_check
 def check_array(name, x, wanted_letters, shape, kind=jnp.floating):
-    """Raises ValueError unless array x has the shape; `wanted_letters` is the shape in letters, for the message."""
+    """Raises ValueError unless array x has this shape; `wanted_letters` is the shape in letters, for the message."""
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise ValueError(f"{name} must be an array of shape {wanted_letters}, got {type(x).__name__}.")
     if tuple(x.shape) != tuple(shape):
@@ -54,7 +54,7 @@ def check_positive_int(name, value):
 
 @no_type_check
 def check_scale(scale, key_size):
-    """Returns the scale as a number, `key_size ** -0.5` for None; raises ValueError for anything but a number."""
+    """Returns the scale as a number, `key_size ** -0.5` for None; raises ValueError if it is not a number."""
     if scale is None:
         return key_size**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
@@ -90,7 +90,7 @@ def check_decay(g, q, v):
 
 @no_type_check
 def check_segments(q, v, initial_state, segment_ids, num_segments):
-    """Raises ValueError unless segments and the initial state fit each other and the tokens."""
+    """Raises ValueError unless segments and initial state match each other and the tokens."""
     if segment_ids is not None:
         check_array("segment_ids", segment_ids, "[B, T]", q.shape[:2], jnp.integer)
     letters, shape = "[B, HV, K, V]", (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
@@ -104,14 +104,14 @@ def check_segments(q, v, initial_state, segment_ids, num_segments):
 
 
 def debug_checks(on: bool) -> None:
-    """Turns the reporting of positive gates on or off, for calls and programs traced from now on."""
+    """Turns reports of positive gates on or off, for calls and programs traced afterwards."""
     global _debug
     _debug = bool(on)
 
 
 @no_type_check
 def report_positive(name, gate):
-    """In debug mode, has the program warn where a log-decay gate is positive; otherwise does nothing."""
+    """In debug mode, makes the program warn about positive log-decay gates; otherwise does nothing."""
     if _debug:
         jax.debug.callback(_warn_positive, jnp.sum(gate > 0), jnp.max(gate), name=name)
 

@@ -2,9 +2,9 @@
 
 Members of the family: no gate (DeltaNet), one gate per head (Gated DeltaNet), one per channel (KDA).
 
-Files: `api` validates and chooses; `reference` the token-by-token oracle; `chunk` one chunk of one head, and `inverse`
-the triangular system in it; `vjp` what is saved and what recomputed; `xla` chunks at once; `cost` counts FLOPs and
-bytes.
+Files: `api` validates and chooses; `reference` is the token-by-token oracle; `chunk` has one chunk of one head, and
+`inverse` its triangular system; `vjp` says what is saved and what is recomputed; `xla` runs many chunks at once; `cost`
+counts FLOPs and bytes.
 """
 
 from engrax.pallas_kernels.dispatch import everywhere, kernel

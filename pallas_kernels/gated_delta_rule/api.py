@@ -1,4 +1,4 @@
-"""The public operation `gated_delta_rule`: its contract, its validation and the choice of an implementation."""
+"""The public operation `gated_delta_rule`: contract, validation and choice of an implementation."""
 
 from functools import partial
 from typing import no_type_check
@@ -38,7 +38,7 @@ def gated_delta_rule(
     chunk_size=64,
     implementation=None,
 ):
-    """Corrects the read of every token's key in a decaying matrix towards its value, and reads with its query.
+    """Moves the read of every token's key from a decaying matrix towards the token's value, then reads with its query.
 
     For every row and value head j, with query head j // (HV // H):
 
@@ -51,22 +51,23 @@ def gated_delta_rule(
       q, k: queries and keys `[B, T, H, K]`, any T >= 1; float64, float32, bfloat16 or float16. The state is bounded if
         keys have a norm of at most 1.
       v: values `[B, T, HV, V]`, HV a multiple of H.
-      beta: strength of the correction `[B, T, HV]`, in [0, 2] (not checked); 1 replaces what unit keys read.
+      beta: strength of the correction `[B, T, HV]`, in [0, 2] (not checked); at 1, a unit key's read is replaced.
       g: log decay `[B, T, HV]` or `[B, T, HV, K]`, <= 0 (checked in debug mode only); -inf forgets everything, with
         zero gradient. None: no decay.
       scale: a number; None: K ** -0.5.
       initial_state: `[B, HV, K, V]`, with num_segments `[B, N, HV, K, V]`; None: zero.
       segment_ids: int `[B, T]`, non-decreasing along a row, -1 = padding, -2 = filler (no write, no decay, output 0,
-        may hold anything). Without num_segments the row's first segment continues `initial_state`, later ones start
-        from zero.
-      num_segments: N: every segment id in [0, N) has a state of its own.
-      chunk_size: tokens worked on at once.
+        any input value allowed). Without num_segments, a row's first segment continues `initial_state`; later ones
+        start from zero.
+      num_segments: N: every segment id in [0, N) has its own state.
+      chunk_size: tokens processed at once.
       implementation: None (choose), "reference" (token by token), "xla" (chunk by chunk), or a kernel,
         see `engrax.pallas_kernels.available`.
 
     Returns:
-      out `[B, T, HV, V]` in v's dtype, and the final state, float32 (float64 if any input is): that after the row's
-      last real token, or with num_segments that of each segment (a segment without tokens returns its initial one).
+      out `[B, T, HV, V]` in v's dtype, and the final state, float32 (float64 if any input is): the state after the
+      row's last real token, or with num_segments the final state of each segment (its initial state if the segment has
+      no tokens).
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value; the message names it.
@@ -99,7 +100,7 @@ def _by_tokens(scale, dtype, num_segments, q, k, v, beta, g, initial_state, segm
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _by_chunks(choice, plan, dtype, num_segments, q, k, v, beta, g, initial_state, segment_ids):
-    """The chunkwise form: segments become gates or a layout, T a multiple of the chunk."""
+    """The chunkwise form: segments become gates or a layout, and T a multiple of the chunk."""
     sums = accumulator(dtype)
     state = _state(q, v, initial_state, num_segments, sums)
     if g is None and segment_ids is not None and num_segments is None:

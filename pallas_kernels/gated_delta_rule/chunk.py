@@ -1,4 +1,4 @@
-"""One chunk of one head of the gated delta rule, as matrix products, shared by kernels and the XLA form.
+"""One chunk of one head of the gated delta rule as matrix products, shared by the kernels and the XLA form.
 
 With G the cumulative log decay of the chunk, G_C its last, and S the state before the chunk:
 
@@ -10,8 +10,8 @@ With G the cumulative log decay of the chunk, G_C its last, and S the state befo
 (arXiv:2412.06464; with one gate per channel, G is [C, K] and its exponentials act inside the products with K.) The part
 that does not depend on S is `local`: written = u - w S with u = X beta V and w = X beta exp(G) K.
 
-Arrays are two-dimensional; the decay is that of `linear_attention.chunk`, beta a column. All are in the dtype of the
-states but q, k and v, which come as they are.
+Arrays are two-dimensional. The decay is that of `linear_attention.chunk`; beta is a column. All arrays have the dtype
+of the states, except q, k and v, which keep their own.
 """
 
 from functools import partial
@@ -29,7 +29,7 @@ from engrax.pallas_kernels.linear_attention.chunk import ChunkDecay, ScalarDecay
 
 
 class DeltaForm(NamedTuple):
-    """What is static. operands: of the matrix products, the dtype of q, k and v (or `EmulatedPrecision` to it)."""
+    """The static settings. operands: of the matrix products, the dtype of q, k and v (or its `EmulatedPrecision`)."""
 
     scale: float
     operands: Operands
@@ -58,21 +58,24 @@ class DeltaForm(NamedTuple):
         return sum(self.matmul_left(part, b) for part in self._parts(inverse))
 
     def _parts(self, inverse):
-        """Where operands are rounded, two parts that are exact in 8 bits: X b is a sum that cancels for keys that
-        resemble each other, and X rounded once makes its errors up to 30 times those of all other roundings."""
+        """Splits X into two parts that are exact in 8 bits, if operands are rounded.
+
+        For similar keys, X b is a sum with cancellation. Rounding X only once would make its error up to 30 times that
+        of all other roundings.
+        """
         if not self.rounds:
             return (inverse,)
         high = lax.bitcast_convert_type(lax.bitcast_convert_type(inverse, jnp.int32) & ~0xFFFF, jnp.float32)
-        return high, inverse - high  # by bits: XLA may leave out a conversion and its way back
+        return high, inverse - high  # by bits: XLA may remove a conversion and its inverse
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gram(form, k):
-    """Returns k k^T, in float32 as exact as float32 can hold it.
+    """Returns k k^T; for float32, as exactly as float32 can represent it.
 
-    Where a key repeats, so does the rounding error of its product with itself: at beta 2, 64 such tokens add it up to
-    30 times what the recurrence errs by. Keys rounded to 11 bits have sums of products that are exact, and the rest is
-    2^-12 of them: with k = h + l, k k^T = h h^T + m + m^T, m = l (h + l / 2)^T.
+    If a key repeats, so does the rounding error of its product with itself. At beta 2, 64 such tokens add up to 30
+    times the recurrence's own error. For keys rounded to 11 bits, sums of products are exact, and the rest is 2^-12 of
+    the keys: with k = h + l, k k^T = h h^T + m + m^T, m = l (h + l / 2)^T.
     """
     if form.operands != jnp.float32:
         return form.matmul_right(k, k)
@@ -103,7 +106,7 @@ class DeltaTokens(NamedTuple):
 
 
 class Local(NamedTuple):
-    """What of a chunk does not depend on the state."""
+    """The part of a chunk that does not depend on the state."""
 
     scores: Float[Array, "C C"]  # of queries and keys, j <= i
     inverse: Float[Array, "C C"]  # X
@@ -112,7 +115,7 @@ class Local(NamedTuple):
 
 
 class Adjoint(NamedTuple):
-    """What the cotangent of out gives to what was written and to the state before the chunk."""
+    """The contributions of out's cotangent to the written values and to the state before the chunk."""
 
     written_bar: Float[Array, "C V"]
     state_bar: Float[Array, "K V"]
@@ -141,8 +144,8 @@ def pair_scores(
     return queries, tokens.beta * jnp.where(causal(size, strict=True), keys, 0)
 
 
-# Each of the next four comes in three forms. One gate per token multiplies a product's rows in the dtype of the states,
-# so that q and k enter the product unrounded; one gate per channel has to multiply q or k itself.
+# Each of the next four functions has three forms. One gate per token multiplies a product's rows in the states' dtype,
+# so that q and k enter the product unrounded. One gate per channel must multiply q or k itself.
 
 
 def _columns(decay: ScalarDecay | Decay) -> Decay:
@@ -160,7 +163,7 @@ def _until_end(decay):
 
 
 def from_state(form: DeltaForm, decay: ChunkDecay, rows: Float[Array, "C K"], state: Float[Array, "K V"]):
-    """Returns exp(G) rows S: what rows read from the state before the chunk."""
+    """Returns exp(G) rows S: the rows' reads from the state before the chunk."""
     if decay is None:
         return form.matmul(rows, state)
     if isinstance(decay, Decay):
@@ -178,7 +181,7 @@ def to_start(form: DeltaForm, decay: ChunkDecay, rows: Float[Array, "C K"], valu
 
 
 def to_state(form: DeltaForm, decay: ChunkDecay, k: Float[Array, "C K"], written: Float[Array, "C V"]):
-    """Returns (exp(G_C - G) K)^T written: what the chunk adds to the state."""
+    """Returns (exp(G_C - G) K)^T written: the chunk's update of the state."""
     if decay is None:
         return form.matmul_left(k, written)
     if isinstance(decay, Decay):
@@ -201,13 +204,13 @@ def decayed(decay: ChunkDecay, state: Float[Array, "K V"]) -> Float[Array, "K V"
         return state
     whole = _since_start(decay)[-1:]
     if isinstance(decay, Decay):
-        whole = jnp.broadcast_to(whole, (state.shape[1], whole.shape[1])).T  # a row to a column, as kernels can
+        whole = jnp.broadcast_to(whole, (state.shape[1], whole.shape[1])).T  # a row to a column, as kernels allow
     return whole * state
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _solve(form, a, inverse, rows):
-    """Returns (I + A)^-1 rows, given that inverse; A is there for the derivative."""
+    """Returns (I + A)^-1 rows, given the inverse; A is needed only for the derivative."""
     return form.solve(inverse, rows)
 
 
@@ -232,15 +235,15 @@ def local(
     invert=unit_lower_inverse,
     by_channel=channel_scores,
 ) -> Local:
-    """Returns what of a chunk does not depend on the state; X is computed by `invert` unless given.
+    """Returns the part of a chunk that does not depend on the state; X is computed by `invert` unless given.
 
-    by_channel: how scores are computed under one gate per channel (kernels have their own ways for both).
+    by_channel: computes the scores under one gate per channel (kernels have their own versions of both).
     """
     tokens = widen(tokens)
     scores, a = pair_scores(form, tokens, by_channel)
     inverse = invert(a) if inverse is None else inverse
     k, v, decay, x = tokens.k, tokens.v, tokens.decay, inverse * tokens.beta.T
-    if form.rounds and isinstance(decay, ScalarDecay):  # beta and the decay multiply X: k and v enter unrounded
+    if form.rounds and isinstance(decay, ScalarDecay):  # beta and the decay multiply X, so k and v enter unrounded
         u, w = form.solve(x, v), form.solve(x * jnp.exp(decay.row.hi + decay.row.lo), k)
     else:
         k = k if decay is None else _since_start(decay) * k
@@ -262,7 +265,7 @@ def output(form: DeltaForm, tokens: DeltaTokens, scores: Float[Array, "C C"], wr
 
 
 def adjoint(form: DeltaForm, tokens: DeltaTokens, scores: Float[Array, "C C"], out_bar: Float[Array, "C V"]) -> Adjoint:
-    """Returns what of a chunk's derivative by its state does not depend on the cotangent of S'."""
+    """Returns the part of a chunk's derivative by its state that does not depend on the cotangent of S'."""
     out_bar = form.scale * out_bar
     return Adjoint(form.matmul_left(scores, out_bar), to_start(form, tokens.decay, widen(tokens).q, out_bar))
 
@@ -270,7 +273,7 @@ def adjoint(form: DeltaForm, tokens: DeltaTokens, scores: Float[Array, "C C"], o
 def retreat(
     form: DeltaForm, tokens: DeltaTokens, w: Float[Array, "C K"], part: Adjoint, state_bar: Float[Array, "K V"]
 ):
-    """Returns the cotangent of S, given that of S'."""
+    """Returns the cotangent of S, given the cotangent of S'."""
     written_bar = part.written_bar + from_end(form, tokens.decay, widen(tokens).k, state_bar)
     return part.state_bar + decayed(tokens.decay, state_bar) - form.matmul_left(w, written_bar)
 
@@ -283,10 +286,10 @@ def chunk(
     invert=unit_lower_inverse,
     by_channel=channel_scores,
 ) -> tuple[tuple[Float[Array, "C V"], Float[Array, "K V"]], Float[Array, "C C"]]:
-    """Returns (out, S'), X of one chunk, all in the dtype of the states; X is computed by `invert` unless given.
+    """Returns (out, S'), X of one chunk, all in the states' dtype; X is computed by `invert` unless given.
 
-    Its derivative (`jax.vjp` with respect to tokens and state) is exact though X counts as a constant in it: the one of
-    the solution X b is written out, -(X^T bar) (X b)^T for A.
+    Its derivative (`jax.vjp` by tokens and state) treats X as a constant, yet is exact: the derivative of the solution
+    X b is written by hand, -(X^T bar) (X b)^T for A.
     """
     tokens = widen(tokens)
     scores, a = pair_scores(form, tokens, by_channel)

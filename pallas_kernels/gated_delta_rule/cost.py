@@ -1,8 +1,8 @@
-"""FLOPs and bytes of the chunkwise form, for rooflines and for the tables printed before a run.
+"""FLOPs and bytes of the chunkwise form, for rooflines and the tables printed before a run.
 
-K and V are the features of keys and values, C the chunk; a multiply and an add are two operations. Matrix products are
-counted as they are executed, C x C products dense, each once (the XLA form takes the products with X twice for tokens
-in bfloat16, and that of the keys with themselves for float32). Bytes are those of one fused pass with the state on
+K and V are the features of keys and values, C the chunk. A multiply and an add are two operations. Matrix products are
+counted as executed, with dense C x C products, each once. (The XLA form computes the products with X twice for bfloat16
+tokens, and that of the keys with themselves twice for float32.) Bytes are those of one fused pass with the state on
 chip: every input read once, every output written once.
 """
 
@@ -15,15 +15,15 @@ GATE_BYTES = STATE_BYTES = INVERSE_BYTES = 4  # float32
 def flops(
     *, batch: int, seq: int, heads: int, key: int, value: int, chunk_size: int = 64, query_heads: int | None = None
 ) -> Cost:
-    """Returns the operations of matrix products. heads: of values; query_heads: of queries and keys (default: as many).
+    """Returns the operations of matrix products. heads: of values; query_heads: of queries and keys (default: heads).
 
-    Forward, per token and value head: state, read and write 6 K V; w, u and scores with what is written C (2 K + 4 V);
+    Forward, per token and value head: state, read and write 6 K V; w, u and scores times written values C (2 K + 4 V);
     the inverse (`inverse_flops`); per query head scores of queries and of keys 4 C K.
     Backward, per value head: states again, their cotangents and those of q, k and v through them, 20 K V; w and u again
     and the cotangents of X, scores and values C (4 K + 12 V), of q and k through the scores 6 C K; per query head
-    scores again 4 C K. Nothing is inverted.
-    Not counted is what one gate per channel adds: scores by value head and by halvings of the chunk, and in the GPU
-    kernels the sums of the gates (`mosaic_gpu.channel`).
+    scores again 4 C K. There is no inverse.
+    The extra cost of one gate per channel is not counted: scores per value head and per halving of the chunk, and in
+    the GPU kernels the sums of the gates (`mosaic_gpu.channel`).
     """
     chunk, queries = min(seq, chunk_size), query_heads or heads
     forward = heads * (6 * key * value + chunk * (2 * key + 4 * value) + inverse_flops(chunk) / chunk)
@@ -33,9 +33,9 @@ def flops(
 
 
 def inverse_flops(chunk: int) -> float:
-    """Returns the operations of one inverse: substitution in blocks of `inverse.BASE`, two products per pair of blocks.
+    """Returns the operations of one inverse: substitution in blocks of `inverse.BASE`, then two products per pair.
 
-    The ladder that kernels use takes 4 C^3 per halving instead.
+    The ladder in the kernels takes 4 C^3 per halving instead.
     """
     size, length = min(BASE, 1 << (chunk - 1).bit_length()), 1 << (chunk - 1).bit_length()
     total = 2.0 * length * size * size
@@ -60,7 +60,7 @@ def traffic_bytes(
     """Returns the least bytes moved. gate: "none", "scalar" or "channel"; itemsize: of q, k, v and the output.
 
     Forward: q, k, v, beta and the gate in, the output out. Backward: those, the inverses and the output's cotangent in,
-    the cotangents of q, k, v, beta and the gate out. That the forward pass writes the inverses counts as backward.
+    the cotangents of q, k, v, beta and the gate out. The forward pass's write of the inverses counts as backward.
     """
     queries, gates = query_heads or heads, heads * (1 + gate_width(gate, key)) * GATE_BYTES
     states = 2 * batch * heads * key * value * STATE_BYTES
@@ -71,10 +71,10 @@ def traffic_bytes(
 
 
 def state_bytes(*, batch: int, heads: int, key: int, value: int, segments: int = 1, itemsize: int = STATE_BYTES) -> int:
-    """Returns the bytes of the state, of which there is one per segment."""
+    """Returns the bytes of the state; each segment has one."""
     return batch * segments * heads * key * value * itemsize
 
 
 def saved_bytes(*, batch: int, seq: int, heads: int, chunk_size: int = 64, **_: int) -> int:
-    """Returns the bytes that the forward pass keeps for the backward pass, inputs and outputs apart: the inverses."""
+    """Returns the bytes that the forward pass saves for the backward pass, besides inputs and outputs: the inverses."""
     return batch * seq * heads * min(seq, chunk_size) * INVERSE_BYTES

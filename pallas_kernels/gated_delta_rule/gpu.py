@@ -1,7 +1,7 @@
 """The gated delta rule on GPUs of compute capability 9.0.
 
-With one gate per head or none, forwards: the chunks' inverses X, all at once, then one pass that carries the state.
-Backwards, with W what the tokens write, R = beta (v - decay k S), W = X R:
+With one gate per head or none, the forward pass computes the inverses X of all chunks at once, then carries the state
+in one pass. The backward pass uses the written values W = X R with R = beta (v - decay k S):
 
     states   forwards again: W and the states S before each chunk
     dv       backwards: dW, dR = X^T dW, dv = beta dR, and dS
@@ -10,14 +10,14 @@ Backwards, with W what the tokens write, R = beta (v - decay k S), W = X R:
     dk       two sweeps backwards: W reads the parts of dk from keys that are written, of a dS^T that comes from queries
              (do, q) and of one that comes from later keys (-beta dR, k); the registers do not hold both at once
 
-The derivative of X is in the last two: dA = -dR W^T. The gates' gradients are dot products: with G the cumulative log
-decay of a chunk, dG_i = q_i . dq_i + k_i . (dk_i as a reader - dk_i as written), and dbeta_i = dR_i . (v_i - what k_i
-reads before its own token's write).
+The last two include the derivative of X: dA = -dR W^T. The gates' gradients are dot products: with G the cumulative log
+decay of a chunk, dG_i = q_i . dq_i + k_i . (dk_i as a reader - dk_i as written), and dbeta_i = dR_i . (v_i - k_i's read
+before its own token's write).
 
-Under one gate per channel the scores' sums over channels hold the decay, and what needs no state is done for all chunks
-at once (`mosaic_gpu.channel`): scores, inverses and decayed tokens before the walk along the chunks (`channel_scan`),
-and the gradients of q, k and the gates after the walks of S and dS: first those of do as it reads (q; k, W), then those
-of -beta dR as it reads (k; k, W).
+Under one gate per channel, the scores' sums over channels contain the decay. The stateless part runs for all chunks at
+once (`mosaic_gpu.channel`): scores, inverses and decayed tokens before the walk along the chunks (`channel_scan`); the
+gradients of q, k and the gates after the walks of S and dS. The gradients come first from do as it reads (q; k, W),
+then from -beta dR as it reads (k; k, W).
 """
 
 from functools import partial
@@ -44,7 +44,7 @@ _INVERSES = "BTHC"
 
 
 def unsupported(shapes: LogDecayShapes) -> str | None:
-    """Returns why the kernels cannot serve a call of these sizes, None where they can."""
+    """Returns why the kernels cannot serve a call of these sizes, or None if they can."""
     return unsupported_sizes(shapes)
 
 
@@ -55,7 +55,7 @@ def forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, R
 
 
 def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cotangents: LogDecayOutputs) -> DeltaInputs:
-    """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
+    """Returns the cotangents of the inputs; the decay's is the cotangent of its `lo`."""
     dims = (_INPUTS, _INVERSES, _OUTPUTS)
     run = _backward_by_channel if by_channel(inputs.decay) else _backward
     return shard_over_batch_and_heads(partial(run, plan), dims, _INPUTS)(inputs, residuals, cotangents)
@@ -65,7 +65,7 @@ passes = Passes(forward, backward)
 
 
 def _decay(inputs: DeltaInputs) -> Decay:
-    """The decay, that of gates which are 0 where there are none."""
+    """The decay; without gates, that of gates of 0."""
     return Decay(jnp.zeros_like(inputs.beta), jnp.zeros_like(inputs.beta)) if inputs.decay is None else inputs.decay
 
 
@@ -85,7 +85,7 @@ def _backward(plan: LogDecayPlan, inputs: DeltaInputs, x: Residuals, cotangents:
     again = forward_states(f"{NAME}_backward_states", None, k, v, x, gates, state, interpret=interpret)
     arrays = (q, k, v, x, out_bar, gates_back, final_bar, again.states)
     back = backward_states(f"{NAME}_backward_dv", *arrays, scale=plan.scale, interpret=interpret)
-    # Two parts of dk are added, and grouped heads summed, so these leave unrounded.
+    # Two parts of dk are added and grouped heads are summed, so these stay unrounded.
     run = partial(sweep, out_dtype=jnp.float32, interpret=interpret)
     readers = run(
         f"{NAME}_backward_dq",
@@ -143,7 +143,7 @@ def _backward_by_channel(
     of_q = token_gradients(f"{NAME}_backward_dqk", q, *arrays, out_bar, *ends, **options)
     options |= dict(scale=-1.0, factor=factors["beta"], strict=True)
     of_reader = token_gradients(f"{NAME}_backward_dk", k, *arrays, back.rows, again.states, **options)
-    # From dR as it was rounded for the reads, too: v and what k reads nearly cancel where the memory is right.
+    # Both terms use the same rounded dR: v and k's read nearly cancel when the memory is accurate.
     keys = jnp.repeat(k, v.shape[2] // k.shape[2], axis=2)
     beta_bar = _dots(back.rows, v) + _dots(of_reader.rows, keys)
     gates_bar = of_q.gates + of_reader.gates

@@ -1,8 +1,8 @@
-"""Mosaic GPU kernels (sm_90) of the gated delta rule that are not sweeps (`mosaic_gpu.scan`): a system per chunk.
+"""Mosaic GPU kernels (sm_90) of the gated delta rule that are not sweeps (`mosaic_gpu.scan`): one system per chunk.
 
-The inverse X = (I + A)^-1 of every chunk is computed by the ladder (`inverse.py`) in a kernel without any order between
-chunks. The two others carry a state along the chunks, 64 of its columns per program as in a sweep: forwards S, with
-written = X beta (v - decay k S), and backwards dS, with the solution's cotangent X^T (...).
+One kernel computes the inverse X = (I + A)^-1 of every chunk by the ladder (`inverse.py`), in any order of chunks. The
+two others carry a state along the chunks, 64 columns per program as in a sweep: forwards S, with written = X beta (v -
+decay k S), and backwards dS, with the solution's cotangent X^T (...).
 """
 
 from functools import partial
@@ -82,20 +82,20 @@ def _invert(group: int, inputs, outputs, scratch):
 
 
 class DeltaStates(NamedTuple):
-    """What `forward_states` returns; the parts that were not asked for are None."""
+    """The result of `forward_states`; parts not requested are None."""
 
     out: Any  # [B, T, HV, V] bfloat16
     final: Any  # [B, HV, K, V] float32
     written: Any  # [B, T, HV, V] bfloat16
-    states: Any  # [B, HV, N, K, V] bfloat16, the state that each chunk meets
+    states: Any  # [B, HV, N, K, V] bfloat16, the state before each chunk
 
 
 def forward_states(
     name: str, q, k, v, x, gates, start, *, scale: float = 1.0, interpret: bool = False, stages: int = 2
 ) -> DeltaStates:
-    """Runs the rule forwards: with q for its outputs, without (None) for what is written and the states.
+    """Runs the rule forwards. With q it returns the outputs; without (None), the written values and the states.
 
-    x: `inverses`; gates `[B, HV, N, 6, C]` with beta as the factor; start `[B, HV, K, V]` float32.
+    x: the result of `inverses`; gates `[B, HV, N, 6, C]` with beta as the factor; start `[B, HV, K, V]` float32.
     """
     (batch, length), (heads, inner, outer) = k.shape[:2], start.shape[1:]
     plan = StateWalk(scale, batch, heads, length // CHUNK, inner, outer)
@@ -108,7 +108,7 @@ def forward_states(
         out_types["states"] = jax.ShapeDtypeStruct((batch, heads, plan.chunks, inner, outer), jnp.bfloat16)
     scratch = {
         "state": matrix(inner, COLUMNS),
-        # The exact state of 128 rows does not fit into the registers beside what the outputs take.
+        # An exact state of 128 rows does not fit into the registers beside the outputs.
         "exact_state": [matrix(inner, COLUMNS, jnp.float32)] if inner > 64 and q is not None else [],
         "scores": [matrix(CHUNK, CHUNK)] if q is not None else [],
         "x": [matrix(CHUNK, CHUNK) for _ in range(2)],
@@ -122,7 +122,7 @@ def forward_states(
 
 
 def _arrivals(plan: StateWalk, inputs, full, columns) -> dict:
-    """Returns by name the blocks that arrive for every chunk: of all features (`full`), of one block of columns."""
+    """Returns, by name, the blocks loaded for every chunk: with all features (`full`) or one block of columns."""
     batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
     found = {n: token_block(inputs[n], plan, batch, head, inputs[n].shape[3]) for n in full if n in inputs}
     found |= {name: token_block(inputs[name], plan, batch, head, COLUMNS, column) for name in columns}
@@ -173,7 +173,7 @@ def _written(blocks, scratch):
 
 
 def _output(plan: StateWalk, blocks, scratch):
-    """Returns the buffer with the outputs of a chunk, given what is written in the scratch."""
+    """Returns the buffer with the outputs of a chunk, given the written values in the scratch."""
     (buffer,) = scratch["scores"]
     (scores,) = products((blocks["q"], transposed(blocks["k"])))
     gates = (blocks["by_row"], blocks["by_column"])
@@ -192,7 +192,7 @@ def _output(plan: StateWalk, blocks, scratch):
 
 
 class DeltaCotangents(NamedTuple):
-    """What `backward_states` returns, with R = beta (v - decay k S), the right-hand side of a chunk's system."""
+    """The result of `backward_states`, with R = beta (v - decay k S), the right-hand side of a chunk's system."""
 
     rows_bar: jax.Array  # [B, T, HV, V] bfloat16, dR
     v_bar: jax.Array  # [B, T, HV, V] bfloat16, beta dR
@@ -240,7 +240,7 @@ def _retreat_all(plan: StateWalk, stages: int, inputs, outputs, scratch):
             both = kept(scratch, state, row) * load_matrix(blocks["match_with"].at[pl.ds(row, 64), :])
             outputs["matches"][column, batch, head, chunk, pl.ds(row, 64)] = sum_columns(both)
         rows_bar = _rows_bar(plan, blocks, scratch)
-        plgpu.commit_smem()  # all warps have read `rows`, an operand of that product, before it is overwritten
+        plgpu.commit_smem()  # all warps have read `rows`, an operand of that product, overwritten below
         outputs["dots"][column, batch, head, pl.ds(chunk * CHUNK, CHUNK)] = sum_columns(
             rows_bar * load_matrix(blocks["v"])
         )
@@ -270,7 +270,7 @@ def _retreat_all(plan: StateWalk, stages: int, inputs, outputs, scratch):
 
 
 def _rows_bar(plan: StateWalk, blocks, scratch):
-    """Returns X^T times the cotangent of what is written."""
+    """Returns X^T times the cotangent of the written values."""
     (scores,) = products((blocks["k"], transposed(blocks["q"])))
     gates = (blocks["by_row"], blocks["by_column"])
     decay = decay_between(gates, True, visible(True, False, gates))

@@ -1,15 +1,15 @@
 """The inverse (I + A)^-1 of a unit lower triangular matrix, A strictly lower: the delta rule's system of one chunk.
 
-Two stable ways. Block recursion, for XLA: small diagonal blocks by forward substitution, then
+There are two stable methods. Block recursion, for XLA: small diagonal blocks by forward substitution, then
 
     [ X1          ]        the inverse of the lower left block A21 of every pair,
     [ -X2 A21 X1   X2 ]    X1 and X2 the inverses above and beside it.
 
-The ladder, for kernels, is the same recursion in whole matrices, with masks in the place of slices:
+The ladder, for kernels, is the same recursion on whole matrices, with masks instead of slices:
 X <- X - X S_b X for b = 1, 2, 4, ..., where S_b keeps of A the lower left block of every pair of blocks of size b.
 
-The series of powers of A, summed by doubling, is not used: it is the same in exact arithmetic, but for keys that repeat
-its terms grow to 1e9 and more before they cancel.
+The series of powers of A, summed by doubling, is not used. It is equal in exact arithmetic, but for repeated keys its
+terms grow to 1e9 and more before they cancel.
 """
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-BASE = 16  # rows of a block that is solved by substitution
+BASE = 16  # rows of a block solved by substitution
 
 
 def _matmul(a, b):
@@ -50,7 +50,7 @@ def _recurse(a: Float[Array, "*N C C"]) -> Float[Array, "*N C C"]:
         size *= 2
     while blocks * size < length:
         blocks *= 2
-    # Rows of zeros at the end change nothing in the rows before them.
+    # Rows of zeros at the end do not change the rows before them.
     pad = blocks * size - length
     a = jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, pad)] * 2)
     x = _substitute(_diagonal_blocks(a, size, 0))
@@ -64,7 +64,7 @@ def _recurse(a: Float[Array, "*N C C"]) -> Float[Array, "*N C C"]:
 
 
 def ladder_inverse(a: Float[Array, "C C"], matmul=_matmul) -> Float[Array, "C C"]:
-    """Returns (I + A)^-1 of one strictly lower A by whole products and masks only; lowers in kernels."""
+    """Returns (I + A)^-1 of one strictly lower A, with whole products and masks only, so that it lowers in kernels."""
     size = a.shape[0]
     row, column = (lax.broadcasted_iota(jnp.int32, a.shape, axis) for axis in (0, 1))
 
@@ -78,7 +78,7 @@ def ladder_inverse(a: Float[Array, "C C"], matmul=_matmul) -> Float[Array, "C C"
 
 @jax.custom_vjp
 def unit_lower_inverse(a: Float[Array, "*N C C"]) -> Float[Array, "*N C C"]:
-    """Returns (I + A)^-1; what A holds on and above its diagonal is taken for zero, and gets no gradient."""
+    """Returns (I + A)^-1; entries of A on and above the diagonal count as zero and get no gradient."""
     return _recurse(jnp.tril(a, -1))
 
 

@@ -1,4 +1,4 @@
-"""The gated delta rule by its definition, token by token. The oracle, not fast."""
+"""The gated delta rule by its definition, token by token. A slow oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def gated_delta_rule_reference(
         states, last_id = carry
         *values, id_t = inputs
         real = id_t >= 0
-        values = [by_row(real, x, 0) for x in values]  # padding may hold anything
+        values = [by_row(real, x, 0) for x in values]  # padding may hold any value
         if num_segments is None:
             state = by_row(real & (last_id >= 0) & (id_t != last_id), jnp.zeros_like(states), states)
         else:

@@ -1,6 +1,6 @@
-"""The gated delta rule on TPU: `chunk` and its derivative in kernels that walk the chunks of a row and head in order.
+"""The gated delta rule on TPU: kernels for `chunk` and its derivative, walking each row and head's chunks in order.
 
-The forward kernel inverts by the ladder, whole products and masks only; the backward kernels are given the inverses.
+The forward kernel inverts by the ladder, with whole products and masks only. The backward kernels get the inverses.
 """
 
 from functools import partial
@@ -31,7 +31,7 @@ from engrax.pallas_kernels.passes import Passes
 
 
 def unsupported(shapes: LogDecayShapes) -> str | None:
-    """Returns why the kernels cannot serve a call of these sizes, None where they can."""
+    """Returns why the kernels cannot serve a call of these sizes, or None if they can."""
     return unsupported_sizes(shapes)
 
 
@@ -44,7 +44,7 @@ def forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, R
 
 
 def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cotangents: LogDecayOutputs) -> DeltaInputs:
-    """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
+    """Returns the cotangents of the inputs; the decay's is the cotangent of its `lo`."""
     walk, tokens = _prepare(plan, inputs)
     tokens["inverse"] = to_chunks(residuals, plan.chunk)
     out_bar = to_chunks(cotangents[0], plan.chunk)
@@ -59,7 +59,7 @@ passes = Passes(forward, backward)
 
 def _prepare(plan: LogDecayPlan, inputs: DeltaInputs):
     tokens = {name: to_chunks(getattr(inputs, name), plan.chunk) for name in "qkv"}
-    tokens["beta"] = to_chunks(inputs.beta, plan.chunk)[:, :, :, None]  # a row: a column would take the room of 128
+    tokens["beta"] = to_chunks(inputs.beta, plan.chunk)[:, :, :, None]  # a row: a column would take the memory of 128
     tokens |= pack_decay(inputs.decay, plan.chunk)
     form = DeltaForm(plan.scale, inputs.q.dtype)
     wrt = tuple(name for name in tokens if name != "hi")
@@ -67,7 +67,7 @@ def _prepare(plan: LogDecayPlan, inputs: DeltaInputs):
 
 
 def _tokens(his, q, k, v, beta, los) -> DeltaTokens:
-    """The parts of the decay apart: only `lo` has a cotangent."""
+    """Takes the parts of the decay separately, since only `lo` has a cotangent."""
     decay = tuple(Decay(hi, lo) for hi, lo in zip(his, los))
     return DeltaTokens(q, k, v, beta, ScalarDecay(*decay) if len(decay) == 2 else (decay[0] if decay else None))
 
@@ -88,7 +88,7 @@ def _step(form, tokens, state):
     if isinstance(tokens.decay, Decay):
         (out, after), inverse = _chunk(form, inverse, tokens, state)
         return out, after, inverse
-    # As the XLA form: beta and the decay multiply X, and k and v enter their products unrounded.
+    # As in the XLA form, beta and the decay multiply X, and k and v enter their products unrounded.
     part = local(form, tokens, inverse, ladder_inverse)
     after, written = advance(form, tokens, part, state)
     return output(form, tokens, part.scores, written, state), after, part.inverse

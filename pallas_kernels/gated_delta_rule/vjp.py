@@ -1,8 +1,8 @@
-"""The inputs of every implementation of the gated delta rule's core, and its residuals for the backward pass.
+"""The inputs of every implementation of the gated delta rule's core, and the residuals for the backward pass.
 
-In addition to the inputs, the inverses X = (I + A)^-1 of the chunks are saved, C numbers per token and head. They are
-float32 even for tokens in bfloat16: rounding makes the gradients of correlated keys up to 50 times worse. All else is
-recomputed: scores and written values chunk by chunk, the states in a forward sweep of the backward pass.
+Besides the inputs, the inverses X = (I + A)^-1 of the chunks are saved, C numbers per token and head. They are float32
+even for bfloat16 tokens, because rounding makes the gradients of correlated keys up to 50 times worse. Everything else
+is recomputed: scores and written values chunk by chunk, the states in a forward sweep of the backward pass.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ OP = "gated_delta_rule"
 
 
 class DeltaInputs(NamedTuple):
-    """Inputs of all implementations below `api`: T a multiple of the chunk, padding with k = v = beta = 0, no decay.
+    """The inputs of all implementations below `api`. T is a multiple of the chunk; padding: k = v = beta = 0, no decay.
 
     q, k, v share a dtype; beta, decay and state have the accumulator's. decay: hi and lo `[B, T, HV]` or
-    `[B, T, HV, K]`, cumulative inside each chunk. layout: None, or where a chunk begins from the state of another
-    segment; then the states are one per segment, `[B, N, HV, K, V]`.
+    `[B, T, HV, K]`, cumulative inside each chunk. layout: None, or says where a chunk starts from another segment's
+    state. There is then one state per segment, `[B, N, HV, K, V]`.
     """
 
     q: Float[Array, "B T H K"]

@@ -1,13 +1,13 @@
-"""The gated delta rule for any device: groups of chunks one after another, a group's chunks at once but for the state.
+"""The gated delta rule for any device: groups of chunks in sequence; within a group, only the state is sequential.
 
-Inside a group everything that does not depend on the state is computed for all its chunks, then the states chunk after
-chunk (two products each), then the outputs. So temporary memory is that of one group, and the backward pass adds one
+Inside a group, everything that does not depend on the state is computed for all chunks at once, then the states chunk
+by chunk (two products each), then the outputs. So temporary memory is that of one group, and the backward pass adds one
 state per chunk.
 
 Axes here: B rows, M chunks of a group, H query heads, R value heads per query head, C tokens of a chunk, K and V
-features, N segments. Under one gate per channel queries and keys differ between the value heads that share them, and
-H are the value heads, R is 1. Rows and chunks share an axis, BM: XLA's CPU backend aborts on products of arrays with 8
-axes, of which halving the chunk and the caller's `jax.vmap` may add some.
+features, N segments. Under one gate per channel, queries and keys differ between the value heads that share them, so H
+is the number of value heads and R is 1. Rows and chunks share an axis, BM, because XLA's CPU backend aborts on products
+of arrays with 8 axes, and halving the chunk and the caller's `jax.vmap` may add axes.
 """
 
 from functools import partial
@@ -35,7 +35,7 @@ from engrax.pallas_kernels.gated_delta_rule.vjp import DeltaInputs, Residuals
 from engrax.pallas_kernels.linear_attention.chunk import ScalarDecay
 from engrax.pallas_kernels.passes import Passes
 
-GROUP_CPU, GROUP = 32, 2048  # chunks times rows times value heads of a group: what fits a cache, what fills a GPU
+GROUP_CPU, GROUP = 32, 2048  # chunks times rows times value heads of a group: fits a cache; fills a GPU
 
 State = Float[Array, "B *N H R K V"]
 States = Float[Array, "BM H R K V"]
@@ -43,7 +43,7 @@ Segments = Int[Array, "BM"] | None
 
 
 class Stream(NamedTuple):
-    """The tokens of a group, still without the columns and rows of `chunk.DeltaTokens`."""
+    """The tokens of a group, not yet split into the columns and rows of `chunk.DeltaTokens`."""
 
     q: Float[Array, "BM H C K"]
     k: Float[Array, "BM H C K"]
@@ -53,9 +53,9 @@ class Stream(NamedTuple):
 
 
 class GroupGrid(NamedTuple):
-    """How tokens are cut: `groups` groups of whole chunks of `chunk` tokens of `rows` rows.
+    """How tokens are split: `groups` groups of whole chunks of `chunk` tokens, of `rows` rows.
 
-    heads: H as above; copies: for how many of them a query head is repeated (1: for none).
+    heads: H as above; copies: how many times a query head is repeated (1: not repeated).
     """
 
     groups: int
@@ -71,7 +71,7 @@ def forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, R
 
 
 def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cotangents: LogDecayOutputs) -> DeltaInputs:
-    """Returns the cotangents of the inputs; that of the decay is with respect to the cumulative sum."""
+    """Returns the cotangents of the inputs; the decay's is with respect to the cumulative sum."""
     return _by_device(_backward, plan, inputs, residuals, cotangents)
 
 
@@ -133,7 +133,7 @@ def _backward(form, grid, inputs, inverses, cotangents):
 
 
 def _walk(grid, step, carry, *xs):
-    """Runs over the groups; backwards where there are `xs`, what a walk forwards returned for every group."""
+    """Runs over the groups; backwards if `xs` are given, a forward walk's results for every group."""
     if grid.groups == 1:
         return step(carry, (0, *xs) if xs else 0)
     n = jnp.arange(grid.groups)
@@ -152,7 +152,7 @@ def _group_forward(form, grid, stream: Stream, segments: Segments, state: State)
 
 
 def _group_states(form, grid, stream: Stream, segments: Segments, inverses, state: State):
-    """Returns the state after the group and those before its chunks."""
+    """Returns the state after the group and the states before its chunks."""
     part = _map(partial(local, form), stream, inverses)
     state, (before, _) = _run_states(form, grid, stream, part, segments, state)
     return state, before
@@ -165,7 +165,7 @@ def _group_backward(
     part = _map(partial(local, form), stream, inverses)
     direct = _map(partial(adjoint, form), stream, part.scores, out_bar)
     state_bar, after_bar = _run_cotangents(form, grid, stream, part.w, direct, segments, state_bar)
-    wide = jax.tree.map(lambda x: x.astype(out_bar.dtype), stream)  # sums over value heads are not rounded in between
+    wide = jax.tree.map(lambda x: x.astype(out_bar.dtype), stream)  # avoids rounding between sums over value heads
     _, pull = jax.vjp(lambda stream: _map(partial(_chunk, form), stream, before, inverses), wide)
     (bars,) = pull((out_bar, after_bar))
     if grid.copies > 1:
@@ -204,7 +204,7 @@ def _run_cotangents(form, grid, stream, w, direct, segments, state_bar):
 
 
 def _over_chunks(grid, step, carry, xs, reverse=False):
-    """`lax.scan` over the chunks of arrays whose first axis is BM, of what it takes as of what it returns."""
+    """`lax.scan` over chunks; inputs and outputs have the first axis BM."""
     xs = jax.tree.map(lambda x: x.reshape(grid.rows, -1, *x.shape[1:]), xs)
     chunks = jax.tree.leaves(xs)[0].shape[1]
 
@@ -223,7 +223,7 @@ def _over_chunks(grid, step, carry, xs, reverse=False):
 
 
 def _pick(states, segment):
-    """Returns states[b, segment[b]] for every row b; segment None: there is one state."""
+    """Returns states[b, segment[b]] for every row b; segment None: there is only one state."""
     if segment is None:
         return states
     return jax.vmap(lambda row, n: lax.dynamic_index_in_dim(row, n, keepdims=False))(states, segment)
@@ -255,7 +255,7 @@ def _map(f, stream: Stream, *more):
 
 
 def _grid(plan: LogDecayPlan, group: int, inputs: DeltaInputs) -> GroupGrid:
-    """Returns groups of about `group` chunks, of all rows and heads together; of a size that divides where one does."""
+    """Returns groups of about `group` chunks over all rows and heads, of a size that divides evenly if one exists."""
     batch, length, heads, _ = inputs.v.shape
     chunks, most = length // plan.chunk, max(1, group // (batch * heads))
     whole = [n for n in range(most // 2 + 1, most + 1) if chunks % n == 0]
@@ -266,9 +266,9 @@ def _grid(plan: LogDecayPlan, group: int, inputs: DeltaInputs) -> GroupGrid:
 
 
 def _padded(grid: GroupGrid, inputs: DeltaInputs) -> DeltaInputs:
-    """Returns the inputs with tokens for whole groups; chunks that are not there write nothing and do not decay.
+    """Returns the inputs padded to whole groups; added chunks neither write nor decay.
 
-    Of the layout only the segments of the chunks are left.
+    The layout keeps only the segments of the chunks.
     """
     tokens = jax.tree.map(partial(_pad_tokens, grid), inputs[:5])
     layout = inputs.layout
@@ -304,16 +304,16 @@ def _slice(grid, n, x):
 
 
 def _apart(x):
-    """Returns x and prevents its fusion with later operations.
+    """Returns x, not fused with later operations.
 
-    XLA would repeat the slice in every fusion that reads it, with an index per element in its CPU code: a fifth of the
-    time.
+    Otherwise XLA repeats the slice in every fusion that reads it, with one index per element in its CPU code, which
+    takes a fifth of the time.
     """
     return lax.optimization_barrier(x)
 
 
 def _take(grid: GroupGrid, n, x):
-    """Returns what group n holds of an array by value heads, `[BM, H, R, C, ...]`."""
+    """Returns group n's part of a per-value-head array, `[BM, H, R, C, ...]`."""
     return _split(grid, _slice(grid, n, x), grid.heads, x.shape[2] // grid.heads)
 
 
@@ -329,7 +329,7 @@ def _of_group(grid: GroupGrid, n, tokens: DeltaInputs) -> tuple[Stream, Segments
 
 
 def _put(grid: GroupGrid, n, whole, part):
-    """Puts `[BM, heads, C, ...]` of group n in its place among the tokens, in their dtype."""
+    """Writes group n's `[BM, heads, C, ...]` to its place among the tokens, in their dtype."""
     heads = part.ndim - whole.ndim + 1
     part = jnp.moveaxis(part, 1 + heads, 1)
     part = part.reshape(whole.shape[0], -1, *whole.shape[2:])
@@ -339,5 +339,5 @@ def _put(grid: GroupGrid, n, whole, part):
 
 
 def _split_heads(grid: GroupGrid, state):
-    """Splits the value heads of states by query head."""
+    """Splits the states' value heads by query head."""
     return state.reshape(*state.shape[:-3], grid.heads, -1, *state.shape[-2:])

@@ -42,28 +42,28 @@ def hopfield_retrieval(
 
         xi <- X^T p   (steps - 1 times),   retrieved = V^T p,   p = sep(beta sim(X, xi))
 
-    One update with softmax and "dot" is attention, and runs as `jax.nn.dot_product_attention` (float32 and bfloat16;
-    other dtypes as products: the library has no float16 on a CPU, and errs 1e-7 in float64).
-    Update k of the package hflayers ("update_steps_max = k") is `steps=k + 1` here.
+    One update with softmax and "dot" is attention, and runs as `jax.nn.dot_product_attention` for float32 and bfloat16.
+    Other dtypes use matrix products, since the library lacks float16 on CPU and has errors of 1e-7 in float64. The
+    package hflayers' "update_steps_max = k" corresponds to `steps=k + 1` here.
 
     Args:
-      state: the states xi to begin from, `[B, N, H, D]`; float64, float32, bfloat16 or float16.
+      state: the initial states xi, `[B, N, H, D]`; float64, float32, bfloat16 or float16.
       stored: the patterns X, `[B, M, H, D]`.
-      values: read with the last weights, `[B, M, H, V]`; None: the patterns.
-      beta: inverse temperature, a number or `[H]`, at least 0 (not checked). 0: all visible patterns weigh the same.
-      steps: updates, including the last, which reads the values; None: until the state converges, decided separately
+      values: `[B, M, H, V]`, read with the last weights; None: the patterns.
+      beta: inverse temperature, a number or `[H]`, at least 0 (not checked). 0: all visible patterns have equal weight.
+      steps: number of updates, including the last, which reads the values; None: until convergence, decided separately
         for each row, head and state.
-      tolerance: with `steps=None`: a state rests once an update moves it by no more than this times the length of its
-        longest visible pattern. An implicit gradient's own iteration stops by the same number.
-      max_steps: with `steps=None`: maximal number of updates.
+      tolerance: with `steps=None`: a state has converged once an update moves it by at most this factor times the norm
+        of its longest visible pattern. The iteration of an implicit gradient uses the same tolerance.
+      max_steps: with `steps=None`: maximum number of updates.
       separation: "softmax", "sparsemax" (arXiv 1602.02068) or "entmax" (arXiv 1905.05702).
-      alpha: of "entmax", above 1; 2 is sparsemax, towards 1 it becomes softmax.
+      alpha: of "entmax", above 1; 2 is sparsemax, and the limit 1 is softmax.
       similarity: "dot", "cosine", "l2" (-1/2 |x - xi|^2) or "l1" (-sum |x - xi|).
-      gradient: "unrolled": through every update, keeping the states between them. "implicit", with `steps=None`: that
-        of the state at rest, in memory that does not depend on the number of updates; the initial state then has none.
-        The two agree where the iteration has converged.
+      gradient: "unrolled": through every update, saving the states between them. "implicit", with `steps=None`: the
+        gradient at the converged state, in memory independent of the number of updates; the initial state then gets no
+        gradient. The two agree if the iteration has converged.
       mask: bool `[B, M]` or `[B, N, M]`, True = visible; None: all are visible. Invisible patterns may have any value.
-        A state without visible patterns may too; it retrieves 0 and gives no gradient.
+        So may a state without visible patterns, which retrieves 0 and gives no gradient.
       implementation: None (choose), "reference" (state by state), "xla", "pallas_gpu" or "pallas_tpu".
 
     Returns:
@@ -101,16 +101,17 @@ def hopfield_retrieval(
 
 @no_type_check
 def hopfield_energy(state, stored, *, beta, separation="softmax", alpha=1.5, similarity="dot", mask=None):
-    """Returns the energy of every state; no update of `hopfield_retrieval` increases it:
+    """Returns the energy of every state, which no update of `hopfield_retrieval` increases:
 
         dot   E = 1/2 |xi|^2 - (Omega*(beta X xi) - Omega*(0)) / beta
         l2    E =            - (Omega*(-beta/2 |x - xi|^2) - Omega*(0)) / beta
 
-    Omega* is the conjugate of the separation's entropy: for softmax log sum exp, and Omega*(0) = log M, which gives the
-    energy of arXiv 2008.02217 up to its constant 1/2 max |x|^2. At beta 0 it is the limit; for a state without visible
-    patterns, the expression without Omega*. For "cosine" and "l1" the updates do not descend an energy.
+    Omega* is the conjugate of the separation's entropy. For softmax it is log sum exp, with Omega*(0) = log M, which
+    gives the energy of arXiv 2008.02217 up to its constant 1/2 max |x|^2. At beta 0 the result is the limit. For a
+    state without visible patterns, it is the expression without Omega*. For "cosine" and "l1", the updates do not
+    descend an energy.
 
-    Args: as of `hopfield_retrieval`. Returns `[B, N, H]`, float32 (float64 where an input is).
+    Args: as for `hopfield_retrieval`. Returns `[B, N, H]`, float32 (float64 where an input is).
     Raises ValueError: an argument has a wrong shape, dtype or value; the message names it.
     """
     _check_patterns(state, stored, beta, mask)
@@ -159,7 +160,7 @@ def _power(separation: str, alpha) -> float:
 
 
 def _prepare(dtype, state, stored, values, beta, mask):
-    """Beta for every head, zeros for hidden patterns and for states without visible ones, the mask with three axes."""
+    """Gives beta a value per head, the mask three axes, and zeros to hidden patterns and to states that see none."""
     beta = jnp.broadcast_to(jnp.asarray(beta, accumulator(dtype)), state.shape[2:3])
     if mask is not None:
         mask = mask[:, None] if mask.ndim == 2 else mask
@@ -188,7 +189,7 @@ def _run(choice: Choice, form, state, stored, values, beta, mask):
 
 
 def _attention(state, stored, values, beta, mask):
-    """One update with softmax and dot products, by the library's attention."""
+    """One update with softmax and dot products, through the library's attention."""
     width, value = state.shape[3], values.shape[3]
     state = (state.astype(beta.dtype) * beta[:, None]).astype(state.dtype)
     state, stored = (_widened(x, value) for x in (state, stored))
@@ -199,14 +200,14 @@ def _attention(state, stored, values, beta, mask):
 
 
 def _widened(x, width):
-    """The library wants queries, keys and values of one width."""
+    """The library requires queries, keys and values of equal width."""
     return jnp.pad(x, [(0, 0)] * 3 + [(0, max(width - x.shape[3], 0))])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _energy(separation, alpha, similarity, state, stored, beta, mask):
     dtype = accumulator(jnp.result_type(state, stored))
-    own = half_square(state.astype(dtype)) if similarity == "dot" else 0  # also of a state that sees nothing
+    own = half_square(state.astype(dtype)) if similarity == "dot" else 0  # also for a state that sees nothing
     state, stored, _, beta, mask = _prepare(dtype, state, stored, None, beta, mask)
     arrays = [jnp.swapaxes(x, 1, 2) for x in (state, stored)]
     return own - jnp.swapaxes(pull(separation, alpha, similarity, *arrays, beta, mask), 1, 2)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float
 from engrax.pallas_kernels.hopfield_retrieval.separation import conjugate
 from engrax.pallas_kernels.hopfield_retrieval.similarity import half_square, similarities
 
-WITH_ENERGY = ("dot", "l2")  # similarities under which an update is a step of descent
+WITH_ENERGY = ("dot", "l2")  # similarities for which an update is a descent step
 
 
 def pull(
@@ -31,8 +31,8 @@ def pull(
 
 
 def _near_zero(alpha, scores, beta, visible):
-    """The first two terms in beta: the mean, and beta / 2 M^(alpha - 1) times the variance, without which the slope in
-    beta would be lost. (M^(alpha - 1) (I - 1/M) is the Jacobian of the separation where M scores are equal.)"""
+    """The first two terms in beta: the mean, and beta / 2 M^(alpha - 1) times the variance, which gives the slope
+    in beta. (M^(alpha - 1) (I - 1/M) is the Jacobian of the separation at M equal scores.)"""
     shown = jnp.ones(scores.shape, bool) if visible is None else jnp.broadcast_to(visible, scores.shape)
     count = jnp.maximum(jnp.sum(shown, axis=-1), 1).astype(scores.dtype)
     mean = jnp.sum(jnp.where(shown, scores, 0), axis=-1) / count

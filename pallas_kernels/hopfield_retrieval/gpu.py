@@ -1,11 +1,11 @@
 """Several updates as one GPU kernel (compute capability 9.0): a head's patterns stay in shared memory (SMEM).
 
-A program takes `CHUNK` states of one head through all updates. The patterns arrive once; an update goes over them block
-by block with a running maximum and sum of its softmax, so that no score leaves the registers but as a weight on its way
-to the matrix unit. Values are read once, at the end, and pass through. The backward pass is the XLA form's.
+A program runs all updates for `CHUNK` states of one head. The patterns are loaded once. An update visits them block by
+block with a running maximum and sum of its softmax, so scores leave the registers only as weights for the matrix unit.
+Values are streamed once, at the end. The backward pass is the XLA form's.
 
-The matrix unit takes bfloat16. A float32 matrix is the sum of three in bfloat16, and a product of two is the sum of the
-six products that count: what is left out is below float32's last digit.
+The matrix unit takes bfloat16. A float32 matrix is split into a sum of three bfloat16 matrices. A product of two such
+sums uses the six products that matter; the others are below float32's last digit.
 """
 
 from functools import partial
@@ -36,12 +36,12 @@ from engrax.pallas_kernels.mosaic_gpu.parts import (
     transposed,
 )
 
-PARTS = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 3}  # bfloat16 matrices that add up to one of the dtype
-STAGES = 2  # blocks of values in SMEM at a time
+PARTS = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 3}  # bfloat16 matrices per matrix of the dtype
+STAGES = 2  # blocks of values in SMEM at once
 
 
 def unsupported(shapes: RetrievalShapes) -> str | None:
-    """Returns why this kernel cannot serve a call, None if it can."""
+    """Returns why this kernel cannot serve a call, or None if it can."""
     reason = unserved("GPU", shapes)
     if reason is not None:
         return reason
@@ -105,7 +105,7 @@ def _forward(steps, interpret, state, stored, values, beta, hidden):
 
 
 def _bfloat16_parts(x) -> list:
-    """Returns the bfloat16 arrays that add up to x. The compiler may drop a cast there and back; this it may not."""
+    """Returns bfloat16 arrays that sum to x. The compiler may remove a cast and its inverse, but not this."""
     parts = []
     for _ in range(PARTS[x.dtype]):
         parts.append(lax.reduce_precision(x, 8, 7))
@@ -148,16 +148,16 @@ def _program(steps: int, inputs, out, scratch):
 
 
 def _start(columns: int):
-    """The maximum of no scores, their exponentials' sum, and the sum of nothing."""
+    """The initial values: maximum of the scores, sum of their exponentials, and weighted sum."""
     rows = partial(jnp.full, (CHUNK,), dtype=jnp.float32)
     top, total = (plgpu.layout_cast(rows(x), BY_ROW) for x in (-jnp.inf, 0.0))
     return top, total, plgpu.layout_cast(jnp.zeros((CHUNK, columns), jnp.float32), MATRIX)
 
 
 def _shown(scratch, beta, state):
-    """Puts the states where the matrix unit reads them. Returns how they go on to a block of patterns.
+    """Stores the states for the matrix unit. Returns the function that processes a block of patterns.
 
-    It takes the block's number, the parts of what is averaged there, and what `_start` says of the blocks before.
+    It takes the block's number, the parts of the vectors averaged there, and the running values from `_start`.
     """
     split(scratch["state"], state)
     plgpu.commit_smem()
@@ -171,7 +171,7 @@ def _shown(scratch, beta, state):
         split(scratch["weights"], weights)
         plgpu.commit_smem()
         (added,) = products(pairs(scratch["weights"], read))
-        plgpu.commit_smem()  # all threads' products have read the weights, new ones may come
+        plgpu.commit_smem()  # all threads' products have read the weights, so new ones may come
         return new_top, total * fades + sum_columns(weights), sums * _by_row(fades, sums.shape[1]) + added
 
     return see

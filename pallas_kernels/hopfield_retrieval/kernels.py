@@ -1,4 +1,4 @@
-"""Shared by the kernels of all devices: the supported calls, and the derivative, which is the XLA form's."""
+"""Shared by the kernels of all devices: the supported calls, and the XLA form's derivative."""
 
 from collections.abc import Callable
 
@@ -8,12 +8,12 @@ from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, Retrie
 from engrax.pallas_kernels.hopfield_retrieval.xla import hopfield_retrieval_xla
 from engrax.pallas_kernels.passes import Passes, pull_back
 
-MOST_STEPS = 8  # on TPU they are written out: loops of few patterns end in an error of the compiler for v6e
+MOST_STEPS = 8  # unrolled on TPU: for few patterns, loops fail in the v6e compiler
 HIDDEN = -1e30  # added to the score of hidden patterns
 
 
 def unserved(device: str, shapes: RetrievalShapes) -> str | None:
-    """Returns why no kernel can serve a call, None if one can; `device` is named in the sentence."""
+    """Returns why no kernel can serve a call, or None if one can; the sentence names `device`."""
     if shapes.steps is None or not 2 <= shapes.steps <= MOST_STEPS:
         return f"the {device} kernel makes a fixed number of updates, 2 to {MOST_STEPS} (one is attention)"
     if (shapes.separation, shapes.similarity) != ("softmax", "dot"):
@@ -28,8 +28,8 @@ def unserved(device: str, shapes: RetrievalShapes) -> str | None:
 def passes_of(forward: Callable) -> Passes:
     """Returns the passes of a kernel.
 
-    `forward(form, state, stored, values, beta, hidden)` runs the kernel, with hidden [B, M] float32 to be added to the
-    scores. Hidden patterns and their values are zeros: where nothing is visible, all weigh the same: their mean is 0.
+    `forward(form, state, stored, values, beta, hidden)` runs the kernel, and adds hidden [B, M] float32 to the scores.
+    Hidden patterns and their values are zeros. If nothing is visible, all have equal weight and their mean is 0.
     """
 
     def run(form: RetrievalForm, inputs: RetrievalInputs):

@@ -1,6 +1,6 @@
-"""Hopfield retrieval by its definition, one row, head and state at a time. The oracle.
+"""Hopfield retrieval by its definition, one row, head and state at a time: the oracle.
 
-The implicit gradient is that of one update at the resting state xi*, times (I - J)^-1 with J its Jacobian there, D x D:
+The implicit gradient is that of one update at the fixed point xi*, times (I - J)^-1, with J its D x D Jacobian there:
 d xi* = (I - J)^-1 (df / d theta) d theta.
 """
 

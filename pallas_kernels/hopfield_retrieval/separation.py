@@ -1,12 +1,12 @@
-"""Separations: how scores become weights that are not negative and add up to 1, and the conjugates of their entropies.
+"""Separations, which turn scores into non-negative weights that sum to 1, and the conjugates of their entropies.
 
-All are argmax_p <p, z> - Omega(p) over the simplex (arXiv 2411.08590): softmax with Omega = sum p log p; the
-alpha-entmax (arXiv 1905.05702) with Omega = (sum p^alpha - 1) / (alpha (alpha - 1)), sparsemax (arXiv 1602.02068)
-being alpha = 2:
+All are argmax_p <p, z> - Omega(p) over the simplex (arXiv 2411.08590): softmax with Omega = sum p log p, and
+alpha-entmax (arXiv 1905.05702) with Omega = (sum p^alpha - 1) / (alpha (alpha - 1)). Sparsemax (arXiv 1602.02068) is
+alpha = 2:
 
     p_i = [(alpha - 1) z_i - tau]_+ ^ (1 / (alpha - 1)),   tau such that sum p = 1
 
-A row of which nothing is visible has the weights 0, not 1.
+The weights of a row without visible patterns sum to 0, not 1.
 """
 
 from functools import partial
@@ -22,7 +22,7 @@ SEPARATIONS = ("softmax", "sparsemax", "entmax")
 def separate(
     separation: str, alpha: float, scores: Float[Array, "*R M"], visible: Bool[Array, "..."] | None
 ) -> Float[Array, "*R M"]:
-    """Returns the weights over the last axis; `visible` broadcasts against the scores, None: everything is."""
+    """Returns the weights over the last axis; `visible` broadcasts against the scores; None: all are visible."""
     if separation == "softmax":
         exponential, total = exponentials(scores, visible)
         return exponential / total
@@ -34,9 +34,9 @@ def separate(
 def conjugate(
     separation: str, alpha: float, scores: Float[Array, "*R M"], visible: Bool[Array, "..."] | None
 ) -> Float[Array, "*R"]:
-    """Returns Omega*(z) - Omega*(0) with z the visible scores, and 0 where nothing is visible. Its gradient is p.
+    """Returns Omega*(z) - Omega*(0) for the visible scores z, and 0 if none is visible. Its gradient is p.
 
-    The difference vanishes with the scores: nothing cancels when it is divided by a small beta.
+    The difference vanishes with the scores, so dividing it by a small beta loses no digits.
     """
     shown = jnp.ones(scores.shape, bool) if visible is None else jnp.broadcast_to(visible, scores.shape)
     count = jnp.maximum(jnp.sum(shown, axis=-1), 1).astype(scores.dtype)
@@ -47,7 +47,7 @@ def conjugate(
         mean = jnp.sum(jnp.where(shown, jnp.exp(below), 0), axis=-1) / count
         rest = jnp.log(jnp.where(jnp.any(shown, axis=-1), mean, 1))
     else:
-        p = lax.stop_gradient(separate(separation, alpha, scores, visible))  # the envelope theorem: its change is 0
+        p = lax.stop_gradient(separate(separation, alpha, scores, visible))  # by the envelope theorem, its change is 0
         entropy = (count ** (1 - alpha) - jnp.sum(p**alpha, axis=-1)) / (alpha * (alpha - 1))
         rest = jnp.where(jnp.any(shown, axis=-1), jnp.sum(p * below, axis=-1) + entropy, 0)
     return rest + top[..., 0]
@@ -56,17 +56,17 @@ def conjugate(
 def exponentials(
     scores: Float[Array, "*R M"], visible: Bool[Array, "..."] | None
 ) -> tuple[Float[Array, "*R M"], Float[Array, "*R 1"]]:
-    """Returns softmax as (weights that are not normalised, what to divide them by)."""
+    """Returns softmax as (unnormalised weights, their divisor)."""
     scores = scores if visible is None else jnp.where(visible, scores, -jnp.inf)
     top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    # Guards for rows without visible patterns cost a third of an update on a CPU: XLA recomputes sums for each divisor.
+    # Guards for rows without visible patterns cost a third of an update on CPU: XLA recomputes sums for each divisor.
     exponential = jnp.exp(scores - (top if visible is None else jnp.where(jnp.isfinite(top), top, 0)))
     total = jnp.sum(exponential, axis=-1, keepdims=True)
     return exponential, total if visible is None else jnp.where(total > 0, total, 1)
 
 
 def _hide(scores, visible, depth):
-    """Puts hidden scores so far below the highest visible one that they get no weight; all stay finite."""
+    """Moves hidden scores so far below the highest visible one that they get no weight; all stay finite."""
     if visible is None:
         return scores
     top = lax.stop_gradient(jnp.max(jnp.where(visible, scores, -jnp.inf), axis=-1, keepdims=True))
@@ -86,7 +86,7 @@ def _sparsemax(scores):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _entmax(alpha, scores):
-    """By bisection of tau, which lies between -1 and 0 when the highest score is 0."""
+    """Finds tau by bisection; it is between -1 and 0 if the highest score is 0."""
     z = (alpha - 1) * (scores - jnp.max(scores, axis=-1, keepdims=True))
     power = 1 / (alpha - 1)
     power = int(power) if power == int(power) else power

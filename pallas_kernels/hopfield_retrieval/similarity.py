@@ -1,4 +1,4 @@
-"""Similarities of a state xi and a stored pattern x (arXiv 2202.04557), the higher the nearer:
+"""Similarities of a state xi and a stored pattern x (arXiv 2202.04557); higher means nearer:
 
 dot      x . xi                                     l2   -1/2 |x - xi|^2
 cosine   x . xi / (|x| |xi|)                        l1   -sum_d |x_d - xi_d|
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from engrax.pallas_kernels.common.matmul import Operands, accumulator, precision, rounded
 
 SIMILARITIES = ("dot", "cosine", "l2", "l1")
-SHORTEST = 1e-6  # a vector's length in the cosine is at least that: the similarity of a zero vector is 0
+SHORTEST = 1e-6  # minimum norm of a vector in the cosine; a zero vector has similarity 0
 
 
 def product(axes: str, a: Float[Array, "..."], b: Float[Array, "..."], operands: Operands) -> Float[Array, "..."]:
@@ -24,8 +24,8 @@ def product(axes: str, a: Float[Array, "..."], b: Float[Array, "..."], operands:
 def similarities(
     similarity: str, state: Float[Array, "B H N D"], stored: Float[Array, "B H M D"], operands: Operands
 ) -> Float[Array, "B H N M"]:
-    """Returns the similarity of every state and pattern, for "l2" without the term -1/2 |xi|^2 of the state alone:
-    no separation sees what all patterns have in common."""
+    """Returns the similarity of every state and pattern. "l2" omits the state's own term -1/2 |xi|^2: it is equal for
+    all patterns, and separations ignore such terms."""
     if similarity == "l1":
         return _minus_l1(state, stored)
     if similarity == "cosine":
@@ -46,7 +46,7 @@ def _unit(x):
 
 
 def _minus_l1(state, stored):
-    """One feature at a time: all differences at once would be D times as large as the scores."""
+    """Works on one feature at a time: all differences at once would be D times as large as the scores."""
 
     @jax.checkpoint
     def add(total, feature):

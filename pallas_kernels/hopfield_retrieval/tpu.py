@@ -1,7 +1,7 @@
-"""Several updates as one TPU kernel: patterns and values of a head stay in VMEM, where states go through all updates.
+"""Several updates as one TPU kernel: a head's patterns and values stay in VMEM through all updates of the states.
 
-The grid is (B, H, blocks of states); the patterns' blocks do not depend on the last axis, so they are fetched once for
-a row and head. Scores never leave the chip. The backward pass is the XLA form's.
+The grid is (B, H, blocks of states). The patterns' blocks do not depend on the last axis, so they are loaded once per
+row and head. Scores never leave the chip. The backward pass is the XLA form's.
 """
 
 from functools import partial
@@ -17,11 +17,11 @@ from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, passes_of, 
 from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalShapes
 from engrax.pallas_kernels.mosaic_tpu.parts import LANES, VMEM_BYTES, call, tiled_bytes
 
-ROWS, MOST_ROWS = 16, 256  # a block of states: a multiple of a tile's rows in bfloat16, and what it holds at most
+ROWS, MOST_ROWS = 16, 256  # a block of states: a multiple of a bfloat16 tile's rows, and the most rows
 
 
 def unsupported(shapes: RetrievalShapes) -> str | None:
-    """Returns why this kernel cannot serve a call, None if it can."""
+    """Returns why this kernel cannot serve a call, or None if it can."""
     reason = unserved("TPU", shapes)
     if reason is not None:
         return reason

@@ -1,4 +1,4 @@
-"""Types of a call of Hopfield retrieval: static settings, inputs, shapes."""
+"""Types for a call of Hopfield retrieval: static settings, inputs, shapes."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,10 @@ from engrax.pallas_kernels.common.matmul import Operands
 
 
 class RetrievalForm(NamedTuple):
-    """steps: updates, None = until the state rests; at most `max_steps`. gradient: "unrolled" or "implicit".
+    """steps: number of updates; None: until convergence, at most `max_steps`. gradient: "unrolled" or "implicit".
 
-    A state rests once an update moves it by no more than `tolerance` times the length of its longest visible pattern.
-    operands: of the matrix products. scores: how many are worked on at once, None = all. interpret: kernels are
-    interpreted.
+    A state has converged once an update moves it by at most `tolerance` times the norm of its longest visible pattern.
+    operands: of the matrix products. scores: how many to process at once; None: all. interpret: interprets kernels.
     """
 
     steps: int | None
@@ -39,7 +38,7 @@ class RetrievalInputs(NamedTuple):
 
 
 class RetrievalShapes(NamedTuple):
-    """The sizes of a call, by which a kernel decides whether it serves it."""
+    """The sizes of a call, from which a kernel decides whether it can serve the call."""
 
     steps: int | None
     separation: str

@@ -1,10 +1,10 @@
-"""Hopfield retrieval with matrix products, a bounded loop, and backward passes that keep states, never weights.
+"""Hopfield retrieval with matrix products, a bounded loop, and backward passes that save states, never weights.
 
-All updates but the last go from state to state, f(xi) = X^T sep(beta sim(X, xi)); the last one reads the values.
-Until it rests, every state of every row and head has a count of its own: a state that rests is left alone while others
-move. Gradients through the updates keep the states `[steps, B, H, N, D]` and make the weights of a step again. The
-implicit gradient keeps the resting state alone: u = xi_bar + J^T u, with J the Jacobian of f there, is iterated as the
-state was, and pulled back through one update (the resting state does not depend on the one it began from).
+All updates but the last map state to state, f(xi) = X^T sep(beta sim(X, xi)). The last update reads the values. Each
+state of each row and head has its own step count: a converged state stays fixed while others move. Gradients through
+the updates save the states `[steps, B, H, N, D]` and recompute the weights of each step. The implicit gradient saves
+only the converged state. It iterates u = xi_bar + J^T u like the state, with J the Jacobian of f there, and pulls u
+back through one update. (The converged state does not depend on the initial state.)
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, Retrie
 from engrax.pallas_kernels.passes import Passes
 
 CACHED_SCORES = 2**19  # 2 MiB
-UNROLLED = 8  # updates that are written out: a loop copies its states
+UNROLLED = 8  # updates to unroll: a loop copies its states
 
 
 def hopfield_retrieval_xla(
@@ -46,7 +46,7 @@ passes = Passes.of(_retrieve_all)
 
 
 def _by_blocks(form, state, stored, values, beta, visible):
-    """All updates of some states, then all updates of the next: their scores stay in the cache from step to step."""
+    """Runs all updates of one block of states, then of the next, so that scores stay in the cache between steps."""
     batch, heads, count, _ = state.shape
     blocks = 1
     if form.scores is not None and form.steps != 1:
@@ -56,7 +56,7 @@ def _by_blocks(form, state, stored, values, beta, visible):
     if blocks == 1:
         return _retrieve(form, state, stored, values, beta, visible)
 
-    def split(x, axis):  # the last block is filled up with copies of the last state, which take no further update
+    def split(x, axis):  # pads the last block with copies of the last state, which take no further update
         pad = [(0, blocks * size - count if i == axis else 0) for i in range(x.ndim)]
         x = jnp.pad(x, pad, mode="edge")
         return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
@@ -91,7 +91,7 @@ def _scores(form, state, stored, beta):
 
 
 def _read(form, state, stored, values, beta, visible):
-    """One update of which `values` are averaged; a softmax is normalised last, where there are fewer numbers."""
+    """One update that averages `values`; softmax is normalised last, where there are fewer numbers."""
     scores = _scores(form, state, stored, beta[:, None, None])
     if form.separation == "softmax":
         weights, total = exponentials(scores, visible)
@@ -109,9 +109,9 @@ def _length(x):
 
 
 def _iterate(step, start, nearest, max_steps, keep=False):
-    """Iterates every vector of the last axis until it moves by no more than `nearest`, `max_steps` times at most.
+    """Iterates every vector of the last axis until it moves by at most `nearest`, at most `max_steps` times.
 
-    Returns (where they rest, how many steps each took, with `keep` what they were before each step).
+    Returns (final vectors, number of steps of each, and with `keep` the vectors before each step).
     """
     past = jnp.zeros((max_steps, *start.shape), start.dtype) if keep else None
 
@@ -122,10 +122,10 @@ def _iterate(step, start, nearest, max_steps, keep=False):
     def body(carry):
         i, x, count, past = carry
         new = step(x)
-        moves = count == i  # it took every step so far
+        moves = count == i  # it has taken every step so far
         goes_on = moves & ~(_length(new - x) <= nearest)
         past = past.at[i].set(x) if keep else None
-        # Where a step is the last one, its count stays behind the loop's: that is i + 1 steps, added at the end.
+        # After a vector's last step, its count stays behind the loop's: that makes i + 1 steps, added at the end.
         return i + 1, jnp.where(moves[..., None], new, x), jnp.where(goes_on, i + 1, count), past
 
     zero = jnp.zeros(start.shape[:-1], jnp.int32)

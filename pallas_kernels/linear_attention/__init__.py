@@ -2,8 +2,8 @@
 
 Members of the family: no gate (linear attention), one gate per head (RetNet, Mamba-2), one per channel (GLA, HGRN2).
 
-Files: `api` validates and chooses; `reference` the token-by-token oracle; `chunk` one chunk of one head; `vjp` what is
-saved and what recomputed; `xla` all chunks at once; `cost` counts FLOPs and bytes.
+Files: `api` validates and chooses; `reference` is the token-by-token oracle; `chunk` has one chunk of one head; `vjp`
+says what is saved and what is recomputed; `xla` runs many chunks at once; `cost` counts FLOPs and bytes.
 """
 
 from engrax.pallas_kernels.dispatch import everywhere, kernel

@@ -1,4 +1,4 @@
-"""The public operation `linear_attention`: its contract, its validation and the choice of an implementation."""
+"""The public operation `linear_attention`: contract, validation and choice of an implementation."""
 
 from functools import partial
 from typing import no_type_check
@@ -54,16 +54,17 @@ def linear_attention(
       scale: a number; None: K ** -0.5.
       initial_state: `[B, HV, K, V]`, with num_segments `[B, N, HV, K, V]`; None: zero.
       segment_ids: int `[B, T]`, non-decreasing along a row, -1 = padding, -2 = filler (no write, no decay, output 0,
-        may hold anything). Without num_segments the row's first segment continues `initial_state`, later ones start
-        from zero.
-      num_segments: N: every segment id in [0, N) has a state of its own.
-      chunk_size: tokens worked on at once.
+        any input value allowed). Without num_segments, a row's first segment continues `initial_state`; later ones
+        start from zero.
+      num_segments: N: every segment id in [0, N) has its own state.
+      chunk_size: tokens processed at once.
       implementation: None (choose), "reference" (token by token), "xla" (chunk by chunk), or a kernel,
         see `engrax.pallas_kernels.available`.
 
     Returns:
-      out `[B, T, HV, V]` in v's dtype, and the final state, float32 (float64 if any input is): that after the row's
-      last real token, or with num_segments that of each segment (a segment without tokens returns its initial one).
+      out `[B, T, HV, V]` in v's dtype, and the final state, float32 (float64 if any input is): the state after the
+      row's last real token, or with num_segments the final state of each segment (its initial state if the segment has
+      no tokens).
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value; the message names it.
@@ -86,7 +87,7 @@ def linear_attention(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _by_tokens(scale, dtype, num_segments, q, k, v, g, initial_state, segment_ids):
-    """The reference, given the state an axis for segments and the gate one for channels."""
+    """The reference, with a segment axis added to the state and a channel axis to the gate."""
     dtype = accumulator(dtype)
     state = _state(q, v, initial_state, num_segments, dtype)
     states = state if num_segments else state[:, None]
@@ -101,7 +102,7 @@ def _by_tokens(scale, dtype, num_segments, q, k, v, g, initial_state, segment_id
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _by_chunks(choice, plan, dtype, num_segments, q, k, v, g, initial_state, segment_ids):
-    """The chunkwise form: segments become gates or a layout, T a multiple of the chunk."""
+    """The chunkwise form: segments become gates or a layout, and T a multiple of the chunk."""
     sums = accumulator(dtype)
     state = _state(q, v, initial_state, num_segments, sums)
     if g is None and segment_ids is not None and num_segments is None:

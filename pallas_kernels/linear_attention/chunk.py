@@ -1,11 +1,11 @@
-"""One chunk of one head of linear attention, as two-dimensional arrays, shared by kernels and the XLA form.
+"""One chunk of one head of linear attention as two-dimensional arrays, shared by the kernels and the XLA form.
 
 With G the cumulative log decay of the chunk, S the state before it and C its last token:
 
     out_i = scale (exp(G_i) q_i S + sum_{j<=i} (q_i . k_j) exp(G_i - G_j) v_j)
     S'    = exp(G_C) S + sum_j exp(G_C - G_j) k_j^T v_j
 
-Scalar decay comes as a column and as a row, since a kernel cannot cheaply turn one into the other.
+Scalar decay is given as both a column and a row, since a kernel cannot cheaply convert one to the other.
 """
 
 from typing import NamedTuple
@@ -37,14 +37,14 @@ def _total(decay: Decay) -> Float[Array, "..."]:
 
 
 def causal(size: int, strict: bool = False):
-    """Returns the [size, size] mask of the tokens j that token i sees: j <= i, or j < i."""
+    """Returns the [size, size] mask of the tokens j visible to token i: j <= i, or j < i if strict."""
     i = lax.broadcasted_iota(jnp.int32, (size, size), 0)
     j = lax.broadcasted_iota(jnp.int32, (size, size), 1)
     return j < i if strict else j <= i
 
 
 def decay_matrix(decay: ScalarDecay, strict: bool = False) -> Float[Array, "C C"]:
-    """Returns exp(G_i - G_j) for the tokens j that token i sees, zero elsewhere."""
+    """Returns exp(G_i - G_j) for the tokens j visible to token i, zero elsewhere."""
     mask = causal(decay.column.hi.shape[0], strict)
     return jnp.where(mask, jnp.exp(jnp.where(mask, difference(decay.column, decay.row), 0)), 0)
 

@@ -3,14 +3,14 @@
     out = sweep(q; k, v)             dq = sweep(do; v, k)            states S and S^T, forwards
     dv  = reverse(k; q, do)          dk = reverse(v; do, q)          states dS and dS^T, backwards
 
-A program owns 64 columns of a state and of the output that is read from it, so the work of a head splits into V / 64 or
-K / 64 programs and no gradient is a sum over programs. The gate's gradient follows: with G the cumulative log decay of
-a chunk, dG_i = q_i . dq_i - k_i . dk_i, and the chunk's last token adds the state's part, for which the sweep of dq
-leaves the chunks' states (bfloat16) to the sweep of dk. Without gates no state leaves the chip.
+A program owns 64 columns of a state and of the output read from it. So a head splits into V / 64 or K / 64 programs,
+and no gradient is a sum over programs. The gate's gradient follows: with G the cumulative log decay of a chunk, dG_i =
+q_i . dq_i - k_i . dk_i. The chunk's last token adds the state's part, for which the sweep of dq stores the chunks'
+states (bfloat16) for the sweep of dk. Without gates, no state leaves the chip.
 
-Under one gate per channel the decay is part of the scores' sums over channels, and what needs no state is done for all
-chunks at once (`mosaic_gpu.channel`): scores and decayed tokens before the walk along the chunks (`channel_scan`), and
-the gradients of q, k and the gates after the walks of S and dS, which leave the states of all chunks for it.
+Under one gate per channel, the decay is part of the scores' sums over channels. The stateless part runs for all chunks
+at once (`mosaic_gpu.channel`): scores and decayed tokens before the walk along the chunks (`channel_scan`); the
+gradients of q, k and the gates after the walks of S and dS, from the states of all chunks that these store.
 """
 
 from functools import partial
@@ -31,7 +31,7 @@ NAME = "linear_attention"
 
 
 def unsupported(shapes: LogDecayShapes) -> str | None:
-    """Returns why the kernels cannot serve a call of these sizes, None where they can."""
+    """Returns why the kernels cannot serve a call of these sizes, or None if they can."""
     return unsupported_sizes(shapes)
 
 
@@ -42,7 +42,7 @@ def forward(plan: LogDecayPlan, inputs: LinearInputs) -> tuple[LogDecayOutputs, 
 
 
 def backward(plan: LogDecayPlan, inputs: LinearInputs, residuals: tuple, cotangents: LogDecayOutputs) -> LinearInputs:
-    """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
+    """Returns the cotangents of the inputs; the decay's is the cotangent of its `lo`."""
     run = _backward_by_channel if by_channel(inputs.decay) else _backward
     return shard_over_batch_and_heads(partial(run, plan), (_INPUTS, _OUTPUTS), _INPUTS)(inputs, cotangents)
 
@@ -66,7 +66,7 @@ def _backward(plan: LogDecayPlan, inputs: LinearInputs, cotangents: LogDecayOutp
     out_bar, final_bar = cotangents
     gates, gates_back = pack_gates(decay), pack_gates(decay, reverse=True)
     run = partial(sweep, interpret=plan.interpret)
-    # Gradients of q and k are per value head here: grouped ones are summed, so they leave unrounded.
+    # Gradients of q and k are per value head here. Grouped heads are summed later, so these stay unrounded.
     by_value_head = dict(out_dtype=jnp.bfloat16 if q.shape[2] == v.shape[2] else jnp.float32)
     of_q = run(
         f"{NAME}_backward_dq",

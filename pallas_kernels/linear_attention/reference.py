@@ -1,4 +1,4 @@
-"""Linear attention by its definition, token by token. The oracle, not fast."""
+"""Linear attention by its definition, token by token. A slow oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def linear_attention_reference(
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B N HV K V"]]:
     """Runs the recurrence token by token; all arrays in the dtype of the computation.
 
-    carried: segment n has state n; otherwise there is one state, which later segments find zero.
+    carried: segment n has state n. Otherwise there is one state, and later segments start from zero.
     """
     groups = v.shape[2] // q.shape[2]
     q, k = (jnp.repeat(x, groups, axis=2) for x in (q, k))  # value head j reads query head j // groups

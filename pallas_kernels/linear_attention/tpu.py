@@ -1,4 +1,4 @@
-"""Linear attention on TPU: `chunk` and its derivative in kernels that walk the chunks of a row and head in order."""
+"""Linear attention on TPU: kernels for `chunk` and its derivative, walking each row and head's chunks in order."""
 
 from functools import partial
 
@@ -27,7 +27,7 @@ from engrax.pallas_kernels.passes import Passes
 
 
 def unsupported(shapes: LogDecayShapes) -> str | None:
-    """Returns why the kernels cannot serve a call of these sizes, None where they can."""
+    """Returns why the kernels cannot serve a call of these sizes, or None if they can."""
     return unsupported_sizes(shapes)
 
 
@@ -39,7 +39,7 @@ def forward(plan: LogDecayPlan, inputs: LinearInputs) -> tuple[LogDecayOutputs, 
 
 
 def backward(plan: LogDecayPlan, inputs: LinearInputs, residuals: tuple, cotangents: LogDecayOutputs) -> LinearInputs:
-    """Returns the cotangents of the inputs; that of the decay is the cotangent of its `lo`."""
+    """Returns the cotangents of the inputs; the decay's is the cotangent of its `lo`."""
     walk, tokens = _prepare(plan, inputs)
     out_bar = to_chunks(cotangents[0], plan.chunk)
     bars, state_bar = walk_backward(walk, tokens, inputs.state, inputs.layout, out_bar, cotangents[1])
@@ -59,7 +59,7 @@ def _prepare(plan: LogDecayPlan, inputs: LinearInputs):
 
 
 def _chunk(scale, dtype, his, q, k, v, los, state):
-    """`chunk`, the parts of the decay apart: only `lo` has a cotangent."""
+    """`chunk` with the parts of the decay separate, since only `lo` has a cotangent."""
     decay = tuple(Decay(hi, lo) for hi, lo in zip(his, los))
     if len(decay) == 1:
         return _channel_chunk(scale, dtype, q, k, v, *decay, state)
@@ -67,7 +67,7 @@ def _chunk(scale, dtype, his, q, k, v, los, state):
 
 
 def _channel_chunk(scale, dtype, q, k, v, decay: Decay, state):
-    """`chunk` with scores in the form that a kernel can hold."""
+    """`chunk` with the scores computed as kernels need."""
     keep, update = write(k, v, decay, dtype=dtype)
     (scores,) = channel_scores((q,), k, decay, dtype)
     carried = dot(q * jnp.exp(decay.hi + decay.lo), state, COLUMNS, ROWS, dtype)

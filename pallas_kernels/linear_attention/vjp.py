@@ -1,6 +1,6 @@
 """The inputs of every implementation of linear attention's core.
 
-Nothing else is saved for the backward pass: it runs the states forward again, which costs one product in ten.
+Nothing else is saved for the backward pass. It recomputes the states, which costs one product in ten.
 """
 
 from typing import NamedTuple
@@ -14,11 +14,11 @@ OP = "linear_attention"
 
 
 class LinearInputs(NamedTuple):
-    """The inputs of every implementation below `api`: T a multiple of the chunk, padding with k = v = 0 and no decay.
+    """The inputs of every implementation below `api`. T is a multiple of the chunk; padding has k = v = 0 and no decay.
 
     q, k, v share a dtype; decay and state have the accumulator's. decay: hi and lo `[B, T, HV]` or `[B, T, HV, K]`,
-    cumulative inside each chunk. layout: None, or where a chunk begins from the state of another segment; then the
-    states are one per segment, `[B, N, HV, K, V]`.
+    cumulative inside each chunk. layout: None, or says where a chunk starts from another segment's state. There is then
+    one state per segment, `[B, N, HV, K, V]`.
     """
 
     q: Float[Array, "B T H K"]

@@ -1,10 +1,10 @@
-"""Linear attention for any device: groups of chunks one after another, the chunks of a group at once but for the state.
+"""Linear attention for any device: groups of chunks in sequence; within a group, only the state is sequential.
 
-A group is sized for the device: small enough for a CPU's cache, large enough to fill a GPU.
-So temporary memory is that of one group, and the backward pass adds one state per group.
+A group is small enough for a CPU's cache, or large enough to fill a GPU. Temporary memory is that of one group, and the
+backward pass adds one state per group.
 
-Axes here: M chunks, B rows, C tokens of a chunk, K and V features, N segments. The axes of heads, H below, are those
-of `_heads`: two where value heads share the scores of their query head, else one.
+Axes here: M chunks, B rows, C tokens of a chunk, K and V features, N segments. The head axes, H below, are those of
+`_heads`: two if value heads share the scores of their query head, else one.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ from engrax.pallas_kernels.linear_attention.vjp import LinearInputs
 from engrax.pallas_kernels.passes import Passes
 
 GROUP_CPU, GROUP = 32, 2048  # chunks times rows times value heads of a group
-UNROLL = 8  # chunks per step of the scan over states: a step is a handful of elementwise operations
+UNROLL = 8  # chunks per step of the scan over states: a step is only a few elementwise operations
 
 
 class LinearForm(NamedTuple):
@@ -45,7 +45,7 @@ def forward(plan: LogDecayPlan, inputs: LinearInputs) -> tuple[LogDecayOutputs, 
 
 
 def backward(plan: LogDecayPlan, inputs: LinearInputs, residuals: tuple, cotangents: LogDecayOutputs) -> LinearInputs:
-    """Returns the cotangents of the inputs; that of the decay is with respect to the cumulative sum."""
+    """Returns the cotangents of the inputs; the decay's is with respect to the cumulative sum."""
     return _by_device(_backward, plan, inputs, cotangents)
 
 
@@ -107,7 +107,7 @@ def _backward(form, inputs, cotangents):
 
 
 def _groups(form, inputs):
-    """Returns how many groups, and the inputs padded to that many whole ones."""
+    """Returns the number of groups, and the inputs padded to whole groups."""
     chunks, lanes = inputs.q.shape[1] // form.chunk, inputs.v.shape[0] * inputs.v.shape[2]
     most = max(1, form.group // lanes)
     whole = [n for n in range(most // 2 + 1, most + 1) if chunks % n == 0]
@@ -116,7 +116,7 @@ def _groups(form, inputs):
     layout = inputs.layout
     if layout is not None:
         segment = jnp.pad(layout.segment, ((0, 0), (0, chunks - layout.segment.shape[1])), mode="edge")
-        layout = layout._replace(**dict.fromkeys(layout._fields) | {"segment": segment})  # all that is used here
+        layout = layout._replace(**dict.fromkeys(layout._fields) | {"segment": segment})  # only this is used here
     tokens = inputs._replace(state=None, layout=None)
     tokens = jax.tree.map(lambda x: _pad_tokens(x, chunks * form.chunk), tokens)
     return groups, tokens._replace(state=inputs.state, layout=layout)
@@ -128,7 +128,7 @@ def _pad_tokens(x, length):
 
 
 def _part(groups, n, tree):
-    """Returns the n-th group of arrays whose second axis is tokens or chunks."""
+    """Returns group n of arrays whose second axis is tokens or chunks."""
 
     def part(x):
         size = x.shape[1] // groups
@@ -179,9 +179,9 @@ def _group_backward(form, inputs, out_bar, final_bar):
 
 
 def _carry(keep, update: States, state: State, segments: Int[Array, "M B"] | None) -> tuple[States, State]:
-    """Returns the states before every chunk, and the final one.
+    """Returns the states before every chunk, and the final state.
 
-    segments: the segment of every chunk, whose state (one of N) the chunk continues; None: there is one state.
+    segments: the segment of every chunk, whose state (one of N) it continues; None: there is only one state.
     """
 
     def step(state, chunk):
@@ -195,9 +195,9 @@ def _carry(keep, update: States, state: State, segments: Int[Array, "M B"] | Non
 
 
 def _carry_bwd(keep, read_bar: States, state_bar: State, segments: Int[Array, "M B"] | None) -> tuple[States, State]:
-    """Returns the cotangents of the states after every chunk, and of the initial one.
+    """Returns the cotangents of the states after every chunk, and of the initial state.
 
-    read_bar: what the chunk's own outputs send to the state before it. state_bar: the cotangent of the final state.
+    read_bar: cotangents of the state before each chunk from the chunk's outputs. state_bar: that of the final state.
     """
 
     def step(state_bar, chunk):
@@ -237,12 +237,12 @@ def _columns_and_rows(decay: Decay | None):
 
 
 def _over_heads(f, form: LinearForm, inputs: LinearInputs):
-    """Returns f, which takes one chunk of one head, mapped over chunks, rows and heads."""
+    """Returns f, a function of one chunk of one head, mapped over chunks, rows and heads."""
     f, heads = partial(f, form), len(_heads(inputs))
 
     def run(*args):
         mapped = f
-        if heads == 2:  # q and k have no axis for the heads that share them
+        if heads == 2:  # q and k lack the axis of the value heads that share them
             mapped = jax.vmap(mapped, tuple(None if isinstance(x, jax.Array) and x.ndim == 5 else 0 for x in args))
         return jax.vmap(jax.vmap(jax.vmap(mapped)))(*args)
 
@@ -253,8 +253,9 @@ def _over_heads(f, form: LinearForm, inputs: LinearInputs):
 
 
 def _heads(inputs: LinearInputs) -> tuple[int, ...]:
-    """Returns the sizes of the axes of heads: (H, R) where the R value heads of a query head share its scores, which
-    a gate per channel makes their own, else (HV,).
+    """Returns the sizes of the head axes: (H, R) if the R value heads of a query head share its scores, else (HV,).
+
+    Under one gate per channel, each value head has its own scores.
     """
     heads, value_heads = inputs.q.shape[2], inputs.v.shape[2]
     shares = value_heads > heads and (inputs.decay is None or inputs.decay.hi.ndim == 3)
@@ -264,7 +265,7 @@ def _heads(inputs: LinearInputs) -> tuple[int, ...]:
 def _to_chunks(form: LinearForm, inputs: LinearInputs):
     """Returns q, k, v and decay `[M, B, H, C, ...]`, in the accumulator's dtype."""
     heads = _heads(inputs)
-    own = heads[0] // inputs.q.shape[2]  # 1, or how often the queries of a head are repeated
+    own = heads[0] // inputs.q.shape[2]  # 1, or how many times a query head is repeated
     q, k = (_chunks(form, (heads[0],), jnp.repeat(x, own, axis=2) if own > 1 else x) for x in inputs[:2])
     v, decay = jax.tree.map(partial(_chunks, form, heads), (inputs.v, inputs.decay))
     return q, k, v, decay
@@ -277,7 +278,7 @@ def _chunks(form, heads, x):
 
 
 def _to_tokens(x, heads, like):
-    """Returns chunks as tokens again, in the shape and dtype of `like`, summed over heads that share its tokens."""
+    """Converts chunks back to tokens with the shape and dtype of `like`, summed over heads that share its tokens."""
     x = jnp.moveaxis(jnp.moveaxis(x, 0, 1), 2 + len(heads), 2)
     if like.ndim == 4 and heads[0] > like.shape[2]:
         x = jnp.sum(x.reshape(*x.shape[:3], like.shape[2], -1, x.shape[-1]), axis=4)
@@ -285,7 +286,7 @@ def _to_tokens(x, heads, like):
 
 
 def _split_heads(inputs, state):
-    """Gives states the axes of heads."""
+    """Splits the head axis of states into the head axes."""
     return state.reshape(*state.shape[:-3], *_heads(inputs), *state.shape[-2:])
 
 

@@ -1,7 +1,7 @@
 """Cross entropy of a linear head: loss_t = logsumexp_v (h_t . e_v) - h_t . e_label, without the logits in memory.
 
-Files: `api` validates and chooses; `reference` makes the logits; `xla` walks over the vocabulary, with its own backward
-pass; `cost` counts FLOPs and bytes.
+Files: `api` validates and chooses; `reference` computes all logits; `xla` processes the vocabulary in tiles, with its
+own backward pass; `cost` counts FLOPs and bytes.
 """
 
 from engrax.pallas_kernels.dispatch import everywhere

@@ -1,4 +1,4 @@
-"""The public operation `linear_cross_entropy`: its contract, its validation and the choice of an implementation."""
+"""The public operation `linear_cross_entropy`: contract, validation and choice of an implementation."""
 
 from functools import partial
 from typing import NamedTuple, no_type_check
@@ -34,16 +34,16 @@ def linear_cross_entropy(hidden, embedding, labels, *, soft_cap=None, chunk_size
         z_v = h_t . e_v,  or  soft_cap tanh(h_t . e_v / soft_cap)
         nats_t = log sum_v exp(z_v) - z_label,   correct_t = [label is the first v of largest z_v]
 
-    The logits `[B, T, V]` are never in memory, in neither direction: the vocabulary is walked over `chunk_size` entries
-    at a time, and the backward pass makes the logits again (a third more operations than with them kept).
+    The logits `[B, T, V]` are never in memory, forward or backward. The vocabulary is processed `chunk_size` entries at
+    a time, and the backward pass recomputes the logits (a third more operations than saving them).
 
     Args:
-      hidden: what the head reads, `[B, T, D]`; float64, float32, bfloat16 or float16.
+      hidden: the head's inputs `[B, T, D]`; float64, float32, bfloat16 or float16.
       embedding: the head's rows, `[V, D]`, V the size of the vocabulary.
-      labels: int `[B, T]` in [0, V) (not checked), or -1 for a token without a label: its loss is 0 and its hidden
-        state, which may hold anything, gets no gradient.
+      labels: int `[B, T]` in [0, V) (not checked), or -1 for a token without a label. Its loss is 0, and its hidden
+        state may have any value and gets no gradient.
       soft_cap: the largest absolute logit, above 0 (arXiv 2408.00118); None = no cap.
-      chunk_size: vocabulary entries worked on at once; temporary memory is that of `[B, T, chunk_size]`.
+      chunk_size: vocabulary entries processed at once; temporary memory is that of `[B, T, chunk_size]`.
       implementation: None (choose), "reference" (all logits) or "xla" (tile by tile).
 
     Returns:
@@ -52,7 +52,7 @@ def linear_cross_entropy(hidden, embedding, labels, *, soft_cap=None, chunk_size
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value; the message names it.
-      NotImplementedError: `implementation` names a kernel that there is not.
+      NotImplementedError: `implementation` names a kernel that does not exist.
     """
     options = dict(soft_cap=soft_cap, chunk_size=chunk_size, implementation=implementation)
     return linear_cross_entropy_terms(hidden, embedding, labels, **options)[:2]
@@ -60,8 +60,8 @@ def linear_cross_entropy(hidden, embedding, labels, *, soft_cap=None, chunk_size
 
 @no_type_check
 def linear_cross_entropy_terms(hidden, embedding, labels, *, soft_cap=None, chunk_size=1024, implementation=None):
-    """Returns `linear_cross_entropy`'s (nats, correct) and log sum_v exp(z_v) `[B, T]`, 0 where there is no label: what
-    a z-loss (arXiv 2204.02311) is made of."""
+    """Returns `linear_cross_entropy`'s (nats, correct) and log sum_v exp(z_v) `[B, T]`, 0 for tokens without a
+    label. The latter is for a z-loss (arXiv 2204.02311)."""
     check_rank("hidden", hidden, "[B, T, D]")
     check_rank("embedding", embedding, "[V, D]")
     check_array("hidden", hidden, "[B, T, D]", hidden.shape)

@@ -4,7 +4,7 @@ from engrax.pallas_kernels.common.cost import Cost
 
 
 def flops(*, batch: int, seq: int, features: int, vocabulary: int) -> Cost:
-    """Returns the operations of matrix products: the logits, 2 D V per token; backward them again and two more."""
+    """Returns the operations of matrix products: 2 D V per token for the logits; backward, the logits and two more."""
     products = 2.0 * batch * seq * features * vocabulary
     return Cost(products, 3 * products)
 
@@ -17,10 +17,10 @@ def traffic_bytes(*, batch: int, seq: int, features: int, vocabulary: int, items
 
 
 def saved_bytes(*, batch: int, seq: int) -> int:
-    """Returns the bytes kept for the backward pass, inputs and outputs apart: one number per token."""
+    """Returns the bytes saved for the backward pass, besides inputs and outputs: one number per token."""
     return 4 * batch * seq
 
 
 def temporary_bytes(*, batch: int, seq: int, chunk_size: int = 1024) -> int:
-    """Returns the bytes of the logits that are in memory at a time, float32."""
+    """Returns the bytes of the float32 logits in memory at once."""
     return 4 * batch * seq * chunk_size

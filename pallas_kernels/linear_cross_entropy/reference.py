@@ -1,4 +1,4 @@
-"""The cross entropy of a linear head by its definition, with all logits. The oracle."""
+"""The cross entropy of a linear head by its definition, with all logits: the oracle."""
 
 import jax
 import jax.numpy as jnp

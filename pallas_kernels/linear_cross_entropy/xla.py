@@ -1,12 +1,12 @@
 """The cross entropy of a linear head, tile by tile of the vocabulary.
 
-Forward, a running maximum and sum of exponentials per token: no more than `[B, T, tile]` logits at a time. Backward,
-the logits of a tile again and, with p the softmax and dl the loss's cotangent:
+The forward pass keeps a running maximum and sum of exponentials per token, with at most `[B, T, tile]` logits at a
+time. The backward pass recomputes the logits of a tile. With p the softmax and dl the loss's cotangent:
 
     g = (p - [v is the label]) dl,    dh += g E_tile,    dE_tile = g^T h
 
-Tiles of the vocabulary, not of the tokens: the embedding's gradient is then complete tile by tile, so that devices that
-hold different rows add it up once, and not once per tile of tokens.
+Tiles split the vocabulary, not the tokens. The embedding's gradient is then complete tile by tile, so devices with
+different rows sum it once, not once per tile of tokens.
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ from engrax.pallas_kernels.common.matmul import Operands, accumulator, emulated_
 
 
 class Form(NamedTuple):
-    """What is static. tile: vocabulary entries at a time; operands: of the matrix products; soft_cap: of the logits."""
+    """Static settings. tile: vocabulary entries at a time; operands: of the products; soft_cap: of the logits."""
 
     tile: int
     operands: Operands
@@ -58,7 +58,7 @@ def _forward(form, hidden, embedding, labels):
         logits, is_label, _ = _tile(form, hidden, embedding.shape[0], labels, tile)
         highest = jnp.max(logits, axis=2)
         first = (tile[0] + jnp.argmax(logits, axis=2)).astype(jnp.int32)
-        best = jnp.where(highest > largest, first, best)  # of equal logits the first, as argmax takes it
+        best = jnp.where(highest > largest, first, best)  # the first of equal logits, like argmax
         new = jnp.maximum(largest, highest)
         total = total * jnp.exp(largest - new) + jnp.sum(jnp.exp(logits - new[..., None]), axis=2)
         return (new, best, total, at_label + jnp.sum(jnp.where(is_label, logits, 0), axis=2)), None
@@ -97,7 +97,7 @@ _losses.defvjp(_forward, _backward)
 
 
 def _tiles(form, embedding):
-    """Returns (the first entry, the rows) of every tile; the last is filled up with zeros."""
+    """Returns (first entry, rows) of every tile; the last tile is padded with zeros."""
     missing = -embedding.shape[0] % form.tile
     rows = jnp.pad(embedding, ((0, missing), (0, 0))) if missing else embedding
     rows = rows.reshape(-1, form.tile, embedding.shape[1])
@@ -105,7 +105,7 @@ def _tiles(form, embedding):
 
 
 def _tile(form, hidden, vocabulary, labels, tile):
-    """Returns the logits of a tile (-inf where it is filled up), which of them are the labels', and its rows."""
+    """Returns the logits of a tile (-inf at padding), the mask of the labels' logits, and its rows."""
     first, rows = tile
     entry = first + jnp.arange(form.tile)
     logits = _product("btd,vd->btv", hidden, rows, form.operands)

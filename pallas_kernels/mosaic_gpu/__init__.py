@@ -1,1 +1,1 @@
-"""Parts of Mosaic GPU kernels (sm_90) that several operations use."""
+"""Parts of Mosaic GPU kernels (sm_90) shared by several operations."""

@@ -1,19 +1,20 @@
-"""One gate per channel on GPUs of compute capability 9.0: what of a chunk needs no state, all chunks at once.
+"""One gate per channel on GPUs of compute capability 9.0: the stateless part, for all chunks at once.
 
-Every decay is the exponential of a sum of gates over a window of tokens, and the matrix unit adds them: a matrix of
-zeros and ones [C, C] times the gates [C, K], each the sum of two bfloat16 numbers, 16 bits. All gates are <= 0, so
-nothing cancels and nothing overflows. The scores
+Each decay is the exponential of a sum of gates over a window of tokens. The matrix unit computes these sums: a 0/1
+matrix [C, C] times the gates [C, K], where each gate is the sum of two bfloat16 numbers (16 bits). All gates are <= 0,
+so nothing cancels and nothing overflows. The scores
 
     P_ij = sum_c q_ic k_jc exp(sum of the gates of channel c after j, up to i)
 
-come by halving, as in `decay.channel_scores`: between the right and the left half of a block of 2^(level + 1) tokens
-the decay is a factor from the middle to i times one from j to the middle. So with x = q times its factor in right
-halves and k times its own in left ones, x x^T holds the scores of all pairs that a level separates; and the gradients
-of q in right halves and of k in left ones are the factor times M x, M the symmetric matrix of the scores' cotangents.
+are computed by halving, as in `decay.channel_scores`. Between the right and the left half of a block of 2^(level + 1)
+tokens, the decay is a factor from the middle to i times a factor from j to the middle. Let x be q times its factor in
+right halves and k times its factor in left halves. Then x x^T holds the scores of all pairs that a level separates. The
+gradients of q in right halves and of k in left halves are the factor times M x, where M is the symmetric matrix of the
+scores' cotangents.
 
-`prepare` computes the scores (and for the delta rule the inverse) and multiplies tokens by their decays to the ends of
-the chunk; the walks of `channel_scan` carry the states; `token_gradients` differentiates. While the backward pass
-runs, the states and their cotangents of every chunk lie in memory as bfloat16: 4 K V bytes for each chunk and head.
+`prepare` computes the scores (and, for the delta rule, the inverse) and multiplies tokens by their decays to the ends
+of the chunk. The walks of `channel_scan` carry the states. `token_gradients` differentiates. During the backward pass,
+the states and their cotangents of every chunk are in memory as bfloat16: 4 K V bytes per chunk and head.
 """
 
 from functools import partial
@@ -40,14 +41,14 @@ from engrax.pallas_kernels.mosaic_gpu.parts import (
 from engrax.pallas_kernels.mosaic_gpu.pipeline import run_kernel
 
 LEVELS = CHUNK.bit_length() - 1
-FEATURES = 64  # that are worked on at once
+FEATURES = 64  # processed at once
 
 
 class ChannelGates(NamedTuple):
     """The gates themselves, not their sums."""
 
     high: jax.Array  # [B, T, H, K] bfloat16
-    low: jax.Array  # [B, T, H, K] bfloat16, what rounding took from high
+    low: jax.Array  # [B, T, H, K] bfloat16, the rounding error of high
     whole: jax.Array  # [B, H, N, K] float32, the decay of each chunk
 
 
@@ -57,7 +58,7 @@ def by_channel(decay: Decay | None) -> bool:
 
 
 def channel_gates(decay: Decay) -> ChannelGates:
-    """Returns the gates whose cumulative sums inside chunks of `CHUNK` tokens are the decay, `[B, T, H, K]`."""
+    """Returns the gates `[B, T, H, K]` whose cumulative sums inside chunks of `CHUNK` tokens are the decay."""
     shape = decay.hi.shape
     hi, lo = (x.astype(jnp.float32).reshape(shape[0], -1, CHUNK, *shape[2:]) for x in decay)
     gates = (jnp.diff(hi, axis=2, prepend=0) + jnp.diff(lo, axis=2, prepend=0)).reshape(shape)
@@ -74,13 +75,13 @@ def add_at_ends(by_token: jax.Array, ends: jax.Array) -> jax.Array:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Windows. Rows are tokens, columns the tokens whose gates are added (or tokens that are paired with those of the row).
+# Windows. Rows are tokens; columns are the tokens whose gates are added, or the tokens paired with the row's token.
 
 
 def _places(scratch):
-    """Returns the places of the row's and of the column's token in the chunk, `[C, C]` each.
+    """Returns the positions of the row's and the column's token in the chunk, `[C, C]` each.
 
-    They come from SMEM: what the compiler can compute beforehand it keeps in registers from level to level.
+    They are read from SMEM. If the compiler could compute them in advance, it would keep them in registers.
     """
     return along_rows(scratch["row"]), along_columns(scratch["column"])
 
@@ -90,7 +91,7 @@ def _is_right(scratch, level):
 
 
 def _to_middle(scratch, level):
-    """The gates between a token and the middle of its block: those up to it in right halves, after it in left ones."""
+    """The gates between a token and its block's middle: up to the token in right halves, after it in left halves."""
     row, column = _places(scratch)
     right = (row >> level) & 1
     here = (row >> level) == (column >> level)
@@ -98,7 +99,7 @@ def _to_middle(scratch, level):
 
 
 def _separated(scratch, level):
-    """The pairs of tokens of which one is in the right, the other in the left half of the same block."""
+    """The pairs with one token in the right and one in the left half of the same block."""
     row, column = _places(scratch)
     return ((row ^ column) >> level) == 1
 
@@ -114,27 +115,27 @@ def _to_end(scratch):
 
 
 def _add_over(scratch, window, *level):
-    """Makes `_decay` add over this window of tokens."""
+    """Sets the window of tokens that `_decay` adds over."""
     plgpu.commit_smem()  # all warps' products have read the buffers overwritten below
     scratch["window"][...] = jnp.where(window(scratch, *level), 1.0, 0.0).astype(jnp.bfloat16)
     plgpu.commit_smem()
 
 
 def _decay(scratch, features=slice(None)):
-    """Returns the decay of every token over its window, `[C, 64]` of the features."""
+    """Returns the decay of every token over its window, `[C, 64]`, for these features."""
     (total,) = products([(scratch["window"], scratch[part].at[:, features]) for part in ("high", "low")])
     return jnp.exp(total)
 
 
 def _number_tokens(inputs: dict, scratch: dict):
-    """Adds to a kernel's inputs and scratch what `_places` and `_fetch` need."""
+    """Adds the inputs and the scratch that `_places` and `_fetch` need."""
     inputs["token"] = jnp.arange(CHUNK, dtype=jnp.int32)
     scratch |= {name: plgpu.SMEM((CHUNK,), jnp.int32) for name in ("row", "column")}
     scratch["arrived"] = plgpu.Barrier(num_arrivals=len(inputs) + 1)
 
 
 def _fetch(inputs, places: dict, scratch):
-    """Brings what lies at the places, and the numbers of the tokens, into SMEM; their names are the scratch's."""
+    """Copies the arrays in `places`, and the token numbers, into the scratch of the same names."""
     for name, place in (places | dict.fromkeys(("row", "column"), inputs["token"])).items():
         plgpu.copy_gmem_to_smem(place, scratch[name], scratch["arrived"])
     plgpu.barrier_wait(scratch["arrived"])
@@ -145,7 +146,7 @@ def _fetch(inputs, places: dict, scratch):
 
 
 class Prepared(NamedTuple):
-    """What `prepare` returns; the last two are None where they were not asked for."""
+    """The result of `prepare`; the last two are None if not requested."""
 
     q: jax.Array  # [B, T, HV, K] bfloat16, times the decay since the chunk's start
     k: jax.Array  # [B, T, HV, K] bfloat16, times the decay to the chunk's end
@@ -157,7 +158,7 @@ class Prepared(NamedTuple):
 def prepare(
     name: str, q, k, gates: ChannelGates, *, beta=None, readers: bool = False, interpret: bool = False
 ) -> Prepared:
-    """Computes what the walks need of q and k `[B, T, H, K]`. beta `[B, HV, N, C]` float32: asks for the inverse."""
+    """Computes what the walks need of q and k `[B, T, H, K]`. beta `[B, HV, N, C]` float32 requests the inverse."""
     batch, length, heads, features = gates.high.shape
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     out_types = {name: shape((batch, length, heads, features)) for name in (("q", "k", "readers") if readers else "qk")}
@@ -212,9 +213,9 @@ def _tiles(ref):
 
 
 def _pair_scores(scratch):
-    """Returns the scores of queries; puts those of keys as queries in the place of the inverse, where there is one.
+    """Returns the scores of the queries; stores those of the keys as queries in the inverse's buffer, if there is one.
 
-    Above the diagonal, and of keys on it, lies what the caller masks.
+    Entries above the diagonal are undefined, for keys also those on it; the caller masks them.
     """
     of_queries, *of_keys = scratch["operands"]
 
@@ -234,12 +235,12 @@ def _pair_scores(scratch):
         (found,) = products((of_queries, transposed(of_queries)))
         return jnp.where(_separated(scratch, level), found, scores)
 
-    (own,) = products((scratch["q"], transposed(scratch["k"])))  # right on the diagonal
+    (own,) = products((scratch["q"], transposed(scratch["k"])))  # correct on the diagonal
     return lax.fori_loop(0, LEVELS, with_level, own)
 
 
 def _decay_tokens(scratch, leaving):
-    """Multiplies q and k where they lie by their decays to the chunk's ends."""
+    """Multiplies q and k in place by their decays to the chunk's ends."""
     _add_over(scratch, _since_start)
     for tile in _tiles(scratch["k"]):
         factor = _decay(scratch, tile)
@@ -256,9 +257,9 @@ def _decay_tokens(scratch, leaving):
 
 
 class Gradients(NamedTuple):
-    """What `token_gradients` returns, by value head."""
+    """The result of `token_gradients`, per value head."""
 
-    rows: jax.Array  # [B, T, HV, K], of the rows that read, up to their factor
+    rows: jax.Array  # [B, T, HV, K], of the reading rows, without their factor
     keys: jax.Array  # [B, T, HV, K], of the keys
     gates: jax.Array  # [B, T, HV, K] float32, of the cumulative gates
 
@@ -280,12 +281,12 @@ def token_gradients(
     out_dtype=jnp.float32,
     interpret: bool = False,
 ) -> Gradients:
-    """Differentiates out_i = scale factor_i rows_i S_i by rows, keys and gates; S_i is the state after token i.
+    """Differentiates out_i = scale factor_i rows_i S_i by rows, keys and gates, where S_i is the state after token i.
 
-    rows, keys `[B, T, H, K]`; values, out_bar `[B, T, HV, V]`; states `[B, HV, N, K, V]` bfloat16: before each chunk,
-    states_bar: the cotangents of those after it, matches: of `channel_scan.ChannelStates`; None: what keys write into
-    the state is left out.
-    factor `[B, HV, N, C]` float32 or None; the gradient of rows comes without it. strict: S_i without token i's write.
+    rows, keys `[B, T, H, K]`; values, out_bar `[B, T, HV, V]`; states `[B, HV, N, K, V]` bfloat16:
+    the states before each chunk. states_bar: the cotangents of the states after each chunk. matches: from
+    `channel_scan.ChannelStates`; None: the keys' writes into the state are ignored.
+    factor `[B, HV, N, C]` float32 or None; the gradient of rows excludes it. strict: S_i excludes token i's write.
     """
     batch, length, heads, features = gates.high.shape
     outer, chunks = values.shape[3], length // CHUNK
@@ -339,7 +340,7 @@ def _differentiate(group: int, tiles: int, scale: float, strict: bool, inputs, o
 
 
 def _send(x, buffer, target):
-    """Writes a matrix; one of 16 bits by way of SMEM, each warp's rows through its own: memory takes whole sectors."""
+    """Stores a matrix. A 16-bit matrix goes through SMEM, each warp its own rows, since memory writes whole sectors."""
     if target.dtype == jnp.float32:
         target[...] = x
     else:
@@ -349,18 +350,18 @@ def _send(x, buffer, target):
 
 
 def _rows(scratch):
-    """Returns the rows times their factor."""
+    """Returns the rows multiplied by their factor."""
     rows = load_matrix(scratch["q"])
     return rows * along_rows(scratch["factor"]) if "factor" in scratch else rows
 
 
 def _add_to_gates(scratch, x):
-    """Adds to the gradient of the gates, which the registers do not hold beside the others."""
+    """Adds to the gradient of the gates, which does not fit into the registers beside the others."""
     scratch["gates"][...] = load_matrix(scratch["gates"]) + x
 
 
 def _within_chunk(scratch, scale: float, strict: bool):
-    """Returns the gradients of rows and keys through the scores; puts that of the gates in its place."""
+    """Returns the gradients of rows and keys through the scores; stores that of the gates in its buffer."""
     row, column = _places(scratch)
     late, early = products(
         (scratch["out_bar"], transposed(scratch["values"])), (scratch["values"], transposed(scratch["out_bar"]))
@@ -379,7 +380,7 @@ def _within_chunk(scratch, scale: float, strict: bool):
         scratch["part"][...] = match.astype(jnp.bfloat16)
         plgpu.commit_smem()
         (found,) = products((scratch["part"], scratch["x"]))
-        # The gates' gradient is from x as it was rounded: what two tokens owe to the gates between them cancels then.
+        # The gates' gradient uses the rounded x, so that the contributions of a pair of tokens cancel exactly.
         found = found * scale
         by_gate = found * load_matrix(scratch["x"])
         _add_to_gates(scratch, jnp.where(right, by_gate, -by_gate))
@@ -391,7 +392,7 @@ def _within_chunk(scratch, scale: float, strict: bool):
 
 
 def _from_state(scratch, scale: float, of_rows):
-    """Adds what the rows read from the state before the chunk."""
+    """Adds the gradient through the rows' reads from the state before the chunk."""
     _add_over(scratch, _since_start)
     (read,) = products((scratch["out_bar"], transposed(scratch["states"])))
     read = read * _decay(scratch) * scale
@@ -400,7 +401,7 @@ def _from_state(scratch, scale: float, of_rows):
 
 
 def _to_state(scratch, of_keys):
-    """Adds what the keys write into the state after the chunk, and returns what that owes to the gates at its end."""
+    """Adds the gradient through the keys' writes into the state after the chunk. Returns the gates' part."""
     _add_over(scratch, _to_end)
     factor = _decay(scratch)
     scratch["x"][...] = (load_matrix(scratch["k"]) * factor).astype(jnp.bfloat16)

@@ -1,7 +1,7 @@
-"""The states under one gate per channel on GPUs of compute capability 9.0: two walks along the chunks.
+"""The states under one gate per channel on GPUs of compute capability 9.0, in two walks along the chunks.
 
-With S the state before a chunk, and what `channel.prepare` leaves: q and k as decayed, P the scores, and for the
-delta rule X, beta and the keys as readers r,
+S is the state before a chunk. `channel.prepare` gives the decayed q and k, the scores P and, for the delta rule, X,
+beta and the keys as readers r:
 
     forwards     written = v,  or X beta (v - r S)
                  out = scale (q S + P written),    S <- whole S + k^T written
@@ -9,7 +9,7 @@ delta rule X, beta and the keys as readers r,
                  dv = d written,  or beta dR
                  dS <- whole dS + scale q^T d out,  less r^T beta dR
 
-A program owns `COLUMNS` of the V columns of one head's state: no sum crosses programs.
+A program owns `COLUMNS` of the V columns of one head's state, so no sum crosses programs.
 """
 
 from functools import partial
@@ -41,17 +41,17 @@ from engrax.pallas_kernels.mosaic_gpu.pipeline import StateWalk, run_kernel, wal
 
 
 class ChannelStates(NamedTuple):
-    """What `forward_states` returns; the parts that were not asked for are None."""
+    """The result of `forward_states`; parts not requested are None."""
 
     out: Any  # [B, T, HV, V] bfloat16
     final: jax.Array  # [B, HV, K, V] float32
     written: Any  # [B, T, HV, V] bfloat16, for the delta rule
-    states: Any  # [B, HV, N, K, V] bfloat16, the state that each chunk meets
-    matches: Any  # [B, HV, N, K] float32, by channel: what the chunk keeps of that state . match_with
+    states: Any  # [B, HV, N, K, V] bfloat16, the state before each chunk
+    matches: Any  # [B, HV, N, K] float32, per channel: <what the chunk keeps of that state, match_with>
 
 
 class ChannelCotangents(NamedTuple):
-    """What `backward_states` returns."""
+    """The result of `backward_states`."""
 
     v: jax.Array  # [B, T, HV, V] bfloat16
     start: jax.Array  # [B, HV, K, V] float32
@@ -71,12 +71,12 @@ def forward_states(
     beta=None,
     interpret: bool = False,
 ) -> ChannelStates:
-    """Walks forwards: for the outputs, or for the states, what is written and the matches.
+    """Walks forwards and returns the outputs, or the states, the written values and the matches.
 
-    whole `[B, HV, N, K]`, start `[B, HV, K, V]`, beta `[B, HV, N, C]` (the delta rule's; None: linear attention).
-    match_with: the cotangents of the states after each chunk, of `ChannelCotangents`; None: the outputs are wanted.
-    Every gate of a chunk owes to the matches, whose sides grow with the length: they are taken here, where the state is
-    exact.
+    whole `[B, HV, N, K]`, start `[B, HV, K, V]`, beta `[B, HV, N, C]` for the delta rule (None: linear attention).
+    match_with: the cotangents of the states after each chunk (`ChannelCotangents`); None: return the outputs.
+    The matches contribute to the gradient of every gate of a chunk, and their factors grow with the length. So they are
+    computed here, where the state is exact.
     """
     walk, shape = _walk(scale, v, start), jax.ShapeDtypeStruct
     out_types = {"final": shape(start.shape, jnp.float32)}
@@ -102,7 +102,7 @@ def forward_states(
 def backward_states(
     name: str, tokens: Prepared, out_bar, whole, final_bar, *, scale: float, beta=None, interpret: bool = False
 ) -> ChannelCotangents:
-    """Walks backwards with the cotangent of the state, final_bar `[B, HV, K, V]` at first."""
+    """Walks backwards with the cotangent of the state, which starts as final_bar `[B, HV, K, V]`."""
     walk, shape = _walk(scale, out_bar, final_bar)._replace(reverse=True), jax.ShapeDtypeStruct
     out_types = {"v": shape(out_bar.shape, jnp.bfloat16), "final": shape(final_bar.shape, jnp.float32)}
     out_types["states"] = shape((*whole.shape, out_bar.shape[3]), jnp.bfloat16)
@@ -131,7 +131,7 @@ def _scratch(walk: StateWalk, solves: bool) -> dict:
 
 
 def _run(walk: StateWalk, inputs, outputs, scratch, step):
-    """Walks with `step(blocks by name, state, place) -> state`, place(array): the chunk's part of the output."""
+    """Walks with `step(blocks by name, state, send) -> state`; send(buffer, name) stores a chunk's output."""
     batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
     columns = pl.ds(column * COLUMNS, COLUMNS)
     arrivals = {"v": token_block(inputs["v"], walk, batch, head, COLUMNS, column)}
@@ -189,18 +189,18 @@ def _advance(walk: StateWalk, inputs, outputs, scratch):
 
 
 def _make_room():
-    """Waits until what is leaving has left, and all threads are here."""
+    """Waits until all stores have read their buffers and all threads have arrived."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     plgpu.commit_smem()
 
 
 def _decayed(scratch, blocks, state, row: int):
-    """Returns 64 rows of the state as the chunk decays them."""
+    """Returns 64 rows of the state, decayed by the chunk."""
     return kept(scratch, state, row) * along_rows(blocks["whole"].at[pl.ds(row, 64)], COLUMNS)
 
 
 def _solve(blocks, scratch):
-    """Returns the buffer with X beta (v - r S)."""
+    """Returns the buffer that holds X beta (v - r S)."""
     (read,) = products((blocks["readers"], scratch["state"]))
     missing = load_matrix(blocks["v"]) - read
     scratch["rows"][...] = (missing * along_rows(blocks["beta"])).astype(jnp.bfloat16)
@@ -237,12 +237,12 @@ def _retreat(walk: StateWalk, inputs, outputs, scratch):
 
 
 def _solve_bar(blocks, scratch, written_bar, send):
-    """Returns beta dR; lets dR leave."""
+    """Returns beta dR; stores dR to global memory."""
     scratch["rows"][...] = written_bar.astype(jnp.bfloat16)
     split(scratch["inverse"], load_matrix(blocks["inverse"]))
     plgpu.commit_smem()
     (rows_bar,) = products([(transposed(part), scratch["rows"]) for part in scratch["inverse"]])
-    plgpu.commit_smem()  # all warps have read `rows`, an operand of that product, before it is overwritten
+    plgpu.commit_smem()  # all warps have read `rows`, an operand of that product, overwritten below
     scratch["rows"][...] = rows_bar.astype(jnp.bfloat16)
     plgpu.commit_smem()
     send(scratch["rows"], "rows")

@@ -1,8 +1,8 @@
-"""Parts that the Mosaic GPU kernels (sm_90) share: blocks in shared memory, products, masks and decays of a chunk.
+"""Shared parts of the Mosaic GPU kernels (sm_90): blocks in shared memory, products, masks and decays of a chunk.
 
-A kernel's program is one warpgroup. Matrices are register values in the layout of the matrix unit; its operands lie in
-shared memory (SMEM) in tiles that it and the copy engine understand. Both operands of a product are read from there,
-also where registers would do: the interpreter knows no other form.
+A program is one warpgroup. Matrices are register values in the layout of the matrix unit. Its operands are in shared
+memory (SMEM), tiled for the matrix unit and the copy engine. Both operands of a product are read from SMEM, even where
+registers would do, because the interpreter supports no other form.
 """
 
 import jax
@@ -16,18 +16,18 @@ from engrax.pallas_kernels.common.log_decay import LogDecayShapes
 
 CHUNK = 64  # tokens of a chunk: the rows of one instruction of the matrix unit
 COLUMNS = 64  # columns of a state per program
-SIZES = (64, 128)  # the numbers of features that the kernels serve
-SMEM_BYTES = 224 * 2**10  # for a program's arrays, of the 227 KiB that it may have
-MOST_PROGRAMS = 65535  # along the second and third axis of a grid
-MASKED = -1e30  # a log decay whose exponential is 0; finite, so that no difference of two is NaN
+SIZES = (64, 128)  # supported numbers of features
+SMEM_BYTES = 224 * 2**10  # for a program's arrays, out of the 227 KiB available
+MOST_PROGRAMS = 65535  # along the second and the third axis of a grid
+MASKED = -1e30  # a log decay whose exponential is 0; finite, so differences of two are never NaN
 HI, LO, SINCE_START, TO_END, WHOLE, POSITION, FACTOR = range(7)  # rows of the packed gates
 
 MATRIX = plgpu.Layout.WGMMA
-BY_ROW, BY_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)  # vectors that go along the rows or along the columns
+BY_ROW, BY_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)  # vectors along the rows or along the columns
 
 
 def unsupported_sizes(shapes: LogDecayShapes) -> str | None:
-    """Returns why the kernels of the log-decay operations cannot serve a call of these sizes, None where they can."""
+    """Returns why the log-decay kernels cannot serve a call of these sizes, or None if they can."""
     if shapes.segments:
         return "the GPU kernel has no states per segment"
     if shapes.dtype != jnp.bfloat16:
@@ -45,9 +45,9 @@ def pack_gates(decay: Decay | None, reverse: bool = False, factor: jax.Array | N
     """Returns `[B, H, N, 6 or 7, C]` float32: hi, lo, the decays of a row, of a write and (repeated) of the chunk, and
     the position in the chunk.
 
-    decay: `[B, T, H]`, cumulative inside chunks of `CHUNK` tokens. A sweep forwards decays rows by what lies between
-    the chunk's start and them, and writes by what lies between them and its end; a sweep backwards the other way round.
-    factor: a further number for each token `[B, T, H]`.
+    decay: `[B, T, H]`, cumulative inside chunks of `CHUNK` tokens. A forward sweep decays rows
+    from the chunk's start to the row, and writes from the write to the chunk's end. A backward sweep does the reverse.
+    factor: one more number per token, `[B, T, H]`.
     """
     if decay is None:
         return None
@@ -63,7 +63,7 @@ def pack_gates(decay: Decay | None, reverse: bool = False, factor: jax.Array | N
 
 
 def tiles(dtype):
-    """Returns how a matrix of this dtype lies in SMEM."""
+    """Returns the SMEM layout of a matrix of this dtype."""
     return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
 
 
@@ -73,9 +73,9 @@ def matrix(rows: int, columns: int, dtype=jnp.bfloat16):
 
 
 def token_block(array, sweep, batch, head, features: int, block=0):
-    """Returns a reference to one head's tokens in `[B, T, H, features]` and how their chunks arrive in SMEM.
+    """Returns a reference to one head's tokens in `[B, T, H, features]` and the block spec that loads their chunks.
 
-    sweep: has `heads`, of which those of the array are a divisor, and `at(step)`, the chunk that is visited at a step.
+    sweep: has `heads`, a multiple of the array's heads, and `at(step)`, the chunk visited at a step.
     """
     ref = array.at[batch, :, head // (sweep.heads // array.shape[2])]
     shape, transforms = (CHUNK, features), tiles(array.dtype)
@@ -83,23 +83,25 @@ def token_block(array, sweep, batch, head, features: int, block=0):
 
 
 def gate_blocks(gates, sweep, batch, head) -> list:
-    """Returns the same for the packed gates, twice: the compiler takes minutes to find the layouts of one copy in SMEM
-    that is read along rows and along columns."""
+    """Returns the same for the packed gates, twice: one copy is read along rows and one along columns.
+
+    With a single copy, the compiler takes minutes to find its layouts in SMEM.
+    """
     spec = plgpu.BlockSpec((None, *gates.shape[3:]), lambda step: (sweep.at(step), 0, 0))
     return [(gates.at[batch, head], spec)] * 2
 
 
 def state_block(states, sweep, batch, head, column):
-    """Returns the same for one block of columns of states by chunk, `[B, H, N, D, E]`."""
+    """Returns the same for one block of columns of the per-chunk states `[B, H, N, D, E]`."""
     shape = (None, states.shape[3], COLUMNS)
     spec = plgpu.BlockSpec(shape, lambda step: (sweep.at(step), 0, column), transforms=tiles(states.dtype))
     return states.at[batch, head], spec
 
 
 def keep(scratch, state, row: int, block):
-    """Keeps 64 rows of the state from a row on, rounded where the matrix unit reads them. Returns the state so far.
+    """Stores 64 rows of the state, starting at `row`, rounded for the matrix unit. Returns the state so far.
 
-    The exact state is a tuple of values, or lies in SMEM where the scratch has room for it.
+    The exact state is a tuple of values, or is in SMEM if the scratch has room for it.
     """
     scratch["state"][pl.ds(row, 64), :] = block.astype(jnp.bfloat16)
     if not scratch["exact_state"]:
@@ -109,14 +111,14 @@ def keep(scratch, state, row: int, block):
 
 
 def kept(scratch, state, row: int):
-    """Returns 64 rows of the state from a row on."""
+    """Returns 64 rows of the state, starting at `row`."""
     if not scratch["exact_state"]:
         return state[row // 64]
     return load_matrix(scratch["exact_state"][0].at[pl.ds(row, 64), :])
 
 
 def products(*operands):
-    """Returns float32 products of matrices in SMEM, started together: of a pair each, or sums over a list of pairs."""
+    """Returns float32 products of matrices in SMEM, started together: one per pair, or a sum per list of pairs."""
     sums = [terms if isinstance(terms, list) else [terms] for terms in operands]
 
     def run(*accumulators):
@@ -130,7 +132,7 @@ def products(*operands):
 
 
 def split(targets, x):
-    """Stores a float32 matrix in SMEM as the sum of as many in bfloat16 as there are targets, the largest first."""
+    """Stores a float32 matrix in SMEM as a sum of bfloat16 matrices, one per target, the largest first."""
     for target in targets:
         part = x.astype(jnp.bfloat16)
         target[...] = part
@@ -138,8 +140,10 @@ def split(targets, x):
 
 
 def pairs(a, b) -> list:
-    """Returns the pairs of parts (see `split`) whose products add up to that of the sums: those that are not smaller
-    than what the parts leave out."""
+    """Returns the pairs of parts (see `split`) whose products add up to the full product.
+
+    Pairs smaller than the parts' own rounding error are dropped.
+    """
     return [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < len(a)]
 
 
@@ -171,8 +175,8 @@ def sum_columns(x):
 def visible(reverse: bool, strict: bool, gates=None):
     """Returns the `[C, C]` mask of the tokens (columns) that a token (row) sees in the order of the sweep.
 
-    gates: the two copies of the packed gates. Positions that are read from them are not kept in registers from chunk to
-    chunk, as the compiler keeps a mask that it can compute beforehand.
+    gates: the two copies of the packed gates. With positions read from them, the compiler cannot compute the mask in
+    advance and keep it in registers from chunk to chunk.
     """
     if gates is None:
         row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=MATRIX) for axis in (0, 1))
@@ -190,13 +194,13 @@ def decay_between(gates, reverse: bool, mask):
 
 
 def ladder(a, left, right):
-    """Returns (I + A)^-1 as `inverse.ladder_inverse` does; A float32 in SMEM: registers are what is scarce.
+    """Returns (I + A)^-1 like `inverse.ladder_inverse`. A is float32 in SMEM because registers are scarce.
 
-    left and right: room for the two parts of a matrix each.
+    left, right: scratch for the two parts of one matrix each.
     """
     row, column = (plgpu.broadcasted_iota(jnp.int32, a.shape, axis, layout=MATRIX) for axis in (0, 1))
 
-    def corner(level):  # the lower left block of every pair of blocks of 2^level rows
+    def corner(level):  # the lower left block of each pair of blocks of 2^level rows
         pair = (column >> level) == (row >> level) - 1
         return jnp.where(pair & (((row >> level) & 1) == 1), load_matrix(a), 0.0)
 
@@ -206,7 +210,7 @@ def ladder(a, left, right):
         split(right, corner(level))
         plgpu.commit_smem()
         (first,) = products(pairs(left, right))
-        plgpu.commit_smem()  # all warps' products have read the right operand, which is overwritten
+        plgpu.commit_smem()  # all warps' products have read the right operand, overwritten below
         split(right, first)
         plgpu.commit_smem()
         (second,) = products(pairs(right, left))

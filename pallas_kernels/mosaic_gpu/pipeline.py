@@ -1,4 +1,4 @@
-"""How the Mosaic GPU kernels (sm_90) are started, and how a program walks along the chunks with a state of its own."""
+"""Launches the Mosaic GPU kernels (sm_90), and walks a program's state along the chunks."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from engrax.pallas_kernels.mosaic_gpu.parts import COLUMNS, MATRIX, keep, kept
 
 
 def run_kernel(name: str, body, out_types: dict, scratch: dict, grid, interpret: bool, inputs: dict) -> dict:
-    """Runs `body(inputs, outputs, scratch)`, dicts of references, once for every place of the grid."""
+    """Runs `body(inputs, outputs, scratch)`, all dicts of references, once per grid point."""
     kernel = plgpu.kernel(
         body,
         out_type=(out_types,),
@@ -24,7 +24,7 @@ def run_kernel(name: str, body, out_types: dict, scratch: dict, grid, interpret:
 
 
 class StateWalk(NamedTuple):
-    """What is static about a walk: a state `[inner, outer]` along the chunks of every row and head."""
+    """The static settings of a walk: a state `[inner, outer]` along the chunks of every row and head."""
 
     scale: float
     batch: int
@@ -35,7 +35,7 @@ class StateWalk(NamedTuple):
     reverse: bool = False
 
     def at(self, step):
-        """The chunk that is visited at a step."""
+        """The chunk visited at a step."""
         return self.chunks - 1 - step if self.reverse else step
 
     @property
@@ -46,8 +46,8 @@ class StateWalk(NamedTuple):
 def walk_chunks(walk: StateWalk, stages: int, arrivals: dict, start, final, scratch, step):
     """Runs `step(chunk, blocks by name, state) -> state` over all chunks for one block of columns of one head.
 
-    arrivals: by name what arrives for every chunk, as `token_block` returns it. stages: chunks that are in SMEM at a
-    time. start, final `[B, H, inner, outer]`.
+    arrivals: by name, the input blocks of every chunk, as `token_block` returns them. stages: number of chunks in SMEM
+    at once. start, final `[B, H, inner, outer]`.
     """
     batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
     columns = pl.ds(column * COLUMNS, COLUMNS)
@@ -60,7 +60,7 @@ def walk_chunks(walk: StateWalk, stages: int, arrivals: dict, start, final, scra
     def body(indices, *blocks_and_state):
         *blocks, state = blocks_and_state
         state = step(walk.at(indices[0]), dict(zip(arrivals, blocks)), state)
-        plgpu.commit_smem()  # shows the state to the matrix unit; all threads have read the inputs, new ones may come
+        plgpu.commit_smem()  # the matrix unit now sees the state; all threads have read the inputs, new ones may come
         return state
 
     refs, specs = zip(*arrivals.values())

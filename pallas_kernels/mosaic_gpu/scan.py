@@ -1,15 +1,16 @@
-"""One Mosaic GPU kernel (sm_90) for everything that carries a matrix along a sequence and reads it: a sweep.
+"""The sweep: one Mosaic GPU kernel (sm_90) for everything that carries a matrix along a sequence and reads it.
 
-A sweep goes over the chunks of a sequence, forwards or backwards, with a state S `[D, E]` that stays on the chip:
+A sweep visits the chunks of a sequence, forwards or backwards. Its state S `[D, E]` stays on the chip:
 
     out_t = coefficient * (r_t S_t),    S_t = decay S_{t-1} + coefficient * keys_t values_t^T
 
-computed a chunk at a time as coefficient * (masked(r keys^T) values + decay r S). Linear attention is one sweep (r = q,
-keys = k, values = v); so are its three gradients, with the operands exchanged, and two of the delta rule's. One program
-(one warpgroup) serves `COLUMNS` of the E columns of one head, so that no sum crosses programs.
+It is computed chunk by chunk as coefficient * (masked(r keys^T) values + decay r S). Linear attention is one sweep (r =
+q, keys = k, values = v). Its three gradients are one sweep each, with the operands exchanged, and so are two of the
+delta rule's gradients. One program (one warpgroup) serves `COLUMNS` of the E columns of one head, so no sum crosses
+programs.
 
-Blocks of the inputs arrive by TMA straight from `[B, T, H, features]`, the next chunk's while this one is computed. S
-is a float32 value, rounded to bfloat16 for the matrix unit.
+TMA loads blocks of the inputs directly from `[B, T, H, features]`, the next chunk's while this one is computed. S is
+float32, rounded to bfloat16 for the matrix unit.
 """
 
 from functools import partial
@@ -48,13 +49,13 @@ from engrax.pallas_kernels.mosaic_gpu.parts import (
 
 
 class Read(NamedTuple):
-    """Rows that read the state after their own token's write (strict: before it).
+    """Rows that read the state after their own token's write (strict: before the write).
 
-    by_factor: each token's output is multiplied by its factor in the gates too. dot_with: rows whose dot products with
-    the outputs, before that factor, are added up in `Swept`.
+    by_factor: also multiplies each token's output by its factor in the gates. dot_with: rows whose dot products with
+    the outputs, before that factor, are summed in `Swept`.
     """
 
-    rows: Any  # [B, T, H, D] bfloat16; H heads or a divisor of them, here and below
+    rows: Any  # [B, T, H, D] bfloat16; here and below H heads, or a divisor of H
     coefficient: float = 1.0
     strict: bool = False
     by_factor: bool = False
@@ -62,9 +63,9 @@ class Read(NamedTuple):
 
 
 class Write(NamedTuple):
-    """Keys and values that go into the state (strict: not seen by their own token's read).
+    """Keys and values written into the state (strict: not visible to their own token's read).
 
-    by_factor: each token's write is multiplied by its factor in the gates too.
+    by_factor: also multiplies each token's write by its factor in the gates.
     """
 
     keys: Any  # [B, T, H, D] bfloat16
@@ -75,18 +76,18 @@ class Write(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """What a sweep returns. Lists are by read, those of dots by read that asked for them; None: not asked for."""
+    """Result of a sweep. Lists have one entry per read; dots only for reads that request them. None: not requested."""
 
     outs: list  # [B, T, H, E]
     final: jax.Array  # [B, H, D, E] float32, the state at the end
-    local_dots: list  # [B, T, H] float32, of the part of the outputs from other tokens of the chunk
-    carried_dots: list  # [B, T, H] float32, of the part from other chunks
-    states: jax.Array | None  # [B, H, N, D, E] bfloat16, the state that each chunk of the sequence meets
+    local_dots: list  # [B, T, H] float32, with the part of the outputs from other tokens of the chunk
+    carried_dots: list  # [B, T, H] float32, with the part from other chunks
+    states: jax.Array | None  # [B, H, N, D, E] bfloat16, the state before each chunk
     matches: jax.Array | None  # [B, H, N] float32, the dot product of that state with match_with
 
 
 class SweepPlan(NamedTuple):
-    """What is static about a sweep. Reads and the write hold positions in `tokens` in the place of arrays."""
+    """The static settings of a sweep. Reads and the write hold indices into `tokens` instead of arrays."""
 
     reads: tuple
     write: Write
@@ -99,7 +100,7 @@ class SweepPlan(NamedTuple):
     out_dtype: Any
 
     def at(self, step):
-        """The chunk that is visited at a step."""
+        """The chunk visited at a step."""
         return self.chunks - 1 - step if self.reverse else step
 
     @property
@@ -108,7 +109,7 @@ class SweepPlan(NamedTuple):
 
     @property
     def out_reuses_scores(self) -> bool:
-        """Whether outputs leave through the buffer of the scores, free by then: SMEM limits how many programs run."""
+        """Whether outputs reuse the buffer of the scores, which is free by then: SMEM limits how many programs run."""
         return self.out_dtype == jnp.bfloat16 and len(self.reads) == 1
 
 
@@ -129,10 +130,10 @@ def sweep(
     """Runs one sweep as the kernel `name`.
 
     gates: `pack_gates(decay, reverse)` or None. start `[B, H, D, E]` float32: the state before the sweep's first chunk.
-    match_with `[B, H, N, D, E]` bfloat16 or None. stages: chunks whose inputs are in SMEM at a time.
+    match_with `[B, H, N, D, E]` bfloat16 or None. stages: number of chunks whose inputs are in SMEM at once.
     """
     (batch, length), (heads, inner, outer) = reads[0].rows.shape[:2], start.shape[1:]
-    tokens = []  # every array once for each width that it is read in
+    tokens = []  # each array, once per width it is read in
 
     def position(array, width):
         if array is None:
@@ -166,10 +167,10 @@ def sweep(
 def decay_cotangent(
     decay: Decay, by_token: jax.Array, carried: jax.Array, matches: jax.Array, gates: jax.Array
 ) -> Decay:
-    """Adds what the state at a chunk's end owes to the gates up to there to `by_token` `[B, T, HV]`.
+    """Adds to `by_token` `[B, T, HV]` the gates' gradient through the state at each chunk's end.
 
-    With dS at a chunk's end: matches are <dS, S at its start>, carried sums up to <dS, keys values^T> in a chunk.
-    Taking <dS, S at its end> instead would cost digits: it is the sum of the two, and part of it cancels in `by_token`.
+    With dS at a chunk's end, matches are <dS, S at its start>, and carried sums to <dS, keys values^T> within a chunk.
+    <dS, S at its end> is the sum of the two, but using it would lose digits: part of it cancels in `by_token`.
     """
     batch, length, heads = by_token.shape
     chunks = (batch, length // CHUNK, CHUNK, heads)
@@ -179,14 +180,14 @@ def decay_cotangent(
 
 
 def sum_groups(gradient: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns the gradient by value head `[B, T, HV, K]` summed over those that share a query head."""
+    """Returns the gradient per value head `[B, T, HV, K]`, summed over the value heads that share a query head."""
     batch, length, heads, features = like.shape
     groups = gradient.reshape(batch, length, heads, -1, features)
     return groups[:, :, :, 0].astype(like.dtype) if groups.shape[3] == 1 else groups.sum(3).astype(like.dtype)
 
 
 def _outputs(plan: SweepPlan, save_states: bool, match: bool) -> dict:
-    """Returns the types of the outputs, those of dots and matches by block of columns."""
+    """Returns the types of the outputs; dots and matches have one entry per block of columns."""
     batch, heads, chunks, inner, outer = plan[2:7]
     shape, blocks = jax.ShapeDtypeStruct, outer // COLUMNS
     dots = [shape((blocks, batch, heads, chunks * CHUNK), jnp.float32)] * plan.dots
@@ -210,7 +211,7 @@ def _crowded(plan: SweepPlan) -> bool:
 def _scratch(plan: SweepPlan) -> dict:
     return {
         "state": matrix(plan.inner, COLUMNS),
-        # The exact state, of 128 rows or beside two reads, does not fit into the registers with the dot products.
+        # With the dot products, an exact state of 128 rows, or one with two reads, does not fit into the registers.
         "exact_state": [matrix(plan.inner, COLUMNS, jnp.float32)] if _crowded(plan) else [],
         "scores": matrix(CHUNK, CHUNK),
         "out": [] if plan.out_reuses_scores else [matrix(CHUNK, COLUMNS, plan.out_dtype)],
@@ -218,7 +219,7 @@ def _scratch(plan: SweepPlan) -> dict:
 
 
 def _program(plan: SweepPlan, widths, stages: int, inputs, outputs, scratch):
-    """The sweep over all chunks for one block of columns of one head; arguments are trees of references."""
+    """Sweeps over all chunks for one block of columns of one head; arguments are trees of references."""
     batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "column"))
     columns = pl.ds(column * COLUMNS, COLUMNS)
     arrivals = [
@@ -250,7 +251,7 @@ def _program(plan: SweepPlan, widths, stages: int, inputs, outputs, scratch):
         _read_chunk(plan, tokens, gates, scratch, outputs, (batch, head, chunk, column))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         state = _write_chunk(plan, tokens, gates, scratch, state)
-        plgpu.commit_smem()  # shows the state to the matrix unit; all threads have read the inputs, new ones may come
+        plgpu.commit_smem()  # the matrix unit now sees the state; all threads have read the inputs, new ones may come
         return state
 
     refs, specs = zip(*arrivals)
@@ -264,7 +265,7 @@ def _program(plan: SweepPlan, widths, stages: int, inputs, outputs, scratch):
 
 
 def _read_chunk(plan: SweepPlan, tokens, gates, scratch, outputs, place):
-    """Computes the outputs of one chunk and lets them leave."""
+    """Computes the outputs of one chunk and stores them to global memory."""
     batch, head, chunk, column = place
     here = pl.ds(chunk * CHUNK, CHUNK)
     buffer, asked = (scratch["out"] or [scratch["scores"]])[0], 0
@@ -292,10 +293,10 @@ def _read_chunk(plan: SweepPlan, tokens, gates, scratch, outputs, place):
 
 
 def _scores(plan: SweepPlan, tokens, gates, target, read: Read):
-    """Puts the decayed scores of one read into the target. Returns its local dots, if it asks for them.
+    """Stores the decayed scores of one read in the target. Returns its local dots, if requested.
 
-    They are taken from float32 scores: out_i . d_i = sum_j scores_ij (values_j . d_i), which needs no rounded output.
-    Scores are rounded before any coefficient, so that a sweep and the one of its gradient round alike.
+    The dots use float32 scores: out_i . d_i = sum_j scores_ij (values_j . d_i), which needs no rounded output. Scores
+    are rounded before any coefficient is applied, so that a sweep and its gradient's sweep round alike.
     """
     write = plan.write
     (scores,) = products((tokens[read.rows], transposed(tokens[write.keys])))
@@ -309,14 +310,14 @@ def _scores(plan: SweepPlan, tokens, gates, target, read: Read):
     target[...] = scores.astype(jnp.bfloat16)
     if read.dot_with is None:
         return None
-    # A product of its own, started late: registers are what is scarce.
+    # A separate product, started late, because registers are scarce.
     (other,) = products((tokens[read.dot_with], transposed(tokens[write.values])))
     apart = jnp.where(visible(plan.reverse, True, gates), scores * other, 0.0)
     return sum_columns(apart) * write.coefficient
 
 
 def _write_chunk(plan: SweepPlan, tokens, gates, scratch, state):
-    """Returns the state after the chunk's writes; the values are decayed where they lie."""
+    """Returns the state after the chunk's writes; decays the values in place."""
     write = plan.write
     keys, values = tokens[write.keys], tokens[write.values]
     if gates:

@@ -1,1 +1,1 @@
-"""Parts of Mosaic TPU kernels that several operations use."""
+"""Parts of Mosaic TPU kernels shared by several operations."""

@@ -1,4 +1,4 @@
-"""Scores of one chunk under decay per channel, in whole two-dimensional arrays: the form that a TPU kernel can hold."""
+"""Scores of one chunk under decay per channel, with two-dimensional arrays only, as TPU kernels need them."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -12,12 +12,12 @@ from engrax.pallas_kernels.mosaic_tpu.parts import SUBLANES
 def channel_scores(
     queries: tuple[Float[Array, "C K"], ...], k: Float[Array, "C K"], decay: Decay, operands: Operands
 ) -> tuple[Float[Array, "C C"], ...]:
-    """Returns for each set of queries sum_c q[i, c] k[j, c] exp(G[i, c] - G[j, c]) for j <= i, zero above.
+    """Returns, per set of queries, sum_c q[i, c] k[j, c] exp(G[i, c] - G[j, c]) for j <= i, and 0 for j > i.
 
-    As `decay.channel_scores`: the chunk is halved again and again, and between the right and the left half of a block
-    the decay factors around the left half's last token, into two exponentials of at most 1. Here every halving is one
-    product of the whole chunk with itself, of which a mask keeps the (right, left) pairs of its blocks. The last token
-    cancels between the two factors, so its decay needs no cotangent.
+    As in `decay.channel_scores`, the chunk is halved repeatedly. Between the right and the left half of a block, the
+    decay factors around the left half's last token into two exponentials of at most 1. Here each halving is one product
+    of the whole chunk with itself, and a mask keeps the (right, left) pairs of its blocks. The last token cancels
+    between the two factors, so its decay needs no cotangent.
     """
     size = k.shape[0]
     i, j = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
@@ -36,7 +36,7 @@ def channel_scores(
 
 
 def _left_ends(x: Float[Array, "C K"], half: int) -> Float[Array, "C K"]:
-    """Returns for every token the row of the last token of the left half of its block of 2 * half tokens."""
+    """Returns, for each token, the row of the last token in the left half of its block of 2 * half tokens."""
     size, features = x.shape
     if 2 * half >= SUBLANES:
         starts = range(0, size, 2 * half)

@@ -1,15 +1,15 @@
-"""The log-decay operations on TPU: a kernel walks the chunks of one row and head in order, the state in VMEM.
+"""The log-decay operations on TPU: a kernel walks the chunks of one row and head in order, with the state in VMEM.
 
-An operation brings two functions of one chunk, its tokens (a dict of two-dimensional arrays) and the state `[K, V]`
-before it:
+An operation supplies two functions of one chunk's tokens (a dict of two-dimensional arrays) and the state `[K, V]`
+before the chunk:
 
-    step(tokens, state) -> (out, state after the chunk, more to be saved)
+    step(tokens, state) -> (out, state after the chunk, extra values to save)
     pull(tokens, state, out_bar, after_bar) -> (cotangents of the tokens, cotangent of the state before)
 
-Forward is one kernel. Backward is two: a sweep forward that leaves the state before every group of chunks in memory,
-and a kernel that takes the groups from the last to the first, runs each forward again into scratch memory, then
-backward with the state's cotangent in scratch memory. Letters: B rows, H heads of the state, M chunks, C tokens of a
-chunk, K and V features, N segments.
+The forward pass is one kernel. The backward pass is two. The first sweeps forward and stores the state before every
+group of chunks. The second takes the groups from last to first: it recomputes each group's states into scratch memory,
+then runs backward with the state's cotangent in scratch memory. Letters: B rows, H heads of the state, M chunks, C
+tokens of a chunk, K and V features, N segments.
 """
 
 from collections.abc import Callable
@@ -29,12 +29,12 @@ from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
 from engrax.pallas_kernels.common.segments import SegmentLayout
 from engrax.pallas_kernels.mosaic_tpu.parts import call, load, store
 
-GROUP = 8  # chunks between two states in memory
+GROUP = 8  # chunks between two saved states
 Tree = Any
 
 
 class ChunkKernels(NamedTuple):
-    """How an operation walks its chunks. name: of its kernels in a profile; wrt: the tokens that have cotangents."""
+    """How an operation walks its chunks. name: of its kernels in a profile; wrt: the tokens with cotangents."""
 
     name: str
     step: Callable
@@ -44,8 +44,8 @@ class ChunkKernels(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """Where segments with states of their own begin and end: for every chunk its segment, whether it is the segment's
-    first, whether its last. In a kernel references to scalar memory, which the index maps read ahead."""
+    """Where segments with separate states begin and end: each chunk's segment, and whether it is the segment's first or
+    last chunk. In a kernel these are references to scalar memory, which index maps read ahead."""
 
     segment: Int[Array, "B M"]
     first: Int[Array, "B M"]
@@ -62,7 +62,7 @@ def ends_of(layout: SegmentLayout | None) -> Ends | None:
 
 
 def unsupported_sizes(shapes: LogDecayShapes) -> str | None:
-    """Returns why the kernels cannot serve a call of these sizes, None where they can."""
+    """Returns why the kernels cannot serve a call of these sizes, or None if they can."""
     if shapes.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the TPU kernel takes float32 or bfloat16 q, k and v, not {shapes.dtype}"
     if shapes.chunk % 16 or shapes.chunk > 256:
@@ -73,7 +73,7 @@ def unsupported_sizes(shapes: LogDecayShapes) -> str | None:
 
 
 def to_chunks(x: Shaped[Array, "B T H *D"], chunk: int) -> Shaped[Array, "B H M C *D"]:
-    """Lays tokens out by head and chunk: a block must hold the whole of its array's last two axes."""
+    """Lays tokens out by head and chunk, since a block must span the last two axes of its array."""
     x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
     return x.transpose(0, 3, 1, 2, *range(4, x.ndim))
 
@@ -85,12 +85,12 @@ def to_tokens(x: Shaped[Array, "B H M C *D"]) -> Shaped[Array, "B T H *D"]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Decay: for one gate per token a table "gates" of two rows, hi and lo (a column in memory would take the room of 128),
-# for one per channel "hi" and "lo" as they are.
+# Decay. One gate per token: a table "gates" with two rows, hi and lo (a column would take the memory of 128).
+# One gate per channel: "hi" and "lo" unchanged.
 
 
 def pack_decay(decay: Decay | None, chunk: int) -> dict[str, Array]:
-    """Returns what the tokens hold of the decay `[B, T, H]` or `[B, T, H, K]`."""
+    """Returns the decay `[B, T, H]` or `[B, T, H, K]` as entries of the tokens."""
     if decay is None:
         return {}
     decay = Decay(*(to_chunks(x, chunk) for x in decay))
@@ -98,7 +98,7 @@ def pack_decay(decay: Decay | None, chunk: int) -> dict[str, Array]:
 
 
 def unpack_decay_bar(bars: dict[str, Array], decay: Decay | None) -> Decay | None:
-    """Returns the cotangent of the decay, which is that of its `lo`."""
+    """Returns the cotangent of the decay, which equals that of its `lo`."""
     if decay is None:
         return None
     lo_bar = to_tokens(bars["gates"][:, :, :, 1] if "gates" in bars else bars["lo"])
@@ -106,7 +106,7 @@ def unpack_decay_bar(bars: dict[str, Array], decay: Decay | None) -> Decay | Non
 
 
 def load_decay(tokens: dict[str, Array]) -> tuple[Decay, ...]:
-    """Returns in a kernel the decay of a chunk: (), (its column, its row), or one number per channel."""
+    """Returns the decay of a chunk inside a kernel: (), (column, row), or one decay per channel."""
     if "gates" in tokens:
         rows, columns = tokens["gates"], tokens["gates"].T
         return Decay(columns[:, :1], columns[:, 1:]), Decay(rows[:1], rows[1:])
@@ -114,7 +114,7 @@ def load_decay(tokens: dict[str, Array]) -> tuple[Decay, ...]:
 
 
 def store_decay_bar(lo_bars: tuple[Array, ...]) -> dict[str, Array]:
-    """Returns the cotangents to be stored, given those of `lo` in what `load_decay` returns."""
+    """Returns the cotangents to store, given the cotangents of `lo` in the results of `load_decay`."""
     if len(lo_bars) == 2:
         row = lo_bars[0].T + lo_bars[1]
         return {"gates": jnp.concatenate([jnp.zeros_like(row), row])}
@@ -136,7 +136,7 @@ def _last(ends: Ends | None, n, chunks):
 
 
 def _forward_kernel(walk: ChunkKernels, group: int, ends, tokens, state, out, final, more, starts, scratch):
-    """Grid (B, H, M). out and more: None where only states are wanted; starts: None, or that before every group."""
+    """Grid (B, H, M). out, more: None if only states are wanted. starts: None, or the state before every group."""
     n = pl.program_id(2)
 
     @pl.when(_first(ends, n))
@@ -162,7 +162,7 @@ def _forward_kernel(walk: ChunkKernels, group: int, ends, tokens, state, out, fi
 
 
 def _chunk_of_step(group: int, i):
-    """Returns which chunk of its group the backward kernel's step i works on: all but the last forward, then back."""
+    """Returns the group's chunk for step i of the backward kernel: forward over all but the last, then back."""
     return jnp.where(i < group, i, 2 * group - 2 - i)
 
 
@@ -181,7 +181,7 @@ def _backward_kernel(
     states,
     carry,
 ):
-    """Grid (B, H, groups, steps). states: scratch memory for the state before every chunk of the group."""
+    """Grid (B, H, groups, steps). states: scratch for the state before every chunk of the group."""
     i = pl.program_id(3)
     slot = _chunk_of_step(group, i)
     n = (pl.num_programs(2) - 1 - pl.program_id(2)) * group + slot
@@ -202,7 +202,7 @@ def _backward_kernel(
 
     @pl.when(backward & (n == chunks - 1))
     def _():
-        carry[...] = jnp.zeros(carry.shape, carry.dtype)  # for chunks after the last segment's, which hold nothing
+        carry[...] = jnp.zeros(carry.shape, carry.dtype)  # for empty chunks after the last segment
 
     @pl.when(backward & last)
     def _():
@@ -224,7 +224,7 @@ def _backward_kernel(
 
 
 def _by_chunk(x, heads: int, chunk_of):
-    """Returns the block of one chunk; fewer heads than the state's are shared by several of its heads."""
+    """Returns the block of one chunk; if x has fewer heads than the state, several state heads share one."""
     share = heads // x.shape[1]
 
     def index(b, h, *rest):
@@ -234,7 +234,7 @@ def _by_chunk(x, heads: int, chunk_of):
 
 
 def _by_segment(x, ends: Ends | None, chunk_of):
-    """Returns the block of the state of one head, and of the chunk's segment where there are segments."""
+    """Returns the block of one head's state, of the chunk's segment if there are segments."""
     if ends is None:
         return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, *_: (b, h, 0, 0))
 
@@ -249,14 +249,14 @@ def _shape(shape, dtype):
 
 
 def _kernel(body, ends: Ends | None):
-    """Returns the body as the kernel for calls with or without the three arrays of `Ends` in scalar memory."""
+    """Returns the body as a kernel, with or without the three arrays of `Ends` in scalar memory."""
     if ends is None:
         return partial(body, None)
     return lambda segment, first, last, *refs: body(Ends(segment, first, last), *refs)
 
 
 def _forward(walk: ChunkKernels, more, group: int | None, tokens, state, ends: Ends | None):
-    """Returns (out, final state, more, starts): all but starts None if a group is given, else starts None."""
+    """Returns (out, final state, more, starts). With a group, all but starts are None; otherwise starts is None."""
     v = tokens["v"]
     batch, heads, chunks = v.shape[:3]
     states = state.shape[-2:]
@@ -294,14 +294,14 @@ def _forward(walk: ChunkKernels, more, group: int | None, tokens, state, ends: E
 
 
 def _backward(walk: ChunkKernels, group: int, tokens, state, starts, ends: Ends | None, out_bar, final_bar):
-    """Returns the cotangents of the tokens, by heads of the state, and of the state."""
+    """Returns the cotangents of the tokens, per head of the state, and of the state."""
     batch, heads, chunks = out_bar.shape[:3]
     groups, steps = starts.shape[2], 2 * group - 1
 
     def here(g, i, *_):
         return jnp.minimum((groups - 1 - g) * group + _chunk_of_step(group, i), chunks - 1)
 
-    def written(g, i, *_):  # while the group runs forward, the first chunk that will be written on the way back
+    def written(g, i, *_):  # while the group runs forward: the first chunk written on the way back
         return jnp.minimum((groups - 1 - g) * group + jnp.minimum(group - 1, steps - 1 - i), chunks - 1)
 
     def specs(tree, chunk_of=here):
@@ -340,17 +340,17 @@ def _state_dims(layout: SegmentLayout | None) -> str:
 
 
 def _of_segments(layout: SegmentLayout | None, new, old):
-    """Returns `new`, for segments without tokens `old`."""
+    """Returns `new`, or `old` for segments without tokens."""
     return new if layout is None else jnp.where(layout.has_tokens[:, :, None, None, None], new, old)
 
 
 def walk_forward(
     walk: ChunkKernels, tokens: Tree, state: Float[Array, "B *N H K V"], layout: SegmentLayout | None, more=None
 ):
-    """Returns (out `[B, H, M, C, V]`, final state, what `step` saves).
+    """Returns (out `[B, H, M, C, V]`, final state, the values `step` saves).
 
-    tokens: a dict of arrays `[B, H or fewer, M, ., .]` with "v" of H heads; more: what `step` saves of one chunk, a
-    `jax.ShapeDtypeStruct` of two axes.
+    tokens: a dict of arrays `[B, H or fewer, M, ., .]`, where "v" has H heads. more: the type of the values that `step`
+    saves per chunk, a `jax.ShapeDtypeStruct` with two axes.
     """
     dims = _state_dims(layout)
     run = shard_over_batch_and_heads(
@@ -384,7 +384,7 @@ def walk_backward(
 
 
 def _sum_shared(bar, like):
-    """Sums a cotangent over the heads of the state that share a head of the tokens."""
+    """Sums a cotangent over the state heads that share a token head."""
     if bar.shape[1] == like.shape[1]:
         return bar
     bar = bar.reshape(bar.shape[0], like.shape[1], -1, *bar.shape[2:])

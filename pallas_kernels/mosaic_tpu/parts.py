@@ -1,7 +1,7 @@
-"""What the TPU kernels share: how they are called, trees of references, sizes of tiles.
+"""Shared parts of the TPU kernels: calls, trees of references, tile sizes.
 
 A kernel's arguments are trees of arrays in the standard layout of its operation. Rows and heads are the parallel axes
-of its grid; its last axes run in order, and scratch memory carries the state along them.
+of its grid. Its last axes run in order, and scratch memory carries the state along them.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-Refs = Any  # a tree of references to memory, in the place of a tree of arrays
+Refs = Any  # a tree of references to memory, shaped like a tree of arrays
 
 SUBLANES, LANES = 8, 128  # a tile of float32
-# A core of v5e and v6e has 128 MiB of VMEM. Sizes are estimates: kernels are refused well below what they may take.
+# A core of v5e and v6e has 128 MiB of VMEM. Sizes are estimates, so kernels are refused well below their limit.
 VMEM_BYTES, VMEM_LIMIT = 64 * 2**20, 96 * 2**20
 
 
@@ -33,11 +33,13 @@ def call(
     interpret: bool,
     prefetch: tuple = (),
 ):
-    """Runs a kernel whose grid has `parallel` axes in any order, then axes in order. Returns the tree of outputs.
+    """Runs a kernel. The `parallel` grid axes come first and run in any order; the others run in order.
+
+    Returns the tree of outputs.
 
     kernel: takes references to the arrays of `prefetch`, then the trees of references to inputs, outputs and scratch
-    memory; name: of the kernel in a profile; outputs: a tree of `jax.ShapeDtypeStruct`; prefetch: arrays of integers
-    that lie in scalar memory, and that index maps are given after the grid's indices.
+    memory. name: of the kernel in a profile. outputs: a tree of `jax.ShapeDtypeStruct`. prefetch: integer arrays in
+    scalar memory, passed to index maps after the grid indices.
     """
     run = pl.pallas_call(
         kernel,
@@ -60,12 +62,12 @@ def call(
 
 
 def scratch_like(tree, *lead: int):
-    """Returns float32 scratch memory for every array of the tree: its last two axes, after `lead`."""
+    """Returns float32 scratch memory for every array of the tree, shaped `lead` plus the array's last two axes."""
     return jax.tree.map(lambda x: pltpu.VMEM((*lead, *x.shape[-2:]), jnp.float32), tree)
 
 
 def load(refs: Refs):
-    """Returns the tree of values that the references hold."""
+    """Returns the tree of values in the references."""
     return jax.tree.map(lambda ref: ref[...], refs)
 
 
@@ -84,6 +86,6 @@ def store_zeros(refs: Refs) -> None:
 
 
 def tiled_bytes(rows: int, columns: int, itemsize: int = 4) -> int:
-    """Returns the bytes of a matrix in VMEM, which is made of whole tiles."""
+    """Returns the bytes of a matrix in VMEM, rounded up to whole tiles."""
     sublanes = SUBLANES * 4 // itemsize
     return itemsize * (-(-rows // sublanes) * sublanes) * (-(-columns // LANES) * LANES)

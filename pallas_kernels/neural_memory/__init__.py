@@ -1,8 +1,8 @@
-"""Neural memory of Titans (arXiv:2501.00663): an MLP trained by gradient descent on the tokens that pass.
+"""Neural memory of Titans (arXiv:2501.00663): an MLP trained by gradient descent on the incoming tokens.
 
-Files: `api` validates and chooses; `types` the state and the axis letters; `reference` the token-by-token oracle;
-`grid` lays tokens out in chunks; `gates` turns gates into the coefficients of the dual form; `xla` and `vjp` its
-forward and backward pass; `gpu` and `tpu` the same scan as kernels; `cost` counts FLOPs and bytes.
+Files: `api` validates and chooses; `types` has the state and the axis letters; `reference` is the token-by-token
+oracle; `grid` lays tokens out in chunks; `gates` turns gates into the coefficients of the dual form; `xla` and `vjp`
+are its forward and backward pass; `gpu` and `tpu` run the same scan as kernels; `cost` counts FLOPs and bytes.
 """
 
 from engrax.pallas_kernels.dispatch import everywhere, kernel

@@ -1,4 +1,4 @@
-"""The public operation `neural_memory`: its contract, its validation and the choice of an implementation."""
+"""The public operation `neural_memory`: contract, validation and choice of an implementation."""
 
 from functools import partial
 from typing import no_type_check
@@ -33,10 +33,10 @@ def neural_memory(
     save_every=1,
     implementation=None,
 ):
-    """Writes every token into a memory that is an MLP, by gradient descent with momentum and forgetting, and reads it.
+    """Writes every token into an MLP memory, by gradient descent with momentum and forgetting, and reads from it.
 
-    For every row and head, with M(x) = act(... act(x W_1) ...) W_L and token t's gradient of the inner loss taken at
-    the anchor, the memory as it stood at the start of t's chunk (Titans, arXiv:2501.00663, equations 12 to 18):
+    The memory of each row and head is M(x) = act(... act(x W_1) ...) W_L. The gradient of token t's inner loss is taken
+    at the anchor, the memory at the start of t's chunk (Titans, arXiv:2501.00663, equations 12 to 18):
 
         grad_t = d/dW 1/2 ||M_anchor(k_t) - v_t||^2
         S_t = momentum_t S_{t-1} - lr_t grad_t
@@ -48,23 +48,23 @@ def neural_memory(
       v: values `[B, T, H, V]`, the targets of the inner loss.
       lr: step size `[B, T, H]`, >= 0 (not checked).
       momentum, forget: `[B, T, H]` in [0, 1], exact 0 and 1 included (not checked).
-      state: `NeuralMemoryState` to continue from. Give its phase as a NumPy array of zeros (as
-        `NeuralMemoryState.start` does) where it is known to be zero: rows at unknown phases cost one block more.
-      reset: `(weights, momentum)`, tuples with one `[H, I, O]` array per memory layer, what every segment but a row's
-        first starts from; required with `segment_ids`.
+      state: `NeuralMemoryState` to continue from. If the phase is known to be zero, give it as a NumPy array of zeros
+        (as `NeuralMemoryState.start` does): unknown phases cost one extra block.
+      reset: `(weights, momentum)`, tuples with one `[H, I, O]` array per memory layer: the start of every segment
+        except a row's first; required with `segment_ids`.
       segment_ids: int `[B, T]`, -1 = padding after a row's last token, -2 = filler between segments. Neither writes or
-        decays anything, and both read 0. Filler takes a place in its chunk, padding does not. The row's first segment
-        continues `state`; a later one starts from `reset`, and its anchor is the reset memory until the row's next
-        chunk begins. The final state is that after the last real token.
-      activation: "gelu" (tanh form), "silu", "relu" or "tanh".
-      gradient_at: "anchor", or "decayed": the gradient is taken at (1 - forget_t) times the anchor.
+        decays anything, and both read 0. Filler counts as a position of its chunk; padding does not. A row's first
+        segment continues `state`. Later segments start from `reset`, and their anchor is the reset memory until the
+        row's next chunk begins. The final state is the state after the last real token.
+      activation: "gelu" (tanh approximation), "silu", "relu" or "tanh".
+      gradient_at: "anchor", or "decayed" for the gradient at (1 - forget_t) times the anchor.
       chunk_size: tokens between two refreshes of the anchor.
-      save_every: peak memory of the backward pass. n > 1: it keeps the state of every n-th chunk and runs the chunks
-        between again. 1: it keeps the hidden rows of every chunk, and the state of every chunk of 64 tokens or more (of
-        shorter chunks up to every fourth). The GPU kernels always run everything again.
-      implementation: None (choose), "reference" (token by token), "xla" (dual form, chunk by chunk), or a kernel,
-        see `engrax.pallas_kernels.available`. The GPU kernels serve bfloat16 q, k and v only: what they multiply, the
-        state too, they round to bfloat16, and add in float32.
+      save_every: controls the peak memory of the backward pass. n > 1: saves the state of every n-th chunk and
+        recomputes the chunks between. 1: saves the hidden rows of every chunk, and the state of every chunk of 64
+        tokens or more (one state per up to four shorter chunks). The GPU kernels always recompute everything.
+      implementation: None (choose), "reference" (token by token), "xla" (dual form, chunk by chunk), or a kernel, see
+        `engrax.pallas_kernels.available`. The GPU kernels serve bfloat16 q, k and v only. They round all operands of
+        products, including the state, to bfloat16, and accumulate in float32.
 
     Returns:
       out `[B, T, H, V]` in v's dtype, and the final `NeuralMemoryState`, float32 (float64 if any input is).
@@ -102,7 +102,7 @@ _by_chunks = partial(jax.jit, static_argnames=_OPTIONS)(neural_memory_xla)
 
 
 def _shapes(q, state, dtype, tokens, chunk_size: int, save_every: int, aligned: bool, segments: bool) -> MemoryShapes:
-    """Returns what a kernel would be asked to serve."""
+    """Returns the shapes that a kernel would have to serve."""
     batch, length, heads = q.shape[:3]
     slots = min(length, chunk_size)
     blocks = -(-length // slots) + (not aligned and length > 1)

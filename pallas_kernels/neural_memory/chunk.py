@@ -1,8 +1,8 @@
-"""One block of one head of the neural memory: the dual form and its derivative, written out.
+"""One block of one head of the neural memory: the dual form and its hand-written derivative.
 
-A block reads from *bases*: what it began with and, where a segment may begin inside it, the reset state. Every token's
-memory is a combination of the bases' matrices (see `gates`) plus rank-one writes. Letters as in `types`; here without
-N, B and H, which are mapped over.
+A block reads from *bases*: its initial state and, if a segment may begin inside it, the reset state. Each token's
+memory is a combination of the bases' matrices (see `gates`) plus rank-one writes. Letters are as in `types`, without N,
+B and H, which are mapped over.
 
 Forward, for layers l = 1..L with x_1 = k, u_1 = q, M_l the anchor, and D = 0 above the diagonal:
 
@@ -26,10 +26,10 @@ Rows = tuple[Float[Array, "S _"], ...]  # one array of token rows per layer
 
 
 class Bases(NamedTuple):
-    """What a block reads from, one entry per base (carried state, reset state).
+    """The states a block reads from, one entry per base (carried state, reset state).
 
-    anchor: that of the tokens on the carried state, None where it is the carried weights themselves; tokens on the
-    reset state have the reset weights for their anchor.
+    anchor: of the tokens on the carried state; None: the carried weights themselves. For tokens on the reset state, the
+    anchor is the reset weights.
     """
 
     weights: tuple[Layers, ...]
@@ -42,7 +42,7 @@ class Bases(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass of a block needs besides its inputs; x, u and delta follow from it elementwise."""
+    """Values saved for the backward pass of a block, besides its inputs; x, u and delta follow elementwise."""
 
     z: Rows  # keys before the activation, layers 1..L-1
     r: Rows  # gradient after the activation, layers 1..L-1
@@ -56,12 +56,12 @@ def _transposed(x, m):  # x @ m.T
 
 
 def outer(x, y):
-    """Returns x^T y. Functions below take another one as `outer` where a device needs its own."""
+    """Returns x^T y. A device may pass its own version as `outer` to the functions below."""
     return jnp.einsum("si,so->io", x, y)
 
 
 def _combine(scales, products):
-    """Returns sum_j scales[:, j] * products[j]; scales None: the only product itself."""
+    """Returns sum_j scales[:, j] * products[j]; with scales None, the only product unchanged."""
     if scales is None:
         return products[0]
     return sum(scales[:, j, None] * p for j, p in enumerate(products))
@@ -72,7 +72,7 @@ def _scale(scales, j, x):
 
 
 def _dots(x, products):
-    """Returns [S, R]: row by row the inner product of x with each product."""
+    """Returns [S, R]: the row-wise inner product of x with each product."""
     return jnp.stack([jnp.sum(x * p, axis=-1) for p in products], axis=-1)
 
 
@@ -99,7 +99,7 @@ def _inputs_and_deltas(k, saved_z, saved_r, error, f, df):
 
 
 def chunk_forward(c: Coefficients, first_scores, q, k, v, bases: Bases, activation: str, outer=outer):
-    """Returns (out, weights, momentum) after the block, and what the backward pass needs.
+    """Returns (out, weights, momentum) after the block, and the values saved for the backward pass.
 
     first_scores: D_1 `[S, S]`, which does not depend on the memory.
     """
@@ -132,13 +132,13 @@ def chunk_carry(c: Coefficients, xs: Rows, deltas: Rows, bases: Bases, outer=out
 
 
 def chunk_replay(c: Coefficients, k, bases: Bases, saved: Saved, activation: str, outer=outer) -> tuple[Layers, Layers]:
-    """Returns weights and momentum after the block from what was saved of it."""
+    """Returns weights and momentum after the block, from its saved values."""
     f, df, _ = with_derivatives(activation)
     return chunk_carry(c, *_inputs_and_deltas(k, saved.z, saved.r, saved.error, f, df), bases, outer)
 
 
 class _Grads:
-    """Cotangents of one block, added up as the derivative proceeds; None: nothing yet."""
+    """Cotangents of one block, accumulated as the derivative proceeds; None: nothing yet."""
 
     def __init__(self, bases: Bases, outer):
         self.outer = outer
@@ -158,7 +158,7 @@ class _Grads:
         self.add(self.matrices[kind][base], layer, value)
 
     def add_outer(self, kind, base, layer, x, y):
-        """Adds x^T y; the products of one matrix are done at the end as one, over all their rows."""
+        """Adds x^T y; all products of one matrix are computed at the end as one product over all rows."""
         if kind == "anchor" and (base > 0 or not self.anchored):
             kind = "weights"
         self.outers[kind][base][layer].append((x, y))
@@ -203,7 +203,7 @@ def _read_bwd(g: _Grads, c, first_scores, q, xs, deltas, saved: Saved, bases, ou
 
 
 def _carry_bwd(g: _Grads, c, xs, deltas, bases, weights_bar, momentum_bar):
-    """Derivative of the carry; the cotangents are those of the next block's weights and momentum."""
+    """Derivative of the carry, given the cotangents of the next block's weights and momentum."""
     a_bar = b_bar = p_bar = write_bar = last_write_bar = 0
     for layer, (x, delta, w_bar, s_bar) in enumerate(zip(xs, deltas, weights_bar, momentum_bar)):
         ws, ss = _layer(bases.weights, layer), _layer(bases.momentum, layer)

@@ -1,4 +1,4 @@
-"""FLOPs and bytes of the chunkwise form, for rooflines and for the tables printed before a run."""
+"""FLOPs and bytes of the chunkwise form, for rooflines and the tables printed before a run."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from engrax.pallas_kernels.neural_memory.vjp import group_size
 
 
 class Flops(NamedTuple):
-    """Floating-point operations (a multiply and an add are two) of matrix products, forward and backward."""
+    """Floating-point operations of matrix products (multiply and add count as two), forward and backward."""
 
     forward: float
     backward: float
@@ -31,10 +31,10 @@ def flops(
 ) -> Flops:
     """Returns the operations of one call without recomputation (`save_every=1`).
 
-    Per token and memory layer of I x O, in multiply-adds: a product with a base's matrix costs I O. Forward: keys 1
-    and 1 more to pass the error down (not in the first layer), read 2 (weights, momentum), carry 2; with a second
-    base (`segments`) keys and read double. Inside a chunk of S: scores S I and their use S O. Backward: 2 for every
-    forward product, keys' error included.
+    In multiply-adds, per token and per I x O memory layer: a product with a base's matrix costs I O. Forward: keys 1,
+    plus 1 to propagate the error (not in the first layer); read 2 (weights, momentum); carry 2. With a second base
+    (`segments`), keys and read double. Inside a chunk of S tokens: scores S I, and their use S O. Backward: 2 per
+    forward product, including the keys' error.
     """
     slots, bases = min(seq, chunk_size), 2 if segments else 1
     total = 0
@@ -65,10 +65,11 @@ def saved_bytes(
     save_every: int = 1,
     itemsize: int = 4,
 ) -> int:
-    """Returns the bytes that the forward pass keeps for the backward pass, inputs and outputs apart.
+    """Returns the bytes that the forward pass saves for the backward pass, without inputs and outputs.
 
-    Weights and momentum once per group of chunks (`vjp.group_size`); hidden rows (three per hidden layer, the error,
-    the scores of all layers but the first) of every chunk where save_every is 1, else of one group at a time.
+    Weights and momentum count once per group of chunks (`vjp.group_size`). Hidden rows (three per hidden layer, the
+    error, and the scores of all layers but the first) count for every chunk if save_every is 1, else for one group at a
+    time.
     """
     slots = min(seq, chunk_size)
     chunks = -(-seq // slots)

@@ -1,12 +1,12 @@
-"""The neural memory token by token, with writes that wait: for decoding, where gradients are not asked for.
+"""Token-by-token decoding of the neural memory with pending writes; it has no gradients.
 
-A call of one token that returns the whole state reads and writes every matrix. Here the matrices stay as they are and
-the last writes wait beside them as the vectors they are made of. With W_0, S_0 the matrices and m waiting writes
+A one-token call that returns the whole state reads and writes every matrix. Here the matrices stay unchanged, and the
+last writes are pending: they are stored beside the matrices as vectors. With matrices W_0, S_0 and m pending writes
 
     W_t = a W_0 + b S_0 - sum_{i<=m} c_i x_i^T delta_i        S_t = p S_0 - sum_{i<=m} e_i x_i^T delta_i
 
-A token multiplies its factors (a, b, p, c, e) by its gates and adds one write; its read is u W_t. Where a row begins a
-chunk, and where no place is left, the row's waiting writes are added to its matrices in place (`_settle`).
+A token multiplies the factors (a, b, p, c, e) by its gates and adds one write. Its read is u W_t. When a row begins a
+chunk, or has no free place, its pending writes are added to its matrices in place (`_settle`).
 """
 
 from typing import NamedTuple
@@ -18,11 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from engrax.pallas_kernels.neural_memory.types import Layers, NeuralMemoryState, with_derivatives
 
-WAITING = 16  # most writes that wait; reading them costs what adding them to the matrices more often would
+WAITING = 16  # most pending writes; reading more would cost what rarer updates of the matrices save
 
 
 class Factors(NamedTuple):
-    """The factors of W_t and S_t, per row and head; e and c are 0 in places without a write."""
+    """The factors of W_t and S_t, per row and head; e and c are 0 for places without a write."""
 
     a: Float[Array, "B H"]
     b: Float[Array, "B H"]
@@ -32,9 +32,9 @@ class Factors(NamedTuple):
 
 
 class DecodingMemory(NamedTuple):
-    """A `NeuralMemoryState` with P places for waiting writes.
+    """A `NeuralMemoryState` with P places for pending writes.
 
-    keys, deltas: x_i and delta_i of every memory layer, `[B, H, P, I]` and `[B, H, P, O]`. count: writes that wait.
+    keys, deltas: x_i and delta_i of every memory layer, `[B, H, P, I]` and `[B, H, P, O]`. count: pending writes.
     """
 
     weights: Layers
@@ -48,7 +48,7 @@ class DecodingMemory(NamedTuple):
 
 
 def open_memory(state: NeuralMemoryState, chunk_size: int) -> DecodingMemory:
-    """Returns the state with no write waiting."""
+    """Returns the state without pending writes."""
     batch, heads = state.weights[0].shape[:2]
     places, dtype = min(chunk_size, WAITING), state.weights[0].dtype
     one, none = jnp.ones((batch, heads), dtype), jnp.zeros((batch, heads, places), dtype)
@@ -63,7 +63,7 @@ def open_memory(state: NeuralMemoryState, chunk_size: int) -> DecodingMemory:
 
 
 def close_memory(memory: DecodingMemory) -> NeuralMemoryState:
-    """Returns the state with all writes added."""
+    """Returns the state with all pending writes added."""
     weights, momentum = _settled(memory)
     return NeuralMemoryState(weights, momentum, memory.anchor, memory.phase)
 
@@ -81,20 +81,20 @@ def decode(
     activation: str = "gelu",
     chunk_size: int = 64,
 ) -> tuple[Float[Array, "B 1 H V"], DecodingMemory]:
-    """One token of `neural_memory` for every row: (out, memory).
+    """Runs one token of `neural_memory` for every row. Returns (out, memory).
 
-    A row of padding (segment id -1) reads 0 and stays as it is; any other id continues the row's segment.
+    A padding row (segment id -1) reads 0 and stays unchanged; any other id continues the row's segment.
     """
     f, df, _ = with_derivatives(activation)
     dtype, places = memory.weights[0].dtype, memory.factors.c.shape[-1]
     tokens, real = [x[:, 0] for x in (q, k, v)], jnp.ones(len(q), bool)
     if segment_ids is not None:
         real = segment_ids[:, 0] >= 0
-        tokens = [jnp.where(real[:, None, None], x, 0) for x in tokens]  # padding may hold anything
+        tokens = [jnp.where(real[:, None, None], x, 0) for x in tokens]  # padding may hold any value
     q_BHK, k_BHK, v_BHV = (x.astype(dtype) for x in tokens)
     memory = _settle(memory, real & ((memory.phase == 0) | (memory.count == places)))
     xs, deltas = _gradient(memory.anchor, k_BHK, v_BHV, f, df)
-    place = jnp.where(real, memory.count, places)  # of padding: none
+    place = jnp.where(real, memory.count, places)  # padding: out of range, so its write is dropped
     rows = jnp.arange(len(real))
     keys, held = (
         tuple(old.at[rows, :, place].set(new, mode="drop") for old, new in zip(olds, news))
@@ -129,7 +129,7 @@ def _gradient(anchor: Layers, k, v, f, df) -> tuple[Layers, Layers]:
 
 
 def _after_token(old: Factors, here: Bool[Array, "B 1 P"], lr, momentum, forget) -> Factors:
-    """The factors after a token that writes in the place `here`; gates `[B, H]`."""
+    """The factors after a token that writes to the place `here`; gates `[B, H]`."""
     keep = 1 - forget
     p = momentum * old.p
     e = jnp.where(here, lr[..., None], momentum[..., None] * old.e)
@@ -149,7 +149,7 @@ def _read(memory: DecodingMemory, u: Float[Array, "B H K"], f) -> Float[Array, "
 
 
 def _settled(memory: DecodingMemory) -> tuple[Layers, Layers]:
-    """Weights and momentum with all writes added."""
+    """Weights and momentum with all pending writes added."""
     a, b, p = (factor[..., None, None] for factor in memory.factors[:3])
     weights, momentum = [], []
     for w, s, x, delta in zip(memory.weights, memory.momentum, memory.keys, memory.deltas):
@@ -162,7 +162,7 @@ def _settled(memory: DecodingMemory) -> tuple[Layers, Layers]:
 
 
 def _settle(memory: DecodingMemory, due: Bool[Array, " B"]) -> DecodingMemory:
-    """The memory with the writes of the rows `due` added, row after row and in place; at phase 0 the anchor follows."""
+    """Adds the pending writes of the rows `due`, row by row and in place; at phase 0, also refreshes the anchor."""
     order = jnp.argsort(~due, stable=True)
 
     def settle(i, matrices):
@@ -171,7 +171,7 @@ def _settle(memory: DecodingMemory, due: Bool[Array, " B"]) -> DecodingMemory:
         weights, momentum = _settled(row)
         begins = row.phase[:, None, None, None] == 0
         anchor = tuple(jnp.where(begins, w, old) for w, old in zip(weights, row.anchor))
-        # All is made before anything is put: else fusions read a matrix that is updated, of which XLA keeps a copy.
+        # Compute everything before any update. Otherwise fusions read a matrix being updated, and XLA copies it.
         new = lax.optimization_barrier((weights, momentum, anchor))
         return jax.tree.map(lambda old, rows: lax.dynamic_update_slice_in_dim(old, rows, order[i], 0), matrices, new)
 

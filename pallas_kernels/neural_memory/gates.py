@@ -1,4 +1,4 @@
-"""The coefficients of the dual form: what each token's memory is made of, from the gates alone.
+"""The coefficients of the dual form: how the gates combine earlier states and writes into each token's memory.
 
 Inside a block, with L_a[t,s] = prod_{j=s+1..t} a_j for t >= s, the memory after token t is
 
@@ -8,9 +8,9 @@ Inside a block, with L_a[t,s] = prod_{j=s+1..t} a_j for t >= s, the memory after
     E = L_momentum diag(lr),      P_t = prod_{j<=t} momentum_j,
     C = L_(1-forget) E,           A_t = prod_{j<=t} (1 - forget_j),      B = L_(1-forget) P,
 
-where x_i^T delta_i is token i's gradient. W_0, S_0 are what the block began with or, for tokens whose segment began
-inside the block, the reset state: `A` and the others have a last axis that says which (0: carried, 1: reset).
-Products are cumulative products of the gates themselves, so exact 0 and 1 give exact values and gradients.
+where x_i^T delta_i is token i's gradient. W_0, S_0 are the block's initial state or, for tokens whose segment began
+inside the block, the reset state. The last axis of `A` and the others selects it (0: carried, 1: reset). Products are
+cumulative products of the gates themselves, so gates of exactly 0 or 1 give exact values and gradients.
 """
 
 from typing import NamedTuple
@@ -21,11 +21,11 @@ from jaxtyping import Array, Bool, Float
 
 
 class Coefficients(NamedTuple):
-    """Coefficients of all blocks. R is 1, or 2 where tokens may belong to a segment that starts from the reset state.
+    """Coefficients of all blocks. R is 1, or 2 if tokens may belong to a segment that starts from the reset state.
 
-    anchor: what multiplies the anchor (or the reset weights) for each token's gradient; None: exactly 1.
+    anchor: factor of the anchor (or of the reset weights) in each token's gradient; None: exactly 1.
     read_weights, read_momentum, write: A, B and C above, for every token.
-    last_*: A, B, C, P and E of the block's last slot, which make the next block's weights and momentum.
+    last_*: A, B, C, P and E of the block's last slot, which give the next block's weights and momentum.
     """
 
     anchor: Float[Array, "*N S R"] | None
@@ -37,7 +37,7 @@ class Coefficients(NamedTuple):
 
 
 def _products(a: Float[Array, "*N S"], mask: Bool[Array, "*#N S S"]) -> Float[Array, "*N S S"]:
-    """Returns L_a, zero where `mask` is False."""
+    """Returns L_a, with zeros where `mask` is False."""
     later = jnp.tri(a.shape[-1], k=-1, dtype=bool)
     return jnp.where(mask, lax.cumprod(jnp.where(later, a[..., :, None], 1), axis=a.ndim - 1), 0)
 
@@ -52,8 +52,8 @@ def coefficients(
 ) -> Coefficients:
     """Returns the coefficients of the dual form.
 
-    real: False for padding and empty slots, which change nothing.
-    start: True where a token begins a segment from the reset state; None: no such token.
+    real: False for padding and empty slots, which have no effect.
+    start: True for tokens that begin a segment from the reset state; None: no such token.
     """
     slots = lr.shape[-1]
     keep = jnp.where(real, 1 - forget, 1)
@@ -65,7 +65,7 @@ def coefficients(
         mask = mask & (started[..., :, None] == started[..., None, :])
         first = first | start
 
-    def since_start(l, a):  # the product of a from the token's segment start, or the block's, to the token
+    def since_start(l, a):  # the product of a from the segment's or the block's start to the token
         if start is None:
             return l[..., :, 0] * a[..., :1]
         return jnp.sum(l * jnp.where(first, a, 0)[..., None, :], axis=-1)
@@ -77,7 +77,7 @@ def coefficients(
     c = jnp.matmul(l_keep, e, precision=lax.Precision.HIGHEST)
     at = keep if gradient_at == "decayed" else None
 
-    def by_base(x):  # splits over the last axis: carried state, reset state
+    def by_base(x):  # splits along a last axis: carried state, reset state
         if start is None:
             return x[..., None]
         return jnp.stack([jnp.where(started == 0, x, 0), jnp.where(started == 0, 0, x)], axis=-1)

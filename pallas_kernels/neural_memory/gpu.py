@@ -1,18 +1,18 @@
-"""The scan over blocks as GPU kernels (compute capability 9.0), for a memory of one layer or two.
+"""The scan over blocks as GPU kernels (compute capability 9.0), for memories of one or two layers.
 
-Products take bfloat16 operands and add in float32, so the kernels serve calls whose q, k and v are bfloat16; weights,
-momentum, gates and their gradients are float32. Four kernels for one layer, in `gpu_kernels` and `gpu_chunks` (those
-for two layers: `gpu_two_layers`):
+Products have bfloat16 operands and accumulate in float32, so the kernels serve calls with bfloat16 q, k and v. Weights,
+momentum, gates and their gradients are float32. One layer has four kernels, in `gpu_kernels` and `gpu_chunks` (two
+layers: see `gpu_two_layers`):
 
-    forward            weights and momentum stay on the chip from the first chunk to the last
-    backward_states    the same again, without queries: the errors, and the matrices that every chunk begins with
-    backward_carry     the cotangents of the matrices from the last chunk to the first, and that of v
-    backward_tokens    all chunks at once: the cotangents of q, k and of the coefficients
+    forward            weights and momentum stay on chip from the first chunk to the last
+    backward_states    the same without queries: recomputes the errors and the matrices at the start of every chunk
+    backward_carry     the cotangents of the matrices, from the last chunk to the first, and that of v
+    backward_tokens    the cotangents of q, k and the coefficients, for all chunks at once
 
-Where rows are at unknown phases, the first block may continue a chunk and the last one may be empty: these two take the
-XLA form. Beside inputs, nothing but the matrices between these parts is saved for the backward pass (`save_every`
-changes nothing). While it runs, the matrices of every chunk, with what rounding took from them, and their cotangents
-lie in memory as bfloat16: 12 K V bytes for each chunk and head of a memory of one layer.
+If rows are at unknown phases, the first block may continue a chunk and the last may be empty, so these two use the XLA
+form. Only the inputs and the matrices between these parts are saved for the backward pass (`save_every` has no effect).
+During the backward pass, each chunk's matrices, their rounding errors and their cotangents are in memory as bfloat16:
+12 K V bytes per chunk and head for a one-layer memory.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ from engrax.pallas_kernels.passes import Passes, pull_back
 
 
 def unsupported(shapes: MemoryShapes) -> str | None:
-    """Returns why these kernels cannot serve a call, None if they can."""
+    """Returns why these kernels cannot serve a call, or None if they can."""
     if len(shapes.layers) > 2:
         return f"the GPU kernel takes memories of 1 or 2 layers, not {len(shapes.layers)}"
     if shapes.tokens != jnp.bfloat16 or shapes.dtype != jnp.float32:
@@ -57,7 +57,7 @@ def unsupported(shapes: MemoryShapes) -> str | None:
 
 
 def forward(plan: ScanPlan, inputs: ScanInputs) -> tuple[ScanOutputs, list[Carry]]:
-    """Returns (out, the carry) and the carries before all parts but the first."""
+    """Returns (out, carry) and the carries before every part except the first."""
     blocks, carry, _ = inputs
     outs, carries = [], []
     for part, run in _parts(blocks):
@@ -82,14 +82,14 @@ passes = Passes(forward, backward)
 
 
 class _Run(NamedTuple):
-    """forward(plan, blocks, carry) -> (out, carry); backward(plan, blocks, carry, cotangents) -> those of both."""
+    """forward(plan, blocks, carry) -> (out, carry); backward(plan, blocks, carry, cotangents) -> cotangents of both."""
 
     forward: Callable
     backward: Callable
 
 
 def _parts(blocks: Blocks) -> list[tuple[slice, _Run]]:
-    """Returns which blocks the kernels run and which the XLA form, in order."""
+    """Returns, in order, which blocks the kernels run and which the XLA form runs."""
     if blocks.fresh is None:
         return [(slice(None), BY_KERNEL)]
     count = blocks.k.shape[0]
@@ -110,7 +110,7 @@ def _xla_backward(plan: ScanPlan, blocks: Blocks, carry: Carry, cotangents: Scan
 
 
 def _kernel_forward(plan: ScanPlan, blocks: Blocks, carry: Carry) -> ScanOutputs:
-    """Runs blocks that all begin their chunks, so that every block's anchor is its first weights."""
+    """Runs blocks that all begin their chunks, so each block's anchor is its initial weights."""
     run, layout = _of_depth(carry)
     out, final = run.forward(plan, _pack(blocks), *(layout.pack(layers) for layers in carry[:2]))
     return _to_blocks(out).astype(blocks.v.dtype), tuple(layout.unpack(matrices) for matrices in final)
@@ -130,7 +130,7 @@ BY_XLA, BY_KERNEL = _Run(_xla_forward, _xla_backward), _Run(_kernel_forward, _ke
 
 
 class _MatrixLayout(NamedTuple):
-    """How the layers' matrices lie for a kernel. Both ways move entries, so they also move cotangents."""
+    """A kernel's layout of the layers' matrices. Both conversions only move entries, so they also serve cotangents."""
 
     pack: Callable
     unpack: Callable
@@ -155,7 +155,7 @@ def _to_tokens(x):
 
 
 def _pack(blocks: Blocks) -> PackedTokens:
-    """Returns what the kernels read. It undoes the grid's layout: XLA drops the pair."""
+    """Returns the kernels' inputs. This undoes the grid's layout, and XLA cancels the two."""
     c = blocks.coefficients
     a, b = c.read_weights[..., 0], c.read_momentum[..., 0]
     anchor = jnp.ones_like(a) if c.anchor is None else c.anchor[..., 0]

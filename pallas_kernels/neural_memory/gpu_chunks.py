@@ -1,14 +1,14 @@
-"""The Mosaic GPU kernel (sm_90) that differentiates the chunks of a one-layer memory, all of them at once.
+"""The Mosaic GPU kernel (sm_90) that differentiates all chunks of a one-layer memory at once.
 
-With the matrices M and S at a chunk's start, their cotangents dM and dS at its end, delta and its cotangent at hand,
-which the sweeps of `gpu_kernels` leave, no chunk needs another:
+The sweeps of `gpu_kernels` give the matrices M and S at a chunk's start, their cotangents dM and dS at its end, delta
+and its cotangent. With these, chunks are independent:
 
     D = -(d out) delta^T,    dC = D o (q k^T)
     dq = A (d out) M^T + B (d out) S^T + (C o D) k
     dk = anchor (d delta) M^T - C_last delta dM^T - E_last delta dS^T + (C o D)^T q
 
-The cotangents of the other coefficients are inner products of rows of q or k with the terms of dq and dk; those of the
-last slot also of the matrices with their cotangents, which the sweep backwards has taken.
+The cotangents of the other coefficients are inner products of rows of q or k with the terms of dq and dk. Those of the
+last slot also include inner products of the matrices with their cotangents, computed by the backward sweep.
 """
 
 from functools import partial
@@ -44,9 +44,9 @@ from engrax.pallas_kernels.neural_memory.gpu_kernels import (
 
 
 def chunk_gradients(tokens: PackedTokens, out_bar, again: dict, back: dict, *, interpret: bool = False) -> dict:
-    """Returns "q_bar" and "k_bar" `[B, T, H, K]` bfloat16, "write_bar" and "table_bar", those of the `PackedTokens`.
+    """Returns the cotangents of the `PackedTokens`: "q_bar", "k_bar" `[B, T, H, K]` bfloat16, "write_bar", "table_bar".
 
-    again, back: what `states` and `backward` return. One program serves 64 of the K features of a chunk of one head.
+    again, back: the results of `states` and `backward`. One program serves 64 of the K features of a chunk of one head.
     """
     plan = sizes_of(tokens)
     tiles_of_key, count = plan.key // 64, plan.chunks
@@ -99,9 +99,9 @@ def _differentiate(plan: MemorySizes, inputs, outputs, scratch):
     plgpu.copy_smem_to_gmem(scratch["write"], outputs["write_bar"].at[program])
     rows_bar = outputs["rows_bar"].at[program]
     found = {"q": _of_queries(scratch, rows_bar)}
-    plgpu.commit_smem()  # keeps later work from starting earlier, for which registers do not suffice
+    plgpu.commit_smem()  # keeps later work from being moved up, which would need too many registers
     found["k"] = _of_keys(scratch, rows_bar)
-    plgpu.commit_smem()  # all threads' products have read q and k, which make room
+    plgpu.commit_smem()  # all threads' products have read q and k, whose buffers are free now
     for name, value in found.items():
         scratch[name][...] = value
     plgpu.commit_smem()
@@ -111,7 +111,7 @@ def _differentiate(plan: MemorySizes, inputs, outputs, scratch):
 
 
 def _scores_bar(scratch):
-    """Puts minus the cotangent of (q k^T), rounded, in the place of a square, and that of C in the place of C."""
+    """Stores minus the cotangent of (q k^T), rounded, in a square buffer, and the cotangent of C over C."""
     matches, scores = products(
         (scratch["out_bar"], transposed(scratch["delta"])), (scratch["q"], transposed(scratch["k"]))
     )
@@ -120,7 +120,7 @@ def _scores_bar(scratch):
 
 
 def _of_queries(scratch, rows_bar):
-    """Returns the cotangent of q; writes those of A and B."""
+    """Returns the cotangent of q; stores those of A and B."""
     by_weights, by_momentum, local = products(
         (scratch["out_bar"], transposed(scratch["weights"])),
         (scratch["out_bar"], transposed(scratch["momentum"])),
@@ -134,10 +134,10 @@ def _of_queries(scratch, rows_bar):
 
 
 def _of_keys(scratch, rows_bar):
-    """Returns the cotangent of k; writes those of what scales the anchor and of C and E of the last slot."""
+    """Returns the cotangent of k; stores those of the anchor's scale and of C and E of the last slot."""
     *parts, total = products(
         (scratch["v_bar"], transposed(scratch["weights"])),
-        # The gradients of C and E are sums that cancel: unlike others they need more of delta than bfloat16 holds.
+        # The gradients of C and E are sums with cancellation, so they need delta in more than bfloat16.
         [(scratch[name], transposed(scratch["weights_bar"])) for name in ("delta", "rest")],
         [(scratch[name], transposed(scratch["momentum_bar"])) for name in ("delta", "rest")],
         (transposed(scratch["square"]), scratch["q"]),

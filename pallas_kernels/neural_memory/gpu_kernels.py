@@ -1,16 +1,17 @@
-"""Mosaic GPU kernels (sm_90) of a neural memory of one layer: its three sweeps along the chunks.
+"""Mosaic GPU kernels (sm_90) of a one-layer neural memory: three sweeps along the chunks.
 
-With one layer, M(x) = x W, the columns of W, of its momentum S and of v never meet: a program of a sweep owns `COLUMNS`
-of them, of one head, from the first chunk to the last. Per chunk, with M = W at its start and letters as in `gates`:
+With one layer, M(x) = x W, so the columns of W, of its momentum S and of v are independent. A program of a sweep owns
+`COLUMNS` columns of one head, from the first chunk to the last. Per chunk, with M = W at its start and letters as in
+`gates`:
 
     forward     delta = anchor k M - v,    out = A q M + B q S - (C q k^T) delta
                 M <- A_last M + B_last S - k^T C_last delta,    S <- P_last S - k^T E_last delta
     backward    d delta = -(C q k^T)^T d out - C_last k dM - E_last k dS
                 dM <- A_last dM + q^T A d out + k^T anchor d delta,    dS <- B_last dM + P_last dS + q^T B d out
 
-What else is differentiated needs of the other chunks only what these sweeps leave: `gpu_chunks`.
+The other gradients need only the results of these sweeps from other chunks (`gpu_chunks`).
 
-Matrices are float32, in SMEM or as values, and are rounded to bfloat16 for the matrix unit.
+Matrices are float32, in SMEM or in registers, and are rounded to bfloat16 for the matrix unit.
 """
 
 from functools import partial
@@ -39,14 +40,14 @@ from engrax.pallas_kernels.mosaic_gpu.parts import (
 )
 from engrax.pallas_kernels.mosaic_gpu.pipeline import run_kernel
 
-# Rows of a chunk's table: A, B, what scales the anchor, C and E of the last slot; then A, B and P of the last slot.
+# Rows of a chunk's table: A, B, the anchor's scale, C and E of the last slot; then A, B and P of the last slot.
 READ_WEIGHTS, READ_MOMENTUM, ANCHOR, WRITE, LAST_WRITE, LAST = range(6)
 TABLE_ROWS = 6
 MATRICES = ("weights", "momentum")
 
 
 class PackedTokens(NamedTuple):
-    """What the kernels read, T a multiple of `CHUNK`."""
+    """The kernels' inputs; T is a multiple of `CHUNK`."""
 
     q: jax.Array  # [B, T, H, K] bfloat16
     k: jax.Array  # [B, T, H, K] bfloat16
@@ -56,7 +57,7 @@ class PackedTokens(NamedTuple):
 
 
 class MemorySizes(NamedTuple):
-    """What is static."""
+    """The static sizes."""
 
     batch: int
     heads: int
@@ -66,7 +67,7 @@ class MemorySizes(NamedTuple):
     reverse: bool = False
 
     def at(self, step):
-        """The chunk that is visited at a step."""
+        """The chunk visited at a step."""
         return self.chunks - 1 - step if self.reverse else step
 
     @property
@@ -84,7 +85,7 @@ class MemorySizes(NamedTuple):
 
 
 def sizes_of(tokens: PackedTokens, reverse: bool = False) -> MemorySizes:
-    """Returns the sizes of a call; reverse: the chunks are visited from the last to the first."""
+    """Returns the sizes of a call; reverse: visits the chunks from last to first."""
     batch, length, heads, key = tokens.k.shape
     return MemorySizes(batch, heads, length // CHUNK, key, tokens.v.shape[3], reverse)
 
@@ -100,9 +101,9 @@ def forward(tokens: PackedTokens, weights, momentum, *, stages: int = 2, interpr
 
 
 def states(tokens: PackedTokens, weights, momentum, *, stages: int = 2, interpret: bool = False) -> dict:
-    """Runs forwards again. Returns, all bfloat16, "delta" and what rounding took from it, "rest", `[B, T, H, V]`, and
-    the "weights_at" and "momentum_at" that every chunk begins with, `[B, H, N, K, V]`, with "weights_rest" and
-    "momentum_rest"."""
+    """Recomputes the forward pass. Returns bfloat16 arrays: "delta" and its rounding error "rest", `[B, T, H, V]`, and
+    "weights_at" and "momentum_at" at the start of every chunk, `[B, H, N, K, V]`, with their rounding errors
+    "weights_rest" and "momentum_rest"."""
     plan = sizes_of(tokens)
     out_types = dict.fromkeys(("delta", "rest"), plan.tokens(plan.value))
     out_types |= dict.fromkeys((f"{name}_{part}" for name in MATRICES for part in ("at", "rest")), plan.states())
@@ -113,12 +114,13 @@ def states(tokens: PackedTokens, weights, momentum, *, stages: int = 2, interpre
 
 
 def backward(tokens: PackedTokens, again: dict, out_bar, bars, *, stages: int = 2, interpret: bool = False) -> dict:
-    """Runs the cotangents of the matrices backwards. bars: those of `forward`'s weights, momentum and anchor; again:
-    what `states` returns.
+    """Runs the cotangents of the matrices backwards. bars: the cotangents of `forward`'s weights, momentum and anchor;
+    again: the results of `states`.
 
-    Returns "v_bar" `[B, T, H, V]` bfloat16, the cotangents at the end of every chunk, "weights_at" and "momentum_at"
-    `[B, H, N, K, V]` bfloat16, those of the first "weights" and "momentum", `[B, H, K, V]` float32, and "matches"
-    `[N, B, H, 3]`: the inner products of the matrices with their cotangents, those of A, B and P of the last slot.
+    Returns "v_bar" `[B, T, H, V]` bfloat16; the cotangents at the end of every chunk, "weights_at" and "momentum_at"
+    `[B, H, N, K, V]` bfloat16; the cotangents of the initial "weights" and "momentum", `[B, H, K, V]` float32; and
+    "matches" `[N, B, H, 3]`, the inner products of the matrices with their cotangents, which are the cotangents of A, B
+    and P of the last slot.
     """
     plan = sizes_of(tokens, reverse=True)
     out_types = {"v_bar": plan.tokens(plan.value)} | dict.fromkeys(("weights_at", "momentum_at"), plan.states())
@@ -139,12 +141,12 @@ def _scratch(plan: MemorySizes) -> dict:
         exact_state = [matrix(plan.key, COLUMNS, jnp.float32)] if exact else []
         return {"state": matrix(plan.key, COLUMNS), "exact_state": exact_state}
 
-    # The registers hold one matrix of 64 rows beside what a chunk takes, but none of 128.
+    # Beside a chunk's values, the registers can hold one matrix of 64 rows, but not of 128.
     return {"weights": state(True), "momentum": state(plan.key > 64), "square": matrix(CHUNK, CHUNK)}
 
 
 class MemoryProgram(NamedTuple):
-    """Where a program is, and what it reads and writes there; all but the numbers are trees of references."""
+    """A program's position, its inputs and its outputs; all but the numbers are trees of references."""
 
     batch: jax.Array
     head: jax.Array
@@ -164,7 +166,7 @@ class MemoryProgram(NamedTuple):
         return plgpu.load(self.matrix(self.inputs[name], row), layout=MATRIX, optimized=False)
 
     def load_at(self, name: str, chunk, row: int):
-        """Returns a matrix by chunk and what rounding took from it, added."""
+        """Returns the sum of a per-chunk matrix and its rounding error."""
 
         def load(part: str):
             place = self.inputs[f"{name}_{part}"].at[self.batch, self.head, chunk, pl.ds(row, 64), self.columns]
@@ -176,7 +178,7 @@ class MemoryProgram(NamedTuple):
         return array.at[self.batch, pl.ds(chunk * CHUNK, CHUNK), self.head, self.columns]
 
     def send_matrices(self, chunk, part: str, buffers: dict):
-        """Lets matrices leave for their place by chunk."""
+        """Stores matrices to their chunk's place in global memory."""
         for name, buffer in buffers.items():
             target = self.outputs[f"{name}_{part}"].at[self.batch, self.head, chunk, :, self.columns]
             plgpu.copy_smem_to_gmem(buffer, target)
@@ -189,7 +191,7 @@ class MemoryProgram(NamedTuple):
 def _sweep(plan: MemorySizes, stages: int, step, full, columns, inputs, outputs, scratch):
     """Runs `step(plan, place, chunk, blocks by name, momentum) -> momentum` over all chunks.
 
-    full, columns: the tokens that arrive with all their features, and with the program's columns.
+    full, columns: the token arrays loaded with all features, and with only the program's columns.
     """
     place = MemoryProgram(*(lax.axis_index(name) for name in ("batch", "head", "part")), inputs, outputs, scratch)
     momentum = _begin(plan, place)
@@ -197,7 +199,7 @@ def _sweep(plan: MemorySizes, stages: int, step, full, columns, inputs, outputs,
     def body(indices, *blocks_and_momentum):
         *blocks, momentum = blocks_and_momentum
         momentum = step(plan, place, plan.at(indices[0]), dict(zip(arrivals, blocks)), momentum)
-        plgpu.commit_smem()  # shows the state to the matrix unit; all threads have read the inputs, new ones may come
+        plgpu.commit_smem()  # the matrix unit now sees the state; all threads have read the inputs, new ones may come
         return momentum
 
     batch, head, column, *_ = place
@@ -218,9 +220,9 @@ def _sweep(plan: MemorySizes, stages: int, step, full, columns, inputs, outputs,
 
 
 def chunk_block(array, sweep, batch, head):
-    """Returns a reference to one head's part of `[N, B, H, R, C]` and how it arrives in SMEM, chunk by chunk.
+    """Returns a reference to one head's part of `[N, B, H, R, C]` and the block spec that loads it chunk by chunk.
 
-    sweep: has `at(step)`, the chunk that is visited at a step.
+    sweep: has `at(step)`, the chunk visited at a step.
     """
     transforms = tiles(array.dtype) if array.shape[3] == CHUNK else ()
     spec = plgpu.BlockSpec((None, *array.shape[3:]), lambda step: (sweep.at(step), 0, 0), transforms=transforms)
@@ -228,7 +230,7 @@ def chunk_block(array, sweep, batch, head):
 
 
 def _begin(plan: MemorySizes, place: MemoryProgram) -> tuple:
-    """Fetches the matrices. Returns the momentum as far as it is kept in registers."""
+    """Loads the matrices. Returns the part of the momentum that is kept in registers."""
     momentum = ()
     for row in range(0, plan.key, 64):
         weights, block = (place.load(name, row) for name in ("weights", "momentum"))
@@ -239,7 +241,7 @@ def _begin(plan: MemorySizes, place: MemoryProgram) -> tuple:
 
 
 def _finish(plan: MemorySizes, place: MemoryProgram, momentum: tuple):
-    """Lets the last matrices leave, if they are asked for."""
+    """Stores the final matrices to global memory, if requested."""
     if "weights" in place.outputs:
         for row in range(0, plan.key, 64):
             place.matrix(place.outputs["weights"], row)[...] = kept(place.scratch["weights"], (), row)
@@ -286,26 +288,26 @@ def _states_chunk(plan: MemorySizes, place: MemoryProgram, chunk, blocks, moment
 
 
 def _delta(blocks, scratch):
-    """Returns how far the anchor misses the values."""
+    """Returns the anchor's error on the values."""
     (read,) = products((blocks["k"], scratch["weights"]["state"]))
     return read * along_rows(blocks["table"].at[ANCHOR]) - load_matrix(blocks["v"])
 
 
 def _scores(blocks, target):
-    """Puts C q k^T into the target."""
+    """Stores C q k^T in the target."""
     (scores,) = products((blocks["q"], transposed(blocks["k"])))
     target[...] = (scores * load_matrix(blocks["write"])).astype(jnp.bfloat16)
     plgpu.commit_smem()
 
 
 def _read(tokens, table, scratch, of_weights: int, of_momentum: int):
-    """Returns what the tokens read from weights and momentum, each times its row of the table."""
+    """Returns the tokens' reads from weights and momentum, each times its row of the table."""
     by_weights, by_momentum = products(*((tokens, scratch[name]["state"]) for name in ("weights", "momentum")))
     return by_weights * along_rows(table.at[of_weights]) + by_momentum * along_rows(table.at[of_momentum])
 
 
 def _carry(plan: MemorySizes, blocks, scratch, momentum, delta):
-    """Brings weights and momentum to the end of the chunk, through the room of what has left. Returns the momentum."""
+    """Updates weights and momentum to the end of the chunk, in buffers already stored. Returns the momentum."""
     table, after = blocks["table"], ()
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     scratch["square"][...] = (delta * along_rows(table.at[WRITE])).astype(jnp.bfloat16)
@@ -330,7 +332,7 @@ def _backward_chunk(plan: MemorySizes, place: MemoryProgram, chunk, blocks, mome
     v_bar = _read(blocks["k"], table, scratch, WRITE, LAST_WRITE)
     (local,) = products((transposed(square), out_bar))
     v_bar, read_bar = v_bar + local, load_matrix(out_bar)
-    plgpu.commit_smem()  # all threads' products have read what is overwritten now
+    plgpu.commit_smem()  # all threads' products have read the buffers overwritten below
     square[...] = v_bar.astype(jnp.bfloat16)
     out_bar[...] = (read_bar * along_rows(table.at[READ_MOMENTUM])).astype(jnp.bfloat16)
     plgpu.commit_smem()
@@ -359,9 +361,9 @@ def _backward_chunk(plan: MemorySizes, place: MemoryProgram, chunk, blocks, mome
 
 
 def _matches(plan: MemorySizes, place: MemoryProgram, chunk, momentum):
-    """Writes the inner products of the matrices with their cotangents, by row.
+    """Stores the row-wise inner products of the matrices with their cotangents.
 
-    These are sums that cancel: unlike others they need more of the matrices than bfloat16 holds.
+    These sums have cancellation, so they need the matrices in more than bfloat16.
     """
     target = place.outputs["matches"].at[place.column, chunk, place.batch, place.head]
     for row in range(0, plan.key, 64):

@@ -1,4 +1,4 @@
-"""What the GPU kernels of one layer and of two are wrapped in: two passes, split over a mesh."""
+"""The wrapper of the one-layer and two-layer GPU kernels: two passes, split over a mesh."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,7 @@ _TOKENS, _OUT = PackedTokens("BTHK", "BTHK", "BTHV", "NBHCC", "NBHRC"), "BTHV"  
 
 
 class FinalMatrices(NamedTuple):
-    """Matrices as a kernel has them: `[B, H, K, V]`, or as tiles `[B, H, 2 tiles, 64, 64]`."""
+    """Matrices in a kernel's layout: `[B, H, K, V]`, or as tiles `[B, H, 2 tiles, 64, 64]`."""
 
     weights: jax.Array
     momentum: jax.Array
@@ -32,7 +32,7 @@ class MatrixPasses(NamedTuple):
 
 
 def sharded(forward: Callable, backward: Callable, matrix: str) -> MatrixPasses:
-    """Returns the passes, given those for one device, split over a mesh by rows and heads; matrix: a matrix's axes."""
+    """Splits one device's passes over a mesh by rows and heads and returns them; matrix: a matrix's axes."""
     inputs, outputs = (_TOKENS, matrix, matrix), (_OUT, FinalMatrices(matrix, matrix, matrix))
 
     def run(plan, *arrays):

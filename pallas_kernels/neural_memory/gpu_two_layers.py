@@ -1,13 +1,13 @@
-"""The GPU kernels of a neural memory of two layers: the passes over tokens and matrices.
+"""The GPU kernels of a two-layer neural memory: the passes over tokens and matrices.
 
-    forward            weights and momentum stay on the chip from the first chunk to the last
-    backward_states    the same again, without queries: the matrices that every chunk begins with
-    backward_reads     all chunks at once: the derivative of what the queries read
-    backward_carry     the cotangents of the matrices from the last chunk to the first, with those of the keys
+    forward            weights and momentum stay on chip from the first chunk to the last
+    backward_states    the same without queries: recomputes the matrices at the start of every chunk
+    backward_reads     the derivative of the queries' reads, for all chunks at once
+    backward_carry     the cotangents of the matrices, from the last chunk to the first, and of the keys
 
-The first two are in `gpu_two_layers_kernels`, the others in `gpu_two_layers_reads` and `gpu_two_layers_carry`. While
-the backward pass runs, 224 KiB for each chunk and head lie in memory with 64 hidden features, 400 KiB with 128: the
-matrices at its start and what its reads gave.
+The first two are in `gpu_two_layers_kernels`, the others in `gpu_two_layers_reads` and `gpu_two_layers_carry`. The
+backward pass holds 224 KiB per chunk and head with 64 hidden features, 400 KiB with 128: the matrices at the chunk's
+start and the results of its reads.
 """
 
 import jax.numpy as jnp

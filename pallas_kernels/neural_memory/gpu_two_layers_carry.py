@@ -1,7 +1,7 @@
-"""The Mosaic GPU kernel (sm_90) that carries the cotangents of a two-layer memory's matrices from the last chunk back.
+"""The Mosaic GPU kernel (sm_90) that carries the cotangents of a two-layer memory's matrices backwards.
 
-A program owns one head. With the cotangents dW and dS at a chunk's end, which stay in SMEM in float32, and what
-`gpu_two_layers_reads` left of the chunk, where "..." is what the reads add:
+A program owns one head. The cotangents dW and dS at a chunk's end stay in SMEM in float32. `gpu_two_layers_reads` gives
+the other values of the chunk; "..." are the terms from the reads:
 
     d delta = ... - C_last k dW_1 - E_last k dS_1,    dr = d delta f'(z)
     de = ... - C_last x dW_2 - E_last x dS_2 + anchor dr W_2,    dv = -de
@@ -12,7 +12,8 @@ A program owns one head. With the cotangents dW and dS at a chunk's end, which s
     dS_1 <- B_last dW_1 + P_last dS_1 + q^T B dy,     dW_1 <- A_last dW_1 + q^T A dy + k^T anchor dz
     dS_2 <- B_last dW_2 + P_last dS_2 + g^T B d out,  dW_2 <- A_last dW_2 + g^T A d out + x^T anchor de + dr^T anchor e
 
-The cotangents of the coefficients are inner products of rows with the terms above, and of the matrices with theirs.
+The cotangents of the coefficients are inner products: of rows with the terms above, and of matrices with their
+cotangents.
 """
 
 from functools import partial
@@ -64,7 +65,7 @@ from engrax.pallas_kernels.neural_memory.gpu_two_layers_reads import (
     exact_tile,
 )
 
-# Rows of "rows_bar": of each quantity one for each tile of the matrices, then one more of the first.
+# Rows of "rows_bar": per quantity, one row per tile of the matrices; then one more row of the first quantity.
 OF_ANCHOR, OF_C, OF_E, OF_A, OF_B, OF_P = range(6)
 QUANTITIES = 6
 _STATES = ("weights_at", "momentum_at")
@@ -73,12 +74,12 @@ _WRITES = ((OF_C, WRITE, "weights"), (OF_E, LAST_WRITE, "momentum"))
 
 
 def carry_gradients(tokens: PackedTokens, again: dict, reads: dict, out_bar, bars, *, interpret: bool = False) -> dict:
-    """Returns "k_bar" and "error_bar", minus that of v, `[B, T, H, 64]` bfloat16, the cotangents of the first "weights"
-    and "momentum" as tiles in float32, and "rows_bar" `[N, B, H, 6, C]`: those of what scales the anchor and of C and E
-    of the last slot, then three rows whose sums are those of A, B and P of the last slot.
+    """Returns the cotangents "k_bar" and "error_bar" (minus that of v), `[B, T, H, 64]` bfloat16; those of the initial
+    "weights" and "momentum", tiles in float32; and "rows_bar" `[N, B, H, 6, C]`: the cotangents of the anchor's scale
+    and of C and E of the last slot, then three rows whose sums are the cotangents of A, B and P of the last slot.
 
-    again, reads: what `states` and `read_gradients` return. bars: the cotangents of `forward`'s weights, momentum and
-    anchor.
+    again, reads: the results of `states` and `read_gradients`. bars: the cotangents of `forward`'s weights, momentum
+    and anchor.
     """
     plan = sizes_of(tokens, bars[0].shape[2] // 2, reverse=True)
     lead, count = (plan.chunks, plan.batch, plan.heads), QUANTITIES * 2 * plan.tiles
@@ -109,17 +110,17 @@ def _counts(plan: TwoLayerSizes) -> dict:
 
 
 class CarryChunk(TwoLayerChunk):
-    """A chunk of which k, x and, as first and second, the tiles of W_1 and W_2 at its start arrive."""
+    """A chunk that loads k, x and the tiles of W_1 ("first") and W_2 ("second") at its start."""
 
     def exact(self, quantity: int, tile: int | None = None):
-        """Returns a tile of what `read_gradients` left in float32."""
+        """Returns a float32 tile from `read_gradients`."""
         found = quantity if tile is None else exact_tile(self.plan, quantity, tile)
         return self.place.load("exact", self.number, found)
 
     def keep(self, name: str, value, tile: int = 0):
-        """Puts a tile aside in float32.
+        """Stores a tile in global memory in float32.
 
-        Sums that grow from tile to tile go there and back: else the compiler keeps all their terms in registers.
+        Sums that grow from tile to tile are stored and reloaded. Otherwise the compiler keeps all terms in registers.
         """
         self.place.store("room", value, _ROOMS[name] + tile)
 
@@ -127,7 +128,7 @@ class CarryChunk(TwoLayerChunk):
         return load_global(self.place.outputs["room"].at[self.place.batch, self.place.head, _ROOMS[name] + tile])
 
     def add_row(self, quantity: int, number: int, value):
-        """Writes a row of "rows_bar"."""
+        """Stores a row of "rows_bar"."""
         target = self.place.outputs["rows_bar"].at[self.number, self.place.batch, self.place.head]
         target[quantity * 2 * self.plan.tiles + number] = value
 
@@ -176,9 +177,9 @@ def _chunk(chunk: CarryChunk):
 
 
 def _matches(chunk: CarryChunk):
-    """Writes the inner products of the matrices with their cotangents, by row: those of A, B and P of the last slot.
+    """Stores the row-wise inner products of the matrices with their cotangents, for A, B and P of the last slot.
 
-    These are sums that cancel: unlike others they need more of the matrices than bfloat16 holds.
+    These sums have cancellation, so they need the matrices in more than bfloat16.
     """
     count = 2 * chunk.plan.tiles
     for number in range(count):
@@ -189,12 +190,12 @@ def _matches(chunk: CarryChunk):
 
 
 def _of_deltas(chunk: CarryChunk):
-    """Leaves dr, and the parts of dz and dk that come from d delta and delta; writes those of dC and dE.
+    """Computes dr, and the parts of dz and dk from d delta and delta; stores the parts of dC and dE.
 
-    Each cotangent is rounded twice, for dk and for d delta: registers do not hold both sums.
+    Each cotangent is rounded twice, for dk and for d delta, since registers cannot hold both sums.
     """
     for tile in range(chunk.plan.tiles):
-        put((chunk.tile("r_bar", tile), chunk.exact(DELTA, tile)))  # for now
+        put((chunk.tile("r_bar", tile), chunk.exact(DELTA, tile)))  # temporarily
         k_bar = chunk.kept("k_bar") if tile else chunk.exact(K_BAR)
         for _, row, name in _WRITES:
             put((chunk.tile("left"), chunk.matrix(name, tile)))
@@ -212,9 +213,9 @@ def _of_deltas(chunk: CarryChunk):
 
 
 def _of_errors(chunk: CarryChunk):
-    """Leaves de to the left and anchor de in the place of e, adds to dz what the carry gives through x.
+    """Computes de in the tile "left" and anchor de in the buffer of e; adds the carry's part through x to dz.
 
-    Writes -dv, the rest of dC and dE, and the part of the anchor's scale that comes from r.
+    Stores -dv, the rest of dC and dE, and the part of the anchor's scale from r.
     """
     for tile in range(chunk.plan.tiles):
         x_bar = chunk.exact(X_BAR, tile)
@@ -233,14 +234,14 @@ def _of_errors(chunk: CarryChunk):
         (part,) = products((chunk.tile("r_bar", tile), chunk.tile("second", tile)))
         chunk.add_row(OF_ANCHOR, tile, sum_columns(part * chunk.exact(ERROR)))
         chunk.keep("error_bar", error_bar + part * chunk.row(ANCHOR))
-    plgpu.commit_smem()  # what other threads have kept is there
+    plgpu.commit_smem()  # values stored by other threads are visible
     error_bar = chunk.kept("error_bar")
     put((chunk.tile("left"), error_bar), (chunk.tile("error"), error_bar * chunk.row(ANCHOR)))
     chunk.place.send_tokens("error_bar", chunk.tile("left"), chunk.number)
 
 
 def _of_keys(chunk: CarryChunk):
-    """Leaves anchor dz in the place of W_2; writes dk and the rest of the cotangent of what scales the anchor."""
+    """Computes anchor dz in the buffer of W_2; stores dk and the rest of the cotangent of the anchor's scale."""
     tiles = range(chunk.plan.tiles)
     for tile in tiles:
         (by_anchor,) = products((chunk.tile("left"), transposed(chunk.tile("second", tile))))
@@ -259,7 +260,7 @@ def _of_keys(chunk: CarryChunk):
 
 
 def _update_second(chunk: CarryChunk):
-    """Brings dW_2 and dS_2 to the chunk's start; g takes the place of W_1."""
+    """Updates dW_2 and dS_2 to the chunk's start; g reuses the buffer of W_1."""
     place, arrived = chunk.place, chunk.place.scratch["read_arrived"]
     plgpu.commit_smem()  # all threads' products have read W_1
     for tile in range(chunk.plan.tiles):
@@ -278,7 +279,7 @@ def _update_second(chunk: CarryChunk):
 
 
 def _update_first(chunk: CarryChunk):
-    """Brings dW_1 and dS_1 to the chunk's start; q takes the place of e."""
+    """Updates dW_1 and dS_1 to the chunk's start; q reuses the buffer of e."""
     place, arrived = chunk.place, chunk.place.scratch["q_arrived"]
     plgpu.commit_smem()  # all threads' products have read e
     source = place.tokens(place.inputs["q"], chunk.number)

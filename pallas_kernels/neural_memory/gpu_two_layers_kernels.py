@@ -1,15 +1,15 @@
-"""Mosaic GPU kernels (sm_90) of a neural memory of two layers: its two sweeps forwards along the chunks.
+"""Mosaic GPU kernels (sm_90) of a two-layer neural memory: two forward sweeps along the chunks.
 
-The hidden features come in tiles of 64: tile h of M(x) = act(x W_1) W_2 is those columns of W_1 and those rows of W_2.
-A program owns one head, all its tiles in float32 in SMEM, from the first chunk to the last. Per chunk, with letters as
-in `gates`, f = act, and a tile's weights rounded to bfloat16 when the matrix unit needs them:
+The hidden features are split into tiles of 64. Tile h of M(x) = act(x W_1) W_2 consists of 64 columns of W_1 and the
+same 64 rows of W_2. A program owns one head from the first chunk to the last, with all its tiles in float32 in SMEM. It
+rounds weights to bfloat16 when the matrix unit needs them. Per chunk, with letters as in `gates` and f = act:
 
     keys     x = f(z), z = anchor k W_1;    e = anchor x W_2 - v;    delta = anchor (e W_2^T) f'(z)
     read     g = f(A q W_1 + B q S_1 - (C q k^T) delta);    out = A g W_2 + B g S_2 - (C g x^T) e
     carry    W_1 <- A_last W_1 + B_last S_1 - k^T C_last delta,    S_1 <- P_last S_1 - k^T E_last delta
              W_2 <- A_last W_2 + B_last S_2 - x^T C_last e,        S_2 <- P_last S_2 - x^T E_last e
 
-Matrices are kept as tiles `[64, 64]`: first those of W_1, then those of W_2; of S the same.
+Matrices are stored as tiles `[64, 64]`: first the tiles of W_1, then those of W_2; the same for S.
 """
 
 from functools import partial
@@ -45,11 +45,11 @@ from engrax.pallas_kernels.neural_memory.gpu_kernels import (
 )
 from engrax.pallas_kernels.neural_memory.types import with_derivatives
 
-TILE = 64  # rows and columns of a tile; K and V are one tile
+TILE = 64  # rows and columns of a tile; K and V are one tile each
 
 
 class TwoLayerSizes(NamedTuple):
-    """What is static. tiles: of the hidden features."""
+    """The static sizes. tiles: number of tiles of the hidden features."""
 
     batch: int
     heads: int
@@ -59,12 +59,12 @@ class TwoLayerSizes(NamedTuple):
     reverse: bool = False
 
     def at(self, step):
-        """The chunk that is visited at a step."""
+        """The chunk visited at a step."""
         return self.chunks - 1 - step if self.reverse else step
 
     @property
     def stages(self) -> int:
-        """Chunks whose inputs are in SMEM at a time: beside the matrices of two tiles there is room for one."""
+        """Number of chunks whose inputs are in SMEM at once; the matrices of two tiles leave room for one."""
         return min(self.chunks, 2 if self.tiles == 1 else 1)
 
     def tokens(self):
@@ -78,7 +78,7 @@ class TwoLayerSizes(NamedTuple):
 
 
 def sizes_of(tokens: PackedTokens, tiles: int, activation: str = "", reverse: bool = False) -> TwoLayerSizes:
-    """Returns the sizes of a call; reverse: the chunks are visited from the last to the first."""
+    """Returns the sizes of a call; reverse: visits the chunks from last to first."""
     batch, length, heads, _ = tokens.k.shape
     return TwoLayerSizes(batch, heads, length // CHUNK, tiles, activation, reverse)
 
@@ -93,8 +93,8 @@ def forward(tokens: PackedTokens, weights, momentum, activation: str, *, interpr
 
 
 def states(tokens: PackedTokens, weights, momentum, activation: str, *, interpret: bool = False) -> dict:
-    """Runs forwards again without queries. Returns the "weights_at" and "momentum_at" that every chunk begins with,
-    tiles in bfloat16 and after them what rounding took from each, `[B, H, N, 4 tiles, 64, 64]`."""
+    """Recomputes the forward pass without queries. Returns "weights_at" and "momentum_at" at the start of every chunk:
+    bfloat16 tiles, followed by their rounding errors, `[B, H, N, 4 tiles, 64, 64]`."""
     plan = sizes_of(tokens, weights.shape[2] // 2, activation)
     out_types = dict.fromkeys(("weights_at", "momentum_at"), plan.by_chunk(4 * plan.tiles, jnp.bfloat16))
     inputs = {"k": tokens.k, "v": tokens.v, "table": tokens.table, "weights": weights, "momentum": momentum}
@@ -102,7 +102,7 @@ def states(tokens: PackedTokens, weights, momentum, activation: str, *, interpre
 
 
 def _run(name: str, plan: TwoLayerSizes, step, arriving, out_types: dict, inputs: dict, interpret: bool) -> dict:
-    """Runs `step(chunk)` for all chunks of all heads; arriving: the names of the tokens it finds in SMEM."""
+    """Runs `step(chunk)` for all chunks of all heads; arriving: the names of the tokens loaded into SMEM."""
     counts = {"left": 1, "right": 1, "x": plan.tiles}
     if "q" in arriving:
         counts |= {"delta": plan.tiles, "read": plan.tiles}
@@ -112,18 +112,18 @@ def _run(name: str, plan: TwoLayerSizes, step, arriving, out_types: dict, inputs
 
 
 def matrices_scratch(plan: TwoLayerSizes) -> dict:
-    """Returns the room in SMEM of "weights" and "momentum", or their cotangents: tiles in float32."""
+    """Returns the SMEM scratch for "weights" and "momentum", or their cotangents: tiles in float32."""
     exact = [matrix(TILE, TILE, jnp.float32)] * (2 * plan.tiles)
     return {"weights": exact, "momentum": exact, "matrices_arrived": plgpu.Barrier(num_arrivals=4 * plan.tiles)}
 
 
 def tiles_scratch(counts: dict):
-    """Returns the room in SMEM of tiles in bfloat16; counts: how many of each name (see `TwoLayerChunk.tile`)."""
+    """Returns the SMEM scratch for bfloat16 tiles; counts: number of tiles per name (see `TwoLayerChunk.tile`)."""
     return plgpu.SMEM((sum(counts.values()), TILE, TILE), jnp.bfloat16, transforms=tiles(jnp.bfloat16))
 
 
 class TwoLayerProgram(NamedTuple):
-    """Where a program is, and what it reads and writes there; all but the numbers are trees of references."""
+    """A program's position, its inputs and its outputs; all but the numbers are trees of references."""
 
     batch: jax.Array
     head: jax.Array
@@ -132,34 +132,34 @@ class TwoLayerProgram(NamedTuple):
     scratch: dict
 
     def load(self, name: str, *index):
-        """Returns a tile of an input by head, `[B, H, ..., 64, 64]`, as a float32 value."""
+        """Returns a tile of a per-head input `[B, H, ..., 64, 64]` as a float32 value."""
         return load_global(self.inputs[name].at[self.batch, self.head, *index])
 
     def store(self, name: str, value, *index):
-        """Writes a tile of an output by head in float32."""
+        """Stores a tile of a per-head output in float32."""
         self.outputs[name].at[self.batch, self.head, *index][...] = value
 
     def send(self, name: str, tile, *index):
-        """Starts storing a tile from SMEM to its place in an output by head; call `sent` before overwriting it."""
+        """Starts storing a tile from SMEM in a per-head output; call `sent` before overwriting the tile."""
         plgpu.copy_smem_to_gmem(tile, self.outputs[name].at[self.batch, self.head, *index])
 
     def send_tokens(self, name: str, tile, chunk):
-        """The same for the tokens of a chunk in `[B, T, H, 64]`."""
+        """The same for a chunk's tokens in `[B, T, H, 64]`."""
         plgpu.copy_smem_to_gmem(tile, self.tokens(self.outputs[name], chunk))
 
     def tokens(self, array, chunk):
-        """Returns a reference to the head's tokens of a chunk in `[B, T, H, 64]`."""
+        """Returns a reference to the head's tokens of one chunk in `[B, T, H, 64]`."""
         return array.at[self.batch, pl.ds(chunk * CHUNK, CHUNK), self.head]
 
     def write(self, chunk):
-        """Returns C of a chunk, which is too large to lie in SMEM beside the matrices."""
+        """Returns C of a chunk, which does not fit into SMEM beside the matrices."""
         return load_global(self.inputs["write"].at[chunk, self.batch, self.head])
 
 
 class TwoLayerChunk(NamedTuple):
-    """A chunk of a program: its number, its part of the table and what else has arrived of it in SMEM.
+    """A chunk of a program: its number, its part of the table and its other inputs in SMEM.
 
-    counts: how many tiles in bfloat16 of each name there are in the scratch "tiles", in their order.
+    counts: number of bfloat16 tiles per name in the scratch "tiles", in order.
     """
 
     plan: TwoLayerSizes
@@ -170,21 +170,21 @@ class TwoLayerChunk(NamedTuple):
     blocks: dict
 
     def slot(self, name: str, tile: int = 0) -> int:
-        """Returns where a tile in bfloat16 lies."""
+        """Returns the position of a bfloat16 tile."""
         names = list(self.counts)
         return sum(self.counts[other] for other in names[: names.index(name)]) + tile
 
     def tile(self, name: str, tile: int = 0):
-        """Returns a tile in bfloat16.
+        """Returns a bfloat16 tile.
 
-        A zero of the table is added to its place, which the compiler does not know for one: else it computes the
-        addresses of all tiles, as operands of the matrix unit, beforehand and keeps them in half of the registers.
+        A zero from the table, unknown to the compiler, is added to the position. Otherwise the compiler precomputes the
+        addresses of all tiles, as operands of the matrix unit, and keeps them in half of the registers.
         """
         zero = self.table[LAST, CHUNK - 1].astype(jnp.int32)
         return self.place.scratch["tiles"].at[self.slot(name, tile) + zero]
 
     def row(self, row: int):
-        """Returns a row of the table, a number for each token, as a matrix."""
+        """Returns a row of the table, one number per token, as a matrix."""
         return along_rows(self.table.at[row])
 
     def matrix(self, name: str, number: int):
@@ -192,30 +192,30 @@ class TwoLayerChunk(NamedTuple):
         return load_matrix(self.place.scratch[name][number])
 
     def tokens(self, name: str):
-        """Returns tokens of an input `[B, T, H, 64]` that have not arrived."""
+        """Returns tokens of an input `[B, T, H, 64]` that is not loaded into SMEM."""
         return load_global(self.place.tokens(self.place.inputs[name], self.number))
 
 
 def load_global(ref):
-    """Returns a tile in the device's memory as a float32 value."""
+    """Returns a tile in global memory as a float32 value."""
     return plgpu.load(ref, layout=MATRIX, optimized=False).astype(jnp.float32)
 
 
 def sent():
-    """Waits until what was sent has been read."""
+    """Waits until all sent tiles have been read."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def put(*pairs):
-    """Rounds values to where the matrix unit reads them; pairs: (target, value)."""
-    plgpu.commit_smem()  # all threads' products have read what is overwritten now
+    """Rounds values into SMEM for the matrix unit; pairs: (target, value)."""
+    plgpu.commit_smem()  # all threads' products have read the buffers overwritten below
     for target, value in pairs:
         target[...] = value.astype(jnp.bfloat16)
     plgpu.commit_smem()
 
 
 def begin(place: TwoLayerProgram):
-    """Fetches the matrices, or their cotangents, from inputs "weights" and "momentum"."""
+    """Loads the matrices, or their cotangents, from the inputs "weights" and "momentum"."""
     for name in ("weights", "momentum"):
         for number, tile in enumerate(place.scratch[name]):
             source = place.inputs[name].at[place.batch, place.head, number]
@@ -224,7 +224,7 @@ def begin(place: TwoLayerProgram):
 
 
 def finish(place: TwoLayerProgram):
-    """Lets the last matrices leave, if they are asked for."""
+    """Stores the final matrices to global memory, if requested."""
     plgpu.commit_smem()
     for name in ("weights", "momentum"):
         for number, tile in enumerate(place.scratch[name] if name in place.outputs else ()):
@@ -280,7 +280,7 @@ def _states_chunk(chunk: TwoLayerChunk):
 
 
 def _keys(chunk: TwoLayerChunk):
-    """Leaves x, and e in the place of v."""
+    """Computes x, and e in the buffer of v."""
     f, _, _ = with_derivatives(chunk.plan.activation)
     for tile in range(chunk.plan.tiles):
         put((chunk.tile("left"), chunk.matrix("weights", tile)))
@@ -290,7 +290,7 @@ def _keys(chunk: TwoLayerChunk):
 
 
 def _error(chunk: TwoLayerChunk):
-    """Returns e, for which v is fetched: where that was, e is."""
+    """Returns e. It reloads v, whose buffer holds e."""
     read = 0.0
     for tile in range(chunk.plan.tiles):
         put((chunk.tile("right"), chunk.matrix("weights", chunk.plan.tiles + tile)))
@@ -310,12 +310,12 @@ def _delta(chunk: TwoLayerChunk, tile: int):
 
 
 def _read(chunk: TwoLayerChunk):
-    """Returns what the queries read; the scores of the layers lie to the right."""
+    """Returns the queries' reads; the layers' scores are in the tile "right"."""
     f, _, _ = with_derivatives(chunk.plan.activation)
     hidden = range(chunk.plan.tiles)
 
     def read(rows, number):
-        """Returns what rows read from a tile of weights and of momentum."""
+        """Returns the rows' reads from a tile of weights and of momentum."""
         total = 0.0
         for name, row in (("weights", READ_WEIGHTS), ("momentum", READ_MOMENTUM)):
             put((chunk.tile("left"), chunk.matrix(name, number)))
@@ -336,7 +336,7 @@ def _read(chunk: TwoLayerChunk):
 
 
 def _carry(chunk: TwoLayerChunk):
-    """Brings weights and momentum to the end of the chunk; delta and e are recomputed: registers are scarce."""
+    """Updates weights and momentum to the end of the chunk; recomputes delta and e because registers are scarce."""
     tiles = range(chunk.plan.tiles)
     for tile in tiles:
         _write(chunk, {tile: lambda: chunk.blocks["k"]}, _delta(chunk, tile))
@@ -344,8 +344,8 @@ def _carry(chunk: TwoLayerChunk):
 
 
 def _write(chunk: TwoLayerChunk, inputs: dict, delta):
-    """Writes tokens into tiles of weights and momentum; inputs: by number of a tile, what goes in; delta: the gradient
-    of what comes out."""
+    """Writes tokens into tiles of weights and momentum. inputs: the layer's inputs by tile number; delta: the gradient
+    of its outputs."""
     put((chunk.tile("left"), delta * chunk.row(WRITE)), (chunk.tile("right"), delta * chunk.row(LAST_WRITE)))
     for number, x in inputs.items():
         weights, momentum = (chunk.place.scratch[name][number] for name in ("weights", "momentum"))

@@ -1,16 +1,16 @@
-"""The Mosaic GPU kernel (sm_90) that differentiates what the queries of a two-layer memory read, all chunks at once.
+"""The Mosaic GPU kernel (sm_90) that differentiates the queries' reads of a two-layer memory, all chunks at once.
 
-With the matrices at a chunk's start, and x, e, delta, g and y (before the activation: g = f(y)) computed again as in
-`gpu_two_layers_kernels`, no chunk needs another:
+Given the matrices at its start, each chunk is independent. x, e, delta, g and y (before the activation: g = f(y)) are
+recomputed as in `gpu_two_layers_kernels`:
 
     D_2 = C (g x^T),  G_2 = -(d out) e^T      dg = A (d out) W_2^T + B (d out) S_2^T + (C o G_2) x,   dy = dg f'(y)
     D_1 = C (q k^T),  G_1 = -dy delta^T       dq = A dy W_1^T + B dy S_1^T + (C o G_1) k
     dC = G_2 o (g x^T) + G_1 o (q k^T)
 
-and what the reads add to the cotangents of the keys' side: d delta = -D_1^T dy, de = -D_2^T d out,
-dx = (C o G_2)^T g, dk = (C o G_1)^T q. Those of A and B are inner products of g with the terms of dg and of q with
-those of dq. `gpu_two_layers_carry` does the rest; all that is elementwise is done here, where all chunks share
-the work.
+The reads also add to the cotangents of the keys' side: d delta = -D_1^T dy, de = -D_2^T d out,
+dx = (C o G_2)^T g, dk = (C o G_1)^T q. The cotangents of A and B are inner products of g with the terms of dg and of q
+with those of dq. `gpu_two_layers_carry` computes the rest. All elementwise work is done here, where chunks run in
+parallel.
 """
 
 from functools import partial
@@ -41,7 +41,7 @@ from engrax.pallas_kernels.neural_memory.gpu_two_layers_kernels import (
 )
 from engrax.pallas_kernels.neural_memory.types import with_derivatives
 
-# Where in "exact" and in "rounded" the tiles of each quantity begin, in tiles of the hidden features after the first
+# Where each quantity's tiles begin in "exact" and "rounded", counted in tiles of the hidden features after the first
 # three of "exact": e, and the parts of de and dk, which have one tile each.
 ERROR, ERROR_BAR, K_BAR = range(3)
 DELTA, SLOPE, BEND, DELTA_BAR, X_BAR, READ_BAR = range(6)
@@ -50,16 +50,17 @@ _READS = (("weights", READ_WEIGHTS), ("momentum", READ_MOMENTUM))
 
 
 def exact_tile(plan: TwoLayerSizes, quantity: int, tile: int) -> int:
-    """Returns the place of a tile of DELTA, ..., READ_BAR in "exact"."""
+    """Returns the position of a tile of DELTA, ..., READ_BAR in "exact"."""
     return 3 + quantity * plan.tiles + tile
 
 
 def read_gradients(tokens: PackedTokens, again: dict, out_bar, activation: str, *, interpret: bool = False) -> dict:
-    """Returns what the reads give and what `gpu_two_layers_carry` needs. again: what `states` returns.
+    """Returns the reads' gradients and the inputs of `gpu_two_layers_carry`. again: the result of `states`.
 
-    "q_bar" `[B, T, H, K]` bfloat16, "write_bar" `[N, B, H, C, C]` and "rows_bar" `[N, B, H, 2, C]`, those of C, A and
-    B. By chunk, as tiles `[B, H, N, ..., 64, 64]`: "rounded" in bfloat16 has x and g; "exact" in float32 has e, the
-    parts of de and dk, delta, f'(z), r f''(z) with delta = r f'(z), the parts of d delta and dx, and dy.
+    "q_bar" `[B, T, H, K]` bfloat16; the cotangents of C, A and B, "write_bar" `[N, B, H, C, C]` and "rows_bar"
+    `[N, B, H, 2, C]`. Per chunk, as tiles `[B, H, N, ..., 64, 64]`: "rounded" in bfloat16 has x and g; "exact" in
+    float32 has e, the parts of de and dk, delta, f'(z), r f''(z) with delta = r f'(z), the parts of d delta and dx, and
+    dy.
     """
     plan = sizes_of(tokens, again["weights_at"].shape[3] // 4, activation)
     lead = (plan.chunks, plan.batch, plan.heads)
@@ -90,10 +91,10 @@ def _counts(plan: TwoLayerSizes) -> dict:
 
 
 class ReadsChunk(TwoLayerChunk):
-    """A chunk of which the tokens and the tiles of weights and momentum at its start arrive."""
+    """A chunk that loads its tokens and the tiles of weights and momentum at its start."""
 
     def store(self, quantity: int, value, tile: int | None = None):
-        """Writes a tile of "exact"."""
+        """Stores a tile of "exact"."""
         found = quantity if tile is None else exact_tile(self.plan, quantity, tile)
         self.place.store("exact", value, self.number, found)
 
@@ -102,7 +103,7 @@ class ReadsChunk(TwoLayerChunk):
         return load_global(exact.at[exact_tile(self.plan, quantity, tile)])
 
     def send(self, quantity: int, name: str, tile: int):
-        """Lets a tile leave for "rounded"."""
+        """Stores a tile in "rounded"."""
         self.place.send("rounded", self.tile(name, tile), self.number, quantity * self.plan.tiles + tile)
 
     def scaled(self, value):
@@ -136,7 +137,7 @@ def _fetch(chunk: ReadsChunk):
 
 
 def _keys(chunk: ReadsChunk):
-    """Leaves x and delta, and e in the place of v; writes these, f'(z) and r f''(z)."""
+    """Computes x, delta and, in the buffer of v, e; stores these, f'(z) and r f''(z)."""
     f, df, d2f = with_derivatives(chunk.plan.activation)
     hidden, second, read = range(chunk.plan.tiles), chunk.plan.tiles, 0.0
 
@@ -164,7 +165,7 @@ def _keys(chunk: ReadsChunk):
 
 
 def _queries(chunk: ReadsChunk):
-    """Leaves y, g and D_1; writes g."""
+    """Computes y, g and D_1; stores g."""
     f, _, _ = with_derivatives(chunk.plan.activation)
     (scores,) = products((chunk.tile("q"), transposed(chunk.tile("k"))))
     put((chunk.tile("scores"), chunk.scaled(scores)))
@@ -181,7 +182,7 @@ def _queries(chunk: ReadsChunk):
 
 
 def _second_layer(chunk: ReadsChunk):
-    """Leaves dy in the place of S_2, and G_2 o (g x^T); writes dy and the parts of de and dx.
+    """Computes dy in the buffer of S_2, and G_2 o (g x^T); stores dy and the parts of de and dx.
 
     Returns the parts of dA and dB.
     """
@@ -196,7 +197,7 @@ def _second_layer(chunk: ReadsChunk):
     put((chunk.tile("square"), chunk.scaled(matches)))
     for tile in hidden:
         g, total = f(load_matrix(scratch["before"][tile])), 0.0
-        plgpu.commit_smem()  # keeps later work from starting earlier, for which registers do not suffice
+        plgpu.commit_smem()  # keeps later work from being moved up, which would need too many registers
         for number, (name, row) in enumerate(_READS):
             (part,) = products((chunk.tile("out_bar"), transposed(chunk.tile(name, chunk.plan.tiles + tile))))
             rows[number] = rows[number] + sum_columns(g * part)
@@ -213,10 +214,10 @@ def _second_layer(chunk: ReadsChunk):
 
 
 def _first_layer(chunk: ReadsChunk, rows):
-    """Writes dq, dC and the parts of d delta and dk. Returns dA and dB, of which rows are a part."""
+    """Stores dq, dC and the parts of d delta and dk. Returns dA and dB; `rows` are their parts so far."""
     place, hidden, found = chunk.place, range(chunk.plan.tiles), []
 
-    def with_read_bar(name: str):  # dy with the transpose of what has a name, over all tiles
+    def with_read_bar(name: str):  # dy times the transpose of the named tiles, over all tiles
         of_read = partial(chunk.tile, "momentum")
         return [(of_read(chunk.plan.tiles + tile), transposed(chunk.tile(name, tile))) for tile in hidden]
 

@@ -1,8 +1,8 @@
-"""The chunk grid: tokens laid out in blocks that never cross a chunk boundary of their row.
+"""The chunk grid: tokens in blocks that never cross a chunk boundary of their row.
 
-A row at phase p holds its first chunk_size - p tokens in block 0 and then one chunk per block. Blocks have
-min(T, chunk_size) slots; slots that hold no token are empty: no write, no decay. Rows at different phases need one
-block more than rows known to be at phase 0. Padding after a row's last token has no slot.
+A row at phase p holds its first chunk_size - p tokens in block 0 and then one chunk per block. Blocks have min(T,
+chunk_size) slots. Slots without a token are empty: no write, no decay. Rows at different phases need one block more
+than rows known to be at phase 0. Padding after a row's last token has no slot.
 """
 
 from typing import NamedTuple
@@ -13,12 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 class ChunkGrid(NamedTuple):
-    """Where the tokens of each row lie.
+    """The layout of each row's tokens.
 
-    token: the token in every slot, row by row, None where rows are plainly cut into blocks (all at phase 0).
-    slot: the slot of every token, None likewise.
+    token: the token in every slot, row by row; None if rows are simply cut into blocks (all at phase 0).
+    slot: the slot of every token; None likewise.
     holds: True where a slot holds a token of the call, `[N, B, 1, S]`.
-    fresh: True where a block begins its chunk, so that its anchor is its first weights; None: all do.
+    fresh: True where a block begins its chunk, so its anchor is its initial weights; None: all do.
     """
 
     token: Int[Array, "B NS"] | None
@@ -33,7 +33,7 @@ class ChunkGrid(NamedTuple):
 
 
 def aligned_grid(batch: int, length: int, chunk_size: int, lengths: Int[Array, " B"] | None = None) -> ChunkGrid:
-    """Returns the grid of rows that all begin at phase 0. lengths: how many tokens count (None: all)."""
+    """Returns the grid of rows that all begin at phase 0. lengths: number of tokens that count (None: all)."""
     slots = min(length, chunk_size)
     blocks = -(-length // slots)
     ends = jnp.full(batch, length) if lengths is None else lengths
@@ -45,7 +45,7 @@ def aligned_grid(batch: int, length: int, chunk_size: int, lengths: Int[Array, "
 def phased_grid(
     phase: Int[Array, " B"], length: int, chunk_size: int, lengths: Int[Array, " B"] | None = None
 ) -> ChunkGrid:
-    """Returns the grid of rows that begin at any phase. lengths: how many tokens count (None: all)."""
+    """Returns the grid of rows that begin at any phase. lengths: number of tokens that count (None: all)."""
     slots = min(length, chunk_size)
     blocks = 1 + (length + chunk_size - 2) // chunk_size  # reached by a row at phase chunk_size - 1
     block = jnp.arange(blocks)[None, :]
@@ -67,7 +67,7 @@ def _take(x: Shaped[Array, "B L ..."], index: Int[Array, "B M"]) -> Shaped[Array
 
 
 def to_blocks(grid: ChunkGrid, x: Shaped[Array, "B T H *D"]) -> Shaped[Array, "N B H S *D"]:
-    """Lays tokens out in blocks; empty slots hold zeros or copies of other tokens."""
+    """Lays out tokens in blocks; empty slots hold zeros or copies of other tokens."""
     blocks, slots = grid.shape
     if grid.token is None:
         pad = blocks * slots - x.shape[1]
@@ -79,7 +79,7 @@ def to_blocks(grid: ChunkGrid, x: Shaped[Array, "B T H *D"]) -> Shaped[Array, "N
 
 
 def from_blocks(grid: ChunkGrid, x: Float[Array, "N B H S V"], length: int) -> Float[Array, "B T H V"]:
-    """Returns the tokens of the call in their order."""
+    """Returns the tokens of the call in order."""
     x = x.transpose(1, 0, 3, 2, 4)
     x = x.reshape(x.shape[0], -1, *x.shape[3:])
     return x[:, :length] if grid.slot is None else _take(x, grid.slot)

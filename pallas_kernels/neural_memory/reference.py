@@ -1,4 +1,4 @@
-"""The neural memory as it is defined: token after token, the inner gradient by `jax.grad`. The oracle, not fast."""
+"""The neural memory by its definition: token by token, with inner gradients by `jax.grad`. A slow oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def neural_memory_reference(
     """Runs the recurrence of `neural_memory` token by token; all arrays in the dtype of the computation."""
     batch = q.shape[0]
     ids = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-    counts = jnp.arange(q.shape[1])[:, None] < row_lengths(ids)  # padding takes no place in a chunk
+    counts = jnp.arange(q.shape[1])[:, None] < row_lengths(ids)  # padding does not count in a chunk
 
     def update_head(*args):
         return _update_head(*args, activation=activation, gradient_at=gradient_at)
@@ -71,7 +71,7 @@ def neural_memory_reference(
         (weights, mom_state, anchor, phase), last_id = carry
         q_t, k_t, v_t, lr_t, mom_t, forget_t, id_t, counts_t = inputs
         real = id_t >= 0
-        q_t, k_t, v_t = (jnp.where(real[:, None, None], x, 0) for x in (q_t, k_t, v_t))  # padding may hold anything
+        q_t, k_t, v_t = (jnp.where(real[:, None, None], x, 0) for x in (q_t, k_t, v_t))  # padding may hold any value
         if reset is not None:
             starts = real & (last_id >= 0) & (id_t != last_id)
             weights, mom_state, anchor = choose(starts, (*reset, reset[0]), (weights, mom_state, anchor))

@@ -1,9 +1,9 @@
 """The scan over blocks as two TPU kernels: weights and momentum stay in VMEM from the first block to the last.
 
-The grid is (B, H, N); a TPU runs its last axis in order, so scratch memory carries the state from block to block. What
-is saved for the backward kernel is the state at the start of every group of blocks, nothing else: it runs a group's
-blocks forward again into scratch memory, then backward, and carries the cotangents of the state in scratch memory.
-Letters as in `types`; P: slots padded to a multiple of 8.
+The grid is (B, H, N). A TPU runs the last axis in order, so scratch memory carries the state from block to block. Only
+the state at the start of every group of blocks is saved for the backward kernel. That kernel recomputes a group's
+blocks forward into scratch memory, then runs backward, with the cotangents of the state in scratch memory. Letters as
+in `types`; P: slots padded to a multiple of 8.
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ from engrax.pallas_kernels.passes import Passes, pull_back
 
 
 def unsupported(shapes: MemoryShapes) -> str | None:
-    """Returns why these kernels cannot serve a call, None if they can."""
+    """Returns why these kernels cannot serve a call, or None if they can."""
     if shapes.dtype != jnp.float32:
         return f"the TPU kernel computes in float32, not {jnp.dtype(shapes.dtype)}"
     if shapes.slots > LANES:
@@ -42,24 +42,24 @@ def unsupported(shapes: MemoryShapes) -> str | None:
 
 
 def _vmem_bytes(shapes: MemoryShapes) -> int:
-    """Returns about what the backward kernel needs; of inputs and outputs one copy moves while one is used."""
+    """Returns an estimate for the backward kernel; inputs and outputs are double-buffered."""
     matrix = sum(tiled_bytes(i, o) for i, o in shapes.layers)  # one copy of the weights
     rows = sum(tiled_bytes(shapes.slots, i) + tiled_bytes(shapes.slots, o) for i, o in shapes.layers)
     moved = 3 + 2 + 3 + 3 + 2  # states, reset, cotangents in and out, of the reset
     scratch = 3 + 3 * shapes.group
-    values = 24  # what the compiler was seen to keep beside them
+    values = 24  # observed copies that the compiler keeps besides
     return matrix * (2 * moved + scratch + values) + 16 * rows + 12 * tiled_bytes(shapes.slots, shapes.slots)
 
 
 def scan(plan: ScanPlan, inputs: ScanInputs) -> ScanOutputs:
-    """Runs all blocks, a multiple of `plan.group`. Returns (out, the carry)."""
+    """Runs all blocks; their number is a multiple of `plan.group`. Returns (out, carry)."""
     blocks, carry, reset = inputs
     out, carry = _scan(_form(plan, inputs), _pack(blocks), carry, reset)
     return _own_slots(blocks, out), carry
 
 
 def forward(plan: ScanPlan, inputs: ScanInputs) -> tuple[ScanOutputs, Carry]:
-    """Returns (out, the carry) and the carries at the starts of groups."""
+    """Returns (out, carry) and the carries at the starts of groups."""
     blocks, carry, reset = inputs
     (out, carry), (_, starts, _) = _scan_fwd(_form(plan, inputs), _pack(blocks), carry, reset)
     return (_own_slots(blocks, out), carry), starts
@@ -90,12 +90,12 @@ def _form(plan: ScanPlan, inputs: ScanInputs) -> MemoryForm:
 
 
 def _own_slots(blocks: Blocks, out):
-    """Returns the outputs without those of the slots that `_pack` puts in front."""
+    """Returns the outputs without the slots that `_pack` adds in front."""
     return out[..., out.shape[3] - blocks.k.shape[3] :, :]
 
 
 def _pack(blocks: Blocks) -> PackedBlocks:
-    """Lays the coefficients of a block out as a table, since a column in memory would take the room of 128."""
+    """Lays out the coefficients of a block as a table, since a column would take the memory of 128."""
     c, slots = blocks.coefficients, blocks.k.shape[3]
     padding = -slots % SUBLANES
 
@@ -122,7 +122,7 @@ def _pack(blocks: Blocks) -> PackedBlocks:
 _TOKENS, _STATE = (
     "NBHSS",
     "BHIO",
-)  # the axes of what differs from block to block and of what does not, for `shard_over_batch_and_heads`
+)  # the axes of per-block and of constant arrays, for `shard_over_batch_and_heads`
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -174,7 +174,7 @@ def _forward(form: MemoryForm, save: bool, tokens: PackedBlocks, carry: Carry, r
         return n, b, h, 0, 0
 
     def group(b, h, n):
-        return lax.div(n, form.group), b, h, 0, 0  # `//` asks for the sign of n, for which lowering needs a device
+        return lax.div(n, form.group), b, h, 0, 0  # `//` needs the sign of n, whose lowering needs a device
 
     kept = carry if form.phased else (*carry[:2], ())  # else every block's anchor is its first weights
     starts = _like(kept, count // form.group) if save else None
@@ -203,7 +203,7 @@ def _backward(form: MemoryForm, tokens: PackedBlocks, starts, reset: Reset, out_
     def block(b, h, g, i):
         return (groups - 1 - g) * form.group + block_of_step(form, i), b, h, 0, 0
 
-    def written(b, h, g, i):  # while the group runs forward, the first block that will be written on the way back
+    def written(b, h, g, i):  # while the group runs forward: the first block written on the way back
         return (groups - 1 - g) * form.group + jnp.minimum(form.group - 1, steps - 1 - i), b, h, 0, 0
 
     return call(

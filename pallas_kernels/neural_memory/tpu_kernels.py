@@ -1,6 +1,6 @@
 """The bodies of the neural memory's TPU kernels: one block of one row and head per step of the grid.
 
-The mathematics are those of `chunk`, the same functions that the XLA form maps over rows and heads. Trees of references
+The mathematics is that of `chunk`, the same functions that the XLA form maps over rows and heads. Trees of references
 and trees of values have the same structure. Letters as in `types`; P: slots padded to a multiple of 8.
 """
 
@@ -16,17 +16,17 @@ from engrax.pallas_kernels.mosaic_tpu.parts import Refs, load, store, store_zero
 from engrax.pallas_kernels.neural_memory.chunk import Bases, chunk_backward, chunk_forward
 from engrax.pallas_kernels.neural_memory.gates import Coefficients
 
-# Rows of a block's table of gates: by base (carried state, reset state) what multiplies the anchor, A and B; then E of
-# the last slot; then, in the first lanes, P of the last slot by base and whether the block is fresh, and begins.
+# Rows of a block's table of gates: per base (carried, reset state), the anchor's factor, A and B; then E of
+# the last slot; then, in the first lanes, P of the last slot per base and the flags fresh and begins.
 ANCHOR, WEIGHTS, MOMENTUM, LAST_WRITE, REST = 0, 2, 4, 6, 7
 FRESH, BEGINS = 2, 3
 
 
 class MemoryForm(NamedTuple):
-    """What is known when the kernels are traced.
+    """The static settings of the kernels.
 
-    bases: 1, or 2 with a reset state; scaled: gradients are taken at multiples of the anchor; phased: blocks need not
-    begin their chunks; group: blocks between two saved states.
+    bases: 1, or 2 with a reset state. scaled: gradients are taken at multiples of the anchor. phased: blocks need not
+    begin their chunks. group: blocks between two saved states.
     """
 
     activation: str
@@ -38,7 +38,7 @@ class MemoryForm(NamedTuple):
 
 
 class PackedBlocks(NamedTuple):
-    """What differs from block to block; padded slots come first, so that a block's last slot is the last one."""
+    """The per-block arrays; padded slots come first, so that a block's last slot stays last."""
 
     table: Float[Array, "N B H 8 P"]
     write: Float[Array, "N B H P P"]
@@ -49,11 +49,11 @@ class PackedBlocks(NamedTuple):
 
 
 def block_of_step(form: MemoryForm, i):
-    """Returns which block of its group the backward kernel's step i works on: all but the last forward, then back."""
+    """Returns the group's block for step i of the backward kernel: forward over all but the last, then back."""
     return jnp.where(i < form.group, i, 2 * form.group - 2 - i)
 
 
-# Products of float32 would be rounded to bfloat16 by default: both kernels are traced at the highest precision.
+# By default, float32 products round to bfloat16, so both kernels are traced at the highest precision.
 
 
 @jax.default_matmul_precision("highest")
@@ -83,9 +83,9 @@ def forward_kernel(form: MemoryForm, tokens, carry, reset, out, final, starts, s
 def backward_kernel(
     form: MemoryForm, tokens, starts, reset, out_bar, bars, tokens_bar, bars_out, reset_bar, states, carry
 ):
-    """Grid (B, H, groups, steps), the groups from the last to the first.
+    """Grid (B, H, groups, steps), with groups from last to first.
 
-    states: scratch memory for the carry before every block of the group; carry: for the cotangents of the carry.
+    states: scratch for the carry before every block of the group; carry: scratch for the carry's cotangents.
     """
     group, i = pl.program_id(2), pl.program_id(3)
     block = block_of_step(form, i)
@@ -135,7 +135,7 @@ def _add(a, b):
 
 
 def _choose(flag, new, old):
-    """Returns `new` where the flag `[1, 1]` is not 0, else `old`; None stands for zeros."""
+    """Returns `new` where the flag `[1, 1]` is positive, else `old`; None means zeros."""
     new, old = (jax.tree.map(jnp.zeros_like, y) if x is None else x for x, y in ((new, old), (old, new)))
     return jax.tree.map(lambda a, b: jnp.where(jnp.broadcast_to(flag, b.shape) > 0, a, b), new, old)
 
@@ -160,7 +160,7 @@ def _load_block(form: MemoryForm, tokens: Refs):
 
 
 def _store_table_bar(form: MemoryForm, c: Coefficients, table: Refs) -> None:
-    """Writes the coefficients' cotangents in the places of the table."""
+    """Stores the coefficients' cotangents in the layout of the table."""
     store_zeros(table)
     for row, x in ((ANCHOR, c.anchor), (WEIGHTS, c.read_weights), (MOMENTUM, c.read_momentum)):
         if x is not None:
@@ -177,7 +177,7 @@ def _bases(form: MemoryForm, carry, reset, fresh) -> Bases:
 
 
 def _run_block(form: MemoryForm, tokens: Refs, carry, reset):
-    """Returns the carry after one block, its output, and the anchor that its last token had."""
+    """Returns the carry after one block, its output, and the anchor of its last token."""
     c, rows, (fresh, begins) = _load_block(form, tokens)
     bases = _bases(form, carry, reset, fresh)
     (out, weights, momentum), _ = chunk_forward(c, *rows, bases, form.activation)
@@ -188,7 +188,7 @@ def _run_block(form: MemoryForm, tokens: Refs, carry, reset):
 
 
 def _run_block_bwd(form: MemoryForm, tokens, state, reset, out_bar, tokens_bar: PackedBlocks, reset_bar, carry) -> None:
-    """The derivative of `_run_block`, as `vjp._run_bwd`: `carry` goes from the cotangents after it to those before."""
+    """The derivative of `_run_block`, like `vjp._run_bwd`; `carry` holds the cotangents after, then before it."""
     c, (first_scores, q, k, v), (fresh, begins) = _load_block(form, tokens)
     weights_bar, momentum_bar, anchor_bar = load(carry)
     bases = _bases(form, state, reset, fresh)

@@ -1,4 +1,4 @@
-"""The state of a neural memory, its activations, and the letters used for axes.
+"""The state of a neural memory, its activations and the axis letters.
 
 | letter | axis |
 |---|---|
@@ -22,11 +22,11 @@ Layers = tuple[Float[Array, "..."], ...]  # one matrix [..., I, O] per layer of 
 
 
 class NeuralMemoryState(NamedTuple):
-    """What a neural memory carries from one call to the next; its size does not depend on T.
+    """The state of a neural memory between calls; its size does not depend on T.
 
     weights, momentum, anchor: tuples with one `[B, H, I, O]` array per memory layer: the memory, its momentum S, and
-    the memory as it stood at the start of the current chunk, where gradients are taken.
-    phase: int32 `[B]` in [0, chunk_size): tokens already spent in the current chunk. At 0 the anchor given is ignored.
+    the memory at the start of the current chunk, where gradients are taken.
+    phase: int32 `[B]` in [0, chunk_size): tokens already seen in the current chunk. At 0 the given anchor is ignored.
     """
 
     weights: tuple[Float[Array, "B H _ _"], ...]
@@ -36,9 +36,9 @@ class NeuralMemoryState(NamedTuple):
 
     @classmethod
     def start(cls, weights: Layers, batch_size: int, momentum: Layers | None = None) -> "NeuralMemoryState":
-        """Returns the state at phase 0 whose every row holds `weights` and `momentum` (default zero), `[H, I, O]` each.
+        """Returns the state at phase 0 with `weights` and `momentum` (default zero), `[H, I, O]` each, in every row.
 
-        The phase is a NumPy array, known when a program is traced, which spares `neural_memory` a block (see there).
+        The phase is a NumPy array. It is known at tracing time, which saves `neural_memory` one block (see there).
         """
         momentum = tuple(jnp.zeros_like(w) for w in weights) if momentum is None else tuple(momentum)
         rows = [tuple(jnp.broadcast_to(m, (batch_size, *m.shape)) for m in layers) for layers in (weights, momentum)]
@@ -57,9 +57,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-# Differentiated, the tanh form has (1 - tanh^2) x^3 and, in the second derivative, x^5: where tanh is near 1, a few
-# units in its last place become errors of 2e-5, more than all other roundings of the dual form together. Here
-# 1 - tanh^2 is made of an exponential, relatively exact however small it is.
+# The derivatives of the tanh form contain (1 - tanh^2) x^3 and, in the second derivative, x^5. Where tanh is near 1, a
+# few units in its last place become errors of 2e-5, more than all other roundings of the dual form together. Here
+# 1 - tanh^2 comes from an exponential, whose relative error is small however small the value.
 
 
 def _gelu_parts(x: Array):
@@ -85,7 +85,7 @@ def _gelu_second(x: Array) -> Array:
     return product * (2 * w1 + x * (w2 + odd * w1 * w1))
 
 
-# Written out because GPU kernels cannot lower the sums that automatic differentiation makes here.
+# Written by hand because GPU kernels cannot lower the sums that automatic differentiation produces here.
 
 
 def _silu_first(x: Array) -> Array:
@@ -113,11 +113,11 @@ def _derivative(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
 
 
 class MemoryShapes(NamedTuple):
-    """What a kernel is asked to serve.
+    """The shapes of a call that a kernel has to serve.
 
-    dtype: of the computation; tokens: of q, k and v as the caller has them. layers: (I, O) of each layer; group: as in
-    `vjp.ScanPlan`. blocks: of the chunk grid; aligned: rows are known to be at phase 0; segments: tokens may start from
-    the reset state.
+    dtype: of the computation. tokens: dtype of the caller's q, k and v. layers: (I, O) of each layer. group: as in
+    `vjp.ScanPlan`. blocks: number of blocks of the chunk grid. aligned: rows are known to be at phase 0. segments:
+    tokens may start from the reset state.
     """
 
     dtype: DTypeLike

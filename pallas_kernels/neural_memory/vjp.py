@@ -1,8 +1,8 @@
-"""The scan over blocks with its hand-written derivative: what is saved, what is computed again.
+"""The scan over blocks with its hand-written derivative: what is saved and what is recomputed.
 
-Blocks run in groups; the state is kept at the start of every group. With `keep_rows` each block's hidden rows
-(`chunk.Saved`) are kept too, and the backward pass makes the states inside a group from them; else it runs the group
-again.
+Blocks run in groups, and the state at the start of every group is saved. With `keep_rows`, each block's hidden rows
+(`chunk.Saved`) are saved too, and the backward pass computes the states inside a group from them. Otherwise it
+recomputes the group.
 """
 
 from functools import partial
@@ -20,13 +20,13 @@ from engrax.pallas_kernels.neural_memory.types import Layers
 
 Carry = tuple[Layers, Layers, Layers]  # weights, momentum, anchor: [B, H, I, O] per layer
 Reset = tuple[Layers, Layers] | None  # weights, momentum: [B, H, I, O] per layer
-# Short blocks do little work beside moving their state: up to SHORT_GROUP of them, LONG_BLOCK tokens together, share
-# one kept state even at save_every = 1.
+# Short blocks mostly move their state. So up to SHORT_GROUP of them, LONG_BLOCK tokens together, share one saved state,
+# even at save_every = 1.
 SHORT_GROUP, LONG_BLOCK = 4, 64
 
 
 class Blocks(NamedTuple):
-    """What the scan runs over. fresh: the block begins its chunk (None: all do); begins: a segment begins inside."""
+    """The scanned arrays. fresh: the block begins its chunk (None: all do); begins: a segment begins inside it."""
 
     coefficients: Coefficients
     first_scores: Float[Array, "N B H S S"]
@@ -38,7 +38,7 @@ class Blocks(NamedTuple):
 
 
 class ScanInputs(NamedTuple):
-    """What every implementation of the scan gets."""
+    """The inputs of every implementation of the scan."""
 
     blocks: Blocks
     carry: Carry
@@ -49,12 +49,12 @@ ScanOutputs = tuple[Float[Array, "N B H S V"], Carry]
 
 
 def _outer(x, y):
-    """Returns x^T y; XLA's CPU product with a transposed left side takes twice the time of making the transpose."""
+    """Returns x^T y. On CPU, XLA's product with a transposed left side takes twice as long as transposing first."""
     return lax.platform_dependent(x, y, cpu=lambda x, y: lax.optimization_barrier(x.T) @ y, default=outer)
 
 
 class ScanPlan(NamedTuple):
-    """How the blocks are run: `group` blocks between two kept states; keep_rows: see above.
+    """How the blocks run: `group` blocks between two saved states; keep_rows: see above.
 
     interpret: kernels are interpreted.
     """
@@ -101,7 +101,7 @@ def _next_carry(weights, momentum, bases: Bases, block: Blocks) -> Carry:
 
 
 def _run(plan: ScanPlan, reset: Reset, carry: Carry, block: Blocks):
-    """Runs one block of all rows and heads. Returns the next carry, the block's output and what is saved."""
+    """Runs one block of all rows and heads. Returns the next carry, the block's output and its saved values."""
     bases = _bases(carry, reset, block.fresh)
     arrays = (block.coefficients, block.first_scores, block.q, block.k, block.v)
     (out, weights, momentum), saved = plan.heads(chunk_forward)(*arrays, bases)
@@ -109,14 +109,14 @@ def _run(plan: ScanPlan, reset: Reset, carry: Carry, block: Blocks):
 
 
 def _replay(plan: ScanPlan, reset: Reset, carry: Carry, block: Blocks, saved: Saved) -> Carry:
-    """Returns the next carry from what was saved of the block."""
+    """Returns the next carry from the block's saved values."""
     bases = _bases(carry, reset, block.fresh)
     weights, momentum = plan.heads(chunk_replay)(block.coefficients, block.k, bases, saved)
     return _next_carry(weights, momentum, bases, block)
 
 
 def _run_bwd(plan: ScanPlan, reset: Reset, bars: Carry, reset_bar, carry: Carry, block: Blocks, saved: Saved, out_bar):
-    """Derivative of `_run`: cotangents of the carry before it, of the reset state so far, and of the block."""
+    """Derivative of `_run`. Returns cotangents of the carry before it, of the reset state so far, and of the block."""
     weights_bar, momentum_bar, anchor_bar = bars
     if block.begins is not None:
         reset_bar = (_add(reset_bar[0], _masked(block.begins, anchor_bar)), reset_bar[1])
@@ -138,7 +138,7 @@ def _run_bwd(plan: ScanPlan, reset: Reset, bars: Carry, reset_bar, carry: Carry,
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scan_blocks(plan: ScanPlan, blocks: Blocks, carry: Carry, reset: Reset):
-    """Runs all blocks, a multiple of `plan.group`. Returns (out `[N, B, H, S, V]`, the final carry)."""
+    """Runs all blocks; their number is a multiple of `plan.group`. Returns (out `[N, B, H, S, V]`, final carry)."""
 
     def body(carry, block):
         carry, out, _ = _run(plan, reset, carry, block)
@@ -148,8 +148,8 @@ def scan_blocks(plan: ScanPlan, blocks: Blocks, carry: Carry, reset: Reset):
     return out, carry
 
 
-# A group's inputs and outputs are a tuple with one tree per block where the group is short (straight-line code: nothing
-# is stacked or sliced), and one tree of stacked arrays where it is long (a scan: the program does not grow).
+# For a short group, inputs and outputs are a tuple with one tree per block (straight-line code: nothing
+# is stacked or sliced). For a long group, they are one tree of stacked arrays (a scan: the program does not grow).
 
 
 def _part(tree, blocks: slice):
@@ -157,7 +157,7 @@ def _part(tree, blocks: slice):
 
 
 def _split(plan: ScanPlan, tree):
-    """Returns the blocks by groups, `[N / group, ...]` per block of the group or `[N / group, group, ...]`."""
+    """Returns the blocks in groups: `[N / group, ...]` per block of the group, or `[N / group, group, ...]`."""
     if plan.straight:
         return tuple(_part(tree, slice(i, None, plan.group)) for i in range(plan.group))
     return jax.tree.map(lambda x: x.reshape(-1, plan.group, *x.shape[1:]), tree)
@@ -230,7 +230,7 @@ scan_blocks.defvjp(_scan_fwd, _scan_bwd)
 
 
 def group_size(count: int, slots: int, save_every: int) -> int:
-    """Returns how many of `count` blocks share one kept state."""
+    """Returns how many of `count` blocks share one saved state."""
     if save_every > 1:
         return min(count, save_every)
     most = max(1, min(SHORT_GROUP, LONG_BLOCK // slots))
@@ -240,7 +240,7 @@ def group_size(count: int, slots: int, save_every: int) -> int:
 def run_blocks(
     blocks: Blocks, carry: Carry, reset: Reset, *, activation: str, save_every: int, choice: Choice
 ) -> ScanOutputs:
-    """Runs any number of blocks by the implementations of the choice. Returns (out, the final carry)."""
+    """Runs any number of blocks with the chosen implementations. Returns (out, final carry)."""
     count, slots = blocks.k.shape[0], blocks.k.shape[3]
     plan = ScanPlan(activation, group_size(count, slots, save_every), save_every == 1, choice.interpret)
     whole = count - count % plan.group

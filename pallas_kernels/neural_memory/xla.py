@@ -1,4 +1,4 @@
-"""The neural memory in its exact dual form: chunk by chunk, matrix products only, no per-token copy of the weights."""
+"""The neural memory in its exact dual form: chunk by chunk, by matrix products, without per-token weights."""
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,8 @@ def neural_memory_xla(
 ) -> tuple[Float[Array, "B T H V"], NeuralMemoryState]:
     """Runs `neural_memory` chunk by chunk; all arrays in the dtype of the computation.
 
-    aligned: every row is known to be at phase 0, so that the rows are plainly cut into chunks.
-    choice: what walks over the chunks.
+    aligned: every row is known to be at phase 0, so rows are simply cut into chunks.
+    choice: the implementations of the walk over chunks.
     """
     batch, length = q.shape[:2]
     phase = jnp.asarray(state.phase, jnp.int32)
@@ -54,7 +54,7 @@ def neural_memory_xla(
     real, start = grid.holds, None
     if segment_ids is not None:
         token_real = (segment_ids >= 0)[:, :, None, None]
-        q, k, v = (jnp.where(token_real, x, 0) for x in (q, k, v))  # padding may hold anything
+        q, k, v = (jnp.where(token_real, x, 0) for x in (q, k, v))  # padding may hold any value
         real = real & to_blocks(grid, (segment_ids >= 0)[:, :, None])
         start = real & to_blocks(grid, segment_starts(segment_ids)[:, :, None])
         reset = jax.tree.map(lambda m: jnp.broadcast_to(m, (batch, *m.shape)), reset)
@@ -95,12 +95,12 @@ def run_grid(
     save_every: int = 1,
     choice: Choice | None = None,
 ) -> tuple[Float[Array, "N B H S V"], Carry]:
-    """Runs blocks that somebody laid out, each inside one chunk.
+    """Runs blocks laid out by the caller, each inside one chunk.
 
-    carry: (weights, momentum, anchor), `[B, H, I, O]` per layer; reset: the first two of the reset state, for every
-    row; None without segments. real: the slot holds a token; start: a segment begins at it (None: none does);
-    fresh: the block begins its chunk (None: all do). Slots that are not real give 0. choice: what walks over the
-    blocks; None: the XLA form.
+    carry: (weights, momentum, anchor), `[B, H, I, O]` per layer; reset: weights and momentum of the reset state, for
+    every row; None without segments. real: the slot holds a token. start: a segment begins at the slot (None: nowhere).
+    fresh: the block begins its chunk (None: all do). Slots that are not real give 0. choice: the implementations of the
+    walk over blocks; None: the XLA form.
     """
     if choice is None:
         choice = choose(OP, _shapes(q, carry[0], save_every, start is not None), "xla")
@@ -113,7 +113,7 @@ def run_grid(
 
 
 def _shapes(q, weights: Layers, save_every: int, segments: bool) -> MemoryShapes:
-    """Returns the sizes of a call whose caller laid out the blocks."""
+    """Returns the shapes of a call whose caller laid out the blocks."""
     count, batch, heads, slots, _ = q.shape
     layers, group, dtype = tuple(w.shape[2:] for w in weights), group_size(count, slots, save_every), jnp.dtype(q.dtype)
     return MemoryShapes(dtype, layers, slots, group, dtype, batch, heads, count, False, segments)
