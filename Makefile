@@ -44,7 +44,7 @@ test:
 
 test-deep:
 	@sh launch/venv.sh "$(VENV)" test $(PYTHON)
-	$(PYTEST) -m deep
+	$(PYTEST) -m "deep and not long"
 
 test-long:
 	@sh launch/venv.sh "$(VENV)" test $(PYTHON)

@@ -28,9 +28,8 @@ RELATIVES += ("infini_attention", "hopfield_layer", "memorizing", "transformer_x
 RELATIVES += ("deltanet", "kda", "gla", "based", "gsa", "gated_convolution", "hopfield_pooling")
 GRADIENTS = ("causality.jacobian", "packing.gradients", "stability.gradients", "trainability.gradients")
 GRADIENTS += ("independence.gradients",)
-# Laws with their own gradient programs; after a config's first example they run only in `make test-long`.
-OF_FIRST = ("causality.jacobian", "independence.gradients", "stability.gradients", "padding.nothing")
-OF_FIRST += ("trainability.finite_differences",)
+# Laws with their own programs; after a config's first example they run only in `make test-long`.
+OF_FIRST = (*GRADIENTS, "trainability.finite_differences", "padding.nothing", "causality.distance", "state.one_segment")
 OF_FIRST_COSTLY = ("packing.gradients", "trainability.gradients")
 SETTINGS_LEFT_OUT = ("ttt_mlp", "yaad", "moneta", "memora", "omeganet", "atlas", "lact")  # of test_time_memory
 MODELS_LEFT_OUT = ("titans_lmm", "titans_mac", "titans_mag", "titans_mal", "transformer_xl", "memorizing_transformer")
@@ -55,7 +54,11 @@ def _is_deep(registry, name: str, index: int, part: str) -> bool:
         return True
     if part == "causality.distance":
         return registry.kind == "mixer" and not index and not _is_setting(registry[name], registry)
-    return part in (*NO_GRADIENTS, *OF_COSTLY) or (part in OF_FIRST_COSTLY and not index and name not in RELATIVES)
+    if part in NO_GRADIENTS:
+        return True
+    if _is_setting(registry[name], registry):
+        return False
+    return part in OF_COSTLY or (part in OF_FIRST_COSTLY and not index and name not in RELATIVES)
 
 
 def _does_more_when_deep(part: str) -> bool:

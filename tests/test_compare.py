@@ -235,7 +235,7 @@ def test_what_is_no_number_is_inconclusive(higher_is_better):
     assert verdicts.verdict(verdicts.Interval(nan, nan, nan), higher_is_better) == "inconclusive"
 
 
-@pytest.mark.deep
+@pytest.mark.long
 def test_judged_seeds_compile_their_initialisation_alone(run_python, tmp_path):
     out = run_python(
         """

@@ -102,7 +102,7 @@ def test_unequal_prompts_equal_each_alone(x64):
     check_unequal(titans(), alone=())
 
 
-DEEP = ("titans", "gated_deltanet", "attention")
+DEEP = ("gated_deltanet", "attention")
 
 
 @pytest.mark.deep

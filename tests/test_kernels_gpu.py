@@ -82,7 +82,7 @@ CASES = [
     long("linear_attention", gates="zero", length=1024),
     long("gated_delta_rule", key=128, gate="none"),
     long("gated_delta_rule", groups=2, gates="mixed", keys="correlated"),
-    deep("gated_delta_rule", key=128, value=128, groups=2, gates="reset"),
+    long("gated_delta_rule", key=128, value=128, groups=2, gates="reset"),
     long("gated_delta_rule", value=128, gates="zero", batch=2, heads=2, length=150, segments="packed"),
     long("gated_delta_rule", gate="none", keys="identical", length=64, state=False),
     long("gated_delta_rule", gates="mixed", length=1024),
@@ -93,7 +93,7 @@ CASES = [
     long("linear_attention", gate="channel", gates="zero", length=1024),
     long("gated_delta_rule", gate="channel", key=128, value=128, groups=2, gates="reset", length=150),
     long("gated_delta_rule", gate="channel", value=128, batch=2, heads=2, gates="zero", segments="packed"),
-    deep("gated_delta_rule", gate="channel", key=128, gates="mixed", keys="identical", length=64, state=False),
+    long("gated_delta_rule", gate="channel", key=128, gates="mixed", keys="identical", length=64, state=False),
     long("gated_delta_rule", gate="channel", gates="zero", keys="correlated"),
     long("gated_delta_rule", gate="channel", gates="mixed", length=1024),
 ]
@@ -284,7 +284,7 @@ def with_bfloat16_products(function):
         pytest.param(dict(length=192, gates="lasting"), dict(), marks=pytest.mark.long),
         pytest.param(dict(length=1000, gates="lasting"), dict(), marks=pytest.mark.long),
         pytest.param(dict(key=128, value=128, length=150, gates="lasting"), dict(), marks=pytest.mark.long),
-        pytest.param(dict(depth=2, hidden=128, length=150, gates="lasting"), dict(), marks=pytest.mark.deep),
+        pytest.param(dict(depth=2, hidden=128, length=150, gates="lasting"), dict(), marks=pytest.mark.long),
         pytest.param(dict(depth=2, hidden=64, length=256, gates="lasting"), dict(), marks=pytest.mark.long),
         pytest.param(dict(depth=2, hidden=64, length=128), dict(gradient_at="decayed"), marks=pytest.mark.long),
         pytest.param(dict(depth=2, hidden=128, length=192, keys="identical"), dict(), marks=pytest.mark.long),
@@ -325,7 +325,7 @@ def test_the_memory_kernel_is_as_accurate_as_the_xla_form_in_bfloat16_and_free_o
 
 
 @pytest.mark.parametrize("depth, hidden", [(1, 6), *(pytest.param(2, n, marks=pytest.mark.deep) for n in (64, 128))])
-@pytest.mark.parametrize("devices, implementation", [pytest.param(1, "pallas_gpu", marks=pytest.mark.deep), (8, None)])
+@pytest.mark.parametrize("devices, implementation", [pytest.param(1, "pallas_gpu", marks=pytest.mark.long), (8, None)])
 def test_an_h200_gets_the_memory_kernels_and_no_loop(devices, implementation, depth, hidden):
     arrays, static = memory_problem(batch=8, heads=2, depth=depth, hidden=hidden)
     specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)

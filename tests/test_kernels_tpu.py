@@ -133,8 +133,13 @@ def test_as_accurate_as_xla(op, dtype, case, interpreted):
 
 
 @with_races
-@pytest.mark.deep
-@pytest.mark.parametrize("op", [pytest.param("linear_attention", marks=pytest.mark.long), "gated_delta_rule"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        pytest.param("linear_attention", marks=pytest.mark.long),
+        pytest.param("gated_delta_rule", marks=pytest.mark.deep),
+    ],
+)
 def test_no_races(op, interpreted):
     """Ten chunks and a last group that is short, states of segments, a query head for two value heads."""
     check(op, jnp.float32, SMALL | dict(batch=1, length=100, gate="scalar", segments="states", keys="correlated"))

@@ -27,9 +27,9 @@ BASES = {
 }
 
 
-def bases(fast):
-    """All bases, of which `make test` runs one: each test another."""
-    return [pytest.param(name, marks=[pytest.mark.long] if name != fast else []) for name in BASES]
+def bases(fast, *marks):
+    """All bases, of which one is not long: each test takes another. marks: of that one."""
+    return [pytest.param(name, marks=[pytest.mark.long] if name != fast else marks) for name in BASES]
 
 
 IDS = np.array([[0] * 5 + [1] * 9 + [3] * 6, [-1] * 2 + [2] * 8 + [-1] + [5] * 5 + [7] + [-1] * 3], np.int32)
@@ -90,8 +90,7 @@ def memory_alone(mixture, n):
 # --- what MoM must equal ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize("name", bases("gla"))
+@pytest.mark.parametrize("name", bases("gla", pytest.mark.deep))
 def test_one_memory_is_the_base_layer(name, x64, rng):
     mixture = built(rng, base_config(name), memories=1, top_k=1, shared=False)
     base, x = memory_alone(mixture, 0), inputs(rng)
@@ -358,7 +357,7 @@ print(compiled.as_text().count("all-gather("))
 """
 
 
-@pytest.mark.deep
+@pytest.mark.long
 def test_devices_compute_their_own_rows(run_python):
     """Block after block is a loop: without a word to the partitioner it would gather all rows on every device."""
     error, gathers = run_python(MESH, devices=4).split()

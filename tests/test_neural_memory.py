@@ -210,7 +210,7 @@ def test_gradients_do_not_cross_segments():
     assert all(np.any(g != 0) for g in jax.tree.leaves(gradient["reset"]))
 
 
-@pytest.mark.deep
+@pytest.mark.long
 def test_save_every_changes_nothing():
     arrays, static = make_problem(rows="phased", segments=True)
     wanted = values_and_grads(arrays, static)

@@ -107,7 +107,7 @@ print(json.dumps(out))
 """
 
 
-@pytest.mark.deep
+@pytest.mark.long
 def test_every_layout_leaves_frozen_parameters_alone(folder, run_python):
     layouts = {
         "pjit": {},

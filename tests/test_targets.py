@@ -24,8 +24,10 @@ def reached(run_python):
     return run
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize("config", ["mqar_titans", "mqar_attention"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param("mqar_titans", marks=pytest.mark.deep), pytest.param("mqar_attention", marks=pytest.mark.long)],
+)
 def test_mqar_is_learned(config, reached):
     """64 tokens, 4 pairs, vocabulary 128: at least 95 % recalled."""
     assert reached(config)["validation"]["accuracy"]["value"] >= 0.95

@@ -129,7 +129,7 @@ def test_the_memory_goes_with_the_checkpoint(text, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.deep
+@pytest.mark.long
 def test_a_second_stage_begins_with_the_first_ones_parameters(text, tmp_path):
     second = experiment(text, steps=1, optimizer=AdamWConfig(learning_rate=0.0))
     first = dataclasses.replace(second, steps=2, model=dataclasses.replace(second.model, recall="last"))

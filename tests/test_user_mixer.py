@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 import engrax
