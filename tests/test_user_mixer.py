@@ -2,6 +2,8 @@
 
 import textwrap
 
+import pytest
+
 MIXER = '''
 """A running mean of the segment so far."""
 
@@ -9,7 +11,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import pytest
 from flax import nnx
 
 import engrax
