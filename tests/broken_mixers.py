@@ -51,7 +51,7 @@ FAULTS = {
     "NaN at padding": Fault("padding.content", r"row \d, token \d+", (0, 0)),
     "padding fills the tail": Fault("padding.nothing", r"\['tail'\]\[\d, \d, \d\]", (1e-3, 1e2)),
 }
-BRIEF = tuple(FAULTS)[:8]  # one of each kind
+BRIEF = tuple(name for name in tuple(FAULTS)[:8] if name != "documents leak")  # of each kind; that one takes longest
 
 
 @dataclasses.dataclass(frozen=True)

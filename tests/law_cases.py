@@ -52,6 +52,8 @@ def _is_deep(registry, name: str, index: int, part: str) -> bool:
         return False
     if registry.kind == "mixer" and not any(word in registry[name].__module__ for word in COSTLY):
         return True
+    if name in FOUNDATIONS and not index:
+        return True
     if part == "causality.distance":
         return registry.kind == "mixer" and not index and not _is_setting(registry[name], registry)
     if part in NO_GRADIENTS:
@@ -71,7 +73,7 @@ def _is_left_out(registry, name: str, index: int, part: str) -> bool:
     if index or part in DEEP_ONLY:
         return True
     if name in FOUNDATIONS:
-        costly = (*OWN_PROGRAMS, "padding.nothing", "causality.jacobian", "independence.gradients", "state.shapes")
+        costly = (*OWN_PROGRAMS, *OWN_OF_COSTLY, *GRADIENTS)
         return name == "titans" and part in costly  # they take a minute
     if _is_setting(registry[name], registry):
         return name in SETTINGS_LEFT_OUT + MODELS_LEFT_OUT or part not in FEW_PROGRAMS

@@ -9,6 +9,8 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
+
 FILES = {  # where the file goes inside the package: its text
     "layers/linear/added_mixer.py": '''
 """A mixer that counts its tokens and projects each."""
@@ -242,6 +244,7 @@ def test_a_file_outside_the_package_is_enough(tmp_path, run_python):
     assert "reloaded 3 AddedOptimizerConfig(" in out and "scale=0.5" in out
 
 
+@pytest.mark.deep
 def test_the_same_file_inside_the_package_is_enough(root, tmp_path, run_python):
     package = tmp_path / "engrax"
     left_out = shutil.ignore_patterns(".*", "__pycache__", "tests", "runs", "notebooks", "docs", "build", "*.egg-info")

@@ -53,6 +53,7 @@ def test_defaults_cover_every_operation():
             assert bench.default_cases(op, backend), (op, backend)
 
 
+@pytest.mark.deep
 def test_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "default_cases", lambda op, backend: [bench.Case(op, TINY[op])])
     output = tmp_path / "deep" / "bench.json"

@@ -19,8 +19,9 @@ REGISTERED += ("attention", "hopfield", "gated_convolution")
 ALSO = {"segment forgotten": {"packing.apart"}}
 
 
-def _deep_but(names, fast):
-    return [pytest.param(name, marks=[] if name in fast else [pytest.mark.deep]) for name in names]
+def _deep_but(names, fast, long=()):
+    marks = {name: [pytest.mark.long if name in long else pytest.mark.deep] for name in names if name not in fast}
+    return [pytest.param(name, marks=marks.get(name, ())) for name in names]
 
 
 @pytest.mark.parametrize("fault", _deep_but(FAULTS, BRIEF))
@@ -35,7 +36,7 @@ def test_a_broken_mixer_is_reported_under_its_law(fault):
     assert low <= (breach.size or 0) <= high
 
 
-@pytest.mark.parametrize("kind", _deep_but(KINDS, ("pointwise", "float32")))
+@pytest.mark.parametrize("kind", _deep_but(KINDS, ("pointwise", "float32"), long=("attention",)))
 def test_a_good_mixer_passes(kind):
     assert not check(GoodConfig(kind), progress=False)
 

@@ -63,6 +63,7 @@ def numbers(value, name=""):
     return {name: value} if isinstance(value, (int, float)) and not timed else {}
 
 
+@pytest.mark.deep
 def test_four_devices_give_the_numbers_of_one(run, run_python):
     one = evaluate(run, only=ONLY, stream=1024, progress=False)
     found = json.loads(run_python(CODE, devices=4, args=[run, json.dumps(ONLY)]).splitlines()[-1])

@@ -155,6 +155,7 @@ def temporary_bytes(program):
     return program.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.deep
 def test_memory_is_linear_in_the_length():
     """And far below a state per token, T x K x V numbers per head."""
     short, long = (temporary_bytes(program(length)) for length in (2048, 16384))

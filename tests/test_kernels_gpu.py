@@ -71,7 +71,7 @@ CASES = [
     ("linear_attention", dict(groups=2, length=150, gates="mixed")),
     long("linear_attention", key=128, gates="zero"),
     long("linear_attention", value=128, gate="none"),
-    ("gated_delta_rule", dict(gates="zero", keys="correlated")),
+    deep("gated_delta_rule", gates="zero", keys="correlated"),
     ("linear_attention", dict(gate="channel", gates="mixed")),
     deep("gated_delta_rule", gate="channel", gates="mixed", keys="correlated"),
     long("linear_attention", key=128, value=128, groups=2, gates="reset"),
@@ -269,7 +269,7 @@ def with_bfloat16_products(function):
     "case, options",
     [
         pytest.param(dict(length=128), dict(), marks=pytest.mark.long),
-        (dict(length=80, rows="phased"), dict(gradient_at="decayed")),
+        pytest.param(dict(length=80, rows="phased"), dict(gradient_at="decayed"), marks=pytest.mark.deep),
         pytest.param(dict(length=128, keys="identical"), dict(), marks=pytest.mark.long),
         pytest.param(dict(length=64, key=128), dict(gradient_at="decayed"), marks=pytest.mark.long),
         pytest.param(

@@ -98,6 +98,7 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows(run_dir) if "loss" in row}
 
 
+@pytest.mark.deep
 def test_two_slurm_processes_train_as_one(shell, tmp_path):
     """slurm.sbatch with two tasks, and local.sh with two devices: one run folder each, the same losses."""
     script(tmp_path / "bin" / "srun", SRUN.format(python=sys.executable))
@@ -122,7 +123,7 @@ def test_two_slurm_processes_train_as_one(shell, tmp_path):
     assert losses(run_dir) == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.deep
+@pytest.mark.long
 def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(tmp_path):
     """When a machine of a job is told to go, then all processes save the same step and the run can be resumed."""
     run_dir = tmp_path / "run"

@@ -25,7 +25,7 @@ LAWS_OF = {
 # One of every kind of state and every operation; the others compute with the same code.
 MIXERS_HERE = ("attention", "gated_convolution", "gated_deltanet", "gla", "hopfield", "mom", "retnet", "titans")
 MIXERS_HERE += ("infini_attention", "test_time_memory")
-CASES = [("mixer", name) for name in MIXERS_HERE] + [("model", "language_model"), ("model", "hmt")]
+CASES = [("mixer", name) for name in MIXERS_HERE] + [("model", "hmt")]
 
 
 @pytest.fixture(autouse=True)

@@ -38,6 +38,7 @@ def experiment(folder, **fields):
     return tiny(model=model, init_from=str(folder), optimizer=optimizer, checkpoint=CheckpointConfig(every=2), **fields)
 
 
+@pytest.mark.deep
 def test_a_run_starts_from_the_checkpoint_and_needs_it_no_more(folder, tmp_path):
     before = load_file(folder / "model.safetensors")
     train(experiment(folder, steps=2), tmp_path / "run", progress=False)

@@ -271,6 +271,7 @@ def test_truncation_leaves_the_gradient_of_the_learned_start():
     assert np.all(grads["initial"][...] != 0)
 
 
+@pytest.mark.deep
 def test_a_state_from_the_host_is_not_taken_for_the_start():
     """When a state was fetched, then its rows stand where they stood."""
     model = RMTConfig(memory_tokens=2, **SIZES).build(rngs=nnx.Rngs(0))

@@ -121,7 +121,7 @@ def run(config, tokens, gates, matrices, extra, cuts=()):
     return jnp.concatenate(found, axis=1), state
 
 
-FAST = ("muon", "softmax")  # a SwiGLU with momentum; a matrix with windows, resets and a retention of its own
+FAST = ("softmax",)  # a matrix with windows, resets and a retention of its own
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.deep] * (n not in FAST)) for n in CASES])

@@ -122,7 +122,7 @@ print(json.dumps(out))
 """
 
 
-@pytest.mark.deep
+@pytest.mark.long
 def test_other_optimizers_shard_their_state(run_python):
     """ZeRO 1 on two devices: the same losses as replicated, and half of every moment on each device."""
     found = json.loads(run_python(CODE + OTHERS, devices=2).splitlines()[-1])

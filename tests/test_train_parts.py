@@ -263,6 +263,7 @@ def test_the_program_does_not_grow_with_depth():
     assert size(12) == size(2)
 
 
+@pytest.mark.deep
 def test_bfloat16_compute_keeps_parameters_in_float32():
     trainer = Trainer(small(compute_dtype="bfloat16"))
     state = trainer.init_state()

@@ -82,7 +82,7 @@ def test_layers_are_gathered_one_at_a_time(programs, strategy):
     assert not any(shape[:1] == [8] and len(shape) == 3 for shape in inside)
 
 
-@pytest.mark.parametrize("strategy", ["pjit", "pmap"])
+@pytest.mark.parametrize("strategy", ["pjit", pytest.param("pmap", marks=pytest.mark.deep)])
 def test_rows_stay_on_their_devices(programs, strategy):
     """No collective moves an array whose leading size is the global batch (8 rows on each of 8 devices)."""
     moved = programs[f"8 {strategy} 8"]["moved"]
