@@ -183,13 +183,13 @@ def test_ctrl_c_inside_an_import_that_swallows_it(tmp_path, monkeypatch, capsys,
     def command(args):
         import swallows  # noqa: F401
 
-        time.sleep(2)
+        time.sleep(20)
         return 0
 
     monkeypatch.setitem(cli.COMMANDS, "list", command)
     before, begun = signal.getsignal(signal.SIGINT), time.monotonic()
     assert cli.main(["list"]) == 130
-    assert capsys.readouterr().err == "engrax: interrupted\n" and time.monotonic() - begun < 2
+    assert capsys.readouterr().err == "engrax: interrupted\n" and time.monotonic() - begun < 10
     assert signal.getsignal(signal.SIGINT) is before
 
 
