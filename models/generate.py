@@ -161,7 +161,7 @@ class Compiled:
                 return UserError(f"the weights of {name} hold values that are not numbers, in {where}.")
         return UserError(
             "the model's outputs are not numbers: prompt and sample exceed an attention cache's capacity or the "
-            "learned positions; sample fewer tokens, or train with a window."
+            "learned positions (sample fewer tokens, or train with a window), or its memory diverges on this text."
         )
 
 

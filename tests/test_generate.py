@@ -115,7 +115,8 @@ def test_unequal_prompts_for_some_mixers(name, x64):
 @pytest.mark.parametrize("name", [name for name in MIXERS if name not in DEEP])
 def test_unequal_prompts_for_every_mixer(name, x64):
     for config in MIXERS[name].examples()[:-1] or MIXERS[name].examples():
-        check_unequal(louder(language_model(config)), causal=name not in NOT_CAUSAL)
+        scale = 1.5 if getattr(config, "depth", 1) > 2 else 3.0  # deep memories diverge at larger parameters
+        check_unequal(louder(language_model(config), scale), causal=name not in NOT_CAUSAL)
 
 
 @pytest.mark.long
