@@ -4,8 +4,8 @@
 
 probe: seconds of the probe for leaks before the quickstart's first step (its programs are compiled, too), and of the
 whole command to the end of step 1. vocabulary: the largest memory (GB) of a process that trains 4 steps of 16 x 512
-tokens at a vocabulary of 128,256 and width 32, with two blocks of attention. Every round is a new process; figures are medians, with the smallest and
-the largest value.
+tokens at a vocabulary of 128,256 and width 32, with two blocks of attention. Every round is a new process; figures are
+medians, with the smallest and the largest value.
 """
 
 import argparse
