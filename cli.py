@@ -267,7 +267,9 @@ def _tokenize(args: list[str]) -> int:
         "Writes the tokens of a config's text once, as shards in the cache ($ENGRAX_CACHE or ~/.cache/engrax). "
         "Trainings on the same text read them. More than 64 MiB of text are tokenised at their first use.",
     )
-    parser.add_argument("config", help="a name that `engrax list` shows, or the path of a .py file with config()")
+    parser.add_argument(
+        "config", type=_filled, help="a name that `engrax list` shows, or the path of a .py file with config()"
+    )
     known, rest = _split_help(parser, args)
     from engrax.data.config import SPLITS
 

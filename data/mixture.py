@@ -117,7 +117,7 @@ class Mixture(DataConfig):
         from engrax.data.mixed_rows import MixedRows
 
         check_loader_arguments(self, split, seed, epochs, align)
-        assert self.tokenizer is not None  # raises if the sources differ
+        _ = self.tokenizer  # raises if the sources differ
         same = {"seq_len": self.seq_len, "share": Share.of(batch_size, process_index, process_count)}
         rows = [source.packed(split, seed=seed, epochs=epochs, align=align, **same) for source in self.sources]
         return MixedRows(rows, self.weights, target_bytes=target_bytes, **same)

@@ -51,6 +51,16 @@ def test_a_prefix_is_read_once_and_asked_often(session):
     np.testing.assert_array_equal(drawn[0], session.sample(8, seed=1, temperature=2.0)[0])
 
 
+def test_copies_of_a_row_stand_together(model):
+    """Rows a and b, branched by 2, are a, a, b, b: logits, memory and tokens read."""
+    two = Session(model, rows=2).feed([[1, 2, 3], [9, 8, 7, 6, 5]])
+    four = two.branch(2)
+    np.testing.assert_array_equal(four.logits, np.repeat(two.logits, 2, axis=0))
+    assert four.tokens_read.tolist() == [3, 3, 5, 5]
+    wanted = np.repeat(two.feed([4]).logits, 2, axis=0)
+    np.testing.assert_allclose(four.feed([4]).logits, wanted, atol=1e-5)
+
+
 def test_streaming_leaves_the_state_after_the_last_token_taken(session):
     whole = session.branch(1).sample(5, seed=2)[0]
     taken = [int(token[0]) for _, token in zip(range(3), session.stream(5, seed=2))]
