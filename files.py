@@ -4,11 +4,19 @@ import json
 import math
 import os
 import stat
+from pathlib import Path
 from typing import Any
 
 from engrax.errors import UserError
 
 MOST_JSON = 1 << 28  # most bytes of a JSON file; the largest tokenizers have a tenth of it
+
+
+def cache_folder() -> Path:
+    """The folder of everything that can be computed again: `$ENGRAX_CACHE`, or `~/.cache/engrax`."""
+    if base := os.environ.get("ENGRAX_CACHE"):
+        return Path(base).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "engrax"
 
 
 def read_json(path: Any, remedy: str = "restore the file") -> dict[str, Any]:

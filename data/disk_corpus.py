@@ -26,6 +26,7 @@ from engrax.data.files import Listed, manifest_of
 from engrax.data.sources import Reader
 from engrax.data.tokenizers import Tokenizer
 from engrax.errors import UserError
+from engrax.files import cache_folder
 
 _SETTLED = 2.0  # seconds after its last change from which a file's size and time identify its content
 _FIRST = 1 << 16  # bytes of a document that `first_texts` returns
@@ -177,7 +178,7 @@ class DiskCorpus:
         files = (*self._files, *(self._given or ()))
         read_as = [shards.FORMAT, SPLIT_RULE, dataclasses.astuple(self._reader), [*self._notes]]
         key = hashlib.sha256(json.dumps([self._files, self._given, read_as]).encode()).hexdigest()[:32]
-        path = shards.cache() / "corpora" / f"{key}.json"
+        path = cache_folder() / "corpora" / f"{key}.json"
         with shards.locked(path):
             found = _read_json(path)
             if name not in found:

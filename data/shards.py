@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections import OrderedDict
@@ -27,19 +26,12 @@ from engrax.data.config import SPLIT_RULE, SPLITS, Splits, TokenArray
 from engrax.data.encoded import Encoded, encode_in_parts
 from engrax.data.tokenizers import Tokenizer
 from engrax.errors import UserError
+from engrax.files import cache_folder
 
 FORMAT = 1  # of the folder
 RECORD = 1 << 13  # tokens
 SHARD = 1 << 14  # records
 _KEPT = 256  # records in memory
-
-
-def cache() -> Path:
-    """Returns the folder of everything that can be computed again."""
-    base = os.environ.get("ENGRAX_CACHE")
-    return (
-        Path(base).expanduser() if base else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "engrax"
-    )
 
 
 def header(manifest: str, validation_fraction: float, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -50,7 +42,7 @@ def header(manifest: str, validation_fraction: float, tokenizer: Tokenizer) -> d
 def folder_of(**header: Any) -> Path:
     """Returns the folder of the shards that a header (JSON-able: data, tokenizer, ...) describes."""
     text = json.dumps({"format": FORMAT} | header, sort_keys=True)
-    return cache() / "tokens" / hashlib.sha256(text.encode()).hexdigest()[:32]
+    return cache_folder() / "tokens" / hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @contextlib.contextmanager

@@ -5,19 +5,15 @@ Only these seeds are judged, because seed 0 was selected for its score. Each run
 comparison continues where it stopped. `engrax.evals.verdicts` turns the scores into verdicts.
 """
 
-import contextlib
 import dataclasses
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
-from jax.experimental.compilation_cache import compilation_cache
 
 from engrax.errors import Diverged, UserError
 from engrax.evals import scoring
@@ -124,8 +120,7 @@ def run(comparison: Comparison, folder: epath.PathLike, *, progress: bool = True
     trials = len(comparison.experiments) * (len(comparison.learning_rates) + comparison.seeds)
     tell = _progress(trials) if progress else lambda trial, score: None
     sign = 1 if kind(comparison) == "task" else -1
-    with _programs_compiled_once():
-        return [_row(comparison, name, folder, tell, sign) for name in comparison.experiments]
+    return [_row(comparison, name, folder, tell, sign) for name in comparison.experiments]
 
 
 def _row(comparison: Comparison, name: str, folder: epath.Path, tell: Callable, sign: int) -> Row:
@@ -144,22 +139,6 @@ def _row(comparison: Comparison, name: str, folder: epath.Path, tell: Callable, 
         )
     grid = {t.learning_rate: score.mean for t, score in scored.items()}
     return Row(name, best.learning_rate, grid, scores, cost.costs(comparison.experiments[name]))
-
-
-@contextlib.contextmanager
-def _programs_compiled_once() -> Iterator[None]:
-    """Uses a compilation cache for this comparison, unless the user has one. The training step is compiled once per
-    learning rate, which is a constant in it, and everything else once per mixer."""
-    if jax.config.jax_compilation_cache_dir:
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="engrax-compiled-") as folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        try:
-            yield
-        finally:
-            jax.config.update("jax_compilation_cache_dir", None)
-            compilation_cache.reset_cache()
 
 
 def _grid(name: str, learning_rates: tuple[float, ...]) -> Iterator[Trial]:

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -258,21 +256,8 @@ print(*counts)
 """,
         devices=1,
         args=[tmp_path],
-        env={"JAX_COMPILATION_CACHE_DIR": None},
+        env={"JAX_COMPILATION_CACHE_DIR": None, "ENGRAX_CACHE": str(tmp_path / "cache")},
     )
     counts = [int(count) for count in out.split()]
     grids, judged = counts[:3] + counts[6:9], counts[3:6] + counts[9:]
     assert grids[0] > grids[1] == grids[2] >= 1 and max(judged) == 1, counts
-
-
-def test_compiled_programs_are_kept_for_the_comparison_unless_the_user_keeps_them(tmp_path):
-    before = jax.config.jax_compilation_cache_dir
-    try:
-        for users in (None, str(tmp_path)):
-            jax.config.update("jax_compilation_cache_dir", users)
-            with comparison._programs_compiled_once():
-                found = jax.config.jax_compilation_cache_dir
-                assert found == users if users else Path(found).is_dir()
-            assert jax.config.jax_compilation_cache_dir == users and (users is not None or not Path(found).exists())
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from engrax.train import (
     LogConfig,
     SGDConfig,
     WSDConfig,
+    host,
     metrics,
     train_step,
 )
@@ -341,6 +344,46 @@ print(statistics.median(b - a for a, b in zip(counts, counts[1:])))
 """
     printed = run_python(code, devices=1).split()[-1]
     assert printed == "none" or float(printed) < 1000, printed  # 128 MB are 32768 pages
+
+
+COMPILE_ONCE = """
+import jax, jax.numpy as jnp
+from engrax.train.host import keep_compiled_programs
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("/cache_hits")))
+jnp.ones(3)  # JAX's first program, before the folder is chosen
+folder = keep_compiled_programs()
+jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8)))
+print(folder, sum(hits))
+"""
+
+
+def test_a_later_process_finds_the_compiled_programs(run_python, tmp_path):
+    """In the cache's folder by default; not if the user turns it off, has an own folder, or cannot write there."""
+    cache, none = tmp_path / "cache", "JAX_COMPILATION_CACHE_DIR"
+
+    def run(env):
+        folder, hits = run_python(COMPILE_ONCE, devices=1, env={none: None, "ENGRAX_CACHE": cache} | env).split()
+        return folder, int(hits)
+
+    folder, hits = run({})
+    assert Path(folder).parent == cache / "compiled" and hits == 0
+    again, hits = run({})
+    assert again == folder and hits > 0
+    assert run({"JAX_ENABLE_COMPILATION_CACHE": "0"}) == ("None", 0)
+    assert run({none: tmp_path / "own"})[0] == "None" and list((tmp_path / "own").glob("jit_*"))
+    (tmp_path / "file").write_text("")
+    assert run({"ENGRAX_CACHE": tmp_path / "file"})[0] == "None"
+
+
+def test_the_programs_used_least_recently_are_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "MOST_BYTES", 250)
+    for age, name in enumerate("abcd"):
+        (tmp_path / name).write_bytes(b"0" * 100)
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    host._delete_oldest(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_two_arrays_keep_two_names():

@@ -33,7 +33,7 @@ from engrax.train.checkpoint import Checkpoints, first_line
 from engrax.train.distributed import StopSignal
 from engrax.train.experiment import Experiment
 from engrax.train.fit import refuse_what_does_not_fit
-from engrax.train.host import keep_freed_memory
+from engrax.train.host import keep_compiled_programs, keep_freed_memory
 from engrax.train.probe import refuse_leaks
 from engrax.train.trainer import Trainer
 
@@ -64,7 +64,7 @@ def train(
     """
     clock = metrics.Clock()
     keep_freed_memory()
-    run_dir = runs.folder(run_dir)
+    run_dir, programs = runs.folder(run_dir), keep_compiled_programs()
     main = jax.process_index() == 0
     trainer = check(experiment, run_dir)
     experiment = trainer.experiment
@@ -97,6 +97,8 @@ def train(
             state = _restore(trainer, checkpoints, data, saved)
         for warning in experiment.data.warnings() if main else ():
             _warn(warning)
+        if main and programs:
+            print(f"compiled programs are kept in {programs}", file=sys.stderr)
         if main and saved:
             print(f"resuming {run.directory} at step {saved}", file=sys.stderr)
         if saved >= experiment.steps:

@@ -29,6 +29,7 @@ from engrax.train import experiment as experiments
 from engrax.train import run_lock, run_sources, sharding
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.experiment import Experiment
+from engrax.train.host import keep_compiled_programs
 
 
 def folder(path: epath.PathLike) -> epath.Path:
@@ -52,6 +53,7 @@ class Run:
 
         The parameters are on the default device, or with a `mesh` on its devices, sharded by the run's ZeRO stage.
         """
+        keep_compiled_programs()
         checkpoints = Checkpoints(self.directory)
         try:
             number = checkpoints.resolve(step)
