@@ -2,7 +2,7 @@
 
     engrax train mom_hybrid_340m --data.path CORPUS --data.tokenizer-file TOKENIZER.json --run-dir runs/mom_hybrid_340m
 
-455 M parameters. Any mixer may stand in the pattern; not trained by us, so no figure stands here.
+456 M parameters. Any mixer may stand in the pattern; not trained by us, so no figure stands here.
 """
 
 from engrax.data import TextFolder
@@ -13,7 +13,7 @@ from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig
 
 def config() -> Experiment:
     """The experiment."""
-    memory = GatedDeltaNetConfig(heads=4, head_dim=256, value_dim=256, chunk_size=64)
+    memory = GatedDeltaNetConfig(heads=8, head_dim=128, value_dim=128, chunk_size=64)
     mom = MoMConfig(base=memory, memories=4, top_k=2, shared=True, balance_weight=0.01)
     return Experiment(
         model=LanguageModelConfig(

@@ -1,7 +1,7 @@
 """`engrax describe CONFIG --device`: which implementation serves each operation of a training.
 
-The table of every shipped config is committed: `python tests/test_kernel_report.py` writes it anew, so that a change
-shows as a diff.
+Two tables of every shipped config are committed: every call in tests/kernels_reached.json, and a short one in
+docs/operations.md. `python tests/test_kernel_report.py` writes them, so that a change shows as a diff.
 """
 
 import json
@@ -19,7 +19,8 @@ from engrax.train import kernel_report
 
 pytestmark = pytest.mark.skipif(jax.__version_info__[:3] < KERNELS_NEED_JAX, reason="there are no kernels on this jax")
 TABLE = Path(__file__).parent / "kernels_reached.json"
-DEVICES = ("h200", "v5e")
+DOCUMENT, BEGIN, END = TABLE.parents[1] / "docs/operations.md", "<!-- kernels reached -->", "<!-- end -->"
+DEVICES = ("h200", "v5e", "v6e")
 OTHER = ("it needs a ", "only by its name", "there is no kernel")  # true of every call: left out of the table
 
 
@@ -88,6 +89,41 @@ def test_the_report_is_what_a_program_traced_for_the_device_gets():
         assert names == [row.served.by for row in reports(experiment, device)] and names
 
 
+def short_table():
+    """The lines of the table in the docs: for every config and operation that has kernels, what serves it."""
+    lines = ["| config | operation | H200 | v5e | v6e |", "|---|---|---|---|---|"]
+    for config in configs.names():
+        cells = {}
+        for device in DEVICES:
+            for row in reports(configs.find(config).experiment, devices.NAMED[device]):
+                if any(found.platform for found in kernel_report.dispatch.implementations(row.call.op)):
+                    served = cells.setdefault(row.call.op, {}).setdefault(device, {})
+                    served[_short(row.served, device)] = None
+        lines += [
+            f"| `{config}` | `{op}` | {' | '.join('; '.join(found[device]) for device in DEVICES)} |"
+            for op, found in sorted(cells.items())
+        ]
+        lines += [] if cells else [f"| `{config}` | none with kernels | | | |"]
+    return lines
+
+
+def _short(served, device):
+    """The kernel's name; or for another implementation also why the device's kernels do not serve the call."""
+    if served.by not in ("xla", "reference"):
+        return f"`{served.by}`"
+    own = [r for name, r in served.others.items() if name not in ("xla", "reference") and not r.startswith(OTHER)]
+    return f"{served.by}: {'; '.join(own)}"
+
+
+def test_the_short_table_in_the_docs():
+    told = DOCUMENT.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()
+    assert told == short_table(), "python tests/test_kernel_report.py writes the table"
+
+
 if __name__ == "__main__":
     table = {config: line_by_device(config) for config in configs.names()}
     TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    text = DOCUMENT.read_text()
+    before, rest = text.split(BEGIN)
+    table = "\n".join([BEGIN, *short_table(), END])
+    DOCUMENT.write_text(before + table + rest.split(END)[1])
