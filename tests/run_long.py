@@ -4,8 +4,9 @@
     make test-long LONG_FLAGS="--only train_resume --minutes 30"
 
 A section is a test file, or one mixer or model of tests/test_laws.py. The report is written after every section. Run
-again, the command continues: a section that passed on the same source files is not run again. After a change of a
-source file every section reads "not run" until it has been run on the new files.
+again, the command continues: a section that passed on the same source files is not run again, and the others run in the
+order of their last run, those that never ran first. Every entry keeps the commit that it ran on, also after a change of
+a source file.
 """
 
 import argparse
@@ -108,19 +109,23 @@ def main() -> int:
     options, flags = parser.parse_known_args()
     found, sources, output = collect(), digest(), options.output.resolve()
     old = json.loads(output.read_text(encoding="utf-8"))["sections"] if output.exists() else {}
-    sections = {name: old[name] if old.get(name, {}).get("sources") == sources else NOT_RUN for name in found}
+    sections = {name: old.get(name, NOT_RUN) for name in found}
     chosen = [name for name in found if not options.only or any(word in name for word in options.only)]
+    chosen.sort(key=lambda name: sections[name].get("date", ""))
     if not chosen:
         sys.exit(f"--only {' '.join(options.only)} is in the name of no section (there are: {', '.join(found)}).")
     start = time.monotonic()
     for name in chosen:
-        if sections[name]["result"] == "passed" or time.monotonic() - start > 60 * options.minutes:
+        done = sections[name]["result"] == "passed" and sections[name]["sources"] == sources
+        if done or time.monotonic() - start > 60 * options.minutes:
             continue
         print(f"\n{name}: {len(found[name])} tests", flush=True)
         sections[name] = run(found[name], sources, options.workers, flags)
         write(output, sections)
     for name, entry in sections.items():
-        print(f"{name}: {entry['result']}" + (f", {entry['minutes']} minutes" if "minutes" in entry else ""))
+        told = [entry["result"], *([f"{entry['minutes']} minutes"] if "minutes" in entry else [])]
+        older = "sources" in entry and entry["sources"] != sources
+        print(f"{name}: {', '.join(told + ['on older sources'] * older)}")
     return int(any(sections[name]["result"] == "failed" for name in chosen))
 
 

@@ -59,8 +59,15 @@ def test_it_continues_and_begins_again_after_a_change(long_run, tmp_path):
     (tmp_path / "new.py").touch()
     code, ran, report = long_run("--only", "sec")
     assert (code, ran) == (0, ["second"])
-    assert report["first"] == {"result": "not run"}
-    assert report["second"]["commit"] == f"{commit} and changes"
+    assert report["first"]["commit"] == commit and report["second"]["commit"] == f"{commit} and changes"
+    assert report["first"]["sources"] != report["second"]["sources"]
+    assert long_run()[1] == ["first"] and long_run()[1] == []
+
+
+def test_what_never_ran_comes_first(long_run):
+    assert long_run("--only", "first")[2]["second"] == {"result": "not run"}
+    assert long_run("--minutes", "0")[1] == []
+    assert long_run()[1] == ["second"]
 
 
 def test_the_laws_are_a_section_for_each_mixer_and_model():
