@@ -43,7 +43,7 @@ def override(experiment: Any, args: list[str], prog: str) -> Any:
     for arg in args:
         name = arg.split("=")[0].removeprefix("--").replace("_", "-")
         if arg.startswith("--") and name != "help" and name not in known and name.replace(".no-", ".") not in known:
-            raise UserError(f"{prog.split()[-1]} has no field --{name}{did_you_mean(name, known)}.")
+            raise UserError(f"{prog.split()[-1]} has no field --{name}{did_you_mean(name, known) or '.'}")
         inside = [field for field in known if field.startswith(f"{name}.")]
         if arg.startswith("--") and inside:
             raise UserError(

@@ -216,7 +216,7 @@ def from_dict(data: Any, annotation: Any = Experiment, path: str = "config") -> 
         known = {f.name for f in dataclasses.fields(cls) if f.init}
         for name in data:
             if name != "type" and name not in known:
-                raise UserError(f"{path}.{name} is no field of {cls.__name__}{did_you_mean(name, known)}.")
+                raise UserError(f"{path}.{name} is no field of {cls.__name__}{did_you_mean(name, known) or '.'}")
         values = {k: from_dict(v, hints[k], f"{path}.{k}") for k, v in data.items() if k != "type"}
         missing = [
             f.name
@@ -373,7 +373,7 @@ def replace(config: Any, fields: dict[str, Any], path: str = "") -> Any:
             continue
         known = [f.name for f in dataclasses.fields(config) if f.init] if dataclasses.is_dataclass(config) else []
         if head not in known:
-            raise UserError(f"{here} is no field{did_you_mean(head, known)}.")
+            raise UserError(f"{here} is no field{did_you_mean(head, known) or '.'}")
         if rest:
             value = replace(getattr(config, head), {rest: value}, here)
         elif not dataclasses.is_dataclass(value) and not isinstance(value, (tuple, list)):
