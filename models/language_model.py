@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import checkpoint_policies as policies
 from jaxtyping import Array, Float, Int
 
 from engrax.errors import UserError
@@ -34,12 +35,15 @@ from engrax.models.contract import (
 from engrax.models.decoding import Opened, close_blocks, open_blocks, run_blocks
 from engrax.models.model import MODELS, ModelConfig
 from engrax.models.parameters import declare_roles, stack_axes
+from engrax.pallas_kernels.grouped_matmul.api import PRODUCTS
 from engrax.registry import did_you_mean
 
 REMAT = {  # name -> values that the forward pass of a pattern saves for the backward pass
     "none": None,  # all: fastest
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the results of projections
-    "full": jax.checkpoint_policies.nothing_saveable,  # only the pattern's input: smallest
+    "dots": policies.save_from_both_policies(  # the results of projections
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCTS)
+    ),
+    "full": policies.nothing_saveable,  # only the pattern's input: smallest
 }
 
 
@@ -320,7 +324,7 @@ class LanguageModel(Model):
             return run_blocks(step, x, opened)
         policy = REMAT[self.config.remat]
         if policy is None and is_gathering():  # gathered parameters are not kept for the backward pass
-            policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+            policy = policies.save_anything_except_these_names(GATHERED)
         step = step if policy is None else jax.checkpoint(step, policy=policy, prevent_cse=False)
         return jax.lax.scan(step, x, (params, memory))
 

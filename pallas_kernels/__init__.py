@@ -7,6 +7,7 @@ on reports of positive log-decay gates.
 from engrax.pallas_kernels.common.validation import debug_checks
 from engrax.pallas_kernels.dispatch import Availability, available
 from engrax.pallas_kernels.gated_delta_rule.api import gated_delta_rule
+from engrax.pallas_kernels.grouped_matmul.api import grouped_matmul
 from engrax.pallas_kernels.hopfield_retrieval.api import hopfield_energy, hopfield_retrieval
 from engrax.pallas_kernels.linear_attention.api import linear_attention
 from engrax.pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
@@ -19,6 +20,7 @@ __all__ = [
     "available",
     "debug_checks",
     "gated_delta_rule",
+    "grouped_matmul",
     "hopfield_energy",
     "hopfield_retrieval",
     "linear_attention",

@@ -11,7 +11,8 @@ A kernel is one file and one line in the list, `kernel(name, platform, architect
     unsupported(shapes) -> str | None     why it cannot serve a call of these sizes
     passes: Passes                        its forward and backward pass (`passes`)
 
-where `shapes` is the operation's description of a call (`LogDecayShapes`, `MemoryShapes`, `RetrievalShapes`).
+where `shapes` is the operation's description of a call (`LogDecayShapes`, `MemoryShapes`, `RetrievalShapes`,
+`GroupedShapes`).
 """
 
 import importlib
@@ -28,7 +29,14 @@ from engrax.pallas_kernels import devices
 from engrax.pallas_kernels.passes import Passes, run_by_platform
 from engrax.registry import did_you_mean
 
-OPERATIONS = ("gated_delta_rule", "hopfield_retrieval", "linear_attention", "linear_cross_entropy", "neural_memory")
+OPERATIONS = (
+    "gated_delta_rule",
+    "grouped_matmul",
+    "hopfield_retrieval",
+    "linear_attention",
+    "linear_cross_entropy",
+    "neural_memory",
+)
 KERNELS_NEED_JAX = (0, 11, 2)
 REFERENCE = "reference"  # the oracle, never chosen automatically
 

@@ -34,7 +34,8 @@ dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 13 minor: 0 }
 device_description_str: "NVIDIA H200"
 """
-BEGIN, END = "== case ", "== done "
+BEGIN, END, FLOPS = "== case ", "== done ", "== FLOPs over the needed ones "
+MOST_FLOPS = 1.15  # of a mixture's projections, forward and backward, over the needed ones
 
 
 def linear_attention(key, value, query_heads, heads, gate):
@@ -101,6 +102,24 @@ def neural_memory(activation, *sizes):
     return run, (q, q, v, *coefficients, v, *matrices, *matrices)
 
 
+def grouped_matmul(features, outputs, owners, transposed):
+    """The same for the kernel of the grouped product, or of the cotangent of its rows."""
+    import jax
+    import jax.numpy as jnp
+
+    from engrax.pallas_kernels.grouped_matmul import gpu
+    from engrax.pallas_kernels.grouped_matmul.grouping import GroupedInputs
+
+    def run(*arrays):
+        return gpu.multiply(False, GroupedInputs(*arrays), transposed)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    x = array(8, 100, 64, outputs if transposed else features)
+    return run, (x, array(owners, features, outputs), array(8, 100, dtype=jnp.int32))
+
+
 def hopfield_retrieval(key, value, dtype):
     """The same, forwards, for three updates of Hopfield retrieval, from as many patterns as the kernel takes."""
     import jax
@@ -149,6 +168,8 @@ def cases() -> dict:
 
     The gated delta rule takes the same kernels without gates as with them.
     """
+    from engrax.tests import mom_projection
+
     found = {}
     for make, gates in ((linear_attention, ("no", "scalar", "channel")), (gated_delta_rule, ("scalar", "channel"))):
         for key, value, gate, heads in itertools.product((64, 128), (64, 128), gates, (2, 4)):
@@ -158,6 +179,10 @@ def cases() -> dict:
         found[f"neural_memory K={key} V={value} depth 1"] = (neural_memory, ("gelu", key, value))
         for dtype in ("bfloat16", "float32") if key == 64 else ("bfloat16",):
             found[f"hopfield_retrieval D={key} V={value} {dtype}"] = (hopfield_retrieval, (key, value, dtype))
+    for (features, outputs, owners), way in itertools.product(((1024, 2048, 5), (64, 192, 17)), ("", ", transposed")):
+        name = f"grouped_matmul D={features} E={outputs} {owners} owners{way}"
+        found[name] = (grouped_matmul, (features, outputs, owners, bool(way)))
+    found["mom_340m projections"] = (mom_projection.projections, ())
     for activation, hidden in itertools.product(("gelu", "silu", "relu", "tanh"), (64, 128)):
         name = f"neural_memory K=64 V=64 depth 2, {hidden} hidden features, {activation}"
         found[name] = (neural_memory, (activation, 64, hidden, 64))
@@ -170,15 +195,21 @@ def compile_all(only: str) -> None:
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from engrax.pallas_kernels import devices
+    from engrax.tests import mom_projection
+
     topology = topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=TARGET)
     one_device = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
     for name, (make, arguments) in cases().items():
         if only in name:
-            run, specs = make(*arguments)
-            specs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one_device) for x in specs]
+            run, specs, *needed = make(*arguments)
+            specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one_device), specs)
             print(f"{BEGIN}{name}", flush=True)
             start = time.perf_counter()
-            jax.jit(run).trace(*specs).lower(lowering_platforms=("cuda",)).compile()
+            with devices.use(devices.NAMED["h200"]):
+                compiled = jax.jit(run).trace(*specs).lower(lowering_platforms=("cuda",)).compile()
+            for flops in needed:
+                print(f"{FLOPS}{mom_projection.gpu_flops(compiled.as_text()) / flops:.4f}", flush=True)
             print(f"{END}{time.perf_counter() - start:.2f}", flush=True)
 
 
@@ -189,6 +220,8 @@ def parse(report: str) -> dict:
         if line.startswith(BEGIN):
             kernels = {}
             results[line.removeprefix(BEGIN)] = {"seconds": None, "kernels": kernels}
+        elif line.startswith(FLOPS):
+            results[list(results)[-1]]["flops_over_needed"] = float(line.removeprefix(FLOPS))
         elif line.startswith(END):
             results[list(results)[-1]]["seconds"] = float(line.removeprefix(END))
         elif entry := re.search(r"Compiling entry function '(\w+?)_mosaic_gpu_kernel' for '(\w+)'", line):
@@ -206,6 +239,8 @@ def complaints(results: dict) -> list[str]:
     """Returns what is wrong with the results, one sentence per kernel or case."""
     found = [f"{case}: was not compiled to the end" for case, result in results.items() if result["seconds"] is None]
     for case, result in results.items():
+        if result.get("flops_over_needed", 1) > MOST_FLOPS:
+            found.append(f"{case}: takes {result['flops_over_needed']} times the FLOPs that are needed")
         if not result["kernels"]:
             found.append(f"{case}: ptxas reported no kernel")
         for name, kernel in result["kernels"].items():

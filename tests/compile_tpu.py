@@ -33,8 +33,10 @@ from jax.experimental import topologies  # noqa: E402
 from engrax.pallas_kernels.common.decay import Decay  # noqa: E402
 from engrax.pallas_kernels.common.log_decay import LogDecayPlan, LogDecayShapes  # noqa: E402
 from engrax.pallas_kernels.common.segments import aligned_layout  # noqa: E402
+from engrax.pallas_kernels.devices import NAMED, use  # noqa: E402
 from engrax.pallas_kernels.dispatch import implementation  # noqa: E402
 from engrax.pallas_kernels.gated_delta_rule.vjp import DeltaInputs  # noqa: E402
+from engrax.pallas_kernels.grouped_matmul.grouping import GroupedInputs, GroupedShapes  # noqa: E402
 from engrax.pallas_kernels.hopfield_retrieval import tpu as hopfield_retrieval  # noqa: E402
 from engrax.pallas_kernels.hopfield_retrieval import types as hopfield_types  # noqa: E402
 from engrax.pallas_kernels.linear_attention.vjp import LinearInputs  # noqa: E402
@@ -42,11 +44,13 @@ from engrax.pallas_kernels.neural_memory import tpu as neural_memory  # noqa: E4
 from engrax.pallas_kernels.neural_memory import vjp as neural_memory_vjp  # noqa: E402
 from engrax.pallas_kernels.neural_memory.gates import Coefficients  # noqa: E402
 from engrax.pallas_kernels.neural_memory.types import MemoryShapes  # noqa: E402
+from engrax.tests import mom_projection  # noqa: E402
 
 TARGETS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 BATCH, CHUNKS, HEADS = 8, 32, 4  # enough that the arrays do not lie in VMEM as wholes
 OPERATIONS = "linear_attention|gated_delta_rule|neural_memory|hopfield_retrieval"
 KERNEL = re.compile(rf"%\w*?((?:{OPERATIONS})_(?:forward|backward_states|backward))")
+MOST_FLOPS = 1.15  # of a mixture's projections, forward and backward, over the needed ones
 SCOPED = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
 
 
@@ -109,6 +113,20 @@ def memory(layers, activation="gelu", slots=64, group=1, phased=False, segments=
     return run, (blocks, (matrices,) * 3, (matrices,) * 2 if segments else None)
 
 
+def grouped(rows, owners, features, outputs, dtype):
+    """Returns the grouped product with its derivative as a function of arrays, and their shapes."""
+    kernel, blocks = implementation("grouped_matmul", "pallas_tpu"), 100
+    shapes = GroupedShapes(BATCH, blocks, rows, owners, features, outputs, jnp.dtype(dtype))
+    assert kernel.supports(shapes) is None, kernel.supports(shapes)
+
+    def run(x, kernels, owner, bar):
+        outputs, pull = jax.vjp(lambda *arrays: kernel.passes(False, GroupedInputs(*arrays, owner)), x, kernels)
+        return outputs, pull(bar)
+
+    x, bar = (array(BATCH, blocks, rows, size, dtype=dtype) for size in (features, outputs))
+    return run, (x, array(owners, features, outputs, dtype=dtype), array(BATCH, blocks, dtype=jnp.int32), bar)
+
+
 def hopfield(states, patterns, key, value, steps, dtype):
     """Returns several updates of Hopfield retrieval as a function of arrays, and their shapes."""
     dtype = jnp.dtype(dtype)
@@ -157,6 +175,11 @@ def cases() -> dict:
         dict(layers=((20, 36), (36, 12)), slots=5, phased=True, decayed=True),
     )
     for dtype in ("bfloat16", "float32"):
+        for rows, owners, features, outputs in ((64, 5, 1024, 2048), (64, 5, 1024, 4), (16, 17, 2560, 100)):
+            sizes = dict(rows=rows, owners=owners, features=features, outputs=outputs, dtype=dtype)
+            found[f"grouped_matmul D={features} E={outputs} {owners} owners, {dtype}"] = grouped, sizes
+    found["mom_340m projections"] = mom_projection.projections, {}
+    for dtype in ("bfloat16", "float32"):
         for steps in (2, 3, 8):
             sizes = dict(states=4096, patterns=1024, key=64, value=64, steps=steps, dtype=dtype)
             found[f"hopfield_retrieval N=4096 M=1024 D=V=64, {steps} updates, {dtype}"] = hopfield, sizes
@@ -165,15 +188,16 @@ def cases() -> dict:
     return found
 
 
-def compile_case(make, arguments, topology_name) -> dict:
+def compile_case(make, arguments, target) -> dict:
     """Returns how long it took and what every kernel takes of VMEM, or what the compiler said."""
-    topology = topologies.get_topology_desc(topology_name=topology_name, platform="tpu")
+    topology = topologies.get_topology_desc(topology_name=TARGETS[target], platform="tpu")
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    run, specs = make(**arguments)
+    run, specs, *needed = make(**arguments)
     specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), specs)
     begin = time.perf_counter()
     try:
-        compiled = jax.jit(run).trace(*specs).lower(lowering_platforms=("tpu",)).compile()
+        with use(NAMED[target]):
+            compiled = jax.jit(run).trace(*specs).lower(lowering_platforms=("tpu",)).compile()
     except Exception as error:  # whatever the compiler objects to is the result
         return {"ok": False, "error": str(error)[:2000]}
     kernels = {}
@@ -182,7 +206,11 @@ def compile_case(make, arguments, topology_name) -> dict:
             name, taken = KERNEL.search(line), SCOPED.search(line)
             kernels[name[1] if name else line.split("=")[0].strip()] = int(taken[1]) if taken else None
     seconds = round(time.perf_counter() - begin, 1)
-    return {"ok": bool(kernels), "seconds": seconds, "vmem_bytes": dict(sorted(kernels.items()))}
+    result = {"ok": bool(kernels), "seconds": seconds, "vmem_bytes": dict(sorted(kernels.items()))}
+    for flops in needed:
+        result["flops_over_needed"] = compiled.cost_analysis()["flops"] / flops
+        result["ok"] &= result["flops_over_needed"] <= MOST_FLOPS
+    return result
 
 
 def main() -> None:
@@ -194,12 +222,15 @@ def main() -> None:
     for case, (make, arguments) in cases().items():
         if options.only in case:
             results[case] = {}
-            for target, topology in TARGETS.items():
-                result = results[case][target] = compile_case(make, arguments, topology)
-                print(f"{case}: {target} {result.get('vmem_bytes') or result.get('error')}", flush=True)
+            for target in TARGETS:
+                result = results[case][target] = compile_case(make, arguments, target)
+                flops = f", {result['flops_over_needed']:.3f} x FLOPs" if "flops_over_needed" in result else ""
+                print(f"{case}: {target} {result.get('vmem_bytes') or result.get('error')}{flops}", flush=True)
     wrong = [(case, target) for case, by in results.items() for target, result in by.items() if not result["ok"]]
     if wrong or not results:
-        sys.exit("\n".join(f"{case} does not compile for {target}" for case, target in wrong) or "no such case")
+        sys.exit(
+            "\n".join(f"{case} does not compile for {target} as it must" for case, target in wrong) or "no such case"
+        )
     if options.output:
         record = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -19,6 +19,7 @@ TINY = {
     "linear_attention": dict(LOG_DECAY, gate="channel"),
     "gated_delta_rule": dict(LOG_DECAY, gate="scalar"),
     "neural_memory": dict(LOG_DECAY, hidden=8, depth=2),
+    "grouped_matmul": dict(batch=1, seq=24, owners=3, features=8, outputs=8),
     "linear_cross_entropy": dict(batch=1, seq=24, features=8, vocabulary=50),
     "hopfield_retrieval": dict(batch=1, seq=24, patterns=30, heads=2, key=8, value=8, steps=3),
 }

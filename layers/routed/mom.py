@@ -40,14 +40,13 @@ from engrax.layers.routed.routing import (
     choose,
     combine,
     dispatch,
-    grouped_matmul,
     lay_out,
     loads,
     relayout,
     z_loss,
 )
-from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
 from engrax.pallas_kernels.common.segments import mask_tokens
+from engrax.pallas_kernels.grouped_matmul.api import grouped_matmul
 
 
 class MoMState(NamedTuple):
@@ -269,14 +268,11 @@ class MoM(Mixer):
             return dispatch(project(x_BTD), runs.places)
         B, M = runs.block_owner.shape
         y = dispatch(x_BTD, runs.blocks).reshape(B, M, -1, x_BTD.shape[-1])
-        multiply = shard_over_batch_and_heads(
-            grouped_matmul, ("BMCD", None, "BM"), "BMCE", uneven="whole"
-        )  # block after block, but each device its own rows
         for linear in _linears(project):
             kernels = linear.kernel[...]
             dtype = jnp.promote_types(y.dtype, kernels.dtype)
             dtype = jnp.promote_types(dtype, jnp.float32) if linear.wide else dtype  # a gate's product stays wide
-            y = multiply(y.astype(dtype), kernels.astype(dtype), runs.block_owner)
+            y = grouped_matmul(y.astype(dtype), kernels.astype(dtype), runs.block_owner)
         return relayout(y.reshape(B, -1, y.shape[-1]), runs.blocks, runs.places)
 
 

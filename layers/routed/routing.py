@@ -1,5 +1,4 @@
-"""Routing tokens to memories: the choice, a layout with the tokens of each memory together, and products with each
-memory's own weights.
+"""Routing tokens to memories: the choice, and layouts with the tokens of each memory together.
 
 A token for J memories has J copies. Copies are laid out by memory and inside each memory in token order: a stable
 counting sort. All shapes are static, nothing is dropped, and a copy's position in its memory's run depends only on
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-BLOCK = 64  # copies per product with a memory's weights
+from engrax.pallas_kernels.grouped_matmul.grouping import BLOCK
 
 
 class Choice(NamedTuple):
@@ -176,40 +175,3 @@ def _take(x, index, fill):
     """Rows x[b, index[b]]; `fill` where the index is out of range or negative."""
     index = jnp.where(index < 0, x.shape[1], index)
     return jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=fill))(x, index)
-
-
-@jax.custom_vjp
-def grouped_matmul(
-    x: Float[Array, "B M C D"], kernels: Float[Array, "N D E"], owner: Int[Array, "B M"]
-) -> Float[Array, "B M C E"]:
-    """x kernels[owner]: every block times its memory's weights, one block at a time.
-
-    A batched product would copy the weights for every block, and its derivative would keep a product per block.
-    """
-    blocks = (x.reshape(-1, *x.shape[2:]), owner.reshape(-1))
-    y = jax.lax.map(lambda block: block[0] @ _of(kernels, block[1]), blocks)
-    return y.reshape(*x.shape[:3], -1)
-
-
-def _by_memory_bwd(saved, bar):
-    x, kernels, owner = saved
-    blocks = (x.reshape(-1, *x.shape[2:]), bar.reshape(-1, *bar.shape[2:]), owner.reshape(-1))
-    sums = jnp.promote_types(kernels.dtype, jnp.float32)
-
-    def step(kernels_bar, block):
-        x, bar, n = block
-        more = jnp.einsum("CD,CE->DE", x, bar, preferred_element_type=sums)
-        kernels_bar = jax.lax.dynamic_update_index_in_dim(kernels_bar, _of(kernels_bar, n) + more, n, 0)
-        return kernels_bar, bar @ _of(kernels, n).T
-
-    kernels_bar, x_bar = jax.lax.scan(step, jnp.zeros(kernels.shape, sums), blocks)
-    return x_bar.reshape(x.shape).astype(x.dtype), kernels_bar.astype(kernels.dtype), None
-
-
-grouped_matmul.defvjp(
-    lambda x, kernels, owner: (grouped_matmul(x, kernels, owner), (x, kernels, owner)), _by_memory_bwd
-)
-
-
-def _of(kernels, n):
-    return jax.lax.dynamic_index_in_dim(kernels, n, keepdims=False)

@@ -20,6 +20,7 @@ import numpy as np
 import engrax.pallas_kernels as kernels
 from engrax.pallas_kernels.bench import baselines
 from engrax.pallas_kernels.dispatch import OPERATIONS, available
+from engrax.pallas_kernels.grouped_matmul.grouping import BLOCK
 
 UNFUSED = "attentions"  # of Hopfield retrieval: attentions in sequence, as one would write them without the operation
 PARTS = ("forward", "forward_backward")
@@ -56,6 +57,11 @@ def default_cases(op: str, backend: str) -> list[Case]:
         if backend != "cpu":
             rows = [dict(batch=8, seq=1024, features=768, vocabulary=50304)]
         return [Case(op, row) for row in rows]
+    if op == "grouped_matmul":
+        sizes = dict(batch=1, seq=1024, owners=5, features=256, outputs=256)
+        if backend != "cpu":
+            sizes |= dict(batch=8, seq=6144, features=1024, outputs=2048)
+        return [Case(op, sizes)]
     if op == "hopfield_retrieval":
         sizes = dict(batch=1, seq=1024, patterns=1024, heads=4, key=64, value=64)
         if backend != "cpu":
@@ -146,6 +152,22 @@ def _cross_entropy_problem(case: Case, dtype):
     return arrays, run
 
 
+def _grouped_problem(case: Case, dtype):
+    s = case.sizes
+    keys, rows = jax.random.split(jax.random.key(0), 3), min(BLOCK, s["seq"])
+    lead = (s["batch"], s["seq"] // rows)
+    arrays = dict(
+        x=_normal(keys[0], (*lead, rows, s["features"]), dtype),
+        kernels=_normal(keys[1], (s["owners"], s["features"], s["outputs"]), dtype),
+    )
+    owner = jnp.sort(jax.random.randint(keys[2], lead, 0, s["owners"]), axis=1)
+
+    def run(arrays, implementation):
+        return kernels.grouped_matmul(**arrays, owner=owner, implementation=implementation), ()
+
+    return arrays, run
+
+
 def _hopfield_problem(case: Case, dtype):
     s = case.sizes
     keys = jax.random.split(jax.random.key(0), 3)
@@ -171,6 +193,7 @@ def make_problem(case: Case, dtype) -> tuple[dict[str, Any], Callable]:
     """Returns the arrays of a case and `run(arrays, implementation) -> (out, final state)`."""
     makers = {
         "neural_memory": _neural_memory_problem,
+        "grouped_matmul": _grouped_problem,
         "linear_cross_entropy": _cross_entropy_problem,
         "hopfield_retrieval": _hopfield_problem,
     }
