@@ -5,13 +5,31 @@ from typing import TYPE_CHECKING
 from engrax import lazy
 
 if TYPE_CHECKING:
+    from engrax.data.associative_retrieval import AssociativeRetrieval
     from engrax.data.bit_patterns import BitPatterns
+    from engrax.data.compositional_mqar import CompositionalMQAR
+    from engrax.data.compression import Compression
     from engrax.data.config import DATASETS, Batch, DataConfig, Loader
+    from engrax.data.continual import Continual
+    from engrax.data.counters import Counters
     from engrax.data.digits import load_digits
+    from engrax.data.dyck import Dyck
+    from engrax.data.forgetting_mqar import ForgettingMQAR
+    from engrax.data.fuzzy_in_context_recall import FuzzyInContextRecall
+    from engrax.data.in_context_recall import InContextRecall
+    from engrax.data.induction import Induction
+    from engrax.data.knights_and_knaves import KnightsAndKnaves
     from engrax.data.latch import Latch
+    from engrax.data.memorization import Memorization
     from engrax.data.mixture import Mixture
     from engrax.data.mqar import MQAR
+    from engrax.data.noisy_in_context_recall import NoisyInContextRecall
+    from engrax.data.palindrome import Palindrome
+    from engrax.data.parity import Parity
+    from engrax.data.selective_copying import SelectiveCopying
     from engrax.data.set_disjointness import SetDisjointness
+    from engrax.data.shuffle import Shuffle
+    from engrax.data.stack import Stack
     from engrax.data.stdlib_text import StdlibText
     from engrax.data.text_folder import TextFolder
     from engrax.data.tfds_text import TfdsText
@@ -20,15 +38,33 @@ if TYPE_CHECKING:
 __all__ = [
     "DATASETS",
     "MQAR",
+    "AssociativeRetrieval",
     "Batch",
     "BitPatterns",
     "ByteTokenizer",
+    "CompositionalMQAR",
+    "Compression",
+    "Continual",
+    "Counters",
     "DataConfig",
+    "Dyck",
+    "ForgettingMQAR",
+    "FuzzyInContextRecall",
+    "InContextRecall",
+    "Induction",
     "JsonTokenizer",
+    "KnightsAndKnaves",
     "Latch",
     "Loader",
+    "Memorization",
     "Mixture",
+    "NoisyInContextRecall",
+    "Palindrome",
+    "Parity",
+    "SelectiveCopying",
     "SetDisjointness",
+    "Shuffle",
+    "Stack",
     "StdlibText",
     "TextFolder",
     "TfdsText",

@@ -28,6 +28,11 @@ def uniform(*keys) -> Float64[np.ndarray, "..."]:
     return ((bits(*keys) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
+def integers(count: int, *keys) -> Int64[np.ndarray, "..."]:
+    """Returns uniform integers in [0, count), one per combination of the keys."""
+    return (bits(*keys) % np.uint64(count)).astype(np.int64)
+
+
 def permutation(length: int, *keys: int) -> Int64[np.ndarray, "length"]:
     """Returns a random permutation of range(length), determined by the keys."""
     return np.argsort(bits(*keys, np.arange(length)), kind="stable")

@@ -7,6 +7,7 @@ position and -1 elsewhere.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Int32
@@ -22,6 +23,8 @@ _CLASS, _NOISE = range(2)  # the independent random streams of one example
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Latch(TaskConfig):
     """The latch task, generated."""
+
+    axes: ClassVar[tuple[str, ...]] = ("seq_len", "classes")
 
     seq_len: int = 32  # tokens per row
     classes: int = 2  # symbols for the first position of a row

@@ -13,13 +13,14 @@ there: the other tokens are uniform in [0, V), or 0.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32
 
 from engrax.data import hashing
 from engrax.data.config import DATASETS, IGNORE, Batch, require
-from engrax.data.task import TaskConfig, choose
+from engrax.data.task import TaskConfig, choose, query_slots
 from engrax.data.token_types import TokenTypes
 
 _KEYS, _VALUES, _SLOTS, _FILLER = range(4)  # the independent random streams of one example
@@ -29,6 +30,8 @@ _KEYS, _VALUES, _SLOTS, _FILLER = range(4)  # the independent random streams of 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MQAR(TaskConfig):
     """Multi-query associative recall, generated."""
+
+    axes: ClassVar[tuple[str, ...]] = ("num_pairs", "seq_len", "vocab_size")
 
     seq_len: int = 64  # tokens per row
     num_pairs: int = 4  # key-value pairs per row
@@ -80,7 +83,7 @@ class MQAR(TaskConfig):
         half, context = self.vocab_size // 2, 2 * self.num_pairs * self.num_passes
         keys = 1 + choose(hashing.bits(*key, row, _KEYS, np.arange(half - 1)), self.num_pairs)
         values = half + choose(hashing.bits(*key, row, _VALUES, np.arange(self.vocab_size - half)), self.num_pairs)
-        slots = self._slots(key, row)
+        slots = query_slots((self.seq_len - context) // 2, self.num_pairs, self.power_a, *key, row, _SLOTS)
         shape = (len(row), self.seq_len)
         if self.random_non_queries:
             filler = hashing.bits(*key, row, _FILLER, np.arange(self.seq_len))
@@ -93,13 +96,6 @@ class MQAR(TaskConfig):
         np.put_along_axis(tokens, context + 2 * slots, keys.astype(np.int32), axis=1)
         np.put_along_axis(targets, context + 2 * slots, values.astype(np.int32), axis=1)
         return tokens, targets
-
-    def _slots(self, key: tuple[int, int], row: Int64[np.ndarray, "N 1"]) -> Int64[np.ndarray, "N pairs"]:
-        """Draws each key's slot without replacement: the slots with the earliest exponential arrivals of rates p."""
-        count = (self.seq_len - 2 * self.num_pairs * self.num_passes) // 2
-        weights = self.power_a * np.arange(1, count + 1) ** (self.power_a - 1.0)
-        arrival = -np.log(hashing.uniform(*key, row, _SLOTS, np.arange(count))) / weights
-        return choose(arrival, self.num_pairs)
 
     def solve(self, tokens: Int32[np.ndarray, "B T"]) -> Int32[np.ndarray, "B T"]:
         """The oracle: for every position the value bound to its token in the context, or -1 without one.

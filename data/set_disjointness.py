@@ -8,7 +8,7 @@ or reads it twice (`num_passes=2`, JRT-Prompt: each pass except the last ends wi
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Int32
@@ -26,6 +26,8 @@ _ELEMENTS, _SHARED, _PLACE, _ORDER = range(4)  # the independent random streams 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SetDisjointness(TaskConfig):
     """Two sets with one common element, the answer."""
+
+    axes: ClassVar[tuple[str, ...]] = ("small", "large")
 
     seq_len: int = 30  # tokens per row: num_passes (small + large + 2)
     small: int = 4  # elements of the smaller set

@@ -219,11 +219,11 @@ def test_wrong_loader_arguments_are_refused(arguments, sentence):
 def test_tfds_builder_round_trip(tmp_path):
     import tensorflow_datasets as tfds
 
-    from engrax.data.tfds_mqar import build_mqar
+    from engrax.data.tfds_tasks import build
 
     task = MQAR(num_pairs=2, train_examples=1500, validation_examples=20)
-    name = build_mqar(task, str(tmp_path))
-    assert build_mqar(task, str(tmp_path)) == name  # already there
+    name = build(task, str(tmp_path))
+    assert build(task, str(tmp_path)) == name  # already there
     for split, count in (("train", 1500), ("validation", 20)):
         source = tfds.data_source(name, split=split, data_dir=tmp_path, download=False)
         records = source.__getitems__(range(len(source)))

@@ -1,9 +1,9 @@
-"""MQAR as a TFDS data set: built offline as ArrayRecord; `tfds.data_source` reads it without this code.
+"""Any generated task as a TFDS data set: built offline as ArrayRecord; `tfds.data_source` reads it without this code.
 
     from engrax.data import MQAR
-    from engrax.data.tfds_mqar import build_mqar
-    build_mqar(MQAR(num_pairs=8), data_dir="data")
-    tfds.data_source("engrax_mqar/...", split="train", data_dir="data")[0]     # {"index", "tokens", "targets"}
+    from engrax.data.tfds_tasks import build
+    build(MQAR(num_pairs=8), data_dir="data")                       # returns "engrax_tasks/mqar_..."
+    tfds.data_source("engrax_tasks/mqar_...", split="train", data_dir="data")[0]   # {"index", "tokens", "targets"}
 
 `engrax.data` does not import this module, because it imports `tensorflow_datasets`.
 """
@@ -15,35 +15,36 @@ import tensorflow_datasets as tfds
 
 from engrax.data.config import SPLITS
 from engrax.data.mqar import MQAR
+from engrax.data.task import TaskConfig
 
 _BLOCK = 1024  # examples generated at once
 
 
 @dataclasses.dataclass(kw_only=True)
-class MQARBuilderConfig(tfds.core.BuilderConfig):
-    """A TFDS config that holds the task and is named after its size."""
+class TaskBuilderConfig(tfds.core.BuilderConfig):
+    """A TFDS config that holds the task and is named after it."""
 
-    task: MQAR = dataclasses.field(default_factory=MQAR)
-
-
-def config_name(task: MQAR) -> str:
-    """Returns the TFDS config name of a task: its size, and the start of its digest for the other fields."""
-    return f"l{task.seq_len}_n{task.num_pairs}_v{task.vocab_size}_{task.digest()[:8]}"
+    task: TaskConfig = dataclasses.field(default_factory=MQAR)
 
 
-class EngraxMqar(tfds.core.GeneratorBasedBuilder):
-    """Multi-query associative recall: "index" in the split, "tokens" and "targets" (-1 = no loss), int32 [T]."""
+def config_name(task: TaskConfig) -> str:
+    """Returns the TFDS config name of a task: its name and length, and the start of its digest for the other fields."""
+    return f"{task.registered_name}_l{task.seq_len}_{task.digest()[:8]}"
+
+
+class EngraxTasks(tfds.core.GeneratorBasedBuilder):
+    """A generated task: "index" in the split, "tokens" and "targets" (-1 = no loss), int32 [T]."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}
-    BUILDER_CONFIGS = [MQARBuilderConfig(name=config_name(MQAR()), description="The default task.")]
+    BUILDER_CONFIGS = [TaskBuilderConfig(name=config_name(MQAR()), description="The default task.")]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        length = self.builder_config.task.seq_len
-        row = {name: tfds.features.Tensor(shape=(length,), dtype=np.int32) for name in ("tokens", "targets")}
+        task = self.builder_config.task
+        row = {name: tfds.features.Tensor(shape=(task.seq_len,), dtype=np.int32) for name in ("tokens", "targets")}
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Multi-query associative recall, generated (arXiv 2312.04927).",
+            description=type(task).__doc__,
             features=tfds.features.FeaturesDict({"index": tfds.features.Scalar(dtype=np.int64), **row}),
             disable_shuffling=True,  # record i is example i of the split
         )
@@ -61,12 +62,12 @@ class EngraxMqar(tfds.core.GeneratorBasedBuilder):
                 yield index, {"index": index, "tokens": tokens[i], "targets": targets[i]}
 
 
-def build_mqar(task: MQAR, data_dir: str) -> str:
+def build(task: TaskConfig, data_dir: str) -> str:
     """Builds the task's data set under `data_dir`, if it is missing, and returns its TFDS name.
 
     Neither network nor TensorFlow is needed.
     """
-    config = MQARBuilderConfig(name=config_name(task), description=repr(task), task=task)
-    builder = EngraxMqar(data_dir=data_dir, config=config, file_format="array_record")
+    config = TaskBuilderConfig(name=config_name(task), description=repr(task), task=task)
+    builder = EngraxTasks(data_dir=data_dir, config=config, file_format="array_record")
     builder.download_and_prepare()
     return f"{builder.name}/{config.name}"
