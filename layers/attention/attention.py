@@ -302,7 +302,8 @@ class Attention(Mixer):
         q = plain_q
         if c.rope_base is not None:
             q, k = (rotate(y, position_BT, c.rope_base, c.rope_scaling) for y in (q, k))
-        *slots, state = self._extend(state, k, v, ids, position_BT, segment_ids is not None)
+        lengths = None if segment_ids is None else row_lengths(ids)
+        *slots, state = self._extend(state, k, v, ids, position_BT, given is None, lengths)
         if given is None:
             y = self._attend_within(q, plain_q, k, v, segment_ids)
         else:
@@ -365,13 +366,12 @@ class Attention(Mixer):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v, state
 
-    def _extend(self, state: AttentionState, k, v, segment_ids, position_BT, padded: bool):
+    def _extend(self, state: AttentionState, k, v, segment_ids, position_BT, fresh: bool, lengths=None):
         """Returns the keys, values, segments and positions to attend to [B, S, ...], and the state after the call.
 
-        padded: whether there may be padding, which is not kept.
+        lengths [B]: how many of the call's tokens are kept (`row_lengths`); None: all.
         """
         T, slots = k.shape[1], state.keys.shape[1]
-        lengths = row_lengths(segment_ids) if padded else None
         new = state._replace(
             position=state.position + (T if lengths is None else lengths),
             last_segment=last_segment_after(state.last_segment, segment_ids),
@@ -387,6 +387,8 @@ class Attention(Mixer):
                 write(old, x, at) for old, x in ((state.keys, k), (state.values, v), (state.segments, segment_ids))
             ]
             new = new._replace(keys=cache[0], values=cache[1], segments=cache[2])
+            if fresh:  # the cache is empty: attend to the call's tokens, not to the whole capacity
+                return k, v, segment_ids, position_BT, new
             return *cache, jnp.broadcast_to(jnp.arange(slots), (k.shape[0], slots)), new
         queue = [
             jnp.concatenate([old.astype(x.dtype), x], axis=1)
@@ -395,5 +397,7 @@ class Attention(Mixer):
         old = (state.keys, state.values, state.segments)
         tail = [newest(x, slots, lengths).astype(o.dtype) for x, o in zip(queue, old)]
         new = new._replace(keys=tail[0], values=tail[1], segments=tail[2])
+        if fresh:
+            return k, v, segment_ids, position_BT, new
         before = state.position[:, None] - slots + jnp.arange(slots)
         return *queue, jnp.concatenate([before, position_BT], axis=1), new

@@ -19,6 +19,8 @@ def unsupported(shapes: AttentionShapes) -> str | None:
         return f"splash attention is used in bfloat16, not {shapes.dtype}: its products round to 16 bits"
     if shapes.key % 8:
         return f"splash attention is used for heads of a multiple of 8 channels, not {shapes.key}"
+    if jax.config.jax_enable_x64:
+        return "splash attention does not trace with 64-bit types"
     if shapes.log_sum:
         return "splash attention's log of the softmax's sum has no gradient"
     return None
