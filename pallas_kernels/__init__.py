@@ -13,6 +13,7 @@ from engrax.pallas_kernels.linear_attention.api import linear_attention
 from engrax.pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from engrax.pallas_kernels.neural_memory.api import neural_memory
 from engrax.pallas_kernels.neural_memory.types import NeuralMemoryState
+from engrax.pallas_kernels.softmax_attention.api import softmax_attention
 
 __all__ = [
     "Availability",
@@ -26,4 +27,5 @@ __all__ = [
     "linear_attention",
     "linear_cross_entropy",
     "neural_memory",
+    "softmax_attention",
 ]

@@ -36,6 +36,7 @@ OPERATIONS = (
     "linear_attention",
     "linear_cross_entropy",
     "neural_memory",
+    "softmax_attention",
 )
 KERNELS_NEED_JAX = (0, 11, 2)
 REFERENCE = "reference"  # the oracle, never chosen automatically
@@ -56,6 +57,10 @@ class Later:
         return self.load()(*args, **kwargs)
 
 
+def installed() -> None:
+    """The `not_installed` of an implementation that engrax itself holds."""
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an operation.
@@ -63,7 +68,7 @@ class Implementation:
     name: its name in `implementation=` and `available`, unique in its list. platform: "cuda" or "tpu"; None: any.
     architectures: of the platform, for example ("sm_90",); None: all known ones. supports(shapes): why it cannot serve
     a call of these sizes, or None if it can. call(plan, inputs): the operation's core, `Passes`; the reference's takes
-    the operation's arguments instead.
+    the operation's arguments instead. not_installed(): why this process lacks what it needs to be traced, or None.
     """
 
     name: str
@@ -71,6 +76,7 @@ class Implementation:
     architectures: tuple[str, ...] | None
     supports: Callable[[Any], str | None]
     call: Callable
+    not_installed: Callable[[], str | None] = installed
 
     @property
     def passes(self) -> Passes:
@@ -156,7 +162,7 @@ def available(op: str) -> Availability:
     """
     missing, names = {}, []
     for found in reversed(implementations(op)):
-        reason = _no_device(found, devices.in_sight())
+        reason = _no_device(found, devices.in_sight()) or found.not_installed()
         missing |= {found.name: reason} if reason else {}
         names += [] if reason else [found.name]
     return Availability(tuple(names), dict(_package(op).MISSING) | missing)
@@ -175,7 +181,7 @@ def choose(op: str, shapes: Any, asked: str | None = None) -> Choice:
         return Choice(((None, _named(op, listed, shapes, asked)),), interpreting())
     branches, sight = {}, devices.in_sight()
     for found in listed:
-        if found.platform not in branches and not _why_not(found, shapes, sight):
+        if found.platform not in branches and not (_why_not(found, shapes, sight) or found.not_installed()):
             branches[found.platform] = found
             if found.platform is None:
                 break
@@ -183,7 +189,10 @@ def choose(op: str, shapes: Any, asked: str | None = None) -> Choice:
 
 
 def explain(call: Call, device: devices.Device) -> Served:
-    """Returns which implementation would serve a recorded call on a device, and why the others would not."""
+    """Returns which implementation would serve a recorded call on a device, and why the others would not.
+
+    The libraries that the device needs (`not_installed`) count as present.
+    """
     by, others = call.asked, {}
     for found in implementations(call.op):
         if found.name == call.asked:
@@ -213,6 +222,7 @@ def _named(op: str, listed: tuple[Implementation, ...], shapes: Any, asked: str)
         found = by_name[asked]
         reason = (found.platform and _old_jax()) or found.supports(shapes)
         reason = reason or (None if interpreting() else _no_device(found, devices.in_sight()))
+        reason = reason or found.not_installed()
     if reason:
         raise CannotRun(f"{asked!r} cannot run: {reason}; use 'xla' or None.")
     return found

@@ -41,6 +41,23 @@ class Passes:
 
         return cls(forward, backward, function)
 
+    @classmethod
+    def saving(cls, function: Callable) -> "Passes":
+        """Returns the passes of a differentiable `function(plan, inputs)`; what its derivative needs is saved."""
+
+        def linearized(plan, inputs):
+            return _pulled_back(partial(function, plan), inputs)
+
+        def forward(plan, inputs):
+            outputs, pull = linearized(plan, inputs)
+            return outputs, jax.tree.leaves(pull)
+
+        def backward(plan, inputs, residuals, cotangents):
+            pull = jax.tree.structure(jax.eval_shape(partial(linearized, plan), inputs)[1]).unflatten(residuals)
+            return _with_floats(inputs, pull(cotangents))
+
+        return cls(forward, backward, function)
+
 
 Branches = tuple[tuple[str | None, Passes], ...]  # by platform; the last is for all others
 
@@ -106,12 +123,22 @@ def _zeros(tree: Any) -> Any:
 
 def pull_back(function: Callable, inputs: Any, cotangents: Any) -> Any:
     """Returns the cotangents of the inputs of `function(inputs)`, None for inputs that are not floats."""
-    leaves, structure = jax.tree.flatten(inputs)
-    is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+    return _with_floats(inputs, _pulled_back(function, inputs)[1](cotangents))
 
-    def of_floats(*floats):
-        rest = iter(floats)
-        return function(structure.unflatten([next(rest) if f else x for f, x in zip(is_float, leaves)]))
 
-    bars = iter(jax.vjp(of_floats, *(x for f, x in zip(is_float, leaves) if f))[1](cotangents))
-    return structure.unflatten([next(bars) if f else None for f in is_float])
+def _pulled_back(function: Callable, inputs: Any) -> tuple[Any, Callable]:
+    """Returns `function(inputs)`, and the function from its cotangents to those of the float inputs, in order."""
+    leaves = jax.tree.leaves(inputs)
+    return jax.vjp(lambda *floats: function(_with_floats(inputs, floats, leaves)), *filter(_is_float, leaves))
+
+
+def _with_floats(inputs: Any, floats: Any, leaves: list | None = None) -> Any:
+    """Returns the tree of the inputs with these floats, and its other leaves from `leaves`, None by default."""
+    mine, structure = jax.tree.flatten(inputs)
+    rest = iter(floats)
+    others = leaves or [None] * len(mine)
+    return structure.unflatten([next(rest) if _is_float(x) else other for x, other in zip(mine, others)])
+
+
+def _is_float(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)

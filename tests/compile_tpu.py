@@ -44,12 +44,14 @@ from engrax.pallas_kernels.neural_memory import tpu as neural_memory  # noqa: E4
 from engrax.pallas_kernels.neural_memory import vjp as neural_memory_vjp  # noqa: E402
 from engrax.pallas_kernels.neural_memory.gates import Coefficients  # noqa: E402
 from engrax.pallas_kernels.neural_memory.types import MemoryShapes  # noqa: E402
+from engrax.pallas_kernels.softmax_attention import splash  # noqa: E402
+from engrax.pallas_kernels.softmax_attention import types as attention_types  # noqa: E402
 from engrax.tests import mom_projection  # noqa: E402
 
 TARGETS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 BATCH, CHUNKS, HEADS = 8, 32, 4  # enough that the arrays do not lie in VMEM as wholes
 OPERATIONS = "linear_attention|gated_delta_rule|neural_memory|hopfield_retrieval"
-KERNEL = re.compile(rf"%\w*?((?:{OPERATIONS})_(?:forward|backward_states|backward))")
+KERNEL = re.compile(rf"%\w*?((?:{OPERATIONS})_(?:forward|backward_states|backward)|splash_mha_(?:fwd|dq|dkv))")
 MOST_FLOPS = 1.15  # of a mixture's projections, forward and backward, over the needed ones
 SCOPED = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
 
@@ -144,6 +146,22 @@ def hopfield(states, patterns, key, value, steps, dtype):
     return run, (*arrays, array(HEADS), array(BATCH, 1, patterns, dtype=bool))
 
 
+def attention(key, window, segments, length=4096, heads=16, groups=4):
+    """Returns splash attention with its derivative as a function of arrays, and their shapes."""
+    dtype = jnp.dtype(jnp.bfloat16)
+    shapes = attention_types.AttentionShapes(BATCH, length, heads, groups, key, window, dtype, segments, False)
+    assert splash.unsupported(shapes) is None, splash.unsupported(shapes)
+    form = attention_types.AttentionForm(window, key**-0.5)
+    q, k = (array(BATCH, length, count, key, dtype=dtype) for count in (heads, groups))
+    ids = array(BATCH, length, dtype=jnp.int32) if segments else None
+
+    def run(inputs, out_bar):
+        outputs, residuals = splash.passes.forward(form, inputs)
+        return outputs, splash.passes.backward(form, inputs, residuals, (out_bar,))
+
+    return run, (attention_types.AttentionInputs(q, k, k, ids), q)
+
+
 def cases() -> dict:
     """Returns {name: (function that makes the program, its arguments by name)}."""
     found = {}
@@ -183,6 +201,10 @@ def cases() -> dict:
         for steps in (2, 3, 8):
             sizes = dict(states=4096, patterns=1024, key=64, value=64, steps=steps, dtype=dtype)
             found[f"hopfield_retrieval N=4096 M=1024 D=V=64, {steps} updates, {dtype}"] = hopfield, sizes
+    for key, window, segments in ((64, 1024, True), (128, None, True), (32, None, False)):
+        name = f"softmax_attention K={key}, window {window}{', segments' if segments else ''}"
+        found[name] = attention, dict(key=key, window=window, segments=segments)
+    found["softmax_attention K=24, T=1000"] = attention, dict(key=24, window=100, segments=True, length=1000)
     sizes = dict(states=37, patterns=20, key=20, value=12, steps=3, dtype="float32")
     found["hopfield_retrieval N=37 M=20 D=20 V=12, 3 updates, float32"] = hopfield, sizes
     return found

@@ -22,6 +22,7 @@ TINY = {
     "grouped_matmul": dict(batch=1, seq=24, owners=3, features=8, outputs=8),
     "linear_cross_entropy": dict(batch=1, seq=24, features=8, vocabulary=50),
     "hopfield_retrieval": dict(batch=1, seq=24, patterns=30, heads=2, key=8, value=8, steps=3),
+    "softmax_attention": dict(batch=1, seq=24, heads=2, groups=1, key=8, window=7),
 }
 
 

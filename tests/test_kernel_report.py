@@ -59,7 +59,10 @@ def test_the_command_prints_it_without_the_device(capsys):
     assert costs.startswith("parameters") and "validation" in splits
     head, *lines = told.splitlines()
     assert head == "operations of the training on TPU v5 lite, bfloat16:"
-    assert lines[0].startswith("neural_memory  ") and "batch=2 heads=4 blocks=8 aligned=yes segments=yes" in lines[0]
+    assert lines[0].startswith("softmax_attention  batch=2 length=256 heads=4 groups=4 key=32 window=32 dtype=bfloat16")
+    assert lines[1].split(None, 1) == ["splash_attention", "serves it"]
+    lines = lines[[line.startswith("neural_memory  ") for line in lines].index(True) :]
+    assert "batch=2 heads=4 blocks=8 aligned=yes segments=yes" in lines[0]
     assert [line.split(None, 1) for line in lines[1:5]] == [
         ["pallas_tpu", "serves it"],
         ["pallas_gpu", "it needs a GPU of compute capability 9.0, this is TPU v5 lite"],

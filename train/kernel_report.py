@@ -80,6 +80,7 @@ def format_report(experiment: Experiment, device: devices.Device) -> str:
     rows = report(experiment, device)
     lines = [f"operations of the training on {device.kind}, {compute_dtype(experiment, device).name}:"]
     for row in rows:
-        lines += [f"{row.call.op}  {row.sizes}", f"  {row.served.by:<11} serves it"]
-        lines += [f"  {name:<11} {reason}" for name, reason in row.served.others.items()]
+        reasons = {row.served.by: "serves it"} | row.served.others
+        width = max(11, *map(len, reasons))
+        lines += [f"{row.call.op}  {row.sizes}", *(f"  {name:<{width}} {reason}" for name, reason in reasons.items())]
     return "\n".join(lines if rows else [*lines, "  none: the model calls no operation of engrax.pallas_kernels"])

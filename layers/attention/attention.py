@@ -3,8 +3,9 @@
 Its settings also cover the attention of published checkpoints: biases, normalised queries and keys, scaled rotary
 frequencies, no rotation.
 
-It uses `jax.nn.dot_product_attention`, and a plain einsum in float64, where the library has an error of 1e-7. With a
-window, long rows are cut into blocks, which see themselves and the previous block.
+Calls without a state, as in training, are the operation `softmax_attention`, which has kernels. Calls that continue a
+state attend to its cache under a mask, by `jax.nn.dot_product_attention`; with a window, long ones are cut into blocks,
+which see themselves and the previous block.
 """
 
 import dataclasses
@@ -23,7 +24,10 @@ from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import projection, rms_norm
 from engrax.layers.common.segments import last_segment_after, newest, starts_anew
 from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
+from engrax.pallas_kernels import softmax_attention
 from engrax.pallas_kernels.common.segments import mask_tokens, row_lengths
+from engrax.pallas_kernels.softmax_attention.api import merge_attention, softmax_attention_terms
+from engrax.pallas_kernels.softmax_attention.reference import attend
 
 SMALLEST_BLOCK = 32  # minimal tokens of a sliding window's block
 
@@ -180,18 +184,17 @@ def masked_attention(
     mask_BTS: Bool[Array, "B T S"],
     scale: float | None = None,
 ) -> Float[Array, "B T H V"]:
-    """softmax(scale q k^T) v over the visible slots, scale K^-1/2 by default; every query must see at least one."""
+    """softmax(scale q k^T) v over the visible slots, scale K^-1/2 by default; every query must see at least one.
+
+    In float64, where the library has an error of 1e-7, it is an einsum.
+    """
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if q_BTHK.dtype != jnp.float64:
         width = v_BSGK.shape[-1]  # the library wants values as wide as keys
         v_BSGK = jnp.pad(v_BSGK, ((0, 0),) * 3 + ((0, q_BTHK.shape[-1] - width),))
         y = jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=mask_BTS[:, None], scale=scale)
         return y[..., :width]
-    repeat = q_BTHK.shape[2] // k_BSGK.shape[2]
-    k, v = (jnp.repeat(x, repeat, axis=2) for x in (k_BSGK, v_BSGK))
-    logits = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k) * scale
-    weights = jax.nn.softmax(jnp.where(mask_BTS[:, None], logits, -jnp.inf), axis=-1)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights, v)
+    return attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS, scale)[0]
 
 
 def in_blocks(
@@ -289,17 +292,39 @@ class Attention(Mixer):
             raise UserError(
                 f"{T} tokens exceed the attention cache's capacity={c.capacity}; raise `capacity` or set a `window`."
             )
-        fresh = state is None
-        state = self.init_state(B) if fresh else state
-        lengths = None if segment_ids is None else row_lengths(segment_ids)
-        if segment_ids is None:
-            segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
+        given = state
+        state = self.init_state(B) if given is None else given
+        ids = segment_ids
+        if ids is None:
+            ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
         position_BT = state.position[:, None] + jnp.arange(T)
-        q, k, v, state = self._project(x_BTD, state, None if lengths is None else segment_ids)
-        plain_q = q
+        plain_q, k, v, state = self._project(x_BTD, state, segment_ids)
+        q = plain_q
         if c.rope_base is not None:
             q, k = (rotate(y, position_BT, c.rope_base, c.rope_scaling) for y in (q, k))
-        *slots, state = self._extend(state, k, v, segment_ids, position_BT, fresh, lengths)
+        lengths = None if segment_ids is None else row_lengths(ids)
+        *slots, state = self._extend(state, k, v, ids, position_BT, given is None, lengths)
+        if given is None:
+            y = self._attend_within(q, plain_q, k, v, segment_ids)
+        else:
+            y = self._attend_to_cache(q, plain_q, ids, position_BT, slots)
+        y = mask_tokens(ids >= 0, y)
+        if c.window is None:
+            y = jnp.where((state.position <= c.capacity)[:, None, None, None], y, jnp.nan)
+        y = self.out(y.reshape(B, T, -1))
+        return (y if c.bias != "all" else mask_tokens(ids >= 0, y)), state
+
+    def _attend_within(self, q, plain_q, k, v, segment_ids):
+        """The attention of a row's tokens to one another, and to the persistent tokens; y [B, T, H, K]."""
+        options = dict(window=self.config.window, segment_ids=segment_ids)
+        if not self.config.persistent_tokens:
+            return softmax_attention(q, k, v, **options)
+        return merge_attention(softmax_attention_terms(q, k, v, **options), self._attend_to_persistent(plain_q))
+
+    def _attend_to_cache(self, q, plain_q, segment_ids, position_BT, slots):
+        """The attention of tokens to the slots of `_extend` and to the persistent tokens; y [B, T, H, K]."""
+        c = self.config
+        batch, length = q.shape[:2]
         if c.window is None:
             position_BT = jnp.minimum(position_BT, c.capacity - 1)  # padding may be after the last slot
         tokens, slots = in_blocks(c.window, [q, plain_q, segment_ids, position_BT], slots)
@@ -310,14 +335,20 @@ class Attention(Mixer):
             visible &= age < c.window
         visible |= age == 0  # padding sees itself: no empty softmax
         if c.persistent_tokens:
-            q, keys, values, visible = self._with_persistent(plain_q, q, keys, values, visible)
-        y = masked_attention(q, keys, values, visible, c.head_dim**-0.5)
-        y = out_of_blocks(y, B, T)
-        y = jnp.where((segment_ids >= 0)[..., None, None], y, 0)
-        if c.window is None:
-            y = jnp.where((state.position <= c.capacity)[:, None, None, None], y, jnp.nan)
-        y = self.out(y.reshape(B, T, -1))
-        return (y if c.bias != "all" else mask_tokens(segment_ids >= 0, y)), state
+            own = attend(q, keys.astype(q.dtype), values.astype(q.dtype), visible, c.head_dim**-0.5)
+            y = merge_attention(own, self._attend_to_persistent(plain_q))
+        else:
+            y = masked_attention(q, keys, values, visible)
+        return out_of_blocks(y, batch, length)
+
+    def _attend_to_persistent(self, plain_q):
+        """The attention to the persistent tokens, and the log of its softmax's sum. They have no position and are
+        compared with the unrotated query."""
+        x_1PD = self.persistent[...][None]
+        k, v = (p(x_1PD).reshape(*x_1PD.shape[:2], -1, self.config.head_dim) for p in (self.k, self.v))
+        k = k if self.config.qk_norm_eps is None else self.k_norm(k)
+        k, v = (jnp.broadcast_to(y.astype(plain_q.dtype), (len(plain_q), *y.shape[1:])) for y in (k, v))
+        return attend(plain_q, k, v, jnp.ones((1, 1, k.shape[1]), bool), self.config.head_dim**-0.5)
 
     def _project(self, x_BTD, state: AttentionState, segment_ids):
         """q [B, T, H, K], k and v [B, T, G, K], convolved where the config says so, and the state with the new tail."""
@@ -334,22 +365,6 @@ class Attention(Mixer):
         if c.qk_norm_eps is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v, state
-
-    def _with_persistent(self, plain_q, q, keys, values, visible):
-        """Puts the persistent tokens before the others. They have no position and are compared with the unrotated
-        query: queries and keys get a second half for it, which is zero in all other keys."""
-        x_1PD = self.persistent[...][None]
-        shape = (len(q), x_1PD.shape[1], *keys.shape[2:])
-        k, v = (p(x_1PD).reshape(1, *shape[1:]) for p in (self.k, self.v))
-        k = k if self.config.qk_norm_eps is None else self.k_norm(k)
-        k, v = (jnp.broadcast_to(y, shape) for y in (k, v))
-        k = jnp.concatenate([jnp.zeros_like(k), k], axis=-1)
-        keys = jnp.concatenate([keys, jnp.zeros_like(keys)], axis=-1)
-        seen = jnp.ones((*visible.shape[:2], shape[1]), bool)
-        joined = [
-            jnp.concatenate(pair, axis=1) for pair in ((k.astype(keys.dtype), keys), (v.astype(values.dtype), values))
-        ]
-        return jnp.concatenate([q, plain_q], axis=-1), *joined, jnp.concatenate([seen, visible], axis=2)
 
     def _extend(self, state: AttentionState, k, v, segment_ids, position_BT, fresh: bool, lengths=None):
         """Returns the keys, values, segments and positions to attend to [B, S, ...], and the state after the call.

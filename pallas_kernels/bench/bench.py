@@ -67,6 +67,11 @@ def default_cases(op: str, backend: str) -> list[Case]:
         if backend != "cpu":
             sizes |= dict(batch=8, seq=4096, heads=16)
         return [Case(op, sizes | dict(steps=steps)) for steps in (1, 3, 8)]
+    if op == "softmax_attention":
+        sizes = dict(batch=4, seq=512, heads=4, groups=4, key=64)
+        if backend != "cpu":
+            sizes |= dict(batch=8, seq=4096, heads=16, groups=16)
+        return [Case(op, sizes), Case(op, sizes | dict(window=sizes["seq"] // 4))]
     if backend == "cpu":
         tokens, lengths, heads, width = 2048, (512, 2048), 4, 64
     else:
@@ -189,6 +194,22 @@ def _hopfield_problem(case: Case, dtype):
     return arrays, run
 
 
+def _attention_problem(case: Case, dtype):
+    s = case.sizes
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = dict(q=s["heads"], k=s["groups"], v=s["groups"])
+    arrays = {
+        name: _normal(key, (s["batch"], s["seq"], count, s["key"]), dtype)
+        for key, (name, count) in zip(keys, heads.items())
+    }
+
+    def run(arrays, implementation):
+        call = kernels.softmax_attention
+        return call(**arrays, window=s.get("window"), implementation=implementation), ()
+
+    return arrays, run
+
+
 def make_problem(case: Case, dtype) -> tuple[dict[str, Any], Callable]:
     """Returns the arrays of a case and `run(arrays, implementation) -> (out, final state)`."""
     makers = {
@@ -196,6 +217,7 @@ def make_problem(case: Case, dtype) -> tuple[dict[str, Any], Callable]:
         "grouped_matmul": _grouped_problem,
         "linear_cross_entropy": _cross_entropy_problem,
         "hopfield_retrieval": _hopfield_problem,
+        "softmax_attention": _attention_problem,
     }
     return makers.get(case.op, _log_decay_problem)(case, dtype)
 
