@@ -38,23 +38,27 @@ BEGIN, END, FLOPS = "== case ", "== done ", "== FLOPs over the needed ones "
 MOST_FLOPS = 1.15  # of a mixture's projections, forward and backward, over the needed ones
 
 
-def linear_attention(key, value, query_heads, heads, gate):
-    """Returns the core's forward and backward pass as a function of arrays, and their shapes."""
+def linear_attention(key, value, query_heads, heads, gate, segments=0):
+    """Returns the core's forward and backward pass as a function of arrays, and their shapes.
+
+    segments: with a state each; 0: one state per row.
+    """
     from engrax.pallas_kernels.common.decay import Decay
     from engrax.pallas_kernels.linear_attention import gpu
     from engrax.pallas_kernels.linear_attention.vjp import LinearInputs
 
     plan = kernel_plan(key)
 
-    def run(q, k, v, hi, lo, state, out_bar, state_bar):
-        inputs = LinearInputs(q, k, v, None if gate == "no" else Decay(hi, lo), state, None)
+    def run(q, k, v, hi, lo, state, out_bar, state_bar, ids):
+        decay = None if gate == "no" else Decay(hi, lo)
+        inputs = LinearInputs(q, k, v, decay, state, layout(ids, segments))
         return gpu.forward(plan, inputs)[0], gpu.backward(plan, inputs, (), (out_bar, state_bar))
 
-    q, v, _, decay, state = shapes(key, value, query_heads, heads, gate)
-    return run, (q, q, v, decay, decay, state, v, state)
+    q, v, _, decay, state, ids = shapes(key, value, query_heads, heads, gate, segments)
+    return run, (q, q, v, decay, decay, state, v, state, ids)
 
 
-def gated_delta_rule(key, value, query_heads, heads, gate):
+def gated_delta_rule(key, value, query_heads, heads, gate, segments=0):
     """The same for the gated delta rule."""
     from engrax.pallas_kernels.common.decay import Decay
     from engrax.pallas_kernels.gated_delta_rule import gpu
@@ -62,13 +66,14 @@ def gated_delta_rule(key, value, query_heads, heads, gate):
 
     plan = kernel_plan(key)
 
-    def run(q, k, v, beta, hi, lo, state, out_bar, state_bar):
-        inputs = DeltaInputs(q, k, v, beta, None if gate == "no" else Decay(hi, lo), state, None)
+    def run(q, k, v, beta, hi, lo, state, out_bar, state_bar, ids):
+        decay = None if gate == "no" else Decay(hi, lo)
+        inputs = DeltaInputs(q, k, v, beta, decay, state, layout(ids, segments))
         outputs, residuals = gpu.forward(plan, inputs)
         return outputs, gpu.backward(plan, inputs, residuals, (out_bar, state_bar))
 
-    q, v, beta, decay, state = shapes(key, value, query_heads, heads, gate)
-    return run, (q, q, v, beta, decay, decay, state, v, state)
+    q, v, beta, decay, state, ids = shapes(key, value, query_heads, heads, gate, segments)
+    return run, (q, q, v, beta, decay, decay, state, v, state, ids)
 
 
 def neural_memory(activation, *sizes):
@@ -150,8 +155,14 @@ def kernel_plan(key):
     return LogDecayPlan(64, key**-0.5)
 
 
-def shapes(key, value, query_heads, heads, gate) -> tuple:
-    """Returns the shapes of q or k, of v, of a number per token, of the decay and of a state."""
+def layout(ids, segments):
+    from engrax.pallas_kernels.common.segments import aligned_layout
+
+    return aligned_layout(ids, segments, 64) if segments else None
+
+
+def shapes(key, value, query_heads, heads, gate, segments) -> tuple:
+    """Returns the shapes of q or k, of v, of a number per token, of the decay, of a state and of the segment ids."""
     import jax
     import jax.numpy as jnp
 
@@ -160,7 +171,9 @@ def shapes(key, value, query_heads, heads, gate) -> tuple:
 
     q, v = tokens(query_heads, key, dtype=jnp.bfloat16), tokens(heads, value, dtype=jnp.bfloat16)
     decay = tokens(heads, key) if gate == "channel" else tokens(heads)
-    return q, v, tokens(heads), decay, jax.ShapeDtypeStruct((2, heads, key, value), jnp.float32)
+    states = (2, segments) if segments else (2,)
+    ids = jax.ShapeDtypeStruct((2, 256 - 63 * segments), jnp.int32)  # which are laid out in 256 slots
+    return q, v, tokens(heads), decay, jax.ShapeDtypeStruct((*states, heads, key, value), jnp.float32), ids
 
 
 def cases() -> dict:
@@ -175,6 +188,17 @@ def cases() -> dict:
         for key, value, gate, heads in itertools.product((64, 128), (64, 128), gates, (2, 4)):
             name = f"{make.__name__} K={key} V={value} {gate} gate, 2 query and {heads} value heads"
             found[name] = (make, (key, value, 2, heads, gate))
+        for gate in gates:
+            name = f"{make.__name__} K=128 V=256 {gate} gate, 2 query and 4 value heads"
+            found[name] = (make, (128, 256, 2, 4, gate))
+        for key, value, gate in ((64, 64, "scalar"), (128, 256, "scalar"), (128, 128, "channel")):
+            name = f"{make.__name__} K={key} V={value} {gate} gate, states of 3 segments"
+            found[name] = (make, (key, value, 2, 2, gate, 3))
+    for gate in ("no", "scalar"):
+        found[f"linear_attention K=153 V=65 {gate} gate"] = (linear_attention, (153, 65, 2, 2, gate))
+        name = f"linear_attention K=192 V=192 {gate} gate, states of 3 segments"
+        found[name] = (linear_attention, (192, 192, 2, 4, gate, 3))
+    found["gated_delta_rule K=36 V=20 channel gate"] = (gated_delta_rule, (36, 20, 2, 2, "channel"))
     for key, value in itertools.product((64, 128), (64, 128)):
         found[f"neural_memory K={key} V={value} depth 1"] = (neural_memory, ("gelu", key, value))
         for dtype in ("bfloat16", "float32") if key == 64 else ("bfloat16",):

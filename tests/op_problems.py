@@ -47,7 +47,8 @@ def make_problem(
     """Returns (arrays, static) in float64: what is differentiated and what is not.
 
     gate: "none", "scalar" or "channel"; gates: a key of `GATES`. keys: "random", "correlated" (cosine about 0.9) or
-    "identical", all of unit norm. segments: "one", "packed", or "states" (one state each, some without tokens).
+    "identical", all of unit norm. segments: "one", "packed", "states" (one state each, some without tokens), or "few"
+    (the same, of more tokens).
     heads are those of q and k; there are `groups` value heads for each. beta mixes 0, 1 and 2 with values between.
     """
     rng = np.random.default_rng(seed)
@@ -70,23 +71,23 @@ def make_problem(
         arrays["beta"] = np.where(rng.random(per_token) < 0.4, exact, 2 * rng.random(per_token))
     static = dict(chunk_size=chunk)
     if segments != "one":
-        static["segment_ids"] = make_segments(batch, length)
-    if segments == "states":
+        static["segment_ids"] = make_segments(batch, length, (3, 70, 90) if segments == "few" else (1, 2, 5, 11, 19))
+    if segments in ("states", "few"):
         static["num_segments"] = int(static["segment_ids"].max()) + 2
     if state:
-        lead = (batch, static["num_segments"]) if segments == "states" else (batch,)
+        lead = (batch, static["num_segments"]) if "num_segments" in static else (batch,)
         arrays["initial_state"] = rng.normal(size=(*lead, value_heads, key, value))
     return {name: jnp.asarray(x) for name, x in arrays.items()}, static
 
 
-def make_segments(batch, length):
-    """Rows of short and longer segments, ids left out, padding anywhere; the last row of several is all padding."""
+def make_segments(batch, length, runs):
+    """Rows of segments of these numbers of tokens, ids left out, padding anywhere; the last of several is padding."""
     rng = np.random.default_rng(7)
     ids = np.full((batch, length), -1, np.int32)
     for row in range(max(1, batch - 1)):
         place, segment = row % 2, 0
         while place < length:
-            run = int(rng.choice([1, 2, 5, 11, 19]))
+            run = int(rng.choice(runs))
             ids[row, place : place + run] = segment
             place, segment = place + run + int(rng.integers(0, 3)), segment + int(rng.integers(1, 3))
     ids[0, -2:] = -1

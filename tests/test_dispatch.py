@@ -20,7 +20,7 @@ needs_kernels = pytest.mark.skipif(
     jax.__version_info__[:3] < dispatch.KERNELS_NEED_JAX, reason="there are no kernels on this jax"
 )
 OP = "linear_attention"
-FINE = LogDecayShapes(2, 128, 2, 2, 64, 64, 64, np.dtype(jnp.bfloat16), "scalar", False)
+FINE = LogDecayShapes(2, 128, 2, 2, 64, 64, 64, np.dtype(jnp.bfloat16), "scalar", 0)
 KERNELS = {"pallas_gpu", "pallas_tpu"}
 KERNELS_OF = {"softmax_attention": {"cudnn_attention", "cudnn_or_xla", "splash_attention"}}
 
@@ -66,9 +66,9 @@ def test_an_explicit_name_never_falls_back(monkeypatch):
     assert names(choose(OP, FINE)) == [("cuda", "pallas_gpu"), (None, "xla")]
     for name in ("xla", "reference", "pallas_gpu"):
         assert names(choose(OP, FINE, name)) == [(None, name)]
-    with pytest.raises(NotImplementedError, match="'pallas_gpu' cannot run: .* has no states per segment; use 'xla'"):
-        choose(OP, FINE._replace(segments=True), "pallas_gpu")
-    assert names(choose(OP, FINE._replace(segments=True))) == [(None, "xla")]
+    with pytest.raises(NotImplementedError, match="'pallas_gpu' cannot run: .* of 64 tokens, not 16; use 'xla'"):
+        choose(OP, FINE._replace(chunk=16), "pallas_gpu")
+    assert names(choose(OP, FINE._replace(chunk=16))) == [(None, "xla")]
 
 
 @needs_kernels

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from engrax.pallas_kernels.common.log_decay import LogDecayShapes
+from engrax.pallas_kernels.common.segments import max_chunks
 from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, interpreted_kernels
 from engrax.pallas_kernels.neural_memory.types import MemoryShapes
 from engrax.tests import neural_memory_problems, op_problems
@@ -96,6 +97,28 @@ CASES = [
     long("gated_delta_rule", gate="channel", key=128, gates="mixed", keys="identical", length=64, state=False),
     long("gated_delta_rule", gate="channel", gates="zero", keys="correlated"),
     long("gated_delta_rule", gate="channel", gates="mixed", length=1024),
+    # Widths that are padded or split: Based's 153 and 65, gated DeltaNet's V of 256, GSA's and Infini's.
+    ("linear_attention", dict(key=153, value=65, gate="none", length=64)),
+    deep("gated_delta_rule", value=256, gates="mixed", keys="correlated"),
+    long("linear_attention", key=153, value=65, gates="mixed", groups=2, segments="packed", batch=2, length=150),
+    long("linear_attention", key=320, value=192, gates="zero", heads=2),
+    long("linear_attention", gate="channel", key=36, value=256, gates="mixed", groups=2, length=150),
+    long("gated_delta_rule", key=36, value=20, gates="mixed", groups=2, length=150),
+    long("gated_delta_rule", key=128, value=256, gates="reset", heads=2, groups=2, segments="packed", batch=2),
+    long("gated_delta_rule", gate="channel", key=100, value=192, gates="mixed", keys="correlated", heads=2),
+    # One state per segment.
+    ("linear_attention", dict(segments="few", gates="mixed", length=100)),
+    deep("gated_delta_rule", segments="few", gates="mixed", length=100),
+    deep("linear_attention", gate="channel", segments="few", gates="mixed", length=100),
+    long("linear_attention", segments="states", gates="reset", groups=2, batch=2, length=150),
+    long("linear_attention", segments="few", gate="none", key=153, value=65, batch=2, length=150),
+    long("gated_delta_rule", segments="states", gates="mixed", batch=2, length=150),
+    long("gated_delta_rule", segments="few", gates="mixed", key=128, value=256, groups=2, batch=2, length=150),
+    long("gated_delta_rule", segments="states", gate="none", keys="correlated", heads=2, batch=3, length=100),
+    long("gated_delta_rule", segments="states", gate="channel", gates="mixed", value=192, batch=2, length=150),
+    long("linear_attention", segments="few", gates="zero", batch=2, length=400),
+    long("gated_delta_rule", segments="few", gates="mixed", keys="correlated", batch=2, length=400),
+    long("gated_delta_rule", segments="few", gate="channel", gates="mixed", batch=2, length=400),
 ]
 
 
@@ -131,12 +154,16 @@ def test_a_gate_that_cuts_has_no_gradient_and_lets_nothing_through(op, gate):
     assert np.any(out[:, :100] != other[:, :100])
 
 
+SEGMENTS = dict(length=100, value=256, segments="few")
+
+
 @pytest.mark.parametrize("gate", ["scalar", pytest.param("channel", marks=pytest.mark.long)])
+@pytest.mark.parametrize("case", [dict(key=128, length=192), pytest.param(SEGMENTS, marks=pytest.mark.long)])
 @pytest.mark.parametrize("op", OPS)
-def test_no_race_and_nothing_read_before_it_is_written(op, gate):
+def test_no_race_and_nothing_read_before_it_is_written(op, case, gate):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    arrays, static = problem(op, gate=gate, gates="mixed", key=128, length=192)
+    arrays, static = problem(op, gate=gate, gates="mixed", **case)
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     with plgpu.force_gpu_interpret_mode(params):
         results = run(op, arrays, static, "pallas_gpu")
@@ -152,10 +179,18 @@ def abstract_h200(shape=(), names=()):
 
 
 @pytest.mark.parametrize("gate", ["scalar", pytest.param("channel", marks=pytest.mark.deep)])
-@pytest.mark.parametrize("devices, implementation", [pytest.param(1, "pallas_gpu", marks=pytest.mark.deep), (8, None)])
+@pytest.mark.parametrize(
+    "devices, implementation, case",
+    [
+        pytest.param(1, "pallas_gpu", {}, marks=pytest.mark.deep),
+        (8, None, {}),
+        pytest.param(8, None, SEGMENTS, marks=pytest.mark.deep),
+    ],
+)
 @pytest.mark.parametrize("op", OPS)
-def test_an_h200_gets_the_kernels_and_no_loop(op, devices, implementation, gate):
-    arrays, static = problem(op, batch=8, heads=2, gate=gate)
+def test_an_h200_gets_the_kernels_and_no_loop(op, devices, implementation, case, gate):
+    arrays, static = problem(op, batch=8, heads=2, gate=gate, **case)
+    slots = 64 * max_chunks(arrays["q"].shape[1], 64, static.get("num_segments"))
     specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
     def loss(arrays):
@@ -170,23 +205,26 @@ def test_an_h200_gets_the_kernels_and_no_loop(op, devices, implementation, gate)
     assert set(re.findall(rf'"?({op}_(?:[a-z]+_)*[a-z]+?)_mosaic_gpu', text)) == {f"{op}_{name}" for name in names}
     assert "stablehlo.while" not in text
     rows, heads = (2, 1) if devices == 8 else (8, 2)
-    assert all(f"tensor<{rows}x128x{heads}x64xbf16>" in rest for _, rest in calls)
+    assert all(f"tensor<{rows}x{slots}x{heads}x64xbf16>" in rest for _, rest in calls)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_what_the_kernel_cannot_serve_is_said(op):
     unsupported = importlib.import_module(f"engrax.pallas_kernels.{op}.gpu").unsupported
-    fine = LogDecayShapes(2, 128, 2, 4, 64, 128, 64, np.dtype(jnp.bfloat16), "scalar", False)
+    fine = LogDecayShapes(2, 128, 2, 4, 64, 128, 64, np.dtype(jnp.bfloat16), "scalar", 0)
     assert all(unsupported(fine._replace(gate=gate)) is None for gate in ("none", "scalar", "channel"))
+    assert unsupported(fine._replace(key=20, value=300, segments=5)) is None
     for change, word in (
-        (dict(segments=True), "per segment"),
         (dict(dtype=np.dtype(np.float32)), "float32"),
-        (dict(key=32), "not 32 and 128"),
-        (dict(value=256), "not 64 and 256"),
+        (dict(key=129, gate="channel"), "K of at most 128 here, not 129: a state of 192 x 64 float32 takes 96 of the"),
         (dict(chunk=16, length=16), "not 16"),
         (dict(heads=70000), "65535"),
+        (dict(heads=20000, value=512), "heads times blocks of 128 values, not 2 and 80000"),
+        (dict(batch=20000, segments=4), "65535 states and as many heads times blocks of 128 values, not 80000 and 4"),
     ):
         assert word in unsupported(fine._replace(**change))
+    wide = unsupported(fine._replace(key=129))
+    assert wide is None if op == "linear_attention" else "not 129" in wide
 
 
 # ---------------------------------------------------------------------------------------------------------------------

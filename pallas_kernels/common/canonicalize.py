@@ -35,7 +35,7 @@ def call_shapes(
     chunks = max_chunks(length, chunk, num_segments)
     gate = "none" if g is None else ("scalar" if g.ndim == 3 else "channel")
     sizes = (batch, chunks * chunk, query_heads, v.shape[2], key, v.shape[3], chunk, np.dtype(dtype))
-    return LogDecayShapes(*sizes, gate, num_segments is not None)
+    return LogDecayShapes(*sizes, gate, num_segments or 0)
 
 
 def lay_out(

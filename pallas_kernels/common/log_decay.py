@@ -20,7 +20,7 @@ class LogDecayShapes(NamedTuple):
     chunk: int
     dtype: np.dtype  # of the kernel's q, k and v
     gate: str  # "none", "scalar" or "channel"
-    segments: bool  # separate states per segment: a chunk may start from another than its predecessor's
+    segments: int  # with a state each: a chunk may start from another than its predecessor's; 0: one state per row
 
 
 class LogDecayPlan(NamedTuple):

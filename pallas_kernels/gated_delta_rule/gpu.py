@@ -33,32 +33,53 @@ from engrax.pallas_kernels.gated_delta_rule.vjp import DeltaInputs, Residuals
 from engrax.pallas_kernels.mosaic_gpu.channel import by_channel, channel_gates, prepare, token_gradients
 from engrax.pallas_kernels.mosaic_gpu.channel_scan import backward_states as walk_backwards
 from engrax.pallas_kernels.mosaic_gpu.channel_scan import forward_states as walk_forwards
-from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, pack_gates, unsupported_sizes
-from engrax.pallas_kernels.mosaic_gpu.scan import Read, Write, decay_cotangent, sum_groups, sweep
+from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, pack_gates
+from engrax.pallas_kernels.mosaic_gpu.scan import Read, Write, decay_cotangent, sweep
+from engrax.pallas_kernels.mosaic_gpu.widths import (
+    axes,
+    gradients_from_blocks,
+    outputs_from_blocks,
+    outputs_to_blocks,
+    sum_groups,
+    sum_heads,
+    to_blocks,
+    unsupported_sizes,
+)
 from engrax.pallas_kernels.passes import Passes
 
 NAME = "gated_delta_rule"
 _INPUTS = DeltaInputs("BTHK", "BTHK", "BTHV", "BTH", "BTH", "BHKV", None)  # axes, for `shard_over_batch_and_heads`
-_OUTPUTS = ("BTHV", "BHKV")
 _INVERSES = "BTHC"
 
 
 def unsupported(shapes: LogDecayShapes) -> str | None:
     """Returns why the kernels cannot serve a call of these sizes, or None if they can."""
-    return unsupported_sizes(shapes)
+    return unsupported_sizes(shapes, splits_keys=False)
 
 
 def forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, Residuals]:
     """Returns (out, final state) and the inverses."""
     run = _forward_by_channel if by_channel(inputs.decay) else _forward
-    return shard_over_batch_and_heads(partial(run, plan), (_INPUTS,), (_OUTPUTS, _INVERSES))(inputs)
+    of_inputs, of_outputs = axes(inputs, _INPUTS)
+
+    def blockwise(inputs):
+        outputs, x = run(plan, to_blocks(inputs))
+        return outputs_from_blocks(outputs, inputs), x
+
+    return shard_over_batch_and_heads(blockwise, (of_inputs,), (of_outputs, _INVERSES))(inputs)
 
 
 def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cotangents: LogDecayOutputs) -> DeltaInputs:
     """Returns the cotangents of the inputs; the decay's is the cotangent of its `lo`."""
-    dims = (_INPUTS, _INVERSES, _OUTPUTS)
     run = _backward_by_channel if by_channel(inputs.decay) else _backward
-    return shard_over_batch_and_heads(partial(run, plan), dims, _INPUTS)(inputs, residuals, cotangents)
+    of_inputs, of_outputs = axes(inputs, _INPUTS)
+
+    def blockwise(inputs, x, cotangents):
+        bars = run(plan, to_blocks(inputs), x, outputs_to_blocks(cotangents))
+        return gradients_from_blocks(bars, inputs)
+
+    dims = (of_inputs, _INVERSES, of_outputs)
+    return shard_over_batch_and_heads(blockwise, dims, of_inputs._replace(layout=None))(inputs, residuals, cotangents)
 
 
 passes = Passes(forward, backward)
@@ -72,21 +93,21 @@ def _decay(inputs: DeltaInputs) -> Decay:
 def _forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, Residuals]:
     gates = pack_gates(_decay(inputs), factor=inputs.beta)
     x = inverses(f"{NAME}_inverse", inputs.k, gates, plan.interpret)
-    arrays = (*inputs[:3], x, gates, inputs.state)
+    arrays = (*inputs[:3], x, gates, inputs.state, inputs.layout)
     found = forward_states(f"{NAME}_forward", *arrays, scale=plan.scale, interpret=plan.interpret)
     return (found.out, found.final), x
 
 
 def _backward(plan: LogDecayPlan, inputs: DeltaInputs, x: Residuals, cotangents: LogDecayOutputs) -> DeltaInputs:
-    q, k, v, beta, _, state, _ = inputs
+    q, k, v, beta, _, state, bounds = inputs
     out_bar, final_bar = cotangents
     decay, interpret = _decay(inputs), plan.interpret
     gates, gates_back = pack_gates(decay, factor=beta), pack_gates(decay, reverse=True, factor=beta)
-    again = forward_states(f"{NAME}_backward_states", None, k, v, x, gates, state, interpret=interpret)
-    arrays = (q, k, v, x, out_bar, gates_back, final_bar, again.states)
+    again = forward_states(f"{NAME}_backward_states", None, k, v, x, gates, state, bounds, interpret=interpret)
+    arrays = (q, k, v, x, out_bar, gates_back, final_bar, again.states, state, bounds)
     back = backward_states(f"{NAME}_backward_dv", *arrays, scale=plan.scale, interpret=interpret)
-    # Two parts of dk are added and grouped heads are summed, so these stay unrounded.
-    run = partial(sweep, out_dtype=jnp.float32, interpret=interpret)
+    # Two parts of dk are added, and grouped heads and blocks are summed, so these stay unrounded.
+    run = partial(sweep, bounds=bounds, out_dtype=jnp.float32, interpret=interpret)
     readers = run(
         f"{NAME}_backward_dq",
         [Read(out_bar, plan.scale, dot_with=q), Read(back.rows_bar, -1.0, True, by_factor=True, dot_with=k)],
@@ -99,14 +120,15 @@ def _backward(plan: LogDecayPlan, inputs: DeltaInputs, x: Residuals, cotangents:
     for_queries = back_run(f"{NAME}_backward_dk", reads, Write(out_bar, q, plan.scale), start=final_bar)
     write = Write(back.rows_bar, k, -1.0, True, by_factor=True)
     for_keys = back_run(f"{NAME}_backward_dk_of_keys", reads, write, start=jnp.zeros_like(final_bar))
-    of_q, of_reader = (a + b for a, b in zip(readers.local_dots, readers.carried_dots))
-    beta_bar = back.dots + of_reader
+    per_gate = partial(sum_heads, heads=beta.shape[2])
+    of_q, of_reader = (per_gate(a + b) for a, b in zip(readers.local_dots, readers.carried_dots))
+    beta_bar = per_gate(back.dots) + of_reader
     decay_bar = None
     if inputs.decay is not None:
-        local = for_queries.local_dots[0] + for_keys.local_dots[0]
-        carried = for_queries.carried_dots[0] + for_keys.carried_dots[0]
+        local = per_gate(for_queries.local_dots[0] + for_keys.local_dots[0])
+        carried = per_gate(for_queries.carried_dots[0] + for_keys.carried_dots[0])
         by_token = of_q + beta * of_reader - (local + carried)
-        decay_bar = decay_cotangent(decay, by_token, carried, back.matches, gates)
+        decay_bar = decay_cotangent(decay, by_token, carried, per_gate(back.matches, axis=1), gates)
     q_bar = sum_groups(readers.outs[0], q)
     k_bar = sum_groups(readers.outs[1] + for_queries.outs[0] + for_keys.outs[0], k)
     return DeltaInputs(q_bar, k_bar, back.v_bar, beta_bar.astype(beta.dtype), decay_bar, back.start_bar, None)
@@ -118,25 +140,25 @@ def _by_chunk(beta: jax.Array) -> jax.Array:
 
 
 def _forward_by_channel(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, Residuals]:
-    q, k, v, beta, decay, state, _ = inputs
+    q, k, v, beta, decay, state, bounds = inputs
     gates, factors = channel_gates(decay), dict(beta=_by_chunk(beta), interpret=plan.interpret)
     tokens = prepare(f"{NAME}_forward_tokens", q, k, gates, readers=True, **factors)
     arrays = (tokens, v, gates.whole, state)
-    found = walk_forwards(f"{NAME}_forward", *arrays, scale=plan.scale, **factors)
+    found = walk_forwards(f"{NAME}_forward", *arrays, bounds=bounds, scale=plan.scale, **factors)
     return (found.out, found.final), tokens.inverse
 
 
 def _backward_by_channel(
     plan: LogDecayPlan, inputs: DeltaInputs, x: Residuals, cotangents: LogDecayOutputs
 ) -> DeltaInputs:
-    q, k, v, beta, decay, state, _ = inputs
+    q, k, v, beta, decay, state, bounds = inputs
     out_bar, final_bar = cotangents
     gates, interpret = channel_gates(decay), plan.interpret
-    factors = dict(beta=_by_chunk(beta), interpret=interpret)
+    factors = dict(beta=_by_chunk(beta), bounds=bounds, interpret=interpret)
     tokens = prepare(f"{NAME}_backward_tokens", q, k, gates, readers=True, interpret=interpret)._replace(inverse=x)
     arrays = (tokens, out_bar, gates.whole, final_bar)
     back = walk_backwards(f"{NAME}_backward_dv", *arrays, scale=plan.scale, **factors)
-    arrays = (tokens, v, gates.whole, state, back.states)
+    arrays = (tokens, v, gates.whole, state, (back.states, final_bar))
     again = walk_forwards(f"{NAME}_backward_states", *arrays, **factors)
     arrays, options = (k, again.written, gates), dict(scale=plan.scale, interpret=interpret)
     ends = (again.states, back.states, again.matches)
@@ -144,8 +166,8 @@ def _backward_by_channel(
     options |= dict(scale=-1.0, factor=factors["beta"], strict=True)
     of_reader = token_gradients(f"{NAME}_backward_dk", k, *arrays, back.rows, again.states, **options)
     # Both terms use the same rounded dR: v and k's read nearly cancel when the memory is accurate.
-    keys = jnp.repeat(k, v.shape[2] // k.shape[2], axis=2)
-    beta_bar = _dots(back.rows, v) + _dots(of_reader.rows, keys)
+    keys = jnp.repeat(k, beta.shape[2] // k.shape[2], axis=2)
+    beta_bar = sum_heads(_dots(back.rows, v), beta.shape[2]) + _dots(of_reader.rows, keys)
     gates_bar = of_q.gates + of_reader.gates
     decay_bar = Decay(jnp.zeros_like(decay.hi), gates_bar.astype(decay.lo.dtype))
     k_bar = sum_groups(of_q.keys + of_reader.keys + beta[..., None] * of_reader.rows, k)

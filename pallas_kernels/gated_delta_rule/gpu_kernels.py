@@ -37,14 +37,14 @@ from engrax.pallas_kernels.mosaic_gpu.parts import (
     transposed,
     visible,
 )
-from engrax.pallas_kernels.mosaic_gpu.pipeline import StateWalk, run_kernel, walk_chunks
+from engrax.pallas_kernels.mosaic_gpu.pipeline import Place, StateWalk, matched, run_kernel, walk_chunks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The inverse
 
 
 def inverses(name: str, k: jax.Array, gates: jax.Array, interpret: bool = False) -> jax.Array:
-    """Returns X `[B, T, HV, C]` in float32; gates `[B, HV, N, 6, C]` with beta as the factor."""
+    """Returns X `[B, T, HV, C]` in float32; gates `[B, HV, N, 7, C]` with beta as the factor."""
     batch, length, _, features = k.shape
     heads, chunks = gates.shape[1:3]
     out_types = {"x": jax.ShapeDtypeStruct((batch, length, heads, CHUNK), jnp.float32)}
@@ -91,21 +91,21 @@ class DeltaStates(NamedTuple):
 
 
 def forward_states(
-    name: str, q, k, v, x, gates, start, *, scale: float = 1.0, interpret: bool = False, stages: int = 2
+    name: str, q, k, v, x, gates, start, bounds=None, *, scale: float = 1.0, interpret: bool = False
 ) -> DeltaStates:
     """Runs the rule forwards. With q it returns the outputs; without (None), the written values and the states.
 
-    x: the result of `inverses`; gates `[B, HV, N, 6, C]` with beta as the factor; start `[B, HV, K, V]` float32.
+    start `[S, HV, K, V]` float32 and bounds: as in `StateWalk.of`. x: the result of `inverses`. gates
+    `[B, HG, N, 7, C]` with beta as the factor; their HG heads are a divisor of HV.
     """
-    (batch, length), (heads, inner, outer) = k.shape[:2], start.shape[1:]
-    plan = StateWalk(scale, batch, heads, length // CHUNK, inner, outer)
-    tokens = jax.ShapeDtypeStruct((batch, length, heads, outer), jnp.bfloat16)
+    plan = StateWalk.of(k.shape[1], start, bounds, scale=scale)
+    inner, tokens = plan.inner, jax.ShapeDtypeStruct(v.shape, jnp.bfloat16)
     out_types = {"final": jax.ShapeDtypeStruct(start.shape, jnp.float32)}
     if q is not None:
         out_types["out"] = tokens
     else:
         out_types["written"] = tokens
-        out_types["states"] = jax.ShapeDtypeStruct((batch, heads, plan.chunks, inner, outer), jnp.bfloat16)
+        out_types["states"] = jax.ShapeDtypeStruct(plan.per_chunk, jnp.bfloat16)
     scratch = {
         "state": matrix(inner, COLUMNS),
         # An exact state of 128 rows does not fit into the registers beside the outputs.
@@ -115,31 +115,32 @@ def forward_states(
         "rows": matrix(CHUNK, COLUMNS),
         "written": matrix(CHUNK, COLUMNS),
     }
-    inputs = {"k": k, "v": v, "x": x, "gates": gates, "start": start} | ({} if q is None else {"q": q})
-    body = partial(_advance_all, plan, min(stages, plan.chunks))
+    inputs = {"k": k, "v": v, "x": x, "gates": gates, "start": start, "bounds": bounds}
+    inputs |= {} if q is None else {"q": q}
+    body = partial(_advance_all, plan)
     found = run_kernel(name, body, out_types, scratch, plan.grid, interpret, inputs)
     return DeltaStates(found.get("out"), found["final"], found.get("written"), found.get("states"))
 
 
-def _arrivals(plan: StateWalk, inputs, full, columns) -> dict:
+def _arrivals(place: Place, inputs, full, columns) -> dict:
     """Returns, by name, the blocks loaded for every chunk: with all features (`full`) or one block of columns."""
-    batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
-    found = {n: token_block(inputs[n], plan, batch, head, inputs[n].shape[3]) for n in full if n in inputs}
-    found |= {name: token_block(inputs[name], plan, batch, head, COLUMNS, column) for name in columns}
-    found["by_row"], found["by_column"] = gate_blocks(inputs["gates"], plan, batch, head)
+    mine = (place, place.row, place.head)
+    found = {name: token_block(inputs[name], *mine, inputs[name].shape[3]) for name in full if name in inputs}
+    found |= {name: token_block(inputs[name], *mine, COLUMNS, place.column) for name in columns}
+    found |= gate_blocks(inputs["gates"], place)
     if "match_with" in inputs:
-        found["match_with"] = state_block(inputs["match_with"], plan, batch, head, column)
+        found["match_with"] = state_block(inputs["match_with"], place)
     return found
 
 
-def _advance_all(plan: StateWalk, stages: int, inputs, outputs, scratch):
-    batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
-    columns = pl.ds(column * COLUMNS, COLUMNS)
+def _advance_all(plan: StateWalk, inputs, outputs, scratch):
+    place = plan.place(inputs["bounds"])
 
     def step(chunk, blocks, state):
-        here = (batch, pl.ds(chunk * CHUNK, CHUNK), head, columns)
+        here = (place.row, pl.ds(chunk * CHUNK, CHUNK), place.head, place.columns)
         if "states" in outputs:
-            plgpu.copy_smem_to_gmem(scratch["state"], outputs["states"].at[batch, head, chunk, :, columns])
+            target = outputs["states"].at[place.row, place.head, chunk, :, place.columns]
+            plgpu.copy_smem_to_gmem(scratch["state"], target)
         written = _written(blocks, scratch)
         scratch["written"][...] = written.astype(jnp.bfloat16)
         plgpu.commit_smem()
@@ -157,8 +158,8 @@ def _advance_all(plan: StateWalk, stages: int, inputs, outputs, scratch):
             after = keep(scratch, after, row, kept(scratch, state, row) * blocks["by_row"][WHOLE, 0] + added)
         return after
 
-    arrivals = _arrivals(plan, inputs, ("q", "k", "x"), ("v",))
-    walk_chunks(plan, stages, arrivals, inputs["start"], outputs["final"], scratch, step)
+    arrivals = _arrivals(place, inputs, ("q", "k", "x"), ("v",))
+    walk_chunks(place, arrivals, inputs["start"], outputs["final"], scratch, step)
 
 
 def _written(blocks, scratch):
@@ -196,54 +197,53 @@ class DeltaCotangents(NamedTuple):
 
     rows_bar: jax.Array  # [B, T, HV, V] bfloat16, dR
     v_bar: jax.Array  # [B, T, HV, V] bfloat16, beta dR
-    start_bar: jax.Array  # [B, HV, K, V] float32
+    start_bar: jax.Array  # [S, HV, K, V] float32
     dots: jax.Array  # [B, T, HV] float32, dR . v
     matches: jax.Array  # [B, HV, N] float32, <the cotangent of the state after chunk n, the state before it>
 
 
 def backward_states(
-    name: str, q, k, v, x, out_bar, gates, final_bar, states, *, scale: float, interpret: bool = False, stages: int = 2
+    name: str, q, k, v, x, out_bar, gates, final_bar, states, start, bounds=None, *, scale: float, interpret=False
 ) -> DeltaCotangents:
-    """Runs the cotangent of the state backwards. gates: packed for it (reverse), with beta as the factor."""
-    (batch, length), (heads, inner, outer) = k.shape[:2], final_bar.shape[1:]
-    plan = StateWalk(scale, batch, heads, length // CHUNK, inner, outer, reverse=True)
-    shape, blocks = jax.ShapeDtypeStruct, outer // COLUMNS
+    """Runs the cotangent of the state backwards. gates: packed for it (reverse), with beta as the factor.
+
+    states, start: those before each chunk and before the first.
+    """
+    plan = StateWalk.of(k.shape[1], final_bar, bounds, scale=scale, reverse=True)
+    shape, blocks = jax.ShapeDtypeStruct, plan.outer // COLUMNS
     out_types = {
-        "rows_bar": shape((batch, length, heads, outer), jnp.bfloat16),
-        "v_bar": shape((batch, length, heads, outer), jnp.bfloat16),
+        "rows_bar": shape(v.shape, jnp.bfloat16),
+        "v_bar": shape(v.shape, jnp.bfloat16),
         "final": shape(final_bar.shape, jnp.float32),
-        "dots": shape((blocks, batch, heads, length), jnp.float32),
-        "matches": shape((blocks, batch, heads, plan.chunks, inner), jnp.float32),
+        "dots": shape((blocks, plan.rows, plan.heads, k.shape[1]), jnp.float32),
+        "matches": shape((blocks, *plan.per_chunk[:-1]), jnp.float32),
     }
     scratch = {
-        "state": matrix(inner, COLUMNS),
+        "state": matrix(plan.inner, COLUMNS),
         "exact_state": [],
         "scores": matrix(CHUNK, CHUNK),
         "x": [matrix(CHUNK, CHUNK) for _ in range(2)],
         "rows": matrix(CHUNK, COLUMNS),
     }
     inputs = {"q": q, "k": k, "v": v, "x": x, "out_bar": out_bar, "gates": gates, "start": final_bar}
-    inputs["match_with"] = states
-    body = partial(_retreat_all, plan, min(stages, plan.chunks))
-    found = run_kernel(name, body, out_types, scratch, plan.grid, interpret, inputs)
+    inputs |= {"match_with": states, "origin": start, "bounds": bounds}
+    found = run_kernel(name, partial(_retreat_all, plan), out_types, scratch, plan.grid, interpret, inputs)
     dots, matches = found["dots"].sum(0).transpose(0, 2, 1), found["matches"].sum((0, -1))
     return DeltaCotangents(found["rows_bar"], found["v_bar"], found["final"], dots, matches)
 
 
-def _retreat_all(plan: StateWalk, stages: int, inputs, outputs, scratch):
-    batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
-    columns = pl.ds(column * COLUMNS, COLUMNS)
+def _retreat_all(plan: StateWalk, inputs, outputs, scratch):
+    place = plan.place(inputs["bounds"])
+    mine = (place.column, place.row, place.head)
 
     def step(chunk, blocks, state):
-        here = (batch, pl.ds(chunk * CHUNK, CHUNK), head, columns)
+        here = (place.row, pl.ds(chunk * CHUNK, CHUNK), place.head, place.columns)
         for row in range(0, plan.inner, 64):
-            both = kept(scratch, state, row) * load_matrix(blocks["match_with"].at[pl.ds(row, 64), :])
-            outputs["matches"][column, batch, head, chunk, pl.ds(row, 64)] = sum_columns(both)
+            other = matched(place, chunk, blocks["match_with"], inputs["origin"], row)
+            outputs["matches"][*mine, chunk, pl.ds(row, 64)] = sum_columns(kept(scratch, state, row) * other)
         rows_bar = _rows_bar(plan, blocks, scratch)
         plgpu.commit_smem()  # all warps have read `rows`, an operand of that product, overwritten below
-        outputs["dots"][column, batch, head, pl.ds(chunk * CHUNK, CHUNK)] = sum_columns(
-            rows_bar * load_matrix(blocks["v"])
-        )
+        outputs["dots"][*mine, pl.ds(chunk * CHUNK, CHUNK)] = sum_columns(rows_bar * load_matrix(blocks["v"]))
         beta = along_rows(blocks["by_row"].at[FACTOR])
         for buffer, value, target in (
             (scratch["rows"], rows_bar, outputs["rows_bar"]),
@@ -265,8 +265,8 @@ def _retreat_all(plan: StateWalk, stages: int, inputs, outputs, scratch):
             after = keep(scratch, after, row, block)
         return after
 
-    arrivals = _arrivals(plan, inputs, ("q", "k", "x"), ("v", "out_bar"))
-    walk_chunks(plan, stages, arrivals, inputs["start"], outputs["final"], scratch, step)
+    arrivals = _arrivals(place, inputs, ("q", "k", "x"), ("v", "out_bar"))
+    walk_chunks(place, arrivals, inputs["start"], outputs["final"], scratch, step)
 
 
 def _rows_bar(plan: StateWalk, blocks, scratch):

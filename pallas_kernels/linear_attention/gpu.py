@@ -13,7 +13,7 @@ at once (`mosaic_gpu.channel`): scores and decayed tokens before the walk along 
 gradients of q, k and the gates after the walks of S and dS, from the states of all chunks that these store.
 """
 
-from functools import partial
+from functools import partial, reduce
 
 import jax.numpy as jnp
 
@@ -23,8 +23,19 @@ from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
 from engrax.pallas_kernels.linear_attention.vjp import LinearInputs
 from engrax.pallas_kernels.mosaic_gpu.channel import by_channel, channel_gates, prepare, token_gradients
 from engrax.pallas_kernels.mosaic_gpu.channel_scan import backward_states, forward_states
-from engrax.pallas_kernels.mosaic_gpu.parts import pack_gates, unsupported_sizes
-from engrax.pallas_kernels.mosaic_gpu.scan import Read, Write, decay_cotangent, sum_groups, sweep
+from engrax.pallas_kernels.mosaic_gpu.parts import pack_gates
+from engrax.pallas_kernels.mosaic_gpu.scan import Read, Write, decay_cotangent, sweep
+from engrax.pallas_kernels.mosaic_gpu.widths import (
+    axes,
+    gradients_from_blocks,
+    key_blocks,
+    outputs_from_blocks,
+    outputs_to_blocks,
+    sum_groups,
+    sum_heads,
+    to_blocks,
+    unsupported_sizes,
+)
 from engrax.pallas_kernels.passes import Passes
 
 NAME = "linear_attention"
@@ -32,48 +43,73 @@ NAME = "linear_attention"
 
 def unsupported(shapes: LogDecayShapes) -> str | None:
     """Returns why the kernels cannot serve a call of these sizes, or None if they can."""
-    return unsupported_sizes(shapes)
+    return unsupported_sizes(shapes, splits_keys=shapes.gate != "channel")
 
 
 def forward(plan: LogDecayPlan, inputs: LinearInputs) -> tuple[LogDecayOutputs, tuple]:
     """Returns ((out in v's dtype, final state), no residuals)."""
     run = _forward_by_channel if by_channel(inputs.decay) else _forward
-    return shard_over_batch_and_heads(partial(run, plan), (_INPUTS,), _OUTPUTS)(inputs), ()
+    of_inputs, of_outputs = axes(inputs, _INPUTS)
+
+    def blockwise(inputs):
+        return outputs_from_blocks(run(plan, to_blocks(inputs)), inputs)
+
+    return shard_over_batch_and_heads(blockwise, (of_inputs,), of_outputs)(inputs), ()
 
 
 def backward(plan: LogDecayPlan, inputs: LinearInputs, residuals: tuple, cotangents: LogDecayOutputs) -> LinearInputs:
     """Returns the cotangents of the inputs; the decay's is the cotangent of its `lo`."""
     run = _backward_by_channel if by_channel(inputs.decay) else _backward
-    return shard_over_batch_and_heads(partial(run, plan), (_INPUTS, _OUTPUTS), _INPUTS)(inputs, cotangents)
+    of_inputs, of_outputs = axes(inputs, _INPUTS)
+
+    def blockwise(inputs, cotangents):
+        bars = run(plan, to_blocks(inputs), outputs_to_blocks(cotangents))
+        return gradients_from_blocks(bars, inputs)
+
+    dims = (of_inputs, of_outputs)
+    return shard_over_batch_and_heads(blockwise, dims, of_inputs._replace(layout=None))(inputs, cotangents)
 
 
 passes = Passes(forward, backward)
 
 
 _INPUTS = LinearInputs("BTHK", "BTHK", "BTHV", "BTH", "BHKV", None)  # axes, for `shard_over_batch_and_heads`
-_OUTPUTS = ("BTHV", "BHKV")
 
 
 def _forward(plan: LogDecayPlan, inputs: LinearInputs) -> LogDecayOutputs:
-    q, k, v, decay, state, _ = inputs
-    reads, write = [Read(q, plan.scale)], Write(k, v)
-    swept = sweep(f"{NAME}_forward", reads, write, pack_gates(decay), state, interpret=plan.interpret)
-    return swept.outs[0], swept.final
+    q, k, v, decay, state, bounds = inputs
+    run = partial(sweep, gates=pack_gates(decay), bounds=bounds, interpret=plan.interpret)
+    return _by_keys(f"{NAME}_forward", run, Read(q, plan.scale), Write(k, v), state)
+
+
+def _by_keys(name: str, run, read: Read, write: Write, start):
+    """Returns the outputs and final states of a sweep that adds up the blocks of K features of its rows and keys."""
+    blocks, swept = key_blocks(start.shape[2]), []
+    out_dtype = jnp.bfloat16 if len(blocks) == 1 else jnp.float32
+    for block in blocks:
+        named = f"{name}_{block.start}" if block.start else name
+        reads = [read._replace(rows=read.rows[..., block])]
+        part = write._replace(keys=write.keys[..., block])
+        swept.append(run(named, reads, part, start=start[:, :, block], out_dtype=out_dtype))
+    out = reduce(jnp.add, (found.outs[0] for found in swept))
+    return out.astype(jnp.bfloat16), jnp.concatenate([found.final for found in swept], axis=2)
 
 
 def _backward(plan: LogDecayPlan, inputs: LinearInputs, cotangents: LogDecayOutputs) -> LinearInputs:
-    q, k, v, decay, state, _ = inputs
+    q, k, v, decay, state, bounds = inputs
     out_bar, final_bar = cotangents
     gates, gates_back = pack_gates(decay), pack_gates(decay, reverse=True)
-    run = partial(sweep, interpret=plan.interpret)
-    # Gradients of q and k are per value head here. Grouped heads are summed later, so these stay unrounded.
+    run = partial(sweep, bounds=bounds, interpret=plan.interpret)
+    # Gradients of q and k are per block of values here. Blocks and grouped heads are summed later, so these stay
+    # unrounded.
+    start = state.swapaxes(2, 3)
     by_value_head = dict(out_dtype=jnp.bfloat16 if q.shape[2] == v.shape[2] else jnp.float32)
     of_q = run(
         f"{NAME}_backward_dq",
         [Read(out_bar, plan.scale, dot_with=None if decay is None else q)],
         Write(v, k),
         gates,
-        state.swapaxes(2, 3),
+        start,
         save_states=decay is not None,
         **by_value_head,
     )
@@ -84,43 +120,40 @@ def _backward(plan: LogDecayPlan, inputs: LinearInputs, cotangents: LogDecayOutp
         gates_back,
         final_bar.swapaxes(2, 3),
         reverse=True,
-        match_with=of_q.states,
+        match_with=None if decay is None else (of_q.states, start),
         **by_value_head,
     )
-    of_v = run(
-        f"{NAME}_backward_dv",
-        [Read(k)],
-        Write(q, out_bar, plan.scale),
-        gates_back,
-        final_bar,
-        reverse=True,
-    )
+    back = partial(run, gates=gates_back, reverse=True)
+    write = Write(q, out_bar, plan.scale)
+    v_bar, start_bar = _by_keys(f"{NAME}_backward_dv", back, Read(k), write, final_bar)
     decay_bar = None
     if decay is not None:
+        per_gate = partial(sum_heads, heads=decay.hi.shape[2])
         local, carried = of_q.local_dots[0] - of_k.local_dots[0], of_q.carried_dots[0] - of_k.carried_dots[0]
-        decay_bar = decay_cotangent(decay, local + carried, of_k.carried_dots[0], of_k.matches, gates)
+        ends, matches = per_gate(of_k.carried_dots[0]), per_gate(of_k.matches, axis=1)
+        decay_bar = decay_cotangent(decay, per_gate(local + carried), ends, matches, gates)
     q_bar, k_bar = (sum_groups(x, q) for x in (of_q.outs[0], of_k.outs[0]))
-    return LinearInputs(q_bar, k_bar, of_v.outs[0], decay_bar, of_v.final, None)
+    return LinearInputs(q_bar, k_bar, v_bar, decay_bar, start_bar, None)
 
 
 def _forward_by_channel(plan: LogDecayPlan, inputs: LinearInputs) -> LogDecayOutputs:
-    q, k, v, decay, state, _ = inputs
+    q, k, v, decay, state, bounds = inputs
     gates = channel_gates(decay)
     tokens = prepare(f"{NAME}_forward_tokens", q, k, gates, interpret=plan.interpret)
-    options = dict(scale=plan.scale, interpret=plan.interpret)
+    options = dict(bounds=bounds, scale=plan.scale, interpret=plan.interpret)
     found = forward_states(f"{NAME}_forward", tokens, v, gates.whole, state, **options)
     return found.out, found.final
 
 
 def _backward_by_channel(plan: LogDecayPlan, inputs: LinearInputs, cotangents: LogDecayOutputs) -> LinearInputs:
-    q, k, v, decay, state, _ = inputs
+    q, k, v, decay, state, bounds = inputs
     out_bar, final_bar = cotangents
     gates, interpret = channel_gates(decay), plan.interpret
     tokens = prepare(f"{NAME}_backward_tokens", q, k, gates, interpret=interpret)
-    arrays = (tokens, out_bar, gates.whole, final_bar)
-    back = backward_states(f"{NAME}_backward_dv", *arrays, scale=plan.scale, interpret=interpret)
-    arrays = (tokens, v, gates.whole, state, back.states)
-    again = forward_states(f"{NAME}_backward_states", *arrays, interpret=interpret)
+    walked = dict(bounds=bounds, interpret=interpret)
+    back = backward_states(f"{NAME}_backward_dv", tokens, out_bar, gates.whole, final_bar, scale=plan.scale, **walked)
+    ends = (back.states, final_bar)
+    again = forward_states(f"{NAME}_backward_states", tokens, v, gates.whole, state, ends, **walked)
     of_tokens = token_gradients(
         f"{NAME}_backward_dqk",
         *(q, k, v, gates, out_bar, again.states, back.states, again.matches),

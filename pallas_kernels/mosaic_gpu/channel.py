@@ -34,11 +34,13 @@ from engrax.pallas_kernels.mosaic_gpu.parts import (
     ladder,
     load_matrix,
     matrix,
+    own,
     products,
     sum_columns,
     transposed,
 )
 from engrax.pallas_kernels.mosaic_gpu.pipeline import run_kernel
+from engrax.pallas_kernels.mosaic_gpu.widths import sum_heads
 
 LEVELS = CHUNK.bit_length() - 1
 FEATURES = 64  # processed at once
@@ -257,11 +259,11 @@ def _decay_tokens(scratch, leaving):
 
 
 class Gradients(NamedTuple):
-    """The result of `token_gradients`, per value head."""
+    """The result of `token_gradients`, per head of the gates."""
 
-    rows: jax.Array  # [B, T, HV, K], of the reading rows, without their factor
-    keys: jax.Array  # [B, T, HV, K], of the keys
-    gates: jax.Array  # [B, T, HV, K] float32, of the cumulative gates
+    rows: jax.Array  # [B, T, HG, K], of the reading rows, without their factor
+    keys: jax.Array  # [B, T, HG, K], of the keys
+    gates: jax.Array  # [B, T, HG, K] float32, of the cumulative gates
 
 
 def token_gradients(
@@ -286,10 +288,11 @@ def token_gradients(
     rows, keys `[B, T, H, K]`; values, out_bar `[B, T, HV, V]`; states `[B, HV, N, K, V]` bfloat16:
     the states before each chunk. states_bar: the cotangents of the states after each chunk. matches: from
     `channel_scan.ChannelStates`; None: the keys' writes into the state are ignored.
-    factor `[B, HV, N, C]` float32 or None; the gradient of rows excludes it. strict: S_i excludes token i's write.
+    factor `[B, HG, N, C]` float32 or None; the gradient of rows excludes it. strict: S_i excludes token i's write.
+    The HG heads of the gates are a divisor of HV.
     """
-    batch, length, heads, features = gates.high.shape
-    outer, chunks = values.shape[3], length // CHUNK
+    batch, length, gate_heads, features = gates.high.shape
+    heads, outer, chunks = *values.shape[2:], length // CHUNK
     shape = (batch, length, heads, features)
     out_types = {name: jax.ShapeDtypeStruct(shape, out_dtype) for name in ("rows", "keys")}
     out_types["gates"] = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -299,33 +302,35 @@ def token_gradients(
     inputs |= {"out_bar": out_bar, "values": values, "states": states}
     if states_bar is not None:
         inputs["states_bar"] = states_bar
-        out_types["ends"] = jax.ShapeDtypeStruct(gates.whole.shape, jnp.float32)
+        out_types["ends"] = jax.ShapeDtypeStruct((batch, heads, chunks, features), jnp.float32)
     if factor is not None:
         inputs["factor"] = factor
         scratch["factor"] = plgpu.SMEM((CHUNK,), jnp.float32)
     wide = ("out_bar", "values", "states", "states_bar")
     scratch |= {name: matrix(64, outer) for name in wide if name in inputs}
     _number_tokens(inputs, scratch)
-    body = partial(_differentiate, heads // keys.shape[2], features // FEATURES, scale, strict)
+    body = partial(_differentiate, heads, features // FEATURES, scale, strict)
     grid = (batch, heads, chunks * (features // FEATURES))
     found = run_kernel(name, body, out_types, scratch, grid, interpret, inputs)
+    found = {name: sum_heads(x, gate_heads, axis=1 if name == "ends" else 2) for name, x in found.items()}
     if "ends" in found:
         found["gates"] = add_at_ends(found["gates"], found.pop("ends") + matches)
     return Gradients(**found)
 
 
-def _differentiate(group: int, tiles: int, scale: float, strict: bool, inputs, outputs, scratch):
+def _differentiate(heads: int, tiles: int, scale: float, strict: bool, inputs, outputs, scratch):
     batch, head, part = (lax.axis_index(name) for name in ("batch", "head", "part"))
     chunk, features = lax.div(part, tiles), pl.ds(lax.rem(part, tiles) * FEATURES, FEATURES)
     tokens = pl.ds(chunk * CHUNK, CHUNK)
-    places = {name: inputs[name].at[batch, tokens, head // group, features] for name in "qk"}
-    places |= {name: inputs[name].at[batch, tokens, head, features] for name in ("high", "low")}
+    places = {}
+    for name in ("q", "k", "high", "low"):
+        places[name] = inputs[name].at[batch, tokens, own(head, heads, inputs[name].shape[2]), features]
     places |= {name: inputs[name].at[batch, tokens, head, :] for name in ("out_bar", "values")}
     for name in ("states", "states_bar"):
         if name in inputs:
             places[name] = inputs[name].at[batch, head, chunk, features, :]
     if "factor" in inputs:
-        places["factor"] = inputs["factor"].at[batch, head, chunk]
+        places["factor"] = inputs["factor"].at[batch, own(head, heads, inputs["factor"].shape[1]), chunk]
     _fetch(inputs, places, scratch)
     here = (batch, tokens, head, features)
     of_rows, of_keys = _within_chunk(scratch, scale, strict)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -26,6 +25,7 @@ from engrax.pallas_kernels.mosaic_gpu.parts import (
     CHUNK,
     COLUMNS,
     along_rows,
+    chunk_block,
     keep,
     kept,
     load_matrix,
@@ -37,24 +37,25 @@ from engrax.pallas_kernels.mosaic_gpu.parts import (
     token_block,
     transposed,
 )
-from engrax.pallas_kernels.mosaic_gpu.pipeline import StateWalk, run_kernel, walk_chunks
+from engrax.pallas_kernels.mosaic_gpu.pipeline import StateWalk, matched, run_kernel, walk_chunks
+from engrax.pallas_kernels.mosaic_gpu.widths import sum_heads
 
 
 class ChannelStates(NamedTuple):
     """The result of `forward_states`; parts not requested are None."""
 
     out: Any  # [B, T, HV, V] bfloat16
-    final: jax.Array  # [B, HV, K, V] float32
+    final: jax.Array  # [S, HV, K, V] float32
     written: Any  # [B, T, HV, V] bfloat16, for the delta rule
     states: Any  # [B, HV, N, K, V] bfloat16, the state before each chunk
-    matches: Any  # [B, HV, N, K] float32, per channel: <what the chunk keeps of that state, match_with>
+    matches: Any  # [B, HG, N, K] float32, per channel: <what the chunk keeps of that state, match_with>
 
 
 class ChannelCotangents(NamedTuple):
     """The result of `backward_states`."""
 
     v: jax.Array  # [B, T, HV, V] bfloat16
-    start: jax.Array  # [B, HV, K, V] float32
+    start: jax.Array  # [S, HV, K, V] float32
     states: jax.Array  # [B, HV, N, K, V] bfloat16, the cotangent of the state after each chunk
     rows: Any  # [B, T, HV, V] bfloat16, dR of the delta rule, else None
 
@@ -67,27 +68,30 @@ def forward_states(
     start,
     match_with=None,
     *,
+    bounds=None,
     scale: float = 1.0,
     beta=None,
     interpret: bool = False,
 ) -> ChannelStates:
     """Walks forwards and returns the outputs, or the states, the written values and the matches.
 
-    whole `[B, HV, N, K]`, start `[B, HV, K, V]`, beta `[B, HV, N, C]` for the delta rule (None: linear attention).
-    match_with: the cotangents of the states after each chunk (`ChannelCotangents`); None: return the outputs.
+    start `[S, HV, K, V]` and bounds: as in `StateWalk.of`. HG heads, a divisor of HV, have the tokens and gates: whole
+    `[B, HG, N, K]`, and beta `[B, HG, N, C]` for the delta rule (None: linear attention).
+    match_with: the cotangents of the states after each chunk (`ChannelCotangents`) and those of the final states; None:
+    return the outputs.
     The matches contribute to the gradient of every gate of a chunk, and their factors grow with the length. So they are
     computed here, where the state is exact.
     """
-    walk, shape = _walk(scale, v, start), jax.ShapeDtypeStruct
+    walk, shape = StateWalk.of(v.shape[1], start, bounds, scale=scale), jax.ShapeDtypeStruct
     out_types = {"final": shape(start.shape, jnp.float32)}
-    inputs = {"k": tokens.k, "v": v, "whole": whole, "start": start}
+    inputs = {"k": tokens.k, "v": v, "whole": whole, "start": start, "bounds": bounds}
     if match_with is None:
         inputs |= {"q": tokens.q, "scores": tokens.scores}
         out_types["out"] = shape(v.shape, jnp.bfloat16)
     else:
         inputs["match_with"] = match_with
-        out_types["states"] = shape((*whole.shape, v.shape[3]), jnp.bfloat16)
-        out_types["matches"] = shape((v.shape[3] // COLUMNS, *whole.shape), jnp.float32)
+        out_types["states"] = shape(walk.per_chunk, jnp.bfloat16)
+        out_types["matches"] = shape((walk.outer // COLUMNS, *walk.per_chunk[:-1]), jnp.float32)
     if beta is not None:
         inputs |= {"readers": tokens.readers, "inverse": tokens.inverse, "beta": beta}
         if match_with is not None:
@@ -95,29 +99,35 @@ def forward_states(
     scratch = _scratch(walk, beta is not None)
     found = run_kernel(name, partial(_advance, walk), out_types, scratch, walk.grid, interpret, inputs)
     if "matches" in found:
-        found["matches"] = found["matches"].sum(0) * whole
+        found["matches"] = sum_heads(found["matches"].sum(0), whole.shape[1], axis=1) * whole
     return ChannelStates(**dict.fromkeys(ChannelStates._fields) | found)
 
 
 def backward_states(
-    name: str, tokens: Prepared, out_bar, whole, final_bar, *, scale: float, beta=None, interpret: bool = False
+    name: str,
+    tokens: Prepared,
+    out_bar,
+    whole,
+    final_bar,
+    *,
+    scale: float,
+    bounds=None,
+    beta=None,
+    interpret: bool = False,
 ) -> ChannelCotangents:
-    """Walks backwards with the cotangent of the state, which starts as final_bar `[B, HV, K, V]`."""
-    walk, shape = _walk(scale, out_bar, final_bar)._replace(reverse=True), jax.ShapeDtypeStruct
+    """Walks backwards with the cotangent of the state, which starts as final_bar `[S, HV, K, V]`."""
+    walk = StateWalk.of(out_bar.shape[1], final_bar, bounds, scale=scale, reverse=True)
+    shape = jax.ShapeDtypeStruct
     out_types = {"v": shape(out_bar.shape, jnp.bfloat16), "final": shape(final_bar.shape, jnp.float32)}
-    out_types["states"] = shape((*whole.shape, out_bar.shape[3]), jnp.bfloat16)
-    inputs = {"q": tokens.q, "k": tokens.k, "scores": tokens.scores, "v": out_bar, "whole": whole, "start": final_bar}
+    out_types["states"] = shape(walk.per_chunk, jnp.bfloat16)
+    inputs = {"q": tokens.q, "k": tokens.k, "scores": tokens.scores, "v": out_bar, "whole": whole}
+    inputs |= {"start": final_bar, "bounds": bounds}
     if beta is not None:
         inputs |= {"readers": tokens.readers, "inverse": tokens.inverse, "beta": beta}
         out_types["rows"] = out_types["v"]
     scratch = _scratch(walk, beta is not None)
     found = run_kernel(name, partial(_retreat, walk), out_types, scratch, walk.grid, interpret, inputs)
     return ChannelCotangents(found["v"], found["final"], found["states"], found.get("rows"))
-
-
-def _walk(scale: float, v, start) -> StateWalk:
-    batch, length, heads, outer = v.shape
-    return StateWalk(scale, batch, heads, length // CHUNK, start.shape[2], outer)
 
 
 def _scratch(walk: StateWalk, solves: bool) -> dict:
@@ -132,38 +142,36 @@ def _scratch(walk: StateWalk, solves: bool) -> dict:
 
 def _run(walk: StateWalk, inputs, outputs, scratch, step):
     """Walks with `step(blocks by name, state, send) -> state`; send(buffer, name) stores a chunk's output."""
-    batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "part"))
-    columns = pl.ds(column * COLUMNS, COLUMNS)
-    arrivals = {"v": token_block(inputs["v"], walk, batch, head, COLUMNS, column)}
+    place = walk.place(inputs["bounds"])
+    arrivals = {"v": token_block(inputs["v"], place, place.row, place.head, COLUMNS, place.column)}
     for name in ("q", "k", "scores", "readers", "inverse"):
         if name in inputs:
-            arrivals[name] = token_block(inputs[name], walk, batch, head, inputs[name].shape[3])
+            arrivals[name] = token_block(inputs[name], place, place.row, place.head, inputs[name].shape[3])
     for name in ("whole", "beta"):
         if name in inputs:
-            spec = plgpu.BlockSpec((None, inputs[name].shape[3]), lambda step: (walk.at(step), 0))
-            arrivals[name] = inputs[name].at[batch, head], spec
+            arrivals[name] = chunk_block(inputs[name], place)
     if "match_with" in inputs:
-        arrivals["match_with"] = state_block(inputs["match_with"], walk, batch, head, column)
+        arrivals["match_with"] = state_block(inputs["match_with"][0], place)
 
     def at(chunk, blocks, state):
         def send(buffer, name):
             target = outputs[name]
             if name == "states":
-                target = target.at[batch, head, chunk, :, columns]
+                target = target.at[place.row, place.head, chunk, :, place.columns]
             else:
-                target = target.at[batch, pl.ds(chunk * CHUNK, CHUNK), head, columns]
+                target = target.at[place.row, pl.ds(chunk * CHUNK, CHUNK), place.head, place.columns]
             plgpu.copy_smem_to_gmem(buffer, target)
 
         if "states" in outputs:
             send(scratch["state"], "states")
         if "matches" in outputs:
-            target = outputs["matches"].at[column, batch, head, chunk]
+            target = outputs["matches"].at[place.column, place.row, place.head, chunk]
             for row in range(0, walk.inner, 64):
-                both = kept(scratch, state, row) * load_matrix(blocks["match_with"].at[pl.ds(row, 64), :])
-                target[pl.ds(row, 64)] = sum_columns(both)
+                other = matched(place, chunk, blocks["match_with"], inputs["match_with"][1], row)
+                target[pl.ds(row, 64)] = sum_columns(kept(scratch, state, row) * other)
         return step(blocks, state, send)
 
-    walk_chunks(walk, min(2, walk.chunks), arrivals, inputs["start"], outputs["final"], scratch, at)
+    walk_chunks(place, arrivals, inputs["start"], outputs["final"], scratch, at)
 
 
 def _advance(walk: StateWalk, inputs, outputs, scratch):

@@ -12,7 +12,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from engrax.pallas_kernels.common.decay import Decay
-from engrax.pallas_kernels.common.log_decay import LogDecayShapes
 
 CHUNK = 64  # tokens of a chunk: the rows of one instruction of the matrix unit
 COLUMNS = 64  # columns of a state per program
@@ -24,21 +23,6 @@ HI, LO, SINCE_START, TO_END, WHOLE, POSITION, FACTOR = range(7)  # rows of the p
 
 MATRIX = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)  # vectors along the rows or along the columns
-
-
-def unsupported_sizes(shapes: LogDecayShapes) -> str | None:
-    """Returns why the log-decay kernels cannot serve a call of these sizes, or None if they can."""
-    if shapes.segments:
-        return "the GPU kernel has no states per segment"
-    if shapes.dtype != jnp.bfloat16:
-        return f"the GPU kernel takes bfloat16 q, k and v, not {shapes.dtype}"
-    if shapes.key not in SIZES or shapes.value not in SIZES:
-        return f"the GPU kernel takes K and V of {SIZES[0]} or {SIZES[1]}, not {shapes.key} and {shapes.value}"
-    if shapes.chunk != CHUNK:
-        return f"the GPU kernel takes chunks of {CHUNK} tokens, not {shapes.chunk}"
-    if max(shapes.batch, shapes.heads) > MOST_PROGRAMS:
-        return f"the GPU kernel takes at most {MOST_PROGRAMS} rows and heads"
-    return None
 
 
 def pack_gates(decay: Decay | None, reverse: bool = False, factor: jax.Array | None = None) -> jax.Array | None:
@@ -72,30 +56,41 @@ def matrix(rows: int, columns: int, dtype=jnp.bfloat16):
     return plgpu.SMEM((rows, columns), dtype, transforms=tiles(dtype))
 
 
+def own(head, heads: int, fewer: int):
+    """Returns the one of `fewer` heads that this head of `heads` shares with its neighbours."""
+    return head // (heads // fewer)
+
+
 def token_block(array, sweep, batch, head, features: int, block=0):
     """Returns a reference to one head's tokens in `[B, T, H, features]` and the block spec that loads their chunks.
 
     sweep: has `heads`, a multiple of the array's heads, and `at(step)`, the chunk visited at a step.
     """
-    ref = array.at[batch, :, head // (sweep.heads // array.shape[2])]
+    ref = array.at[batch, :, own(head, sweep.heads, array.shape[2])]
     shape, transforms = (CHUNK, features), tiles(array.dtype)
     return ref, plgpu.BlockSpec(shape, lambda step: (sweep.at(step), block), transforms=transforms)
 
 
-def gate_blocks(gates, sweep, batch, head) -> list:
+def chunk_block(array, place):
+    """Returns the same for numbers per chunk, `[B, H, N, ...]`; place: a `pipeline.Place`."""
+    ref = array.at[place.row, own(place.head, place.heads, array.shape[1])]
+    zeros = (0,) * (array.ndim - 3)
+    return ref, plgpu.BlockSpec((None, *array.shape[3:]), lambda step: (place.at(step), *zeros))
+
+
+def gate_blocks(gates, place) -> dict:
     """Returns the same for the packed gates, twice: one copy is read along rows and one along columns.
 
     With a single copy, the compiler takes minutes to find its layouts in SMEM.
     """
-    spec = plgpu.BlockSpec((None, *gates.shape[3:]), lambda step: (sweep.at(step), 0, 0))
-    return [(gates.at[batch, head], spec)] * 2
+    return {name: chunk_block(gates, place) for name in ("by_row", "by_column")}
 
 
-def state_block(states, sweep, batch, head, column):
-    """Returns the same for one block of columns of the per-chunk states `[B, H, N, D, E]`."""
+def state_block(states, place):
+    """Returns the same for the program's columns of the per-chunk states `[B, H, N, D, E]`."""
     shape = (None, states.shape[3], COLUMNS)
-    spec = plgpu.BlockSpec(shape, lambda step: (sweep.at(step), 0, column), transforms=tiles(states.dtype))
-    return states.at[batch, head], spec
+    spec = plgpu.BlockSpec(shape, lambda step: (place.at(step), 0, place.column), transforms=tiles(states.dtype))
+    return states.at[place.row, place.head], spec
 
 
 def keep(scratch, state, row: int, block):

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -27,7 +26,6 @@ from engrax.pallas_kernels.mosaic_gpu.parts import (
     CHUNK,
     COLUMNS,
     FACTOR,
-    MATRIX,
     SINCE_START,
     TO_END,
     WHOLE,
@@ -46,6 +44,7 @@ from engrax.pallas_kernels.mosaic_gpu.parts import (
     transposed,
     visible,
 )
+from engrax.pallas_kernels.mosaic_gpu.pipeline import Place, StateWalk, matched, run_kernel, walk_chunks
 
 
 class Read(NamedTuple):
@@ -79,7 +78,7 @@ class Swept(NamedTuple):
     """Result of a sweep. Lists have one entry per read; dots only for reads that request them. None: not requested."""
 
     outs: list  # [B, T, H, E]
-    final: jax.Array  # [B, H, D, E] float32, the state at the end
+    final: jax.Array  # [S, H, D, E] float32, the states at the end
     local_dots: list  # [B, T, H] float32, with the part of the outputs from other tokens of the chunk
     carried_dots: list  # [B, T, H] float32, with the part from other chunks
     states: jax.Array | None  # [B, H, N, D, E] bfloat16, the state before each chunk
@@ -87,21 +86,12 @@ class Swept(NamedTuple):
 
 
 class SweepPlan(NamedTuple):
-    """The static settings of a sweep. Reads and the write hold indices into `tokens` instead of arrays."""
+    """The static settings of a sweep. Reads and the write hold indices into the tokens instead of arrays."""
 
+    walk: StateWalk
     reads: tuple
     write: Write
-    batch: int
-    heads: int
-    chunks: int
-    inner: int  # D
-    outer: int  # E
-    reverse: bool
     out_dtype: Any
-
-    def at(self, step):
-        """The chunk visited at a step."""
-        return self.chunks - 1 - step if self.reverse else step
 
     @property
     def dots(self) -> int:
@@ -119,20 +109,20 @@ def sweep(
     write: Write,
     gates: jax.Array | None,
     start: jax.Array,
+    bounds: jax.Array | None = None,
     *,
     reverse: bool = False,
     out_dtype=jnp.bfloat16,
     save_states: bool = False,
-    match_with: jax.Array | None = None,
-    stages: int = 2,
+    match_with: tuple[jax.Array, jax.Array] | None = None,
     interpret: bool = False,
 ) -> Swept:
     """Runs one sweep as the kernel `name`.
 
-    gates: `pack_gates(decay, reverse)` or None. start `[B, H, D, E]` float32: the state before the sweep's first chunk.
-    match_with `[B, H, N, D, E]` bfloat16 or None. stages: number of chunks whose inputs are in SMEM at once.
+    gates: `pack_gates(decay, reverse)`, of H heads or a divisor of H, or None. start `[S, H, D, E]` float32: the states
+    before the sweep's first chunks; bounds: the chunks of every state, as in `StateWalk.of`. match_with: the states
+    of a sweep in the other direction, and its start; or None.
     """
-    (batch, length), (heads, inner, outer) = reads[0].rows.shape[:2], start.shape[1:]
     tokens = []  # each array, once per width it is read in
 
     def position(array, width):
@@ -143,22 +133,14 @@ def sweep(
             tokens.append((array, width))
         return found[0] if found else len(tokens) - 1
 
-    reads = tuple(r._replace(rows=position(r.rows, inner), dot_with=position(r.dot_with, COLUMNS)) for r in reads)
-    write = write._replace(keys=position(write.keys, inner), values=position(write.values, COLUMNS))
-    plan = SweepPlan(reads, write, batch, heads, length // CHUNK, inner, outer, reverse, jnp.dtype(out_dtype))
+    walk = StateWalk.of(reads[0].rows.shape[1], start, bounds, reverse=reverse)
+    reads = tuple(r._replace(rows=position(r.rows, walk.inner), dot_with=position(r.dot_with, COLUMNS)) for r in reads)
+    write = write._replace(keys=position(write.keys, walk.inner), values=position(write.values, COLUMNS))
+    plan = SweepPlan(walk, reads, write, jnp.dtype(out_dtype))
     arrays, widths = zip(*tokens)
-    inputs = {"tokens": list(arrays), "start": start, "gates": gates, "match_with": match_with}
-    inputs = {key: value for key, value in inputs.items() if value is not None}
-    kernel = plgpu.kernel(
-        partial(_program, plan, widths, min(stages, plan.chunks)),
-        out_type=(_outputs(plan, save_states, match_with is not None),),
-        scratch_types=[_scratch(plan)],
-        grid=(batch, heads, outer // COLUMNS),
-        grid_names=("batch", "head", "column"),
-        kernel_name=name,
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )
-    (out,) = kernel(inputs)
+    inputs = {"tokens": list(arrays), "start": start, "bounds": bounds, "gates": gates, "match_with": match_with}
+    out_types = _outputs(plan, start.shape, save_states, match_with is not None)
+    out = run_kernel(name, partial(_program, plan, widths), out_types, _scratch(plan), walk.grid, interpret, inputs)
     local, carried = ([x.sum(0).transpose(0, 2, 1) for x in out[key]] for key in ("local_dots", "carried_dots"))
     matches = out["matches"].sum((0, -1)) if "matches" in out else None
     return Swept(out["outs"], out["final"], local, carried, out.get("states"), matches)
@@ -169,8 +151,9 @@ def decay_cotangent(
 ) -> Decay:
     """Adds to `by_token` `[B, T, HV]` the gates' gradient through the state at each chunk's end.
 
-    With dS at a chunk's end, matches are <dS, S at its start>, and carried sums to <dS, keys values^T> within a chunk.
-    <dS, S at its end> is the sum of the two, but using it would lose digits: part of it cancels in `by_token`.
+    With dS at a chunk's end, matches `[B, HV, N]` are <dS, S at its start>, and carried sums to <dS, keys values^T>
+    within a chunk. <dS, S at its end> is the sum of the two, but using it would lose digits: part of it cancels in
+    `by_token`.
     """
     batch, length, heads = by_token.shape
     chunks = (batch, length // CHUNK, CHUNK, heads)
@@ -179,21 +162,14 @@ def decay_cotangent(
     return Decay(jnp.zeros_like(decay.hi), lo_bar.reshape(by_token.shape).astype(decay.lo.dtype))
 
 
-def sum_groups(gradient: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns the gradient per value head `[B, T, HV, K]`, summed over the value heads that share a query head."""
-    batch, length, heads, features = like.shape
-    groups = gradient.reshape(batch, length, heads, -1, features)
-    return groups[:, :, :, 0].astype(like.dtype) if groups.shape[3] == 1 else groups.sum(3).astype(like.dtype)
-
-
-def _outputs(plan: SweepPlan, save_states: bool, match: bool) -> dict:
-    """Returns the types of the outputs; dots and matches have one entry per block of columns."""
-    batch, heads, chunks, inner, outer = plan[2:7]
+def _outputs(plan: SweepPlan, states: tuple, save_states: bool, match: bool) -> dict:
+    """Returns the types of the outputs; dots and matches have one entry per block of columns. states: start's shape."""
+    batch, heads, chunks, inner, outer = plan.walk[:5]
     shape, blocks = jax.ShapeDtypeStruct, outer // COLUMNS
     dots = [shape((blocks, batch, heads, chunks * CHUNK), jnp.float32)] * plan.dots
     types = {
         "outs": [shape((batch, chunks * CHUNK, heads, outer), plan.out_dtype)] * len(plan.reads),
-        "final": shape((batch, heads, inner, outer), jnp.float32),
+        "final": shape(states, jnp.float32),
         "local_dots": dots,
         "carried_dots": dots,
     }
@@ -205,68 +181,51 @@ def _outputs(plan: SweepPlan, save_states: bool, match: bool) -> dict:
 
 
 def _crowded(plan: SweepPlan) -> bool:
-    return plan.dots > 1 or (plan.dots == 1 and plan.inner > 64)
+    return plan.dots > 1 or (plan.dots == 1 and plan.walk.inner > 64)
 
 
 def _scratch(plan: SweepPlan) -> dict:
+    inner = plan.walk.inner
     return {
-        "state": matrix(plan.inner, COLUMNS),
+        "state": matrix(inner, COLUMNS),
         # With the dot products, an exact state of 128 rows, or one with two reads, does not fit into the registers.
-        "exact_state": [matrix(plan.inner, COLUMNS, jnp.float32)] if _crowded(plan) else [],
+        "exact_state": [matrix(inner, COLUMNS, jnp.float32)] if _crowded(plan) else [],
         "scores": matrix(CHUNK, CHUNK),
         "out": [] if plan.out_reuses_scores else [matrix(CHUNK, COLUMNS, plan.out_dtype)],
     }
 
 
-def _program(plan: SweepPlan, widths, stages: int, inputs, outputs, scratch):
-    """Sweeps over all chunks for one block of columns of one head; arguments are trees of references."""
-    batch, head, column = (lax.axis_index(name) for name in ("batch", "head", "column"))
-    columns = pl.ds(column * COLUMNS, COLUMNS)
-    arrivals = [
-        token_block(array, plan, batch, head, width, column if width != array.shape[3] else 0)
-        for array, width in zip(inputs["tokens"], widths)
-    ]
-    if "gates" in inputs:
-        arrivals += gate_blocks(inputs["gates"], plan, batch, head)
-    if "match_with" in inputs:
-        arrivals.append(state_block(inputs["match_with"], plan, batch, head, column))
-    state = ()
-    for row in range(0, plan.inner, 64):
-        block = plgpu.load(inputs["start"].at[batch, head, pl.ds(row, 64), columns], layout=MATRIX, optimized=False)
-        state = keep(scratch, state, row, block)
-    plgpu.commit_smem()
+def _program(plan: SweepPlan, widths, inputs, outputs, scratch):
+    """Sweeps over all chunks for one block of columns of one state; arguments are trees of references."""
+    place = plan.walk.place(inputs["bounds"])
+    arrivals = {
+        number: token_block(array, place, place.row, place.head, width, place.column if width != array.shape[3] else 0)
+        for number, (array, width) in enumerate(zip(inputs["tokens"], widths))
+    }
+    if inputs["gates"] is not None:
+        arrivals |= gate_blocks(inputs["gates"], place)
+    if inputs["match_with"] is not None:
+        arrivals["match_with"] = state_block(inputs["match_with"][0], place)
 
-    def step(indices, *blocks_and_state):
-        *blocks, state = blocks_and_state
-        tokens, others = blocks[: len(widths)], blocks[len(widths) :]
-        gates = others[:2] if "gates" in inputs else None
-        chunk = plan.at(indices[0])
+    def step(chunk, blocks, state):
+        gates = (blocks["by_row"], blocks["by_column"]) if "by_row" in blocks else None
         if "states" in outputs:
-            plgpu.copy_smem_to_gmem(scratch["state"], outputs["states"].at[batch, head, chunk, :, columns])
+            target = outputs["states"].at[place.row, place.head, chunk, :, place.columns]
+            plgpu.copy_smem_to_gmem(scratch["state"], target)
         if "matches" in outputs:
-            target = outputs["matches"].at[column, batch, head, chunk]
-            for row in range(0, plan.inner, 64):
-                both = kept(scratch, state, row) * load_matrix(others[-1].at[pl.ds(row, 64), :])
-                target[pl.ds(row, 64)] = sum_columns(both)
-        _read_chunk(plan, tokens, gates, scratch, outputs, (batch, head, chunk, column))
+            target = outputs["matches"].at[place.column, place.row, place.head, chunk]
+            for row in range(0, plan.walk.inner, 64):
+                other = matched(place, chunk, blocks["match_with"], inputs["match_with"][1], row)
+                target[pl.ds(row, 64)] = sum_columns(kept(scratch, state, row) * other)
+        _read_chunk(plan, blocks, gates, scratch, outputs, place, chunk)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        state = _write_chunk(plan, tokens, gates, scratch, state)
-        plgpu.commit_smem()  # the matrix unit now sees the state; all threads have read the inputs, new ones may come
-        return state
+        return _write_chunk(plan, blocks, gates, scratch, state)
 
-    refs, specs = zip(*arrivals)
-    pipeline = plgpu.emit_pipeline(
-        step, grid=(plan.chunks,), in_specs=specs, max_concurrent_steps=stages, init_carry=state
-    )
-    state = pipeline(*refs)
-    for row in range(0, plan.inner, 64):
-        outputs["final"][batch, head, pl.ds(row, 64), columns] = kept(scratch, state, row)
-    plgpu.wait_smem_to_gmem(0)
+    walk_chunks(place, arrivals, inputs["start"], outputs["final"], scratch, step)
 
 
-def _read_chunk(plan: SweepPlan, tokens, gates, scratch, outputs, place):
+def _read_chunk(plan: SweepPlan, tokens, gates, scratch, outputs, place: Place, chunk):
     """Computes the outputs of one chunk and stores them to global memory."""
-    batch, head, chunk, column = place
     here = pl.ds(chunk * CHUNK, CHUNK)
     buffer, asked = (scratch["out"] or [scratch["scores"]])[0], 0
     for number, read in enumerate(plan.reads):
@@ -285,10 +244,10 @@ def _read_chunk(plan: SweepPlan, tokens, gates, scratch, outputs, place):
         if read.dot_with is not None:
             others = sum_columns(carried * load_matrix(tokens[read.dot_with]))
             for name, value in (("local_dots", dots), ("carried_dots", others)):
-                outputs[name][asked][column, batch, head, here] = value * read.coefficient
+                outputs[name][asked][place.column, place.row, place.head, here] = value * read.coefficient
             asked += 1
         plgpu.commit_smem()
-        target = outputs["outs"][number].at[batch, here, head, pl.ds(column * COLUMNS, COLUMNS)]
+        target = outputs["outs"][number].at[place.row, here, place.head, place.columns]
         plgpu.copy_smem_to_gmem(buffer, target)
 
 
@@ -300,9 +259,9 @@ def _scores(plan: SweepPlan, tokens, gates, target, read: Read):
     """
     write = plan.write
     (scores,) = products((tokens[read.rows], transposed(tokens[write.keys])))
-    mask = visible(plan.reverse, read.strict or write.strict, gates)
+    mask = visible(plan.walk.reverse, read.strict or write.strict, gates)
     if gates:
-        scores = scores * decay_between(gates, plan.reverse, mask)
+        scores = scores * decay_between(gates, plan.walk.reverse, mask)
     else:
         scores = jnp.where(mask, scores, 0.0)
     if write.by_factor:
@@ -312,7 +271,7 @@ def _scores(plan: SweepPlan, tokens, gates, target, read: Read):
         return None
     # A separate product, started late, because registers are scarce.
     (other,) = products((tokens[read.dot_with], transposed(tokens[write.values])))
-    apart = jnp.where(visible(plan.reverse, True, gates), scores * other, 0.0)
+    apart = jnp.where(visible(plan.walk.reverse, True, gates), scores * other, 0.0)
     return sum_columns(apart) * write.coefficient
 
 
@@ -327,7 +286,7 @@ def _write_chunk(plan: SweepPlan, tokens, gates, scratch, state):
         values[...] = (load_matrix(values) * decay).astype(jnp.bfloat16)
         plgpu.commit_smem()
     after = ()
-    for row in range(0, plan.inner, 64):
+    for row in range(0, plan.walk.inner, 64):
         (written,) = products((transposed(keys.at[:, pl.ds(row, 64)]), values))
         block = kept(scratch, state, row)
         if gates:
