@@ -170,6 +170,29 @@ def test_no_race_and_nothing_read_before_it_is_written(op, case, gate):
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(results))
 
 
+def test_every_chunk_is_one_segments_and_blocks_lose_nothing():
+    from engrax.pallas_kernels.common.segments import aligned_layout
+    from engrax.pallas_kernels.linear_attention.vjp import LinearInputs
+    from engrax.pallas_kernels.mosaic_gpu import widths
+
+    arrays, static = problem("linear_attention", batch=3, heads=2, groups=2, key=70, value=300, segments="states")
+
+    @op_problems.compiled
+    def there_and_back(arrays, ids):
+        layout = aligned_layout(ids, static["num_segments"], 64)
+        inputs = LinearInputs(*(arrays[name] for name in "qkv"), None, arrays["initial_state"], layout)
+        blocks = widths.to_blocks(inputs)
+        return inputs, blocks, widths.gradients_from_blocks(blocks, inputs)
+
+    inputs, blocks, again = there_and_back(arrays, static["segment_ids"])
+    assert [blocks.q.shape[2:], blocks.v.shape[2:], blocks.state.shape[1:]] == [(2, 128), (20, 64), (20, 128, 64)]
+    for got, wanted in zip((*again[:3], again.state), (*inputs[:3], inputs.state)):
+        np.testing.assert_array_equal(got, wanted)
+    for bounds, segments in zip(np.asarray(blocks.layout), np.asarray(inputs.layout.segment)):
+        np.testing.assert_array_equal(np.repeat(np.arange(static["num_segments"]), np.diff(bounds)), segments)
+        assert bounds[0] == 0 and bounds[-1] == len(segments)
+
+
 def abstract_h200(shape=(), names=()):
     from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
@@ -216,7 +239,7 @@ def test_what_the_kernel_cannot_serve_is_said(op):
     assert unsupported(fine._replace(key=20, value=300, segments=5)) is None
     for change, word in (
         (dict(dtype=np.dtype(np.float32)), "float32"),
-        (dict(key=129, gate="channel"), "K of at most 128 here, not 129: a state of 192 x 64 float32 takes 96 of the"),
+        (dict(key=129, gate="channel"), "K of at most 128, not 129: a state of 192 x 64 float32 takes 96 of a"),
         (dict(chunk=16, length=16), "not 16"),
         (dict(heads=70000), "65535"),
         (dict(heads=20000, value=512), "heads times blocks of 128 values, not 2 and 80000"),

@@ -1,5 +1,7 @@
 """The gated delta rule on GPUs of compute capability 9.0.
 
+Values of more than 128 columns are split into blocks that count as heads (`mosaic_gpu.widths`).
+
 With one gate per head or none, the forward pass computes the inverses X of all chunks at once, then carries the state
 in one pass. The backward pass uses the written values W = X R with R = beta (v - decay k S):
 

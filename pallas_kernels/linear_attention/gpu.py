@@ -4,9 +4,10 @@
     dv  = reverse(k; q, do)          dk = reverse(v; do, q)          states dS and dS^T, backwards
 
 A program owns 64 columns of a state and of the output read from it. So a head splits into V / 64 or K / 64 programs,
-and no gradient is a sum over programs. The gate's gradient follows: with G the cumulative log decay of a chunk, dG_i =
-q_i . dq_i - k_i . dk_i. The chunk's last token adds the state's part, for which the sweep of dq stores the chunks'
-states (bfloat16) for the sweep of dk. Without gates, no state leaves the chip.
+and no gradient is a sum over programs. A state has at most 128 rows: more of V's are blocks of values
+(`mosaic_gpu.widths`), and of K's, several sweeps are added up. The gate's gradient follows: with G the cumulative log
+decay of a chunk, dG_i = q_i . dq_i - k_i . dk_i. The chunk's last token adds the state's part, for which the sweep of
+dq stores the chunks' states (bfloat16) for the sweep of dk. Without gates, no state leaves the chip.
 
 Under one gate per channel, the decay is part of the scores' sums over channels. The stateless part runs for all chunks
 at once (`mosaic_gpu.channel`): scores and decayed tokens before the walk along the chunks (`channel_scan`); the

@@ -29,8 +29,8 @@ def unsupported_sizes(shapes: LogDecayShapes, splits_keys: bool) -> str | None:
     key, width = padded(shapes.key), _block(shapes.value)
     if key > WIDEST and not splits_keys:
         return (
-            f"the GPU kernel takes K of at most {WIDEST} here, not {shapes.key}: a state of {key} x {COLUMNS} float32 "
-            f"takes {key * COLUMNS // 128} of the 255 registers of each of a program's 128 threads"
+            f"the GPU kernel of the delta rule or a gate per channel takes K of at most {WIDEST}, not {shapes.key}: a "
+            f"state of {key} x {COLUMNS} float32 takes {key * COLUMNS // 128} of a thread's 255 registers"
         )
     rows, heads = shapes.batch * max(1, shapes.segments), shapes.heads * (padded(shapes.value) // width)
     if max(rows, heads) > MOST_PROGRAMS:
