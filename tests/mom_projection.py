@@ -53,6 +53,8 @@ def gpu_flops(program: str) -> float:
 
     Raises ValueError for a loop or a call whose FLOPs are not known.
     """
+    from engrax.pallas_kernels.grouped_matmul.gpu import ROWS
+
     shapes = {name: [int(n) for n in dims.split(",") if n] for name, _, dims in SHAPE.findall(program)}
     total = 0.0
     for line in program.splitlines():
@@ -64,12 +66,9 @@ def gpu_flops(program: str) -> float:
         if re.search(r"\bdot\(", line):
             summed = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", line)[1]
             total += 2 * size * math.prod(shapes[operands[0]][int(axis)] for axis in summed.split(","))
-        elif "__cublas" in line:
-            summed = re.search(r'"lhs_contracting_dimensions":\["([\d",]+)"\]', line)[1]
-            total += 2 * size * math.prod(shapes[operands[0]][int(axis)] for axis in summed.split('","'))
         elif "mosaic_gpu" in line:  # group sizes, rows and kernels
             (owners,), (rows, summed), _ = (shapes[name] for name in operands[:3])
-            visited = rows + (owners - 1) * 128  # a tile for the end of every group, whether it is needed or not
+            visited = rows + (owners - 1) * ROWS  # a tile for the end of every group, whether it is needed or not
             total += 2 * visited * summed * size / rows
         elif re.search(r"\b(while|convolution|custom-call)\(", line):
             raise ValueError(f"FLOPs that are not known: {line[:300]}")

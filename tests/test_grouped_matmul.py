@@ -9,6 +9,7 @@ from engrax.models.language_model import REMAT
 from engrax.pallas_kernels import devices, dispatch, grouped_matmul
 from engrax.pallas_kernels.grouped_matmul import cost, grouping, xla
 from engrax.pallas_kernels.grouped_matmul.grouping import GroupedInputs, GroupedShapes
+from engrax.tests.mom_projection import gpu_flops
 
 needs_kernels = pytest.mark.skipif(
     jax.__version_info__[:3] < dispatch.KERNELS_NEED_JAX, reason="there are no kernels on this jax"
@@ -153,3 +154,15 @@ def test_tiles_leave_few_rows_free_and_do_not_grow_in_number():
         multiplied = cost.flops(batch=1, seq=tiles * tile * FINE.rows, owners=5, features=1024, outputs=2048)
         needed = cost.flops(batch=batch, seq=3 * 2048, owners=5, features=1024, outputs=2048)
         assert sum(multiplied) <= 1.15 * sum(needed)
+
+
+@needs_kernels
+def test_the_flops_of_a_compiled_program_are_those_of_its_products():
+    a, b = jnp.ones((24, 40)), jnp.ones((40, 56))
+
+    def count(run):
+        return gpu_flops(jax.jit(run).lower(a, b).compile().as_text())
+
+    assert count(lambda a, b: jnp.sin(a) @ b) == 2 * 24 * 40 * 56
+    with pytest.raises(ValueError, match="FLOPs that are not known: .*while"):
+        count(lambda a, b: jax.lax.map(lambda row: row @ b, a))

@@ -40,10 +40,10 @@ def backward(interpret: bool, inputs: GroupedInputs, _residuals, bar) -> Grouped
     x, kernels, _ = inputs
     x_bar = _multiply(interpret, inputs._replace(x=bar), transposed=True)
     tiles, sizes = _tiles(inputs)
-    rows, bars = (_flat(tiles.gather(a)) for a in (x, bar))
+    rows, bars = tiles.gather(x), tiles.gather(bar)
+    tiling = _tiling(rows.shape[1], *kernels.shape[1:], x.dtype.itemsize)
     with _precision(x):
-        tiling = _tiling(tiles.gather(x).shape[1], *kernels.shape[1:], x.dtype.itemsize)
-        kernels_bar = tgmm(rows.T, bars, sizes, kernels.dtype, tiling, interpret=interpret)
+        kernels_bar = tgmm(_flat(rows).T, _flat(bars), sizes, kernels.dtype, tiling, interpret=interpret)
     return GroupedInputs(x_bar, kernels_bar, None)
 
 
