@@ -68,7 +68,7 @@ class Continual(TaskConfig):
         """The task of each row, from its tokens."""
         return np.searchsorted(self._starts, tokens[:, 0], side="right") - 1
 
-    def _parts(self, split: str) -> Int64[np.ndarray, "tasks+1"]:
+    def _parts(self, split: str) -> Int64[np.ndarray, "edges"]:
         """Where the parts of the train split begin and end."""
         return np.arange(len(self.tasks) + 1) * self.num_examples(split) // len(self.tasks)
 
@@ -84,7 +84,7 @@ class Continual(TaskConfig):
             of = which == i
             if not of.any():
                 continue
-            shown, asked = task._examples((hashing.seed32(seed, task.seed, i), split), row[of])
+            shown, asked = task._examples((hashing.seed32(seed, task.seed), split), row[of])
             tokens[of] = shown + self._starts[i]
             targets[of] = np.where(asked == IGNORE, IGNORE, asked + self._starts[i])
         return tokens, targets

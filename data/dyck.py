@@ -20,14 +20,13 @@ class Dyck(FormalLanguage):
     """Nested brackets of several kinds: which may close next."""
 
     axes: ClassVar[tuple[str, ...]] = ("seq_len", "kinds")
+    step: ClassVar[int] = 2
 
     kinds: int = 1  # of brackets
 
     def __post_init__(self):
         require(self.kinds >= 1, f"kinds of dyck must be at least 1, not {self.kinds}.")
         super().__post_init__()
-
-    step: ClassVar[int] = 2
 
     @property
     def symbols(self) -> int:

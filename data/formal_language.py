@@ -28,6 +28,7 @@ class FormalLanguage(TaskConfig):
 
     axes: ClassVar[tuple[str, ...]] = ("seq_len",)
     whole_rows: ClassVar[bool] = True
+    step: ClassVar[int] = 1  # lengths of strings are its multiples
 
     seq_len: int = 64  # tokens per row: the longest string
     shortest: int = 2  # symbols of the shortest string
@@ -39,11 +40,6 @@ class FormalLanguage(TaskConfig):
             f"{self.registered_name} has no string of {self.shortest} to {self.seq_len} symbols; lengths are multiples "
             f"of {self.step}.",
         )
-
-    @property
-    def step(self) -> int:
-        """Lengths of strings are its multiples."""
-        return 1
 
     @property
     @abc.abstractmethod

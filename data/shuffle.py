@@ -22,14 +22,13 @@ class Shuffle(FormalLanguage):
     """Interleaved brackets of several kinds: which may close next."""
 
     axes: ClassVar[tuple[str, ...]] = ("seq_len", "kinds")
+    step: ClassVar[int] = 2
 
     kinds: int = 2  # of brackets
 
     def __post_init__(self):
         require(1 <= self.kinds <= 8, f"kinds of shuffle must lie in [1, 8], not {self.kinds}.")
         super().__post_init__()
-
-    step: ClassVar[int] = 2
 
     @property
     def symbols(self) -> int:

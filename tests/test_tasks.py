@@ -109,7 +109,7 @@ def test_an_example_is_a_function_of_seed_split_and_index(name):
     if getattr(task, "validation", "new") == "new":
         others.append(task.generate("validation", np.arange(60)))
     for other in others:
-        assert np.mean((other[0] == tokens).all(axis=1)) < 0.3  # a^n b^n has few strings
+        assert np.mean((other[0] == tokens).all(axis=1)) < 0.6  # a^n b^n c^n has few strings
 
 
 def test_other_processes_make_the_same_rows(run_python):
