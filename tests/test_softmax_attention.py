@@ -12,12 +12,14 @@ import pytest
 from flax import nnx
 
 from engrax.layers import AttentionConfig
+from engrax.layers.attention.attention import rotate
 from engrax.models import LanguageModelConfig
 from engrax.pallas_kernels import available, devices, dispatch, softmax_attention
 from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, choose, explain, interpreted_kernels
+from engrax.pallas_kernels.passes import run_by_platform
 from engrax.pallas_kernels.softmax_attention import cost, cudnn, xla
 from engrax.pallas_kernels.softmax_attention.api import OP, merge_attention, softmax_attention_terms
-from engrax.pallas_kernels.softmax_attention.reference import attend
+from engrax.pallas_kernels.softmax_attention.reference import attend, softmax_attention_reference
 from engrax.pallas_kernels.softmax_attention.types import AttentionForm, AttentionInputs, AttentionShapes
 from engrax.train import train_step
 
@@ -61,8 +63,7 @@ def with_gradients(call, arrays):
     return outputs, pull(jax.tree.map(weights, outputs))
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("window,segments", [(None, True), (5, True), (5, False)])
 def test_the_definition(window, segments, x64):
     arrays, ids = make_problem(24, segments=segments)
     wanted = by_definition(*arrays, ids, window)
@@ -118,7 +119,35 @@ def test_the_library_in_tiles(monkeypatch, window, x64):
         np.testing.assert_allclose(got.astype(jnp.float64), exact, atol=tolerance)
 
 
-SCORES = re.compile(r"tensor<[\dx]*\b2048x2048x[a-z]")
+def test_persistent_tokens_are_seen_by_every_token_of_a_segment():
+    """One softmax over the persistent tokens, compared with unrotated queries, and over the tokens in the window."""
+    config = AttentionConfig(heads=4, kv_heads=2, head_dim=4, window=5, persistent_tokens=3)
+    mixer = config.build(12, rngs=nnx.Rngs(0))
+    ids = jnp.asarray([[0, 0, 0, 0, -2, 1, 1, 1, -1]])
+
+    def by_definition(x):
+        q, k, v, own_k, own_v = (
+            jnp.repeat(y.reshape(*y.shape[:-1], -1, 4), 16 // y.shape[-1], axis=-2)
+            for y in (mixer.q(x), mixer.k(x), mixer.v(x), *(p(mixer.persistent[...])[None] for p in (mixer.k, mixer.v)))
+        )
+        turned = (rotate(y, jnp.arange(9)[None], config.rope_base) for y in (q, k))
+        age = jnp.arange(9)[:, None] - jnp.arange(9)
+        seen = (age >= 0) & (age < 5) & (ids[0][:, None] == ids[0])
+        scores = [jnp.einsum("BTHK,BSHK->BHTS", *pair) / 2 for pair in ((q, own_k), turned)]
+        weights = jax.nn.softmax(jnp.concatenate([scores[0], jnp.where(seen, scores[1], -jnp.inf)], axis=-1), axis=-1)
+        out = jnp.einsum("BHTS,BSHK->BTHK", weights, jnp.concatenate([own_v, v], axis=1)).reshape(1, 9, 16)
+        return mixer.out(jnp.where(ids[..., None] < 0, 0, out))
+
+    @jax.jit
+    def run(x):
+        return by_definition(x), mixer(x, None, ids)[0], mixer(x, mixer.init_state(1), ids)[0]
+
+    wanted, fresh, continued = run(jax.random.normal(jax.random.key(1), (1, 9, 12)))
+    np.testing.assert_allclose(fresh, wanted, atol=1e-5)
+    np.testing.assert_allclose(continued, wanted, atol=1e-5)
+
+
+SCORES = re.compile(r"tensor<(\d+x)*2048x2048x[a-z]")
 
 
 @pytest.mark.parametrize("window", [None, 1024])
@@ -130,8 +159,8 @@ def test_a_training_step_has_no_scores_of_all_tokens(window):
     loss = train_step.make_loss(graphdef, jnp.dtype(jnp.float32))
     batch = dict(tokens=tokens, targets=tokens, segment_ids=tokens)
     text = jax.jit(jax.grad(loss, has_aux=True)).lower(params, batch, None).as_text()
-    assert "x128x2048x" in text or "x128x1535x" in text  # the scores of a tile
     assert not SCORES.search(text)
+    assert "x128x2048x" in text or "x128x1535x" in text  # the scores of a tile
 
 
 # The libraries' kernels
@@ -154,7 +183,7 @@ def test_splash_attention_interpreted(window, segments, key):
         got = run("splash_attention", arrays)
     allowed = run("xla", arrays)
     with jax.enable_x64(True):
-        exact = run("reference", [x.astype(jnp.float64) for x in arrays])
+        exact = jax.tree.map(np.asarray, run("reference", [x.astype(jnp.float64) for x in arrays]))
         with interpreted_kernels(), pytest.raises(NotImplementedError, match="does not trace with 64-bit types"):
             softmax_attention(*arrays, implementation="splash_attention")
     for x, y, wanted in zip(*map(jax.tree.leaves, (got, allowed, exact))):
@@ -193,6 +222,28 @@ def test_rows_of_one_segment_go_to_cudnn(monkeypatch):
     assert jnp.all(jnp.isnan(run(whole)))
     hidden = [packed, whole.at[1, 3].set(1), whole.at[1, 3].set(-2), whole.at[0, 0].set(-1), whole.at[1, 11].set(2)]
     assert not any(jnp.any(jnp.isnan(run(ids))) for ids in hidden)
+
+
+@pytest.mark.deep
+def test_gradients_of_both_ways(monkeypatch):
+    """What the forward pass saves is enough for the backward pass, whichever of the two served the batch."""
+    arrays, packed = make_problem(40, dtype=jnp.float32)
+    windows = stand_in(monkeypatch)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(by_rows, ids):
+        def call(*arrays):
+            inputs, form = AttentionInputs(*arrays, ids), AttentionForm(7, 8**-0.5)
+            if by_rows:
+                return run_by_platform(((None, cudnn.passes_by_rows),), form, inputs)
+            return softmax_attention_reference(form, inputs)
+
+        return with_gradients(call, arrays)
+
+    for ids in (packed, jnp.zeros_like(packed)):
+        compare = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+        jax.tree.map(compare, run(True, ids), run(False, ids))
+    assert set(windows) == {(6, 0)}
 
 
 SHAPES = AttentionShapes(8, 4096, 16, 8, 64, 1024, jnp.dtype(jnp.bfloat16), True, False)
