@@ -125,28 +125,39 @@ def grouped_matmul(features, outputs, owners, transposed):
     return run, (x, array(owners, features, outputs), array(8, 100, dtype=jnp.int32))
 
 
-def hopfield_retrieval(key, value, dtype):
+def hopfield_retrieval(key, value, dtype, causal=False, window=None):
     """The same, forwards, for three updates of Hopfield retrieval, from as many patterns as the kernel takes."""
     import jax
     import jax.numpy as jnp
 
     from engrax.pallas_kernels.hopfield_retrieval import gpu
-    from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalInputs, RetrievalShapes
+    from engrax.pallas_kernels.hopfield_retrieval.types import (
+        Reach,
+        RetrievalForm,
+        RetrievalInputs,
+        RetrievalShapes,
+        Sight,
+    )
 
     batch, heads, states, dtype = 2, 2, 256, jnp.dtype(dtype)
 
     def fits(patterns):
         sizes = (batch, heads, states, patterns, key, value)
-        return gpu.unsupported(RetrievalShapes(3, "softmax", "dot", *sizes, dtype, False)) is None
+        return gpu.unsupported(RetrievalShapes(3, "softmax", "dot", *sizes, dtype)) is None
 
     patterns = max(filter(fits, range(64, 4096, 64)))
     arrays = [
         jax.ShapeDtypeStruct((batch, heads, *size), dtype)
         for size in ((states, key), (patterns, key), (patterns, value))
     ]
-    beta, visible = jax.ShapeDtypeStruct((heads,), jnp.float32), jax.ShapeDtypeStruct((batch, 1, patterns), bool)
-    form = RetrievalForm(3, 1e-4, 64, "softmax", 1.0, "dot", "unrolled", dtype)
-    return lambda *arrays: gpu.passes(form, RetrievalInputs(*arrays)), (*arrays, beta, visible)
+    beta, ids = jax.ShapeDtypeStruct((heads,), jnp.float32), jax.ShapeDtypeStruct((batch, states), jnp.int32)
+    stored_ids, place = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, patterns), (states,)))
+    form = RetrievalForm(3, 1e-4, 64, "softmax", 1.0, "dot", "unrolled", dtype, Reach(causal, window))
+
+    def run(*arrays):
+        return gpu.passes(form, RetrievalInputs(*arrays[:4], Sight(None, *arrays[4:])))
+
+    return run, (*arrays, beta, ids, stored_ids, place)
 
 
 def kernel_plan(key):
@@ -203,6 +214,9 @@ def cases() -> dict:
         found[f"neural_memory K={key} V={value} depth 1"] = (neural_memory, ("gelu", key, value))
         for dtype in ("bfloat16", "float32") if key == 64 else ("bfloat16",):
             found[f"hopfield_retrieval D={key} V={value} {dtype}"] = (hopfield_retrieval, (key, value, dtype))
+            if value == 128:
+                name = f"hopfield_retrieval D={key} V={value} {dtype}, causal, window"
+                found[name] = (hopfield_retrieval, (key, value, dtype, True, 200))
     for (features, outputs, owners), way in itertools.product(((1024, 2048, 5), (64, 192, 17)), ("", ", transposed")):
         name = f"grouped_matmul D={features} E={outputs} {owners} owners{way}"
         found[name] = (grouped_matmul, (features, outputs, owners, bool(way)))

@@ -129,21 +129,22 @@ def grouped(rows, owners, features, outputs, dtype):
     return run, (x, array(owners, features, outputs, dtype=dtype), array(BATCH, blocks, dtype=jnp.int32), bar)
 
 
-def hopfield(states, patterns, key, value, steps, dtype):
+def hopfield(states, patterns, key, value, steps, dtype, causal=False, window=None):
     """Returns several updates of Hopfield retrieval as a function of arrays, and their shapes."""
     dtype = jnp.dtype(dtype)
-    shapes = hopfield_types.RetrievalShapes(
-        steps, "softmax", "dot", BATCH, HEADS, states, patterns, key, value, dtype, False
-    )
+    shapes = hopfield_types.RetrievalShapes(steps, "softmax", "dot", BATCH, HEADS, states, patterns, key, value, dtype)
     assert hopfield_retrieval.unsupported(shapes) is None, hopfield_retrieval.unsupported(shapes)
-    form = hopfield_types.RetrievalForm(steps, 1e-4, 64, "softmax", 1.0, "dot", "unrolled", dtype)
+    reach = hopfield_types.Reach(causal, window)
+    form = hopfield_types.RetrievalForm(steps, 1e-4, 64, "softmax", 1.0, "dot", "unrolled", dtype, reach)
     sizes = (states, key), (patterns, key), (patterns, value)
     arrays = [array(BATCH, HEADS, *size, dtype=dtype) for size in sizes]
+    ids = [array(*shape, dtype=jnp.int32) for shape in ((BATCH, states), (BATCH, patterns), (states,))]
 
     def run(*arrays):
-        return hopfield_retrieval.passes(form, hopfield_types.RetrievalInputs(*arrays))
+        sight = hopfield_types.Sight(None, *arrays[4:])
+        return hopfield_retrieval.passes(form, hopfield_types.RetrievalInputs(*arrays[:4], sight))
 
-    return run, (*arrays, array(HEADS), array(BATCH, 1, patterns, dtype=bool))
+    return run, (*arrays, array(HEADS), *ids)
 
 
 def attention(key, window, segments, length=4096, heads=16, groups=4):
@@ -201,6 +202,8 @@ def cases() -> dict:
         for steps in (2, 3, 8):
             sizes = dict(states=4096, patterns=1024, key=64, value=64, steps=steps, dtype=dtype)
             found[f"hopfield_retrieval N=4096 M=1024 D=V=64, {steps} updates, {dtype}"] = hopfield, sizes
+        sizes = dict(states=1024, patterns=1024, key=64, value=64, steps=8, dtype=dtype, causal=True, window=300)
+        found[f"hopfield_retrieval N=M=1024 D=V=64, 8 updates, {dtype}, causal, window"] = hopfield, sizes
     for key, window, segments in ((64, 1024, True), (128, None, True), (32, None, False)):
         name = f"softmax_attention K={key}, window {window}{', segments' if segments else ''}"
         found[name] = attention, dict(key=key, window=window, segments=segments)

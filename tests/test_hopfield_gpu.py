@@ -6,7 +6,7 @@ import pytest
 
 from engrax.pallas_kernels import hopfield_retrieval
 from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, interpreted_kernels
-from engrax.tests.hopfield_problems import assert_as_accurate_as_xla, make_problem
+from engrax.tests.hopfield_problems import assert_as_accurate_as_xla, make_problem, make_seen
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__[:3] < KERNELS_NEED_JAX, reason="kernels need jax >= " + ".".join(map(str, KERNELS_NEED_JAX))
@@ -19,24 +19,27 @@ def long(*values):
 
 
 @pytest.mark.parametrize(
-    "states, patterns, width, value, masked, steps, dtype",
+    "states, patterns, width, value, sees, steps, dtype",
     [
-        (20, 70, 64, 64, True, 2, jnp.float32),
-        long(20, 70, 64, 64, True, 3, jnp.bfloat16),
-        long(70, 200, 64, 128, False, 2, jnp.bfloat16),  # two programs a head, the last one not full
-        long(1, 1, 64, 128, False, 8, jnp.float32),
-        long(33, 192, 128, 128, True, 4, jnp.bfloat16),
+        (70, 135, 24, 40, "causal window cross", 2, jnp.float32),  # two programs a head, each skips a block of patterns
+        long(70, 70, 16, 16, "causal segments", 3, jnp.bfloat16),  # as in training with packed rows
+        long(140, 70, 64, 128, "causal", 2, jnp.bfloat16),  # the first states are before all patterns
+        long(20, 70, 64, 64, "mask", 2, jnp.float32),
+        long(20, 70, 64, 64, "mask", 3, jnp.bfloat16),
+        long(70, 200, 64, 128, "all", 2, jnp.bfloat16),  # two programs a head, the last one not full
+        long(1, 1, 64, 128, "all", 8, jnp.float32),
+        long(33, 192, 128, 128, "mask", 4, jnp.bfloat16),
     ],
 )
-def test_as_accurate_as_the_xla_form_and_free_of_races(states, patterns, width, value, masked, steps, dtype):
+def test_as_accurate_as_the_xla_form_and_free_of_races(states, patterns, width, value, sees, steps, dtype):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    arrays, mask = make_problem(states, patterns, width, value, masked)
-    arrays = [x.astype(dtype) for x in arrays]
+    arrays, mask = make_problem(states, patterns, width, value, True)
+    arrays, seen = [x.astype(dtype) for x in arrays], make_seen(sees, states, patterns, mask=mask)
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     floor = 1e-6 if dtype == jnp.float32 else 1e-3
     with interpreted_kernels(), plgpu.force_gpu_interpret_mode(params):
-        assert_as_accurate_as_xla("pallas_gpu", arrays, mask, slack=SLACK, floor=floor, steps=steps)
+        assert_as_accurate_as_xla("pallas_gpu", arrays, seen, slack=SLACK, floor=floor, steps=steps)
 
 
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.deep), 8])
@@ -67,13 +70,13 @@ half = jnp.ones((2, 4, 2, 64), jnp.float16)
         (dict(steps=9), "2 to 8"),
         (dict(steps=None), "a fixed number of updates"),
         (dict(separation="sparsemax"), "not sparsemax of dot"),
-        (dict(mask=jnp.ones((2, 4, 5), bool)), r"takes masks \[B, M\]"),
-        (dict(values=jnp.ones((2, 5, 2, 32))), "D and V of 64 or 128, not 64 and 32"),
+        (dict(mask=jnp.ones((2, 4, 5), bool)), r"not masks \[B, N, M\]"),
+        (dict(values=jnp.ones((2, 5, 2, 136))), "D and V of at most 128, not 64 and 136"),
         (
             dict(state=jnp.ones((2, 4, 2, 128)), stored=jnp.ones((2, 5, 2, 128))),
-            "float32 states of 64 features, not 128",
+            "float32 states of at most 64 features, not 128",
         ),
-        (dict(stored=jnp.ones((2, 5000, 2, 64))), "KiB of SMEM for these patterns"),
+        (dict(stored=jnp.ones((2, 5000, 2, 64))), "2011 KiB of SMEM for 79 blocks of 64 patterns of 64 f"),
         (dict(state=half, stored=half), "float32 or bfloat16, not float16"),
     ],
 )

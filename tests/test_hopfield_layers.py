@@ -24,7 +24,7 @@ from engrax.layers import (
     HopfieldPoolingConfig,
 )
 from engrax.models.set_classifier import POOLINGS, SetClassifierConfig
-from engrax.pallas_kernels import hopfield_retrieval
+from engrax.pallas_kernels import devices, dispatch, hopfield_retrieval
 from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, interpreted_kernels
 
 kernels = pytest.mark.skipif(
@@ -210,6 +210,31 @@ def test_the_cache_has_its_capacity():
     _, state = mixer(jnp.ones((1, 5, 8)))
     y, _ = mixer(jnp.ones((1, 5, 8)), state)
     assert np.all(np.isnan(y))
+
+
+@kernels
+@pytest.mark.parametrize("device, kernel", [("h200", "pallas_gpu"), ("v5e", "pallas_tpu")])
+@pytest.mark.parametrize("window", [None, 16])
+def test_kernels_serve_training_with_packed_rows(device, kernel, window):
+    """Long rows with a window are cut into blocks that see the block before; without one, whole rows."""
+    mixer = HopfieldConfig(heads=2, head_dim=16, steps=2, window=window).build(8, rngs=nnx.Rngs(0))
+    x, ids = jax.ShapeDtypeStruct((2, 100, 8), jnp.bfloat16), jax.ShapeDtypeStruct((2, 100), jnp.int32)
+    with dispatch.recorded_calls() as calls:
+        jax.eval_shape(lambda x, ids: mixer(x, segment_ids=ids)[0], x, ids)
+    (call,) = calls
+    assert (call.shapes.causal, call.shapes.window, call.shapes.segments) == (True, window, True)
+    assert (call.shapes.states, call.shapes.patterns) == ((100, 100) if window is None else (32, 64))
+    assert dispatch.explain(call, devices.NAMED[device]).by == kernel
+
+
+def test_earlier_calls_fill_the_cache_by_row(x64):
+    """Rows with different numbers of tokens before a call of several: each sees its own past, and no later token."""
+    mixer, x = build(HopfieldConfig(heads=2, head_dim=4, steps=2, capacity=16).build, 8), normal(2, 11, 8)
+    before = jnp.asarray([[0, 0, 0, 0, 0], [0, 0, -1, -1, -1]])
+    _, state = mixer(x[:, :5], segment_ids=before)
+    y = mixer(x[:, 5:], state)[0]
+    for row, joined in enumerate((x[:1], jnp.concatenate([x[1:, :2], x[1:, 5:]], axis=1))):
+        np.testing.assert_allclose(y[row], mixer(joined)[0][0, -6:], rtol=1e-10, atol=1e-12)
 
 
 def test_a_cache_without_parameters_keeps_float64(x64):

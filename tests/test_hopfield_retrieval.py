@@ -11,6 +11,7 @@ import pytest
 
 from engrax.pallas_kernels import available, hopfield_energy, hopfield_retrieval
 from engrax.pallas_kernels.hopfield_retrieval import cost
+from engrax.tests.hopfield_problems import make_seen, pairs_seen
 from engrax.tests.neural_memory_problems import assert_close
 from engrax.tests.op_problems import compiled, relative_rms
 
@@ -200,6 +201,75 @@ def test_the_energy_of_a_state_that_sees_nothing_poisons_no_pattern():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Places and segments
+
+
+def _as_mask(seen, *sizes):
+    lists = {name: x.tolist() if hasattr(x, "tolist") else x for name, x in seen.items()}
+    return jnp.asarray(pairs_seen(*sizes, batch=3, **lists))
+
+
+SEEN = [  # (what decides, N, M): states before all patterns where N > M
+    ("causal", 4, 7), ("causal", 9, 7), ("window", 4, 7), ("causal window", 7, 7), ("segments", 7, 7),
+    ("causal segments", 7, 7), ("causal window segments", 7, 7), ("cross", 4, 7), ("causal window cross", 9, 7),
+]  # fmt: skip
+QUICK = [("causal window cross", 9, 7, 1), ("causal segments", 7, 7, 3)]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(
+    "kind, states, patterns, dynamics",
+    [
+        pytest.param(*seen, i, marks=[] if (*seen, i) in QUICK else pytest.mark.deep if i == 1 else pytest.mark.long)
+        for seen in SEEN
+        for i in range(4)
+    ],
+)
+def test_places_and_segments_equal_their_mask(kind, states, patterns, dynamics, implementation, x64):
+    problem, seen = make_problem(states=states, patterns=patterns), make_seen(kind, states, patterns, batch=3)
+    options = dict(implementation=implementation, **DYNAMICS[dynamics])
+    mask = _as_mask(seen, states, patterns)
+    assert 0 < jnp.mean(mask) < 1
+    wanted = values_and_grads(*problem, mask=mask, **options)
+    assert_close(values_and_grads(*problem, **seen, **options), wanted, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "kind, states, patterns",
+    [pytest.param(*seen, marks=[] if seen[0] == "causal window" else pytest.mark.deep) for seen in SEEN],
+)
+def test_attention_sees_by_places_and_segments(kind, states, patterns):
+    """One update in float32 runs as the library's attention, whose own causal mask begins at the first pattern."""
+    problem = [x.astype(jnp.float32) for x in make_problem(states=states, patterns=patterns)]
+    seen = make_seen(kind, states, patterns, batch=3)
+    mask = _as_mask(seen, states, patterns)
+    wanted = values_and_grads(*problem, mask=mask, implementation="reference")
+    got = values_and_grads(*problem, **seen)
+    assert_close(got, wanted, 1e-5)
+    assert np.all(np.asarray(got[0])[~np.asarray(mask).any(axis=2)] == 0)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_padding_by_segments_may_hold_anything(steps):
+    """States and patterns with negative ids: no value of theirs reaches a result or a gradient, and none is 0 x NaN."""
+    problem = [x.astype(jnp.float32) for x in make_problem(states=7)]
+    seen = make_seen("causal segments", 7, 7, batch=3)
+    padding = np.asarray(seen["segment_ids"]) < 0
+    lost = [jnp.where(padding[..., None, None], jnp.nan, x) for x in problem]
+    wanted, got = (values_and_grads(*x, steps=steps, **seen) for x in (problem, lost))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    assert np.all(np.asarray(got[0])[padding] == 0) and all(np.all(np.asarray(g)[padding] == 0) for g in got[1][:3])
+
+
+@pytest.mark.parametrize("kind", ["causal window cross", pytest.param("causal segments", marks=pytest.mark.deep)])
+def test_the_energy_by_places_and_segments(kind, x64):
+    (state, stored, _), seen = make_problem(states=7), make_seen(kind, 7, 7, batch=3)
+    got, wanted = (hopfield_energy(state, stored, beta=1.5, **x) for x in (seen, dict(mask=_as_mask(seen, 7, 7))))
+    np.testing.assert_allclose(got, wanted, rtol=1e-12)
+    assert not np.allclose(got, hopfield_energy(state, stored, beta=1.5), rtol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Gradients
 
 
@@ -289,18 +359,24 @@ def test_lower_precision(x64):
 
 
 @pytest.mark.parametrize(
-    "dynamics", [pytest.param(dict(steps=2), marks=pytest.mark.deep), dict(steps=None, tolerance=1e-2)]
+    "dynamics, kind",
+    [
+        pytest.param(dict(steps=2), "pairs", marks=pytest.mark.deep),
+        pytest.param(dict(steps=None, tolerance=1e-2), "pairs", marks=pytest.mark.deep),
+        (dict(steps=2), "causal window cross"),
+    ],
 )
-def test_blocks_of_states(dynamics, monkeypatch, x64):
+def test_blocks_of_states(dynamics, kind, monkeypatch, x64):
     """Ten states in blocks of three give what they give at once."""
     from engrax.pallas_kernels.hopfield_retrieval import xla
 
-    problem, mask = make_problem(states=10), make_mask("pairs", states=10)
-    wanted = values_and_grads(*problem, mask=mask, **dynamics)
+    problem = make_problem(states=10)
+    seen = dict(mask=make_mask(kind, states=10)) if kind == "pairs" else make_seen(kind, 10, 7, batch=3)
+    wanted = values_and_grads(*problem, **seen, **dynamics)
     monkeypatch.setattr(xla, "CACHED_SCORES", 3 * 3 * 2 * 7)
     jax.clear_caches()  # the constant is no key of the cache
     try:
-        assert_close(values_and_grads(*problem, mask=mask, **dynamics), wanted, 1e-12)
+        assert_close(values_and_grads(*problem, **seen, **dynamics), wanted, 1e-12)
     finally:
         jax.clear_caches()
 
@@ -362,6 +438,8 @@ def test_flops_are_those_of_the_products():
     assert cost.traffic_bytes(**sizes).backward == 2 * cost.traffic_bytes(**sizes).forward
 
 
+IDS = dict(segment_ids=jnp.zeros((3, 4), int), stored_segment_ids=jnp.zeros((3, 7), int))
+ALL = dict(mask=jnp.ones((3, 7), bool))
 BAD = [
     (dict(state=jnp.zeros((3, 4, 2))), r"state has shape .*, wanted \[B, N, H, D\]"),
     (dict(stored=jnp.zeros((3, 7, 2, 4))), r"stored has shape \(3, 7, 2, 4\), wanted .* = \(3, 7, 2, 5\)"),
@@ -380,6 +458,19 @@ BAD = [
     (dict(mask=jnp.ones((3, 6), bool)), r"mask has shape \(3, 6\) and dtype bool, wanted bool \[B, M\] = \(3, 7\) or"),
     (dict(mask=jnp.ones((3, 4, 6), bool)), r"mask has shape .* or \[B, N, M\] = \(3, 4, 7\)"),
     (dict(mask=jnp.ones((3, 7))), "and dtype float"),
+    (dict(causal=1), "causal is 1, wanted True or False"),
+    (dict(window=0), "window is 0, wanted an integer of at least 1"),
+    (IDS | dict(segment_ids=jnp.zeros((3, 5), int)), r"segment_ids has shape \(3, 5\), wanted \[B, N\] = \(3, 4\)"),
+    (IDS | dict(segment_ids=jnp.zeros((3, 4))), "segment_ids has dtype float.*, wanted an integer dtype"),
+    (IDS | dict(stored_segment_ids=jnp.zeros((3, 6), int)), r"stored_segment_ids has .*, wanted \[B, M\] = \(3, 7\)"),
+    (
+        IDS | dict(stored_segment_ids=None),
+        r"of 4 states for 7 patterns: give .*, stored_segment_ids \[B, M\] = \(3, 7\)",
+    ),
+    (IDS | dict(segment_ids=None), "stored_segment_ids needs segment_ids"),
+    (ALL | dict(causal=True), "mask says all of what the states see: leave out causal, window, segment_ids and stored"),
+    (ALL | dict(window=3), "or leave out mask"),
+    (ALL | IDS, "or leave out mask"),
     (dict(implementation="xlaa"), "did you mean 'xla'"),
 ]
 
@@ -395,6 +486,8 @@ def test_energy_refuses_what_has_none():
     state, stored, _ = make_problem()
     with pytest.raises(ValueError, match="similarity 'cosine' has no energy"):
         hopfield_energy(state, stored, beta=1.0, similarity="cosine")
+    with pytest.raises(ValueError, match="window is 0"):
+        hopfield_energy(state, stored, beta=1.0, window=0)
 
 
 def test_what_is_there():

@@ -7,7 +7,7 @@ import pytest
 
 from engrax.pallas_kernels import hopfield_retrieval
 from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, interpreted_kernels
-from engrax.tests.hopfield_problems import assert_as_accurate_as_xla, make_problem
+from engrax.tests.hopfield_problems import assert_as_accurate_as_xla, make_problem, make_seen
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__[:3] < KERNELS_NEED_JAX, reason="kernels need jax >= " + ".".join(map(str, KERNELS_NEED_JAX))
@@ -32,20 +32,23 @@ def long(*values):
 
 
 @pytest.mark.parametrize(
-    "states, patterns, width, value, masked, dtype",
+    "states, patterns, width, value, sees, dtype",
     [
-        (20, 40, 16, 24, True, jnp.float32),
-        long(20, 40, 16, 24, True, jnp.bfloat16),
-        long(300, 130, 8, 8, False, jnp.float32),  # two blocks of states, the last one not full
-        long(1, 1, 1, 1, False, jnp.float32),
-        long(33, 128, 64, 64, True, jnp.bfloat16),
+        (20, 40, 16, 24, "causal window cross", jnp.float32),
+        long(40, 40, 16, 16, "causal segments", jnp.bfloat16),  # as in training with packed rows
+        long(300, 130, 8, 8, "causal", jnp.float32),  # the first states are before all patterns
+        long(20, 40, 16, 24, "mask", jnp.float32),
+        long(20, 40, 16, 24, "mask", jnp.bfloat16),
+        long(300, 130, 8, 8, "all", jnp.float32),  # two blocks of states, the last one not full
+        long(1, 1, 1, 1, "all", jnp.float32),
+        long(33, 128, 64, 64, "mask", jnp.bfloat16),
     ],
 )
-def test_as_accurate_as_the_xla_form(states, patterns, width, value, masked, dtype, interpreted):
-    arrays, mask = make_problem(states, patterns, width, value, masked)
-    arrays = [x.astype(dtype) for x in arrays]
+def test_as_accurate_as_the_xla_form(states, patterns, width, value, sees, dtype, interpreted):
+    arrays, mask = make_problem(states, patterns, width, value, True)
+    arrays, seen = [x.astype(dtype) for x in arrays], make_seen(sees, states, patterns, mask=mask)
     floor = 1e-6 if dtype == jnp.float32 else 1e-3
-    assert_as_accurate_as_xla("pallas_tpu", arrays, mask, slack=SLACK, floor=floor)
+    assert_as_accurate_as_xla("pallas_tpu", arrays, seen, slack=SLACK, floor=floor)
 
 
 @pytest.mark.parametrize("interpreted", [True], ids=["races"], indirect=True)
@@ -74,7 +77,7 @@ def test_lowered_by_its_name():
         (dict(steps=9), "2 to 8"),
         (dict(steps=None), "a fixed number of updates"),
         (dict(separation="sparsemax"), "not sparsemax of dot"),
-        (dict(mask=jnp.ones((2, 4, 5), bool)), r"takes masks \[B, M\]"),
+        (dict(mask=jnp.ones((2, 4, 5), bool)), r"not masks \[B, N, M\]"),
     ],
 )
 def test_what_it_does_not_serve(change, message):

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from engrax.errors import UserError
 from engrax.layers.common.modules import NORMS, projection
 from engrax.pallas_kernels import hopfield_energy, hopfield_retrieval
+from engrax.pallas_kernels.hopfield_retrieval.visibility import dense_mask
 from engrax.registry import did_you_mean
 
 Norm = Literal["none", "rms", "layer"]
@@ -191,28 +192,28 @@ class Hopfield(nnx.Module):
         mask: True = visible. Invisible patterns may have any value, and a state without visible patterns retrieves 0
         before the output projection."""
         q, k, v = self.spaces(state_BNS, stored_BMD, values_BME, mask)
-        return self.read(self.retrieve(q, k, v, mask))
+        return self.read(self.retrieve(q, k, v, mask=mask))
 
     def weights(self, state_BNS, stored_BMD=None, *, mask=None) -> Float[Array, "B N H M"]:
         """The weights of the last update, over the stored patterns and then the bias and zero patterns."""
-        return self.weights_of(*self.spaces(state_BNS, stored_BMD, None, mask), mask)
+        return self.weights_of(*self.spaces(state_BNS, stored_BMD, None, mask), mask=mask)
 
-    def weights_of(self, q_BNHK, k_BMHK, v_BMHV, mask=None) -> Float[Array, "B N H M"]:
-        """The same for states, patterns and values in association space."""
-        k, _, mask = self.with_extra_patterns(k_BMHK, v_BMHV, mask)
+    def weights_of(self, q_BNHK, k_BMHK, v_BMHV, **seen) -> Float[Array, "B N H M"]:
+        """The same for states, patterns and values in association space; seen: as for `retrieve`."""
+        k, _, seen = self.with_extra_patterns(q_BNHK, k_BMHK, v_BMHV, **seen)
         identity = jnp.broadcast_to(jnp.eye(k.shape[1], dtype=k.dtype)[None, :, None], (*k.shape[:3], k.shape[1]))
-        return hopfield_retrieval(q_BNHK, k, identity, beta=self.betas(), mask=mask, **self.settings.retrieval)
+        return hopfield_retrieval(q_BNHK, k, identity, beta=self.betas(), **seen, **self.settings.retrieval)
 
     def energy(self, state_BNS, stored_BMD=None, *, mask=None) -> Float[Array, "B N H"]:
         """The energy of the states before the first update (`hopfield_energy`)."""
-        q, k, v = self.spaces(state_BNS, stored_BMD, None, mask)
-        return self.energy_of(q, *self.with_extra_patterns(k, v, mask)[::2])
+        return self.energy_of(*self.spaces(state_BNS, stored_BMD, None, mask), mask=mask)
 
-    def energy_of(self, q_BNHK, k_BMHK, mask) -> Float[Array, "B N H"]:
-        """The energy of states in association space."""
+    def energy_of(self, q_BNHK, k_BMHK, v_BMHV, **seen) -> Float[Array, "B N H"]:
+        """The same for states, patterns and values in association space; seen: as for `retrieve`."""
         c = self.settings
+        k, _, seen = self.with_extra_patterns(q_BNHK, k_BMHK, v_BMHV, **seen)
         options = dict(separation=c.separation, alpha=c.alpha, similarity=c.similarity)
-        return hopfield_energy(q_BNHK, k_BMHK, beta=self.betas(), mask=mask, **options)
+        return hopfield_energy(q_BNHK, k, beta=self.betas(), **seen, **options)
 
     def spaces(self, state_BNS, stored_BMD, values_BME, mask=None):
         """Returns states [B, N, H, K], patterns [B, M, H, K] and values [B, M, H, V] in association space."""
@@ -250,27 +251,32 @@ class Hopfield(nnx.Module):
         raw = self.beta_raw[...]
         return jax.nn.softplus(raw.astype(jnp.promote_types(raw.dtype, jnp.float32)))
 
-    def retrieve(self, q_BNHK, k_BMHK, v_BMHV, mask=None) -> Float[Array, "B N H V"]:
-        """Retrieval by states in association space."""
-        k, v, mask = self.with_extra_patterns(k_BMHK, v_BMHV, mask)
-        return hopfield_retrieval(q_BNHK, k, v, beta=self.betas(), mask=mask, **self.settings.retrieval)
+    def retrieve(self, q_BNHK, k_BMHK, v_BMHV, **seen) -> Float[Array, "B N H V"]:
+        """Retrieval by states in association space; seen: which patterns they see, as arguments of the operation
+        (`mask`, or `causal`, `window`, `segment_ids` and `stored_segment_ids`)."""
+        k, v, seen = self.with_extra_patterns(q_BNHK, k_BMHK, v_BMHV, **seen)
+        return hopfield_retrieval(q_BNHK, k, v, beta=self.betas(), **seen, **self.settings.retrieval)
 
     def read(self, y_BNHV: Float[Array, "B N H V"]) -> Float[Array, "B N O"]:
         """The heads side by side, through the output projection where there is one."""
         return _apply(self.out, y_BNHV.reshape(*y_BNHV.shape[:2], -1))
 
-    def with_extra_patterns(self, k, v, mask):
-        """Returns patterns, values and mask with the bias and zero patterns at their ends."""
+    def with_extra_patterns(self, q, k, v, **seen):
+        """Returns patterns and values with the bias and zero patterns at their ends, and what the states q then see:
+        with such patterns, which all see, only a dense mask says that."""
         c = self.settings
+        extra = c.bias_pattern + c.zero_pattern
+        if not extra:
+            return k, v, seen
+        mask = dense_mask(len(q), q.shape[1], k.shape[1], **seen)
         if c.bias_pattern:
             pairs = ((k, self.bias_key[...]), (v, self.bias_value[...]))
             k, v = (jnp.concatenate([x, _for_rows(b, x)], axis=1) for x, b in pairs)
         if c.zero_pattern:
             k, v = (jnp.concatenate([x, jnp.zeros_like(x[:, :1])], axis=1) for x in (k, v))
-        extra = c.bias_pattern + c.zero_pattern
-        if mask is not None and extra:
+        if mask is not None:
             mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, extra)], constant_values=True)
-        return k, v, mask
+        return k, v, dict(mask=mask)
 
     def _heads(self, x):
         return x.reshape(*x.shape[:-1], self.settings.heads, -1)

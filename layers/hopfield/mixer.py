@@ -91,9 +91,10 @@ class CausalHopfield(Attention):
 
         Raises ValueError if T exceeds the capacity; a cache that overflows inside jit gives NaN for that row.
         """
-        q, k, v, visible, ids, state = self._see(x_BTD, state, segment_ids)
-        y = jnp.where((ids >= 0)[..., None, None], self.association.retrieve(q, k, v, visible), 0)
-        y, ids = (out_of_blocks(x, *x_BTD.shape[:2]) for x in (y, ids))
+        q, k, v, seen, state = self._see(x_BTD, state, segment_ids)
+        y = self.association.retrieve(q, k, v, **seen)
+        y, ids = (out_of_blocks(x, *x_BTD.shape[:2]) for x in (y, seen["segment_ids"]))
+        y = jnp.where((ids >= 0)[..., None, None], y, 0)  # padding sees the bias pattern
         if self.config.window is None:
             y = jnp.where((state.position <= self.config.capacity)[:, None, None, None], y, jnp.nan)
         y = self.association.read(y)
@@ -103,19 +104,19 @@ class CausalHopfield(Attention):
         """Energy of the tokens' states before the first update (where the similarity has one) and the number of
         patterns that hold 90 % of the last weights, means over tokens; the inverse temperatures."""
         a, c = self.association, self.config
-        q, k, v, visible, ids, _ = self._see(x_BTD, state, segment_ids)
-        weights = a.weights_of(q, k, v, visible)
-        real = jnp.broadcast_to((ids >= 0)[..., None], weights.shape[:3])
+        q, k, v, seen, _ = self._see(x_BTD, state, segment_ids)
+        weights = a.weights_of(q, k, v, **seen)
+        real = jnp.broadcast_to((seen["segment_ids"] >= 0)[..., None], weights.shape[:3])
         falling = -jnp.sort(-weights, axis=-1)
         held = 1 + jnp.sum(jnp.cumsum(falling, axis=-1) < 0.9, axis=-1)
         found = {"patterns_of_90_percent": jnp.mean(held, where=real), "beta": a.betas()}
         if c.similarity in ("dot", "l2"):
-            k, _, visible = a.with_extra_patterns(k, v, visible)
-            found["hopfield_energy"] = jnp.mean(a.energy_of(q, k, visible), where=real)
+            found["hopfield_energy"] = jnp.mean(a.energy_of(q, k, v, **seen), where=real)
         return found
 
     def _see(self, x_BTD, state: AttentionState | None, segment_ids):
-        """States, patterns, values, what each state sees, segment ids, and the new state; long rows in blocks."""
+        """States, patterns, values, what the states see as the operation's arguments, and the new state; long rows in
+        blocks. The patterns end with those of the states."""
         B, T, _ = x_BTD.shape
         c, a = self.config, self.association
         if c.window is None and T > c.capacity:
@@ -129,14 +130,14 @@ class CausalHopfield(Attention):
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
         position_BT = state.position[:, None] + jnp.arange(T)
         q, k, v = a.spaces(x_BTD, None, None)
-        *slots, state = self._extend(state, k, v, segment_ids, position_BT, fresh, lengths)
-        tokens, slots = in_blocks(c.window, [q, segment_ids, position_BT], slots)
-        (q, ids, position), (keys, values, segments, place) = tokens, slots
-        age = position[:, :, None] - place[:, None, :]
-        visible = (age >= 0) & (segments[:, None, :] == ids[:, :, None]) & (ids >= 0)[..., None]
-        if c.window is not None:
-            visible &= age < c.window
-        return q, keys.astype(q.dtype), values.astype(q.dtype), visible, ids, state
+        *slots, _, new = self._extend(state, k, v, segment_ids, position_BT, fresh, lengths)
+        if c.window is None and not fresh and T > 1:  # the written cache has the call's tokens at each row's own place
+            own = zip((state.keys, state.values, state.segments), (k, v, segment_ids))
+            slots = [jnp.concatenate([old, x.astype(old.dtype)], axis=1) for old, x in own]
+        (q, ids), (keys, values, segments) = in_blocks(c.window, [q, segment_ids], slots)
+        seen = dict(causal=True, window=c.window, segment_ids=ids)
+        seen["stored_segment_ids"] = None if segments is ids else segments
+        return q, keys.astype(q.dtype), values.astype(q.dtype), seen, new
 
     def _dtype(self):
         """The dtype of the parameters, or without parameters the widest that JAX allows, which fits any tokens."""

@@ -55,11 +55,11 @@ class HopfieldPooling(nnx.Module):
         """Pools; mask: True = an element of the set; others may have any value. An empty set gives 0 before the output
         projection."""
         q, k, v = self._spaces(stored_BMD, values_BME, mask)
-        return self.association.read(self.association.retrieve(q, k, v, mask))
+        return self.association.read(self.association.retrieve(q, k, v, mask=mask))
 
     def weights(self, stored_BMD, *, mask=None) -> Float[Array, "B Q H M"]:
         """The weights of the last update, over the set and then the bias and zero patterns."""
-        return self.association.weights_of(*self._spaces(stored_BMD, None, mask), mask)
+        return self.association.weights_of(*self._spaces(stored_BMD, None, mask), mask=mask)
 
     def _spaces(self, stored, values, mask):
         k, v = self.association.memory(stored, values, mask)

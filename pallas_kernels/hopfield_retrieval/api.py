@@ -15,7 +15,8 @@ from engrax.pallas_kernels.hopfield_retrieval.energy import WITH_ENERGY, pull
 from engrax.pallas_kernels.hopfield_retrieval.reference import hopfield_retrieval_reference
 from engrax.pallas_kernels.hopfield_retrieval.separation import SEPARATIONS
 from engrax.pallas_kernels.hopfield_retrieval.similarity import SIMILARITIES, half_square
-from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalInputs, RetrievalShapes
+from engrax.pallas_kernels.hopfield_retrieval.types import Reach, RetrievalForm, RetrievalInputs, RetrievalShapes, Sight
+from engrax.pallas_kernels.hopfield_retrieval.visibility import resolve, sees_and_seen, visible
 
 OP = "hopfield_retrieval"
 GRADIENTS = ("unrolled", "implicit")
@@ -28,6 +29,10 @@ def hopfield_retrieval(
     values=None,
     *,
     beta,
+    causal=False,
+    window=None,
+    segment_ids=None,
+    stored_segment_ids=None,
     steps=1,
     tolerance=1e-4,
     max_steps=64,
@@ -51,6 +56,12 @@ def hopfield_retrieval(
       stored: the patterns X, `[B, M, H, D]`.
       values: `[B, M, H, V]`, read with the last weights; None: the patterns.
       beta: inverse temperature, a number or `[H]`, at least 0 (not checked). 0: all visible patterns have equal weight.
+      causal: whether state n sees pattern m only if m <= n + (M - N): the last state stands at the last pattern, and
+        M - N patterns are before the first state, such as those of earlier calls.
+      window: how far back a state sees: pattern m only if n + (M - N) - m < window; None: all.
+      segment_ids: int `[B, N]`, of the states: a state sees only patterns with its own id. States and patterns with
+        negative ids (padding) see nothing and are seen by none. None: all see each other.
+      stored_segment_ids: int `[B, M]`, of the patterns; None: those of the states, and then M is N.
       steps: number of updates, including the last, which reads the values; None: until convergence, decided separately
         for each row, head and state.
       tolerance: with `steps=None`: a state has converged once an update moves it by at most this factor times the norm
@@ -62,8 +73,9 @@ def hopfield_retrieval(
       gradient: "unrolled": through every update, saving the states between them. "implicit", with `steps=None`: the
         gradient at the converged state, in memory independent of the number of updates; the initial state then gets no
         gradient. The two agree if the iteration has converged.
-      mask: bool `[B, M]` or `[B, N, M]`, True = visible; None: all are visible. Invisible patterns may have any value.
-        So may a state without visible patterns, which retrieves 0 and gives no gradient.
+      mask: bool `[B, M]` or `[B, N, M]`, True = visible, instead of the four arguments above; `[B, N, M]` is served by
+        no kernel. Patterns that no state sees may have any value. So may a state without visible patterns, which
+        retrieves 0 and gives no gradient.
       implementation: None (choose), "reference" (state by state), "xla", "pallas_gpu" or "pallas_tpu".
 
     Returns:
@@ -73,7 +85,8 @@ def hopfield_retrieval(
       ValueError: an argument has a wrong shape, dtype or value; the message names it.
       NotImplementedError: `implementation` names a kernel that cannot serve this call here; the message says why.
     """
-    _check_patterns(state, stored, beta, mask)
+    _check_patterns(state, stored, beta)
+    _check_sight(state, stored, causal, window, segment_ids, stored_segment_ids, mask)
     if values is not None:
         check_rank("values", values, "[B, M, H, V]")
         check_array("values", values, "[B, M, H, V]", (*stored.shape[:3], values.shape[3]))
@@ -91,16 +104,32 @@ def hopfield_retrieval(
         steps = 1
     dtype = jnp.result_type(state, stored, *(() if values is None else (values,)))
     options = (separation, _power(separation, alpha), similarity, gradient)
-    form = RetrievalForm(steps, float(tolerance), int(max_steps), *options, jnp.dtype(dtype))
+    reach = Reach(bool(causal), None if window is None else int(window))
+    form = RetrievalForm(steps, float(tolerance), int(max_steps), *options, jnp.dtype(dtype), reach)
     (batch, states, heads, key), read = state.shape, stored if values is None else values
     sizes = (batch, heads, states, stored.shape[1], key, read.shape[3])
-    shapes = RetrievalShapes(steps, separation, similarity, *sizes, form.operands, getattr(mask, "ndim", 2) == 3)
+    seen_by = segment_ids is not None, getattr(mask, "ndim", 2) == 3
+    shapes = RetrievalShapes(steps, separation, similarity, *sizes, form.operands, *reach, *seen_by)
     choice = choose(OP, shapes, implementation)
-    return _run(choice, form._replace(interpret=choice.interpret), state, stored, values, beta, mask)
+    sight = Sight(mask, segment_ids, stored_segment_ids)
+    return _run(choice, form._replace(interpret=choice.interpret), state, stored, values, beta, sight)
 
 
 @no_type_check
-def hopfield_energy(state, stored, *, beta, separation="softmax", alpha=1.5, similarity="dot", mask=None):
+def hopfield_energy(
+    state,
+    stored,
+    *,
+    beta,
+    causal=False,
+    window=None,
+    segment_ids=None,
+    stored_segment_ids=None,
+    separation="softmax",
+    alpha=1.5,
+    similarity="dot",
+    mask=None,
+):
     """Returns the energy of every state, which no update of `hopfield_retrieval` increases:
 
         dot   E = 1/2 |xi|^2 - (Omega*(beta X xi) - Omega*(0)) / beta
@@ -114,19 +143,23 @@ def hopfield_energy(state, stored, *, beta, separation="softmax", alpha=1.5, sim
     Args: as for `hopfield_retrieval`. Returns `[B, N, H]`, float32 (float64 where an input is).
     Raises ValueError: an argument has a wrong shape, dtype or value; the message names it.
     """
-    _check_patterns(state, stored, beta, mask)
+    _check_patterns(state, stored, beta)
+    _check_sight(state, stored, causal, window, segment_ids, stored_segment_ids, mask)
     _check_separation(separation, alpha)
     check_option("similarity", similarity, SIMILARITIES)
     if similarity not in WITH_ENERGY:
         raise ValueError(f"similarity {similarity!r} has no energy: its updates are no descent (use 'dot' or 'l2').")
-    return _energy(separation, _power(separation, alpha), similarity, state, stored, beta, mask)
+    separated = separation, _power(separation, alpha), similarity
+    sight = Sight(mask, segment_ids, stored_segment_ids)
+    reach = Reach(bool(causal), None if window is None else int(window))
+    return _energy(separated, reach, state, stored, beta, sight)
 
 
 @no_type_check
-def _check_patterns(state, stored, beta, mask):
+def _check_patterns(state, stored, beta):
     check_rank("state", state, "[B, N, H, D]")
     check_rank("stored", stored, "[B, M, H, D]")
-    batch, count, heads, width = state.shape
+    batch, _, heads, width = state.shape
     check_array("state", state, "[B, N, H, D]", state.shape)
     check_array("stored", stored, "[B, M, H, D]", (batch, stored.shape[1], heads, width))
     if not _is_number(beta):
@@ -134,8 +167,29 @@ def _check_patterns(state, stored, beta, mask):
             raise ValueError(f"beta is {beta!r}, wanted a number or an array [H].")
         if beta.ndim == 1:
             check_array("beta", beta, "[H]", (heads,))
+
+
+@no_type_check
+def _check_sight(state, stored, causal, window, segment_ids, stored_segment_ids, mask):
+    (batch, count), patterns = state.shape[:2], stored.shape[1]
+    if not isinstance(causal, (bool, np.bool_)):
+        raise ValueError(f"causal is {causal!r}, wanted True or False.")
+    if window is not None:
+        check_positive_int("window", window)
+    if segment_ids is not None:
+        check_array("segment_ids", segment_ids, "[B, N]", (batch, count), jnp.integer)
+    if stored_segment_ids is not None:
+        if segment_ids is None:
+            raise ValueError("stored_segment_ids needs segment_ids, the segment of every state.")
+        check_array("stored_segment_ids", stored_segment_ids, "[B, M]", (batch, patterns), jnp.integer)
+    elif segment_ids is not None and count != patterns:
+        of_both = f"segment_ids has shape {(batch, count)}, of {count} states for {patterns} patterns"
+        raise ValueError(f"{of_both}: give the patterns' as well, stored_segment_ids [B, M] = {(batch, patterns)}.")
     if mask is not None:
-        shapes = {2: (batch, stored.shape[1]), 3: (batch, count, stored.shape[1])}
+        if causal or any(x is not None for x in (window, segment_ids)):
+            others = "causal, window, segment_ids and stored_segment_ids"
+            raise ValueError(f"mask says all of what the states see: leave out {others}, or leave out mask.")
+        shapes = {2: (batch, patterns), 3: (batch, count, patterns)}
         rank = getattr(mask, "ndim", None)
         if rank not in shapes or tuple(mask.shape) != shapes[rank] or mask.dtype != jnp.bool_:
             what = f"shape {tuple(mask.shape)} and dtype {mask.dtype}" if rank is not None else repr(mask)
@@ -159,44 +213,54 @@ def _power(separation: str, alpha) -> float:
     return {"softmax": 1.0, "sparsemax": 2.0}.get(separation) or float(alpha)
 
 
-def _prepare(dtype, state, stored, values, beta, mask):
-    """Gives beta a value per head, the mask three axes, and zeros to hidden patterns and to states that see none."""
+def _prepare(dtype, reach, state, stored, values, beta, given):
+    """Gives beta a value per head, and zeros to patterns that no state sees and to states that see none.
+
+    Returns all arrays, the resolved sight, and which states see a pattern (None: all).
+    """
     beta = jnp.broadcast_to(jnp.asarray(beta, accumulator(dtype)), state.shape[2:3])
-    if mask is not None:
-        mask = mask[:, None] if mask.ndim == 2 else mask
-        seen = jnp.any(mask, axis=1)[..., None, None]
-        stored, values = (None if x is None else jnp.where(seen, x, 0) for x in (stored, values))
-        state = jnp.where(jnp.any(mask, axis=-1)[..., None, None], state, 0)
-    return state.astype(dtype), stored.astype(dtype), stored if values is None else values, beta, mask
+    if given.mask is not None and given.mask.ndim == 2:
+        given = given._replace(mask=given.mask[:, None])
+    sight = resolve(reach, given, state.shape[1], stored.shape[1])
+    sees, seen = sees_and_seen(reach, given, sight, state.shape[1], stored.shape[1])
+    if seen is not None:
+        stored, values = (None if x is None else jnp.where(seen[..., None, None], x, 0) for x in (stored, values))
+        state = jnp.where(sees[..., None, None], state, 0)
+    return state.astype(dtype), stored.astype(dtype), stored if values is None else values, beta, sight, sees
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _run(choice: Choice, form, state, stored, values, beta, mask):
+def _run(choice: Choice, form, state, stored, values, beta, given):
     dtype = form.operands
-    state, stored, values, beta, mask = _prepare(dtype, state, stored, values, beta, mask)
+    state, stored, values, beta, sight, sees = _prepare(dtype, form.reach, state, stored, values, beta, given)
     plain = form.steps == 1 and form.separation == "softmax" and form.similarity == "dot"
     if not choice.reference and plain and dtype in (jnp.float32, jnp.bfloat16):
-        return _attention(state, stored, values.astype(dtype), beta, mask)
+        out = _attention(form.reach, state, stored, values.astype(dtype), beta, sight)
+        # For a state without visible patterns the library returns the mean of the hidden ones.
+        return out if sees is None else jnp.where(sees[..., None, None], out, 0)
     wide = accumulator(dtype)
     arrays = [jnp.swapaxes(x, 1, 2) for x in (state, stored, values)]
     if choice.reference:
-        visible = jnp.ones((1, 1, 1), bool) if mask is None else mask
-        visible = jnp.broadcast_to(visible, (*state.shape[:2], stored.shape[1]))
-        out = hopfield_retrieval_reference(form, *(x.astype(wide) for x in arrays), beta, visible)
+        shown = visible(form.reach, sight, stored.shape[1])
+        shown = jnp.broadcast_to(True if shown is None else shown, (*state.shape[:2], stored.shape[1]))
+        out = hopfield_retrieval_reference(form, *(x.astype(wide) for x in arrays), beta, shown)
     else:
-        out = choice.run(form, RetrievalInputs(*arrays, beta, mask))
+        out = choice.run(form, RetrievalInputs(*arrays, beta, sight))
     return jnp.swapaxes(out, 1, 2).astype(dtype)
 
 
-def _attention(state, stored, values, beta, mask):
+def _attention(reach, state, stored, values, beta, sight):
     """One update with softmax and dot products, through the library's attention."""
-    width, value = state.shape[3], values.shape[3]
+    width, value, patterns = state.shape[3], values.shape[3], stored.shape[1]
+    if sight.mask is None and sight.segments is None and state.shape[1] == patterns:
+        after = 0 if reach.causal else patterns
+        seen = dict(is_causal=reach.causal, local_window_size=reach.window and (reach.window - 1, after))
+    else:  # the library's first state, not its last, stands at the first pattern
+        shown = visible(reach, sight, patterns)
+        seen = dict(mask=None if shown is None else shown[:, None])
     state = (state.astype(beta.dtype) * beta[:, None]).astype(state.dtype)
     state, stored = (_widened(x, value) for x in (state, stored))
-    shown = None if mask is None else mask[:, None]
-    out = jax.nn.dot_product_attention(state, stored, _widened(values, width), mask=shown, scale=1.0)[..., :value]
-    # For a state without visible patterns the library returns the mean of the hidden ones.
-    return out if mask is None else jnp.where(jnp.any(mask, axis=-1)[..., None, None], out, 0)
+    return jax.nn.dot_product_attention(state, stored, _widened(values, width), scale=1.0, **seen)[..., :value]
 
 
 def _widened(x, width):
@@ -204,10 +268,10 @@ def _widened(x, width):
     return jnp.pad(x, [(0, 0)] * 3 + [(0, max(width - x.shape[3], 0))])
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _energy(separation, alpha, similarity, state, stored, beta, mask):
+@partial(jax.jit, static_argnums=(0, 1))
+def _energy(separated, reach, state, stored, beta, given):
     dtype = accumulator(jnp.result_type(state, stored))
-    own = half_square(state.astype(dtype)) if similarity == "dot" else 0  # also for a state that sees nothing
-    state, stored, _, beta, mask = _prepare(dtype, state, stored, None, beta, mask)
+    own = half_square(state.astype(dtype)) if separated[2] == "dot" else 0  # also for a state that sees nothing
+    state, stored, _, beta, sight, _ = _prepare(dtype, reach, state, stored, None, beta, given)
     arrays = [jnp.swapaxes(x, 1, 2) for x in (state, stored)]
-    return own - jnp.swapaxes(pull(separation, alpha, similarity, *arrays, beta, mask), 1, 2)
+    return own - jnp.swapaxes(pull(*separated, *arrays, beta, visible(reach, sight, stored.shape[1])), 1, 2)

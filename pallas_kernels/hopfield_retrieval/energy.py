@@ -16,7 +16,7 @@ def pull(
     state: Float[Array, "B H N D"],
     stored: Float[Array, "B H M D"],
     beta: Float[Array, " H"],
-    visible: Bool[Array, "B _ M"] | None,
+    visible: Bool[Array, "_ _ M"] | None,
 ) -> Float[Array, "B H N"]:
     """Returns (Omega*(beta sim) - Omega*(0)) / beta of every state; all arrays in the dtype of the computation."""
     visible = None if visible is None else visible[:, None]

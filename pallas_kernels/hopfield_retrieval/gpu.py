@@ -2,7 +2,8 @@
 
 A program runs all updates for `CHUNK` states of one head. The patterns are loaded once. An update visits them block by
 block with a running maximum and sum of its softmax, so scores leave the registers only as weights for the matrix unit.
-Values are streamed once, at the end. The backward pass is the XLA form's.
+Values are streamed once, at the end. Which patterns a state sees is computed there from places and segment ids; blocks
+out of the reach of all states of the program are skipped. The backward pass is the XLA form's.
 
 The matrix unit takes bfloat16. A float32 matrix is split into a sum of three bfloat16 matrices. A product of two such
 sums uses the six products that matter; the others are below float32's last digit.
@@ -18,7 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from engrax.pallas_kernels.common.partition import shard_over_batch_and_heads
 from engrax.pallas_kernels.hopfield_retrieval.kernels import HIDDEN, passes_of, unserved
-from engrax.pallas_kernels.hopfield_retrieval.types import RetrievalForm, RetrievalShapes
+from engrax.pallas_kernels.hopfield_retrieval.types import Reach, RetrievalForm, RetrievalShapes
+from engrax.pallas_kernels.hopfield_retrieval.visibility import BLIND, UNSEEN
 from engrax.pallas_kernels.mosaic_gpu.parts import (
     BY_ROW,
     CHUNK,
@@ -45,63 +47,70 @@ def unsupported(shapes: RetrievalShapes) -> str | None:
     reason = unserved("GPU", shapes)
     if reason is not None:
         return reason
-    if shapes.key not in SIZES or shapes.value not in SIZES:
-        return f"the GPU kernel takes D and V of {SIZES[0]} or {SIZES[1]}, not {shapes.key} and {shapes.value}"
+    if max(shapes.key, shapes.value) > SIZES[-1]:
+        return f"the GPU kernel takes D and V of at most {SIZES[-1]}, not {shapes.key} and {shapes.value}"
     if PARTS[jnp.dtype(shapes.dtype)] > 1 and shapes.key > SIZES[0]:  # the compiler runs out of registers
-        return f"the GPU kernel takes {jnp.dtype(shapes.dtype)} states of {SIZES[0]} features, not {shapes.key}"
+        return f"the GPU kernel takes {jnp.dtype(shapes.dtype)} states of at most {SIZES[0]} features, not {shapes.key}"
     if max(shapes.batch, shapes.heads) > MOST_PROGRAMS:
         return f"the GPU kernel takes at most {MOST_PROGRAMS} rows and heads"
-    need = _smem_bytes(shapes)
+    blocks, parts = -(-shapes.patterns // CHUNK), PARTS[jnp.dtype(shapes.dtype)]
+    key, value = _width(shapes.key), _width(shapes.value)
+    columns = key * (blocks + 1) + CHUNK + STAGES * value  # of patterns and states, weights, values
+    need = 2 * CHUNK * parts * columns + 4 * CHUNK * blocks
     if need > SMEM_BYTES:
-        return f"the GPU kernel would need {need >> 10} KiB of SMEM for these patterns, more than {SMEM_BYTES >> 10}"
+        what = f"{blocks} blocks of {CHUNK} patterns of {key} features"
+        return f"the GPU kernel would need {need >> 10} KiB of SMEM for {what}, more than {SMEM_BYTES >> 10}"
     return None
 
 
-def _smem_bytes(shapes: RetrievalShapes) -> int:
-    blocks, parts = -(-shapes.patterns // CHUNK), PARTS[jnp.dtype(shapes.dtype)]
-    columns = shapes.key * (blocks + 1) + CHUNK + STAGES * shapes.value  # of patterns and states, weights, values
-    return 2 * CHUNK * parts * columns + 4 * CHUNK * blocks
+def _width(features: int) -> int:
+    """The width in the kernel: columns of zeros are added up to a size of the matrix unit."""
+    return next(size for size in SIZES if features <= size)
 
 
-def _run(form: RetrievalForm, state, stored, values, beta, hidden):
-    run = shard_over_batch_and_heads(
-        partial(_forward, form.steps, form.interpret), ("BHND", "BHMD", "BHMV", "Hx", "BM"), "BHNV"
-    )
-    return run(state, stored, values, jnp.broadcast_to(beta[:, None], (len(beta), CHUNK)), hidden)
+def _run(form: RetrievalForm, state, stored, values, beta, ids, stored_ids):
+    run = shard_over_batch_and_heads(partial(_forward, form), ("BHND", "BHMD", "BHMV", "Hx", "BN", "BM"), "BHNV")
+    return run(state, stored, values, jnp.broadcast_to(beta[:, None], (len(beta), CHUNK)), ids, stored_ids)
 
 
 passes = passes_of(_run)
 
 
-def _forward(steps, interpret, state, stored, values, beta, hidden):
-    batch, heads, count, width = state.shape
-    parts, value = PARTS[stored.dtype], values.shape[3]
-    state = jnp.pad(state, [(0, 0), (0, 0), (0, -count % CHUNK), (0, 0)]).astype(jnp.float32)
-    missing = -hidden.shape[1] % CHUNK
-    hidden = jnp.pad(hidden, [(0, 0), (0, missing)], constant_values=HIDDEN).reshape(batch, -1, CHUNK)
-    blocks = hidden.shape[1]
-    stored, values = (
-        _bfloat16_parts(jnp.pad(x, [(0, 0), (0, 0), (0, missing), (0, 0)]).reshape(batch, heads, blocks, CHUNK, -1))
-        for x in (stored, values)
-    )
+def _forward(form, state, stored, values, beta, ids, stored_ids):
+    (batch, heads, count, _), value = state.shape, values.shape[3]
+    parts, first_place = PARTS[stored.dtype], stored.shape[2] - count
+    state, stored, values = (_padded(x, 2, 3) for x in (state, stored, values))
+    ids, stored_ids = _padded(ids, 1, fill=BLIND), _padded(stored_ids, 1, fill=UNSEEN).reshape(batch, -1, CHUNK)
+    blocks, width = stored_ids.shape[1], state.shape[3]
+    stored, values = (_bfloat16_parts(x.reshape(batch, heads, blocks, CHUNK, -1)) for x in (stored, values))
     scratch = {
         "stored": [plgpu.SMEM((blocks, CHUNK, width), jnp.bfloat16, transforms=tiles(jnp.bfloat16))] * parts,
-        "hidden": plgpu.SMEM((blocks, CHUNK), jnp.float32),
+        "ids": plgpu.SMEM((blocks, CHUNK), jnp.int32),
         "state": [matrix(CHUNK, width)] * parts,
         "weights": [matrix(CHUNK, CHUNK)] * parts,
         "arrived": plgpu.Barrier(num_arrivals=parts * blocks + 1),
     }
     kernel = plgpu.kernel(
-        partial(_program, steps),
-        out_type=(jax.ShapeDtypeStruct((*state.shape[:3], value), jnp.float32),),
+        partial(_program, form.steps, form.reach, first_place),
+        out_type=(jax.ShapeDtypeStruct((*state.shape[:3], values[0].shape[-1]), jnp.float32),),
         scratch_types=[scratch],
         grid=(batch, heads, state.shape[2] // CHUNK),
         grid_names=("batch", "head", "part"),
         kernel_name="hopfield_retrieval_forward",
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=plgpu.InterpretGPUParams() if form.interpret else None,
     )
-    (out,) = kernel({"state": state, "stored": stored, "values": values, "beta": beta, "hidden": hidden})
-    return out[:, :, :count]
+    inputs = {"state": state.astype(jnp.float32), "stored": stored, "values": values, "beta": beta}
+    (out,) = kernel(inputs | {"ids": ids, "stored_ids": stored_ids})
+    return out[:, :, :count, :value]
+
+
+def _padded(x, rows: int, columns: int | None = None, fill=0):
+    """Pads axis `rows` to whole blocks, and axis `columns` to a width of the kernel."""
+    widths = [(0, 0)] * x.ndim
+    widths[rows] = (0, -x.shape[rows] % CHUNK)
+    if columns is not None:
+        widths[columns] = (0, _width(x.shape[columns]) - x.shape[columns])
+    return jnp.pad(x, widths, constant_values=fill)
 
 
 def _bfloat16_parts(x) -> list:
@@ -113,38 +122,65 @@ def _bfloat16_parts(x) -> list:
     return [part.astype(jnp.bfloat16) for part in parts]
 
 
-def _program(steps: int, inputs, out, scratch):
+def _program(steps: int, reach: Reach, first_place: int, inputs, out, scratch):
     batch, head, part = (lax.axis_index(name) for name in ("batch", "head", "part"))
-    rows, blocks = pl.ds(part * CHUNK, CHUNK), scratch["hidden"].shape[0]
+    rows, place = pl.ds(part * CHUNK, CHUNK), part * CHUNK + first_place
+    first, end = _blocks_in_reach(reach, place, scratch["ids"].shape[0])
 
-    @pl.loop(0, blocks)
+    @pl.loop(0, scratch["ids"].shape[0])
     def _arrive(i):
         for source, target in zip(inputs["stored"], scratch["stored"]):
             plgpu.copy_gmem_to_smem(source.at[batch, head, i], target.at[i], scratch["arrived"])
 
-    plgpu.copy_gmem_to_smem(inputs["hidden"].at[batch], scratch["hidden"], scratch["arrived"])
+    plgpu.copy_gmem_to_smem(inputs["stored_ids"].at[batch], scratch["ids"], scratch["arrived"])
     beta = plgpu.load(inputs["beta"].at[head], layout=BY_ROW, optimized=False)
+    ids = plgpu.load(inputs["ids"].at[batch, rows], layout=BY_ROW, optimized=False)
     state = plgpu.load(inputs["state"].at[batch, head, rows], layout=MATRIX, optimized=False)
     plgpu.barrier_wait(scratch["arrived"])
+    shown = partial(_shown, reach, place, ids, scratch["ids"])
 
     def update(_, state):
-        see = _shown(scratch, beta, state)
+        see = _looking(scratch, shown, beta, state)
         start = _start(state.shape[1])
         return _mean(
-            lax.fori_loop(0, blocks, lambda i, seen: see(i, [x.at[i] for x in scratch["stored"]], seen), start)
+            lax.fori_loop(first, end, lambda i, seen: see(i, [x.at[i] for x in scratch["stored"]], seen), start)
         )
 
-    see = _shown(scratch, beta, lax.fori_loop(0, steps - 1, update, state))
+    see = _looking(scratch, shown, beta, lax.fori_loop(0, steps - 1, update, state))
     value = inputs["values"][0].shape[-1]
-    block = plgpu.BlockSpec((None, CHUNK, value), lambda i: (i, 0, 0), transforms=tiles(jnp.bfloat16))
+    block = plgpu.BlockSpec((None, CHUNK, value), lambda i: (first + i, 0, 0), transforms=tiles(jnp.bfloat16))
     pipeline = plgpu.emit_pipeline(
-        lambda indices, *refs_and_seen: see(indices[0], refs_and_seen[:-1], refs_and_seen[-1]),
-        grid=(blocks,),
+        lambda indices, *refs_and_seen: see(first + indices[0], refs_and_seen[:-1], refs_and_seen[-1]),
+        grid=(end - first,),
         in_specs=[block] * len(inputs["values"]),
-        max_concurrent_steps=min(STAGES, blocks),
+        max_concurrent_steps=min(STAGES, scratch["ids"].shape[0]),
         init_carry=_start(value),
     )
     out[batch, head, rows] = _mean(pipeline(*(x.at[batch, head] for x in inputs["values"])))
+
+
+def _blocks_in_reach(reach: Reach, place, blocks: int):
+    """Returns the first block of patterns in reach of the 64 states from `place` on, and the block after the last.
+
+    There is always one block, though no state may see a pattern there.
+    """
+
+    def block_of(place):
+        return lax.div(jnp.maximum(place, 0), jnp.int32(CHUNK))
+
+    end = jnp.minimum(block_of(place + CHUNK - 1) + 1, blocks) if reach.causal else blocks
+    return 0 if reach.window is None else block_of(place - reach.window + 1), end
+
+
+def _shown(reach: Reach, place, ids, stored_ids, i):
+    """Returns the mask of the patterns of block i (columns) that the states (rows) see."""
+    shown = _by_row(ids, CHUNK) == along_columns(stored_ids.at[i])
+    if reach == Reach():
+        return shown
+    column = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1, layout=MATRIX)
+    own = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=BY_ROW) + (place - i * CHUNK)  # the place in the block
+    shown = shown & (column <= _by_row(own, CHUNK)) if reach.causal else shown
+    return shown if reach.window is None else shown & (column > _by_row(own - reach.window, CHUNK))
 
 
 def _start(columns: int):
@@ -154,10 +190,11 @@ def _start(columns: int):
     return top, total, plgpu.layout_cast(jnp.zeros((CHUNK, columns), jnp.float32), MATRIX)
 
 
-def _shown(scratch, beta, state):
+def _looking(scratch, shown, beta, state):
     """Stores the states for the matrix unit. Returns the function that processes a block of patterns.
 
     It takes the block's number, the parts of the vectors averaged there, and the running values from `_start`.
+    shown(i): the mask of block i.
     """
     split(scratch["state"], state)
     plgpu.commit_smem()
@@ -165,7 +202,7 @@ def _shown(scratch, beta, state):
     def see(i, read, seen):
         top, total, sums = seen
         (scores,) = products(pairs(scratch["state"], [transposed(x.at[i]) for x in scratch["stored"]]))
-        scores = scores * _by_row(beta, CHUNK) + along_columns(scratch["hidden"].at[i])
+        scores = jnp.where(shown(i), scores * _by_row(beta, CHUNK), HIDDEN)
         new_top = jnp.maximum(top, plgpu.layout_cast(jnp.max(scores, axis=1), BY_ROW))
         weights, fades = jnp.exp(scores - _by_row(new_top, CHUNK)), jnp.exp(top - new_top)
         split(scratch["weights"], weights)
@@ -178,8 +215,10 @@ def _shown(scratch, beta, state):
 
 
 def _mean(seen):
-    _, total, sums = seen
-    return sums / _by_row(total, sums.shape[1])
+    """The mean of the visible patterns; 0 for a state that has seen none, whose weights are those of hidden ones."""
+    top, total, sums = seen
+    share = jnp.where(top > HIDDEN / 2, 1 / total, 0.0)
+    return sums * _by_row(share, sums.shape[1])
 
 
 def _by_row(x, columns: int):
