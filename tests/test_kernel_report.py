@@ -4,6 +4,7 @@ The table of every shipped config is committed: `python tests/test_kernel_report
 shows as a diff.
 """
 
+import dataclasses
 import json
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from engrax import cli, configs
 from engrax.errors import UserError
+from engrax.layers import TitansConfig
 from engrax.pallas_kernels import devices
 from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX
 from engrax.train import kernel_report
@@ -86,6 +88,16 @@ def test_the_report_is_what_a_program_traced_for_the_device_gets():
             served = [kernel_report.dispatch.choose(*row.call) for row in kernel_report.report(experiment, device)]
         names = [choice.branches[0][1].name for choice in served]
         assert names == [row.served.by for row in reports(experiment, device)] and names
+
+
+def test_a_titans_memory_in_packed_rows_gets_its_gpu_kernel():
+    experiment, sizes = configs.find("quickstart").experiment, ((1, 64), (2, 64), (2, 128))
+    mixers = tuple(TitansConfig(heads=2, head_dim=64, hidden=n, depth=depth, chunk_size=64) for depth, n in sizes)
+    model = dataclasses.replace(experiment.model, mixers=mixers, repeat=1)
+    rows = reports(dataclasses.replace(experiment, model=model), devices.NAMED["h200"])
+    memories = [row for row in rows if row.call.op == "neural_memory"]
+    assert [row.served.by for row in memories] == ["pallas_gpu"] * 3
+    assert all(row.call.shapes.segments for row in memories)
 
 
 if __name__ == "__main__":
