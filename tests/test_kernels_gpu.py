@@ -377,7 +377,7 @@ def compare_errors(own, others):
         assert error <= max(SLACK * other, FLOOR), f"{name}: the kernel errs by {error}, the XLA form by {other}"
 
 
-@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("segments", [False, pytest.param(True, marks=pytest.mark.deep)])
 @pytest.mark.parametrize("depth, hidden", [(1, 6), *(pytest.param(2, n, marks=pytest.mark.deep) for n in (64, 128))])
 @pytest.mark.parametrize("devices, implementation", [pytest.param(1, "pallas_gpu", marks=pytest.mark.long), (8, None)])
 def test_an_h200_gets_the_memory_kernels_and_no_loop(devices, implementation, depth, hidden, segments):
@@ -412,8 +412,11 @@ def test_what_the_memory_kernel_cannot_serve_is_said():
     assert all(unsupported(fine._replace(layers=((64, size), (size, 64)))) is None for size in (64, 128))
     for change, word in (
         (dict(layers=((64, 64),) * 3), "1 or 2 layers, not 3"),
-        (dict(layers=((64, 256), (256, 64))), "not 64, 256 and 64"),
-        (dict(layers=((64, 64), (64, 128))), "not 64, 64 and 128"),
+        (dict(layers=((64, 96), (96, 64))), "multiples of 64, not 96"),
+        (dict(layers=((64, 192), (192, 64))), "305 KiB of shared memory for K = 64, 192 hidden"),
+        (dict(layers=((64, 256), (256, 64))), "393 KiB"),
+        (dict(layers=((128, 128), (128, 128))), "369 KiB"),
+        (dict(layers=((128, 64), (64, 128))), "255 registers), not 128 and 128"),
         (dict(tokens=single), "bfloat16"),
         (dict(dtype=np.dtype(np.float64)), "float64"),
         (dict(layers=((32, 128),)), "not 32 and 128"),

@@ -25,12 +25,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, MOST_PROGRAMS, SIZES
+from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, MOST_PROGRAMS, SIZES, SMEM_BYTES
 from engrax.pallas_kernels.neural_memory import gpu_kernels, gpu_two_layers
 from engrax.pallas_kernels.neural_memory.gpu_chunks import chunk_gradients
 from engrax.pallas_kernels.neural_memory.gpu_kernels import RESET, PackedTokens
 from engrax.pallas_kernels.neural_memory.gpu_scan import FinalMatrices, MatrixPasses, by_chunks
-from engrax.pallas_kernels.neural_memory.gpu_two_layers_kernels import TILE
+from engrax.pallas_kernels.neural_memory.gpu_two_layers_kernels import TILE, smem_bytes
 from engrax.pallas_kernels.neural_memory.types import MemoryShapes
 from engrax.pallas_kernels.neural_memory.vjp import (
     Blocks,
@@ -51,18 +51,32 @@ def unsupported(shapes: MemoryShapes) -> str | None:
         return f"the GPU kernel takes memories of 1 or 2 layers, not {len(shapes.layers)}"
     if shapes.tokens != jnp.bfloat16 or shapes.dtype != jnp.float32:
         return f"the GPU kernel takes bfloat16 q, k and v and a float32 state, not {shapes.tokens} and {shapes.dtype}"
-    key, *hidden, value = shapes.layers[0][0], *(out for _, out in shapes.layers)
-    if hidden and ((key, value) != (TILE, TILE) or hidden[0] not in SIZES):
-        wanted = f"K, hidden features and V of {TILE}, {SIZES[0]} or {SIZES[1]}, and {TILE}"
-        return f"the GPU kernel takes 2 layers with {wanted}, not {key}, {hidden[0]} and {value}"
-    if key not in SIZES or value not in SIZES:
-        return f"the GPU kernel takes K and V of {SIZES[0]} or {SIZES[1]}, not {key} and {value}"
+    if message := _unsupported_sizes(*shapes.layers):
+        return message
     if shapes.slots != CHUNK:
         return f"the GPU kernel takes chunks of {CHUNK} tokens and at least one chunk, not blocks of {shapes.slots}"
     if not shapes.aligned and shapes.blocks < 3:
         return f"the GPU kernel takes rows at unknown phases from {CHUNK + 2} tokens on"
     if max(shapes.batch, shapes.heads) > MOST_PROGRAMS:
         return f"the GPU kernel takes at most {MOST_PROGRAMS} rows and heads"
+    return None
+
+
+def _unsupported_sizes(first: tuple[int, int], second: tuple[int, int] | None = None) -> str | None:
+    (key, hidden), value = first, (second or first)[1]
+    if key not in SIZES or value not in SIZES:
+        return f"the GPU kernel takes K and V of {SIZES[0]} or {SIZES[1]}, not {key} and {value}"
+    if second is None:
+        return None
+    if hidden % TILE:
+        return f"the GPU kernel takes hidden features in multiples of {TILE}, not {hidden}"
+    need = smem_bytes(key, hidden, value)
+    if need > SMEM_BYTES:
+        sizes = f"K = {key}, {hidden} hidden features and V = {value}"
+        return f"the GPU kernel would need {need >> 10} KiB of shared memory for {sizes}, more than 227 KiB"
+    if (key, value) != (TILE, TILE):  # with 128, ptxas spilled 324 bytes of the forward sweep
+        wanted = f"K and V of {TILE} (128 take more than a thread's 255 registers)"
+        return f"the GPU kernel takes 2 layers with {wanted}, not {key} and {value}"
     return None
 
 

@@ -44,6 +44,7 @@ from engrax.pallas_kernels.neural_memory.gpu_kernels import (
     READ_MOMENTUM,
     READ_WEIGHTS,
     RESET,
+    TABLE_ROWS,
     WRITE,
     PackedTokens,
     chunk_block,
@@ -87,6 +88,17 @@ def sizes_of(tokens: PackedTokens, tiles: int, activation: str = "", reverse: bo
     """Returns the sizes of a call; reverse: visits the chunks from last to first."""
     batch, length, heads, _ = tokens.k.shape
     return TwoLayerSizes(batch, heads, length // CHUNK, tiles, activation, reverse)
+
+
+def smem_bytes(key: int, hidden: int, value: int) -> int:
+    """Returns the SMEM that a sweep over memories of these features takes, with the inputs of one chunk.
+
+    That is: weights and momentum in float32; in bfloat16 two tiles of operands, x, delta and the read of the hidden
+    features, q, k and v; and the table.
+    """
+    keys, tiles, values = (size // TILE for size in (key, hidden, value))
+    exact, rounded = 2 * tiles * (keys + values), 2 + 3 * tiles + 2 * keys + values
+    return (4 * exact + 2 * rounded) * TILE * TILE + 4 * TABLE_ROWS * CHUNK
 
 
 def forward(tokens: PackedTokens, weights, momentum, reset, activation: str, *, interpret: bool = False) -> dict:
@@ -267,6 +279,7 @@ def _restart(place: TwoLayerProgram, table):
             for name, source in zip(MATRICES, RESET):
                 for number, tile in enumerate(place.scratch[name]):
                     tile[...] = place.load(source, number)
+            plgpu.commit_smem()  # the copy engine sees them, for the anchor
 
 
 def _forward_chunk(chunk: TwoLayerChunk):
