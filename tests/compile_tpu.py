@@ -100,7 +100,8 @@ def memory(layers, activation="gelu", slots=64, group=1, phased=False, segments=
     table = Coefficients(anchor, columns, columns, square, array(*lead, bases), array(*lead, slots))
     flags = array(CHUNKS, BATCH, dtype=bool)
     rows = [array(*lead, slots, size) for size in (layers[0][0], layers[0][0], layers[-1][1])]
-    blocks = neural_memory_vjp.Blocks(table, square, *rows, flags if phased else None, flags if segments else None)
+    begun = array(CHUNKS, BATCH, slots, dtype=bool) if segments else None
+    blocks = neural_memory_vjp.Blocks(table, square, *rows, flags if phased else None, begun)
     matrices = tuple(array(BATCH, HEADS, *layer) for layer in layers)
 
     def run(blocks, carry, reset):

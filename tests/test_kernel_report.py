@@ -4,6 +4,7 @@ Two tables of every shipped config are committed: every call in tests/kernels_re
 docs/operations.md. `python tests/test_kernel_report.py` writes them, so that a change shows as a diff.
 """
 
+import dataclasses
 import json
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from engrax import cli, configs
 from engrax.errors import UserError
+from engrax.layers import TitansConfig
 from engrax.pallas_kernels import devices
 from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX
 from engrax.train import kernel_report
@@ -121,6 +123,16 @@ def _short(served, device):
 def test_the_short_table_in_the_docs():
     told = DOCUMENT.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()
     assert told == short_table(), "python tests/test_kernel_report.py writes the table"
+
+
+def test_a_titans_memory_in_packed_rows_gets_its_gpu_kernel():
+    experiment, sizes = configs.find("quickstart").experiment, ((1, 64), (2, 64), (2, 128))
+    mixers = tuple(TitansConfig(heads=2, head_dim=64, hidden=n, depth=depth, chunk_size=64) for depth, n in sizes)
+    model = dataclasses.replace(experiment.model, mixers=mixers, repeat=1)
+    rows = reports(dataclasses.replace(experiment, model=model), devices.NAMED["h200"])
+    memories = [row for row in rows if row.call.op == "neural_memory"]
+    assert [row.served.by for row in memories] == ["pallas_gpu"] * 3
+    assert all(row.call.shapes.segments for row in memories)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ With one layer, M(x) = x W, so the columns of W, of its momentum S and of v are 
 
 The other gradients need only the results of these sweeps from other chunks (`gpu_chunks`).
 
+If a chunk begins a segment, M and S at its start are the reset state instead of the carried one, and their cotangents
+are added to those of the reset state; none goes to the chunk before.
+
 Matrices are float32, in SMEM or in registers, and are rounded to bfloat16 for the matrix unit.
 """
 
@@ -40,10 +43,13 @@ from engrax.pallas_kernels.mosaic_gpu.parts import (
 )
 from engrax.pallas_kernels.mosaic_gpu.pipeline import run_kernel
 
-# Rows of a chunk's table: A, B, the anchor's scale, C and E of the last slot; then A, B and P of the last slot.
+# Rows of a chunk's table: A, B, the anchor's scale, C and E of the last slot. The last row has A, B and P of the last
+# slot and then two flags, 0 or 1: the chunk begins a segment; its first weights are the row's final anchor.
 READ_WEIGHTS, READ_MOMENTUM, ANCHOR, WRITE, LAST_WRITE, LAST = range(6)
+BEGINS, ANCHORS = 3, 4
 TABLE_ROWS = 6
 MATRICES = ("weights", "momentum")
+RESET = ("reset_weights", "reset_momentum")
 
 
 class PackedTokens(NamedTuple):
@@ -57,13 +63,14 @@ class PackedTokens(NamedTuple):
 
 
 class MemorySizes(NamedTuple):
-    """The static sizes."""
+    """The static sizes. segments: chunks may begin with the reset state."""
 
     batch: int
     heads: int
     chunks: int
     key: int
     value: int
+    segments: bool
     reverse: bool = False
 
     def at(self, step):
@@ -84,53 +91,65 @@ class MemorySizes(NamedTuple):
         return jax.ShapeDtypeStruct((self.batch, self.heads, self.chunks, self.key, self.value), jnp.bfloat16)
 
 
-def sizes_of(tokens: PackedTokens, reverse: bool = False) -> MemorySizes:
+def sizes_of(tokens: PackedTokens, segments: bool = False, reverse: bool = False) -> MemorySizes:
     """Returns the sizes of a call; reverse: visits the chunks from last to first."""
     batch, length, heads, key = tokens.k.shape
-    return MemorySizes(batch, heads, length // CHUNK, key, tokens.v.shape[3], reverse)
+    return MemorySizes(batch, heads, length // CHUNK, key, tokens.v.shape[3], segments, reverse)
 
 
-def forward(tokens: PackedTokens, weights, momentum, *, stages: int = 2, interpret: bool = False) -> dict:
+def reset_inputs(reset) -> dict:
+    """Returns the inputs that hold the reset state; none without segments."""
+    return {} if reset is None else dict(zip(RESET, reset))
+
+
+def forward(tokens: PackedTokens, weights, momentum, reset=None, *, interpret: bool = False) -> dict:
     """Returns "out" `[B, T, H, V]` bfloat16 and, `[B, H, K, V]` float32, "weights", "momentum" and "anchor", the
-    weights at the start of the last chunk."""
-    plan = sizes_of(tokens)
+    weights at the start of the row's last chunk that the table says (if none, its values are undefined).
+
+    reset: weights and momentum at the start of chunks that begin a segment, `[B, H, K, V]`; None: no segments.
+    """
+    plan = sizes_of(tokens, reset is not None)
     out_types = {"out": plan.tokens(plan.value)} | dict.fromkeys(("weights", "momentum", "anchor"), plan.matrices())
-    inputs = tokens._asdict() | {"weights": weights, "momentum": momentum}
-    body = partial(_sweep, plan, stages, _forward_chunk, ("q", "k"), ("v",))
+    inputs = tokens._asdict() | {"weights": weights, "momentum": momentum} | reset_inputs(reset)
+    body = partial(_sweep, plan, _forward_chunk, ("q", "k"), ("v",))
     return run_kernel("neural_memory_forward", body, out_types, _scratch(plan), plan.grid, interpret, inputs)
 
 
-def states(tokens: PackedTokens, weights, momentum, *, stages: int = 2, interpret: bool = False) -> dict:
+def states(tokens: PackedTokens, weights, momentum, reset=None, *, interpret: bool = False) -> dict:
     """Recomputes the forward pass. Returns bfloat16 arrays: "delta" and its rounding error "rest", `[B, T, H, V]`, and
     "weights_at" and "momentum_at" at the start of every chunk, `[B, H, N, K, V]`, with their rounding errors
     "weights_rest" and "momentum_rest"."""
-    plan = sizes_of(tokens)
+    plan = sizes_of(tokens, reset is not None)
     out_types = dict.fromkeys(("delta", "rest"), plan.tokens(plan.value))
     out_types |= dict.fromkeys((f"{name}_{part}" for name in MATRICES for part in ("at", "rest")), plan.states())
     inputs = {"k": tokens.k, "v": tokens.v, "table": tokens.table, "weights": weights, "momentum": momentum}
-    body = partial(_sweep, plan, stages, _states_chunk, ("k",), ("v",))
+    inputs |= reset_inputs(reset)
+    body = partial(_sweep, plan, _states_chunk, ("k",), ("v",))
     scratch = _scratch(plan) | {"rest": {name: matrix(plan.key, COLUMNS) for name in MATRICES}}
     return run_kernel("neural_memory_backward_states", body, out_types, scratch, plan.grid, interpret, inputs)
 
 
-def backward(tokens: PackedTokens, again: dict, out_bar, bars, *, stages: int = 2, interpret: bool = False) -> dict:
+def backward(
+    tokens: PackedTokens, again: dict, out_bar, bars, segments: bool = False, *, interpret: bool = False
+) -> dict:
     """Runs the cotangents of the matrices backwards. bars: the cotangents of `forward`'s weights, momentum and anchor;
-    again: the results of `states`.
+    again: the results of `states`. segments: chunks may begin with the reset state.
 
     Returns "v_bar" `[B, T, H, V]` bfloat16; the cotangents at the end of every chunk, "weights_at" and "momentum_at"
-    `[B, H, N, K, V]` bfloat16; the cotangents of the initial "weights" and "momentum", `[B, H, K, V]` float32; and
+    `[B, H, N, K, V]` bfloat16; the cotangents of the initial "weights" and "momentum", and with segments those of the
+    reset state, "reset_weights" and "reset_momentum", `[B, H, K, V]` float32; and
     "matches" `[N, B, H, 3]`, the inner products of the matrices with their cotangents, which are the cotangents of A, B
     and P of the last slot.
     """
-    plan = sizes_of(tokens, reverse=True)
+    plan = sizes_of(tokens, segments, reverse=True)
     out_types = {"v_bar": plan.tokens(plan.value)} | dict.fromkeys(("weights_at", "momentum_at"), plan.states())
-    out_types |= dict.fromkeys(("weights", "momentum"), plan.matrices())
+    out_types |= dict.fromkeys((*MATRICES, *(RESET if segments else ())), plan.matrices())
     matches = (plan.value // COLUMNS, plan.chunks, plan.batch, plan.heads, 3, plan.key)
     out_types["matches"] = jax.ShapeDtypeStruct(matches, jnp.float32)
     inputs = tokens._asdict() | dict(zip(("weights", "momentum", "anchor"), bars)) | {"out_bar": out_bar}
     inputs |= {name: again[name] for name in again if name.startswith(MATRICES)}
     del inputs["v"]
-    body = partial(_sweep, plan, stages, _backward_chunk, ("q", "k"), ("out_bar",))
+    body = partial(_sweep, plan, _backward_chunk, ("q", "k"), ("out_bar",))
     scratch = _scratch(plan)
     found = run_kernel("neural_memory_backward_carry", body, out_types, scratch, plan.grid, interpret, inputs)
     return found | {"matches": found["matches"].sum((0, -1))}
@@ -141,8 +160,10 @@ def _scratch(plan: MemorySizes) -> dict:
         exact_state = [matrix(plan.key, COLUMNS, jnp.float32)] if exact else []
         return {"state": matrix(plan.key, COLUMNS), "exact_state": exact_state}
 
-    # Beside a chunk's values, the registers can hold one matrix of 64 rows, but not of 128.
-    return {"weights": state(True), "momentum": state(plan.key > 64), "square": matrix(CHUNK, CHUNK)}
+    # Beside a chunk's values, the registers can hold one matrix of 64 rows, but not of 128. With segments they hold
+    # none, so that what replaces the matrices is a branch without values.
+    exact_momentum = plan.key > 64 or plan.segments
+    return {"weights": state(True), "momentum": state(exact_momentum), "square": matrix(CHUNK, CHUNK)}
 
 
 class MemoryProgram(NamedTuple):
@@ -188,7 +209,7 @@ class MemoryProgram(NamedTuple):
         return {name: self.scratch[name]["state"] for name in MATRICES}
 
 
-def _sweep(plan: MemorySizes, stages: int, step, full, columns, inputs, outputs, scratch):
+def _sweep(plan: MemorySizes, step, full, columns, inputs, outputs, scratch):
     """Runs `step(plan, place, chunk, blocks by name, momentum) -> momentum` over all chunks.
 
     full, columns: the token arrays loaded with all features, and with only the program's columns.
@@ -213,7 +234,7 @@ def _sweep(plan: MemorySizes, stages: int, step, full, columns, inputs, outputs,
         body,
         grid=(plan.chunks,),
         in_specs=specs,
-        max_concurrent_steps=min(stages, plan.chunks),
+        max_concurrent_steps=min(2, plan.chunks),
         init_carry=momentum,
     )
     _finish(plan, place, pipeline(*refs))
@@ -236,8 +257,36 @@ def _begin(plan: MemorySizes, place: MemoryProgram) -> tuple:
         weights, block = (place.load(name, row) for name in ("weights", "momentum"))
         keep(place.scratch["weights"], (), row, weights)
         momentum = keep(place.scratch["momentum"], momentum, row, block)
+        for name in RESET if plan.reverse and plan.segments else ():
+            place.matrix(place.outputs[name], row)[...] = jnp.zeros((64, COLUMNS), jnp.float32)
     plgpu.commit_smem()
     return momentum
+
+
+def _restart(plan: MemorySizes, place: MemoryProgram, table):
+    """Replaces the matrices by the reset state if the chunk begins a segment."""
+    if plan.segments:
+
+        @pl.when(table[LAST, BEGINS] > 0)
+        def _():
+            for row in range(0, plan.key, 64):
+                for name, source in zip(MATRICES, RESET):
+                    keep(place.scratch[name], (), row, place.load(source, row))
+            plgpu.commit_smem()
+
+
+def _end_restart(plan: MemorySizes, place: MemoryProgram, table):
+    """The derivative of `_restart`: moves the matrices' cotangents to the reset state."""
+    if plan.segments:
+
+        @pl.when(table[LAST, BEGINS] > 0)
+        def _():
+            for row in range(0, plan.key, 64):
+                for name, target in zip(MATRICES, RESET):
+                    total = place.matrix(place.outputs[target], row)
+                    so_far = plgpu.load(total, layout=MATRIX, optimized=False)
+                    total[...] = so_far + kept(place.scratch[name], (), row)
+                    keep(place.scratch[name], (), row, jnp.zeros((64, COLUMNS), jnp.float32))
 
 
 def _finish(plan: MemorySizes, place: MemoryProgram, momentum: tuple):
@@ -251,8 +300,9 @@ def _finish(plan: MemorySizes, place: MemoryProgram, momentum: tuple):
 
 def _forward_chunk(plan: MemorySizes, place: MemoryProgram, chunk, blocks, momentum):
     outputs, scratch = place.outputs, place.scratch
+    _restart(plan, place, blocks["table"])
 
-    @pl.when(chunk == plan.chunks - 1)
+    @pl.when(blocks["table"][LAST, ANCHORS] > 0)
     def _():
         for row in range(0, plan.key, 64):
             place.matrix(outputs["anchor"], row)[...] = kept(scratch["weights"], (), row)
@@ -269,6 +319,7 @@ def _forward_chunk(plan: MemorySizes, place: MemoryProgram, chunk, blocks, momen
 
 
 def _states_chunk(plan: MemorySizes, place: MemoryProgram, chunk, blocks, momentum):
+    _restart(plan, place, blocks["table"])
     for row in range(0, plan.key, 64):
         rows = pl.ds(row, 64), slice(None)
         for name, values in (("weights", ()), ("momentum", momentum)):
@@ -352,11 +403,12 @@ def _backward_chunk(plan: MemorySizes, place: MemoryProgram, chunk, blocks, mome
         (to_weights,) = products([(q, out_bar), (k, square)])
         keep(scratch["weights"], (), row, kept(scratch["weights"], (), row) * table[LAST, 0] + to_weights)
 
-    @pl.when(chunk == plan.chunks - 1)
+    @pl.when(table[LAST, ANCHORS] > 0)
     def _():
         for row in range(0, plan.key, 64):
             keep(scratch["weights"], (), row, kept(scratch["weights"], (), row) + place.load("anchor", row))
 
+    _end_restart(plan, place, table)
     return after
 
 

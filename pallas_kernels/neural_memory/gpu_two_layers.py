@@ -13,8 +13,8 @@ start and the results of its reads.
 import jax.numpy as jnp
 
 from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK
-from engrax.pallas_kernels.neural_memory.gpu_kernels import PackedTokens
-from engrax.pallas_kernels.neural_memory.gpu_scan import FinalMatrices, sharded
+from engrax.pallas_kernels.neural_memory.gpu_kernels import RESET, PackedTokens
+from engrax.pallas_kernels.neural_memory.gpu_scan import FinalMatrices, by_chunks
 from engrax.pallas_kernels.neural_memory.gpu_two_layers_carry import carry_gradients
 from engrax.pallas_kernels.neural_memory.gpu_two_layers_kernels import TILE, forward, states
 from engrax.pallas_kernels.neural_memory.gpu_two_layers_reads import read_gradients
@@ -39,21 +39,21 @@ def from_tiles(matrix) -> Layers:
     return first, second.reshape(batch, heads, hidden, columns)
 
 
-def _forward(plan: ScanPlan, tokens: PackedTokens, weights, momentum):
-    found = forward(tokens, weights, momentum, plan.activation, interpret=plan.interpret)
+def _forward(plan: ScanPlan, tokens: PackedTokens, weights, momentum, reset):
+    found = forward(tokens, weights, momentum, reset, plan.activation, interpret=plan.interpret)
     return found["out"], FinalMatrices(found["weights"], found["momentum"], found["anchor"])
 
 
-def _backward(plan: ScanPlan, tokens: PackedTokens, weights, momentum, out_bar, bars: FinalMatrices):
-    """Returns the cotangents of the tokens, the weights and the momentum."""
-    again = states(tokens, weights, momentum, plan.activation, interpret=plan.interpret)
+def _backward(plan: ScanPlan, tokens: PackedTokens, weights, momentum, reset, out_bar, bars: FinalMatrices):
+    """Returns the cotangents of the tokens, the weights, the momentum and the reset state."""
+    again = states(tokens, weights, momentum, reset, plan.activation, interpret=plan.interpret)
     reads = read_gradients(tokens, again, out_bar, plan.activation, interpret=plan.interpret)
-    back = carry_gradients(tokens, again, reads, out_bar, bars, interpret=plan.interpret)
+    back = carry_gradients(tokens, again, reads, out_bar, bars, reset is not None, interpret=plan.interpret)
     rows, matches = jnp.split(back["rows_bar"], 2, axis=-2)
     last = jnp.pad(matches.sum(-1), [(0, 0)] * 3 + [(0, CHUNK - matches.shape[-2])])
     table_bar = jnp.concatenate([reads["rows_bar"], rows, last[..., None, :]], axis=-2)
     tokens_bar = PackedTokens(reads["q_bar"], back["k_bar"], -back["error_bar"], reads["write_bar"], table_bar)
-    return tokens_bar, back["weights"], back["momentum"]
+    return tokens_bar, back["weights"], back["momentum"], reset and tuple(back[name] for name in RESET)
 
 
-passes = sharded(_forward, _backward, "BHXIO")
+passes = by_chunks(_forward, _backward, "BHXIO")

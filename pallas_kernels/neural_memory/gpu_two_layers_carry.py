@@ -13,7 +13,8 @@ the other values of the chunk; "..." are the terms from the reads:
     dS_2 <- B_last dW_2 + P_last dS_2 + g^T B d out,  dW_2 <- A_last dW_2 + g^T A d out + x^T anchor de + dr^T anchor e
 
 The cotangents of the coefficients are inner products: of rows with the terms above, and of matrices with their
-cotangents.
+cotangents. If a chunk begins a segment, dW and dS at its start are added to the cotangents of the reset state; none
+goes to the chunk before.
 """
 
 from functools import partial
@@ -28,10 +29,14 @@ from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, load_matrix, products,
 from engrax.pallas_kernels.mosaic_gpu.pipeline import run_kernel
 from engrax.pallas_kernels.neural_memory.gpu_kernels import (
     ANCHOR,
+    ANCHORS,
+    BEGINS,
     LAST,
     LAST_WRITE,
+    MATRICES,
     READ_MOMENTUM,
     READ_WEIGHTS,
+    RESET,
     TABLE_ROWS,
     WRITE,
     PackedTokens,
@@ -73,19 +78,22 @@ _ROOMS = {"k_bar": 0, "error_bar": 1, "z_bar": 2}
 _WRITES = ((OF_C, WRITE, "weights"), (OF_E, LAST_WRITE, "momentum"))
 
 
-def carry_gradients(tokens: PackedTokens, again: dict, reads: dict, out_bar, bars, *, interpret: bool = False) -> dict:
+def carry_gradients(
+    tokens: PackedTokens, again: dict, reads: dict, out_bar, bars, segments: bool, *, interpret: bool = False
+) -> dict:
     """Returns the cotangents "k_bar" and "error_bar" (minus that of v), `[B, T, H, 64]` bfloat16; those of the initial
-    "weights" and "momentum", tiles in float32; and "rows_bar" `[N, B, H, 6, C]`: the cotangents of the anchor's scale
+    "weights" and "momentum", and with segments those of the reset state, "reset_weights" and "reset_momentum", tiles in
+    float32; and "rows_bar" `[N, B, H, 6, C]`: the cotangents of the anchor's scale
     and of C and E of the last slot, then three rows whose sums are the cotangents of A, B and P of the last slot.
 
     again, reads: the results of `states` and `read_gradients`. bars: the cotangents of `forward`'s weights, momentum
-    and anchor.
+    and anchor. segments: chunks may begin with the reset state.
     """
     plan = sizes_of(tokens, bars[0].shape[2] // 2, reverse=True)
     lead, count = (plan.chunks, plan.batch, plan.heads), QUANTITIES * 2 * plan.tiles
     rows = jax.ShapeDtypeStruct((*lead, count + 1, CHUNK), jnp.float32)
     out_types = dict.fromkeys(("k_bar", "error_bar"), plan.tokens()) | {"rows_bar": rows}
-    out_types |= dict.fromkeys(("weights", "momentum"), plan.matrices())
+    out_types |= dict.fromkeys((*MATRICES, *(RESET if segments else ())), plan.matrices())
     out_types["room"] = jax.ShapeDtypeStruct((plan.batch, plan.heads, 2 + plan.tiles, TILE, TILE), jnp.float32)
     inputs = {"q": tokens.q, "k": tokens.k, "table": tokens.table, "out_bar": out_bar, **again}
     inputs |= dict(zip(("weights", "momentum", "anchor"), bars))
@@ -136,6 +144,9 @@ class CarryChunk(TwoLayerChunk):
 def _sweep(plan: TwoLayerSizes, inputs, outputs, scratch):
     place = TwoLayerProgram(lax.axis_index("batch"), lax.axis_index("head"), inputs, outputs, scratch)
     begin(place)
+    for name in RESET if RESET[0] in outputs else ():
+        for number in range(2 * plan.tiles):
+            place.store(name, jnp.zeros((TILE, TILE), jnp.float32), number)
 
     def step(step, carry):
         _chunk(CarryChunk(plan, place, _counts(plan), plan.at(step), scratch["table"], {}))
@@ -170,10 +181,26 @@ def _chunk(chunk: CarryChunk):
     _update_second(chunk)
     _update_first(chunk)
 
-    @pl.when(chunk.number == chunk.plan.chunks - 1)
+    @pl.when(chunk.table[LAST, ANCHORS] > 0)
     def _():
         for tile, target in enumerate(place.scratch["weights"]):
             target[...] = load_matrix(target) + place.load("anchor", tile)
+
+    _end_restart(chunk)
+
+
+def _end_restart(chunk: CarryChunk):
+    """Moves the matrices' cotangents to the reset state if the chunk begins a segment."""
+    place = chunk.place
+    if RESET[0] in place.outputs:
+
+        @pl.when(chunk.table[LAST, BEGINS] > 0)
+        def _():
+            for name, target in zip(MATRICES, RESET):
+                for number, tile in enumerate(place.scratch[name]):
+                    so_far = load_global(place.outputs[target].at[place.batch, place.head, number])
+                    place.store(target, so_far + load_matrix(tile), number)
+                    tile[...] = jnp.zeros((TILE, TILE), jnp.float32)
 
 
 def _matches(chunk: CarryChunk):

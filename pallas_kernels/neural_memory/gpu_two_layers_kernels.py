@@ -9,7 +9,8 @@ rounds weights to bfloat16 when the matrix unit needs them. Per chunk, with lett
     carry    W_1 <- A_last W_1 + B_last S_1 - k^T C_last delta,    S_1 <- P_last S_1 - k^T E_last delta
              W_2 <- A_last W_2 + B_last S_2 - x^T C_last e,        S_2 <- P_last S_2 - x^T E_last e
 
-Matrices are stored as tiles `[64, 64]`: first the tiles of W_1, then those of W_2; the same for S.
+Matrices are stored as tiles `[64, 64]`: first the tiles of W_1, then those of W_2; the same for S. If a chunk begins a
+segment, the matrices at its start are the reset state instead of the carried one.
 """
 
 from functools import partial
@@ -35,13 +36,19 @@ from engrax.pallas_kernels.mosaic_gpu.parts import (
 from engrax.pallas_kernels.mosaic_gpu.pipeline import run_kernel
 from engrax.pallas_kernels.neural_memory.gpu_kernels import (
     ANCHOR,
+    ANCHORS,
+    BEGINS,
     LAST,
     LAST_WRITE,
+    MATRICES,
     READ_MOMENTUM,
     READ_WEIGHTS,
+    RESET,
+    TABLE_ROWS,
     WRITE,
     PackedTokens,
     chunk_block,
+    reset_inputs,
 )
 from engrax.pallas_kernels.neural_memory.types import with_derivatives
 
@@ -83,21 +90,36 @@ def sizes_of(tokens: PackedTokens, tiles: int, activation: str = "", reverse: bo
     return TwoLayerSizes(batch, heads, length // CHUNK, tiles, activation, reverse)
 
 
-def forward(tokens: PackedTokens, weights, momentum, activation: str, *, interpret: bool = False) -> dict:
+def smem_bytes(key: int, hidden: int, value: int) -> int:
+    """Returns the SMEM that a sweep over memories of these features takes, with the inputs of one chunk.
+
+    That is: weights and momentum in float32; in bfloat16 two tiles of operands, x, delta and the read of the hidden
+    features, q, k and v; and the table.
+    """
+    keys, tiles, values = (size // TILE for size in (key, hidden, value))
+    exact, rounded = 2 * tiles * (keys + values), 2 + 3 * tiles + 2 * keys + values
+    return (4 * exact + 2 * rounded) * TILE * TILE + 4 * TABLE_ROWS * CHUNK
+
+
+def forward(tokens: PackedTokens, weights, momentum, reset, activation: str, *, interpret: bool = False) -> dict:
     """Returns "out" `[B, T, H, V]` bfloat16 and, as tiles in float32, "weights", "momentum" and "anchor", the weights
-    at the start of the last chunk."""
+    at the start of the row's last chunk that the table says (if none, its values are undefined).
+
+    reset: weights and momentum at the start of chunks that begin a segment, as tiles; None: no segments.
+    """
     plan = sizes_of(tokens, weights.shape[2] // 2, activation)
     out_types = {"out": plan.tokens()} | dict.fromkeys(("weights", "momentum", "anchor"), plan.matrices())
-    inputs = tokens._asdict() | {"weights": weights, "momentum": momentum}
+    inputs = tokens._asdict() | {"weights": weights, "momentum": momentum} | reset_inputs(reset)
     return _run("neural_memory_forward", plan, _forward_chunk, ("q", "k", "v"), out_types, inputs, interpret)
 
 
-def states(tokens: PackedTokens, weights, momentum, activation: str, *, interpret: bool = False) -> dict:
+def states(tokens: PackedTokens, weights, momentum, reset, activation: str, *, interpret: bool = False) -> dict:
     """Recomputes the forward pass without queries. Returns "weights_at" and "momentum_at" at the start of every chunk:
     bfloat16 tiles, followed by their rounding errors, `[B, H, N, 4 tiles, 64, 64]`."""
     plan = sizes_of(tokens, weights.shape[2] // 2, activation)
     out_types = dict.fromkeys(("weights_at", "momentum_at"), plan.by_chunk(4 * plan.tiles, jnp.bfloat16))
     inputs = {"k": tokens.k, "v": tokens.v, "table": tokens.table, "weights": weights, "momentum": momentum}
+    inputs |= reset_inputs(reset)
     return _run("neural_memory_backward_states", plan, _states_chunk, ("k", "v"), out_types, inputs, interpret)
 
 
@@ -239,6 +261,7 @@ def _sweep(plan: TwoLayerSizes, counts: dict, step, arriving, inputs, outputs, s
     arrivals |= {name: token_block(inputs[name], plan, place.batch, place.head, TILE) for name in arriving}
 
     def body(indices, table, *blocks):
+        _restart(place, table)
         step(TwoLayerChunk(plan, place, counts, plan.at(indices[0]), table, dict(zip(arriving, blocks))))
         plgpu.commit_smem()  # all threads have read the inputs, new ones may come
 
@@ -247,10 +270,22 @@ def _sweep(plan: TwoLayerSizes, counts: dict, step, arriving, inputs, outputs, s
     finish(place)
 
 
+def _restart(place: TwoLayerProgram, table):
+    """Replaces the matrices by the reset state if the chunk begins a segment."""
+    if RESET[0] in place.inputs:
+
+        @pl.when(table[LAST, BEGINS] > 0)
+        def _():
+            for name, source in zip(MATRICES, RESET):
+                for number, tile in enumerate(place.scratch[name]):
+                    tile[...] = place.load(source, number)
+            plgpu.commit_smem()  # the copy engine sees them, for the anchor
+
+
 def _forward_chunk(chunk: TwoLayerChunk):
     plan, place = chunk.plan, chunk.place
 
-    @pl.when(chunk.number == plan.chunks - 1)
+    @pl.when(chunk.table[LAST, ANCHORS] > 0)
     def _():
         for number, tile in enumerate(place.scratch["weights"]):
             place.send("anchor", tile, number)

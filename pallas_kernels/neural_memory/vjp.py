@@ -26,7 +26,11 @@ SHORT_GROUP, LONG_BLOCK = 4, 64
 
 
 class Blocks(NamedTuple):
-    """The scanned arrays. fresh: the block begins its chunk (None: all do); begins: a segment begins inside it."""
+    """The scanned arrays.
+
+    fresh: the block begins its chunk (None: all do). begun: the slot's segment began inside the block, from the reset
+    state (None: no segments).
+    """
 
     coefficients: Coefficients
     first_scores: Float[Array, "N B H S S"]
@@ -34,7 +38,12 @@ class Blocks(NamedTuple):
     k: Float[Array, "N B H S K"]
     v: Float[Array, "N B H S V"]
     fresh: Bool[Array, "N B"] | None
-    begins: Bool[Array, "N B"] | None
+    begun: Bool[Array, "N B S"] | None
+
+    @property
+    def begins(self) -> Bool[Array, "*N B"] | None:
+        """Whether a segment begins inside the block."""
+        return None if self.begun is None else self.begun[..., -1]
 
 
 class ScanInputs(NamedTuple):
@@ -56,13 +65,14 @@ def _outer(x, y):
 class ScanPlan(NamedTuple):
     """How the blocks run: `group` blocks between two saved states; keep_rows: see above.
 
-    interpret: kernels are interpreted.
+    interpret: kernels are interpreted. aligned: blocks that do not begin their chunk are empty.
     """
 
     activation: str
     group: int
     keep_rows: bool
     interpret: bool = False
+    aligned: bool = False
 
     @property
     def straight(self) -> bool:
@@ -74,11 +84,13 @@ class ScanPlan(NamedTuple):
         return jax.vmap(jax.vmap(partial(function, activation=self.activation, outer=_outer)))
 
 
-def _select(rows, new, old):
+def select_rows(rows, new, old):
+    """Returns trees of `[B, H, I, O]`: the new values where `rows [B]` is True, else the old ones."""
     return jax.tree.map(lambda a, b: jnp.where(rows[:, None, None, None], a, b), new, old)
 
 
-def _masked(rows, tree):
+def mask_rows(rows, tree):
+    """Returns the tree of `[B, H, I, O]` with zeros where `rows [B]` is False."""
     return jax.tree.map(lambda a: jnp.where(rows[:, None, None, None], a, 0), tree)
 
 
@@ -88,7 +100,7 @@ def _add(a, b):
 
 def _bases(carry: Carry, reset: Reset, fresh) -> Bases:
     weights, momentum, anchor = carry
-    anchor = None if fresh is None else _select(fresh, weights, anchor)
+    anchor = None if fresh is None else select_rows(fresh, weights, anchor)
     more = ((), ()) if reset is None else ((reset[0],), (reset[1],))
     return Bases((weights, *more[0]), (momentum, *more[1]), anchor)
 
@@ -96,7 +108,7 @@ def _bases(carry: Carry, reset: Reset, fresh) -> Bases:
 def _next_carry(weights, momentum, bases: Bases, block: Blocks) -> Carry:
     anchor = bases.anchors[0]
     if block.begins is not None:
-        anchor = _select(block.begins, bases.weights[1], anchor)
+        anchor = select_rows(block.begins, bases.weights[1], anchor)
     return weights, momentum, anchor
 
 
@@ -119,8 +131,8 @@ def _run_bwd(plan: ScanPlan, reset: Reset, bars: Carry, reset_bar, carry: Carry,
     """Derivative of `_run`. Returns cotangents of the carry before it, of the reset state so far, and of the block."""
     weights_bar, momentum_bar, anchor_bar = bars
     if block.begins is not None:
-        reset_bar = (_add(reset_bar[0], _masked(block.begins, anchor_bar)), reset_bar[1])
-        anchor_bar = _masked(~block.begins, anchor_bar)
+        reset_bar = (_add(reset_bar[0], mask_rows(block.begins, anchor_bar)), reset_bar[1])
+        anchor_bar = mask_rows(~block.begins, anchor_bar)
     bases = _bases(carry, reset, block.fresh)
     arrays = (block.coefficients, block.first_scores, block.q, block.k)
     *block_bar, bases_bar = plan.heads(chunk_backward)(*arrays, bases, saved, (out_bar, weights_bar, momentum_bar))
@@ -129,8 +141,8 @@ def _run_bwd(plan: ScanPlan, reset: Reset, bars: Carry, reset_bar, carry: Carry,
         weights_bar, anchor_bar = _add(weights_bar, anchor_bar), jax.tree.map(jnp.zeros_like, anchor_bar)
     else:
         anchor_bar = _add(anchor_bar, bases_bar.anchor)
-        weights_bar = _add(weights_bar, _masked(block.fresh, anchor_bar))
-        anchor_bar = _masked(~block.fresh, anchor_bar)
+        weights_bar = _add(weights_bar, mask_rows(block.fresh, anchor_bar))
+        anchor_bar = mask_rows(~block.fresh, anchor_bar)
     if reset is not None:
         reset_bar = _add(reset_bar, (bases_bar.weights[1], bases_bar.momentum[1]))
     return (weights_bar, momentum_bar, anchor_bar), reset_bar, Blocks(*block_bar, None, None)
@@ -238,11 +250,11 @@ def group_size(count: int, slots: int, save_every: int) -> int:
 
 
 def run_blocks(
-    blocks: Blocks, carry: Carry, reset: Reset, *, activation: str, save_every: int, choice: Choice
+    blocks: Blocks, carry: Carry, reset: Reset, *, activation: str, save_every: int, aligned: bool, choice: Choice
 ) -> ScanOutputs:
     """Runs any number of blocks with the chosen implementations. Returns (out, final carry)."""
     count, slots = blocks.k.shape[0], blocks.k.shape[3]
-    plan = ScanPlan(activation, group_size(count, slots, save_every), save_every == 1, choice.interpret)
+    plan = ScanPlan(activation, group_size(count, slots, save_every), save_every == 1, choice.interpret, aligned)
     whole = count - count % plan.group
     out, carry = choice.run(plan, ScanInputs(_part(blocks, slice(whole)), carry, reset))
     if whole == count:

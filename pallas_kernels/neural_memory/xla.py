@@ -71,6 +71,7 @@ def neural_memory_xla(
         activation=activation,
         gradient_at=gradient_at,
         save_every=save_every,
+        aligned=aligned,
         choice=choice,
     )
     phase = (phase + (length if lengths is None else lengths)) % chunk_size
@@ -93,22 +94,24 @@ def run_grid(
     activation: str,
     gradient_at: str = "anchor",
     save_every: int = 1,
+    aligned: bool = False,
     choice: Choice | None = None,
 ) -> tuple[Float[Array, "N B H S V"], Carry]:
     """Runs blocks laid out by the caller, each inside one chunk.
 
     carry: (weights, momentum, anchor), `[B, H, I, O]` per layer; reset: weights and momentum of the reset state, for
     every row; None without segments. real: the slot holds a token. start: a segment begins at the slot (None: nowhere).
-    fresh: the block begins its chunk (None: all do). Slots that are not real give 0. choice: the implementations of the
-    walk over blocks; None: the XLA form.
+    fresh: the block begins its chunk (None: all do). Slots that are not real give 0. aligned: blocks that are not fresh
+    are empty. choice: the implementations of the walk over blocks; None: the XLA form.
     """
     if choice is None:
         choice = choose(OP, _shapes(q, carry[0], save_every, start is not None), "xla")
     table = coefficients(lr, momentum, forget, real, start, gradient_at)
-    begins = None if start is None else jnp.any(start, axis=(2, 3))  # [N, B]: a segment begins in the block
+    begun = None if start is None else jnp.cumsum(start[:, :, 0], axis=-1) > 0
     first_scores = table.write * jnp.einsum("nbhtk,nbhsk->nbhts", q, k)
-    blocks = Blocks(table, first_scores, q, k, v, fresh, begins)
-    out, carry = run_blocks(blocks, carry, reset, activation=activation, save_every=save_every, choice=choice)
+    blocks = Blocks(table, first_scores, q, k, v, fresh, begun)
+    options = dict(activation=activation, save_every=save_every, aligned=aligned, choice=choice)
+    out, carry = run_blocks(blocks, carry, reset, **options)
     return jnp.where(real[..., None], out, 0), carry
 
 
