@@ -37,6 +37,7 @@ EXAMPLES = {
     "generate": 'engrax generate runs/quickstart --prompt "def " --tokens 200',
     "export": "engrax export runs/tuned exported --step best",
     "describe": "engrax describe quickstart --model.dim 512 --device h200",
+    "compile": "engrax compile gated_deltanet_340m --device h200 --mesh fsdp=8 --parallel.zero 3 --batch-size 64",
     "tokenize": "engrax tokenize my_config.py --data.path corpus",
     "compare": "engrax compare titans_ablation --folder runs/titans_ablation --steps 300",
     "check": "engrax check my_mixer.py --law causality",
@@ -244,7 +245,7 @@ def _describe(args: list[str]) -> int:
     known, rest = _split_help(parser, args)
     import jax
 
-    from engrax.train import cost, kernel_report
+    from engrax.train import compile_report, cost, kernel_report
 
     device = None if known.device is None else kernel_report.find_device(known.device)
     experiment = override(_find(known.config).experiment, rest, f"engrax describe {known.config}")
@@ -257,7 +258,60 @@ def _describe(args: list[str]) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if device is not None:
+        print("\n" + compile_report.format_estimate(cost.step_memory(experiment, device, jax.device_count())))
         print("\n" + kernel_report.format_report(experiment, device))
+    _print_compiled([known.config, *rest], experiment, known.device)
+    return 0
+
+
+def _print_compiled(words: list[str], experiment: Any, device: str | None) -> None:
+    """Prints the newest saved result of compiling the experiment, or the command that compiles it. words: the config
+    and its flags."""
+    from engrax.pallas_kernels import topologies
+    from engrax.train import compile as compiling
+    from engrax.train import compile_report
+
+    if device is not None and device not in topologies.TARGETS:
+        return
+    result = compiling.newest(experiment, device)
+    if result is None:
+        print(f"\nnot compiled yet: {compile_report.command(words, device or 'h200')}")
+        return
+    print("\n" + compile_report.format_result(result))
+    if result["source_digest"] != compiling.source_digest():
+        again = compile_report.command(words, result["device"], result["mesh"])
+        print(f"note: engrax has changed since; compile it again: {again}")
+
+
+def _compile(args: list[str]) -> int:
+    parser = _parser(
+        "compile",
+        "Compiles a config's whole training step for a device that need not be here, and prints what it takes: memory, "
+        "kernels, collectives, FLOPs, bytes and the least time. The result is also kept in the cache ($ENGRAX_CACHE or "
+        "~/.cache/engrax), where `engrax describe` finds it.",
+    )
+    parser.add_argument(
+        "config", type=_filled, help="a name that `engrax list` shows, or the path of a .py file with config()"
+    )
+    parser.add_argument("--device", required=True, help="h200, v5e, v6e or cpu")
+    parser.add_argument("--mesh", help="axes and their devices, such as data=2,fsdp=4 (default: the config's, or one)")
+    parser.add_argument("--output", type=_filled, help="also write the result as JSON to this file")
+    known, rest = _split_help(parser, args)
+    _check_output(known.output)
+    from engrax.pallas_kernels import topologies
+
+    topologies.prepare()
+    topologies.find(known.device)  # says what is missing before anything is built
+    from engrax.train import compile as compiling
+    from engrax.train import compile_report
+
+    experiment = override(_find(known.config).experiment, rest, f"engrax compile {known.config}")
+    parallel = compiling.parse_mesh(known.mesh, experiment.parallel)
+    experiment = dataclasses.replace(experiment, parallel=parallel)
+    result = compiling.compile_step(experiment, known.device, config=known.config)
+    path = compiling.save(result, known.output)
+    print(compile_report.format_result(result))
+    print(f"saved in {path}")
     return 0
 
 
@@ -406,6 +460,7 @@ COMMANDS = {
     "generate": _generate,
     "export": _export,
     "describe": _describe,
+    "compile": _compile,
     "tokenize": _tokenize,
     "compare": _compare,
     "check": _check,
