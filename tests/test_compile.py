@@ -211,21 +211,20 @@ def test_meshes_that_do_not_divide():
         Trainer(uneven, tuple(jax.devices() * 2)).mesh  # noqa: B018
 
 
-def test_the_newest_result_of_a_config_is_described(cache, result, capsys):
-    e = experiment()
-    cli._print_compiled(["small"], e, None)
-    assert capsys.readouterr().out == "\nnot compiled yet: engrax compile small --device h200\n"
+def test_the_newest_result_of_a_config_is_described(cache, result):
+    e, words = experiment(), ["small", "--steps", "9"]
+    command = "\nnot compiled yet: engrax compile small --steps 9 --device h200\n"
+    assert compile_report.saved_or_command(words, e, None) == command
     old = compiling.save(result | {"date": "2026-01-01", "rows": 4})
     new = compiling.save(result | {"mesh": {"data": 2, "fsdp": 1}, "source_digest": "another"})
     assert old != new
     (cache / "compiled" / "torn.json").write_text("{")
     for fields in ({}, {"batch_size": 2}, {"steps": 9}):
         assert compiling.newest(dataclasses.replace(e, **fields))["mesh"] == {"data": 2, "fsdp": 1}
-    assert compiling.newest(e, "v5e") is None
+    assert compiling.newest(e, "v5e") is None and compile_report.saved_or_command(words, e, "b200") == ""
     other = dataclasses.replace(e, model=dataclasses.replace(e.model, dim=32))
     assert compiling.newest(other) is None
-    cli._print_compiled(["small", "--steps", "9"], e, "cpu")
-    told = capsys.readouterr().out
+    told = compile_report.saved_or_command(words, e, "cpu")
     assert "compiled for cpu, 2 devices" in told
     assert told.endswith("compile it again: engrax compile small --steps 9 --device cpu --mesh data=2,fsdp=1\n")
 

@@ -46,16 +46,18 @@ def parse_mesh(text: str | None, parallel: ParallelConfig) -> ParallelConfig:
     return dataclasses.replace(parallel, **sizes)
 
 
-def compile_step(experiment: Experiment, name: str, *, config: str | None = None) -> dict[str, Any]:
+def compile_step(
+    experiment: Experiment, name: str, mesh: str | None = None, *, config: str | None = None
+) -> dict[str, Any]:
     """Returns the result of compiling an experiment's step for the device of this name, JSON-able.
 
-    The mesh is `experiment.parallel`, with a fixed `data`. config: the experiment's name, for the reader. The process
-    must be prepared for it (`topologies.prepare`). Raises UserError for an unknown device, one whose compiler is not
+    mesh: as for `parse_mesh`. config: the experiment's name, for the reader. The process must be prepared for it
+    (`topologies.prepare`). Raises UserError for an unknown device, one whose compiler is not
     installed, and a mesh that the batch or a topology does not fit.
     """
     target = topologies.find(name)
-    experiment = for_target(experiment, target)
-    parallel = experiment.parallel
+    parallel = parse_mesh(mesh, experiment.parallel)
+    experiment = for_target(dataclasses.replace(experiment, parallel=parallel), target)
     found = topologies.topology_devices(target, parallel.data * parallel.fsdp)
     trainer = Trainer(experiment, tuple(found))
     begin = time.perf_counter()

@@ -4,7 +4,10 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from engrax.pallas_kernels import topologies
+from engrax.train import compile as compiling
 from engrax.train.cost import quantity, size
+from engrax.train.experiment import Experiment
 
 MISSING = "not available"
 STAGES = ("forward", "recomputed", "backward")
@@ -29,6 +32,28 @@ def format_estimate(memory: dict[str, int | None]) -> str:
     lines = [f"arguments of the step on each of {where}", "temporaries, estimated without compiling"]
     values = [_size(memory["argument_bytes"]), _size(memory["temporary_bytes"])]
     return "\n".join(f"{line:<44} {value:>13}" for line, value in zip(lines, values))
+
+
+def run(experiment: Experiment, device: str, mesh: str | None, *, config: str, output: str | None) -> str:
+    """Compiles the step (`compile.compile_step`), saves the result and returns it as text."""
+    result = compiling.compile_step(experiment, device, mesh, config=config)
+    return f"{format_result(result)}\nsaved in {compiling.save(result, output)}"
+
+
+def saved_or_command(words: Sequence[str], experiment: Experiment, device: str | None) -> str:
+    """Returns the newest saved result of an experiment, or the command that makes one, as a paragraph of text; nothing
+    for a device that cannot be compiled for. words: the config and its flags."""
+    if device is not None and device not in topologies.TARGETS:
+        return ""
+    result = compiling.newest(experiment, device)
+    if result is None:
+        return f"\nnot compiled yet: {command(words, device or 'h200')}\n"
+    told = f"\n{format_result(result)}\n"
+    if result["source_digest"] == compiling.source_digest():
+        return told
+    return (
+        f"{told}note: engrax has changed since; compile it again: {command(words, result['device'], result['mesh'])}\n"
+    )
 
 
 def command(words: Sequence[str], device: str, mesh: dict[str, int] | None = None) -> str:

@@ -1,15 +1,17 @@
 """An estimate of the bytes that a training step holds beside its arguments, from the traced gradient alone.
 
 Values live from the equation that makes them to the last that needs them, in the order in which they are traced; loops
-and functions are followed inside. A compiler fuses: what is computed element by element and used once is not held, its
-operands are, unless a loop or a matrix product takes it. Nothing is compiled, and the order in which a compiler runs
-the equations is not known, so this is an estimate: docs/operations.md compares it with compilers.
+and functions are followed inside. A compiler fuses: what is computed element by element is not held, its operands are,
+unless a loop or a matrix product takes it. XLA repeats such work for every use on a GPU, and holds its result on a TPU.
+Nothing is compiled, and the order in which a compiler runs the equations is not known, so this is an estimate:
+docs/operations.md compares it with compilers.
 """
 
 import contextlib
+import itertools
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,33 @@ FUSED = frozenset(
     "bitcast_convert_type split".split()
 )
 MOVES = frozenset("broadcast_in_dim convert_element_type expand_dims reshape slice squeeze transpose name".split())
-CALLS = ("jit", "pjit", "custom_jvp_call")  # functions
+CALLS = frozenset(  # of functions; a compiler inlines them
+    "jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat2 checkpoint eval_jaxpr "
+    "shard_map".split()
+)
+KERNELS = frozenset("pallas_call mpmd_map core_map run_state".split())  # what they hold inside is on the chip
+
+
+class Value(NamedTuple):
+    """A value of one call of a function."""
+
+    call: int
+    var: core.Var
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the array; 0 for what is none."""
+        shape, dtype = getattr(self.var.aval, "shape", None), getattr(self.var.aval, "dtype", None)
+        return 0 if shape is None or dtype == jax.dtypes.float0 else math.prod(shape) * np.dtype(dtype).itemsize
+
+
+class Step(NamedTuple):
+    """An equation of a jaxpr whose calls are inlined."""
+
+    name: str
+    eqn: core.JaxprEqn
+    inputs: tuple[Value, ...]  # without literals
+    outputs: tuple[Value, ...]
 
 
 def estimate(experiment: Experiment, rows: int, dtype: Any, device: devices.Device) -> int:
@@ -56,79 +84,89 @@ def estimate(experiment: Experiment, rows: int, dtype: Any, device: devices.Devi
     return peak(traced.jaxpr, device.platform)
 
 
+def inlined(jaxpr: core.Jaxpr, platform: str) -> tuple[list[Step], list[Value | None]]:
+    """Returns the equations of a jaxpr in order, calls inlined, and its results (None for a literal)."""
+    steps, calls = [], itertools.count()
+
+    def walk(jaxpr, arguments):
+        call = next(calls)
+        known = dict(zip(jaxpr.invars, arguments)) | {v: Value(call, v) for v in jaxpr.constvars}
+
+        def read(v):
+            return None if isinstance(v, core.Literal) else known[v]
+
+        for eqn in jaxpr.eqns:
+            inputs, function = [read(v) for v in eqn.invars], _called(eqn, platform)
+            if function is None:
+                outputs = [Value(call, v) for v in eqn.outvars]
+                given = tuple(value for value in inputs if value is not None)
+                steps.append(Step(eqn.primitive.name, eqn, given, tuple(outputs)))
+            else:
+                outputs = walk(function, inputs[len(inputs) - len(function.invars) :])
+            known.update(zip(eqn.outvars, outputs))
+        return [read(v) for v in jaxpr.outvars]
+
+    return steps, walk(jaxpr, [Value(-1, v) for v in jaxpr.invars])
+
+
+def _called(eqn: core.JaxprEqn, platform: str) -> core.Jaxpr | None:
+    """The function that an equation calls, if it is inlined: of several branches that for the platform."""
+    platforms = eqn.params.get("branches_platforms")
+    if eqn.primitive.name == "cond" and platforms is not None:
+        own = [i for i, names in enumerate(platforms) if names and platform in names]
+        return eqn.params["branches"][own[0] if own else -1].jaxpr
+    return _jaxprs(tuple(eqn.params.values()))[0] if eqn.primitive.name in CALLS else None
+
+
 def peak(jaxpr: core.Jaxpr, platform: str) -> int:
     """Returns the most bytes that are held at once while a jaxpr runs, without its arguments; results are included."""
-    sources: dict[Any, frozenset] = {}  # of a fused value: the held values that it is computed from
-    size: dict[Any, int] = {v: 0 for v in (*jaxpr.invars, *jaxpr.constvars)}
-    last: dict[Any, int] = {}
-    needed = _taken_whole(jaxpr)
-
-    def held(v) -> frozenset:
-        return frozenset() if isinstance(v, core.Literal) else sources.get(v, frozenset((v,)))
-
-    for at, eqn in enumerate(jaxpr.eqns):
-        operands = frozenset().union(*map(held, eqn.invars))
-        for v in eqn.outvars:
-            if _fused(eqn) and v not in needed:
-                sources[v] = operands
-            else:
-                size[v] = _bytes(v.aval)
-        if any(v in size for v in eqn.outvars):
-            last |= dict.fromkeys((*operands, *(v for v in eqn.outvars if v in size)), at)
-    for v in jaxpr.outvars:
-        last |= dict.fromkeys(held(v), len(jaxpr.eqns))
+    steps, results = inlined(jaxpr, platform)
+    sources: dict[Value, frozenset] = {}  # of a fused value: the held values that it is computed from
+    made: set[Value] = set()  # values that are held
+    last: dict[Value, int] = {}  # the step that needs them last
+    whole = _held_whole(steps, platform)
+    for at, step in enumerate(steps):
+        operands = frozenset().union(*(sources.get(v, frozenset((v,))) for v in step.inputs))
+        held = [v for v in step.outputs if step.name not in FUSED or v in whole]
+        sources |= {v: operands for v in step.outputs if v not in held}
+        made |= set(held)
+        if held:
+            last |= dict.fromkeys((*operands, *held), at)
+    for v in results:
+        last |= dict.fromkeys(sources.get(v, (v,)), len(steps))
     ends: dict[int, list] = {}
     for v, at in last.items():
-        ends.setdefault(at, []).append(v)
+        if v in made:
+            ends.setdefault(at, []).append(v)
     now = most = 0
-    for at, eqn in enumerate(jaxpr.eqns):
-        now += sum(size[v] for v in eqn.outvars if v in size and v in last)
-        most = max(most, now + _inside(eqn, platform))
-        now -= sum(size[v] for v in ends.get(at, ()))
+    for at, step in enumerate(steps):
+        now += sum(v.bytes for v in step.outputs if v in made)
+        most = max(most, now + _inside(step, platform))
+        now -= sum(v.bytes for v in ends.get(at, ()))
     return most
 
 
-def _fused(eqn: core.JaxprEqn) -> bool:
-    """Whether a compiler fuses an equation into what uses it; also a function of such, like `jax.nn.silu`."""
-    if eqn.primitive.name in CALLS:
-        return all(_fused(inner) for value in eqn.params.values() for jaxpr in _jaxprs(value) for inner in jaxpr.eqns)
-    return eqn.primitive.name in FUSED
-
-
-def _taken_whole(jaxpr: core.Jaxpr) -> set:
-    """The values that are held even if they could be fused: that several equations use, or that a loop, a function or a
-    product takes. A product reads through mere changes of shape or dtype."""
-    uses = Counter(v for eqn in jaxpr.eqns for v in {x for x in eqn.invars if not isinstance(x, core.Literal)})
-    made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
-    found = {v for v, eqn in made.items() if uses[v] > 1 and eqn.primitive.name not in MOVES}
-    for eqn in jaxpr.eqns:
-        if _fused(eqn) or eqn.primitive.name.startswith(("reduce", "arg")):
+def _held_whole(steps: list[Step], platform: str) -> set[Value]:
+    """The values that are held even if they could be fused: those that a loop or a product takes, except through mere
+    changes of shape or dtype, and on a TPU those that several equations use."""
+    uses = Counter(v for step in steps for v in set(step.inputs)) if platform == "tpu" else Counter()
+    maker = {v: step for step in steps for v in step.outputs}
+    found = {v for v, step in maker.items() if uses[v] > 1 and step.name not in MOVES}
+    for step in steps:
+        if step.name in FUSED or step.name.startswith(("reduce", "arg")):
             continue
-        for v in eqn.invars:
-            if isinstance(v, core.Literal):
-                continue
-            while eqn.primitive.name == "dot_general" and v in made and made[v].primitive.name in MOVES:
-                v = made[v].invars[0]
-                if isinstance(v, core.Literal):
-                    break
-            else:
-                found.add(v)
+        for v in step.inputs:
+            while step.name == "dot_general" and v in maker and maker[v].name in MOVES and maker[v].inputs:
+                v = maker[v].inputs[0]
+            found.add(v)
     return found
 
 
-def _inside(eqn: core.JaxprEqn, platform: str) -> int:
-    """The bytes that an equation holds inside: of the branch for the platform, else of the largest."""
-    if eqn.primitive.name in ("pallas_call", "core_map", "run_state", "mosaic_gpu_kernel"):
+def _inside(step: Step, platform: str) -> int:
+    """The bytes that an equation holds inside: of several functions the largest."""
+    if step.name in KERNELS:
         return 0
-    if eqn.primitive.name == "cond":
-        return _branch(eqn, platform)
-    inner = [p for value in eqn.params.values() for p in _jaxprs(value)]
-    return max((peak(jaxpr, platform) for jaxpr in inner), default=0)
-
-
-def _branch(eqn: core.JaxprEqn, platform: str) -> int:
-    peaks = [peak(branch.jaxpr, platform) for branch in eqn.params["branches"]]
-    return peaks[0] if eqn.params.get("branches_platforms") else max(peaks)
+    return max((peak(jaxpr, platform) for jaxpr in _jaxprs(tuple(step.eqn.params.values()))), default=0)
 
 
 def _jaxprs(value: Any) -> list[core.Jaxpr]:
@@ -136,9 +174,4 @@ def _jaxprs(value: Any) -> list[core.Jaxpr]:
         return [value.jaxpr]
     if isinstance(value, core.Jaxpr):
         return [value]
-    return [jaxpr for item in value for jaxpr in _jaxprs(item)] if isinstance(value, (tuple, list)) else []
-
-
-def _bytes(aval: Any) -> int:
-    shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
-    return 0 if shape is None else math.prod(shape) * (np.dtype(dtype).itemsize if dtype != jax.dtypes.float0 else 0)
+    return [jaxpr for item in value for jaxpr in _jaxprs(item)] if isinstance(value, tuple) else []
