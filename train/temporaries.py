@@ -147,8 +147,8 @@ def peak(jaxpr: core.Jaxpr, platform: str) -> int:
 
 
 def _held_whole(steps: list[Step], platform: str) -> set[Value]:
-    """The values that are held even if they could be fused: those that a loop or a product takes, except through mere
-    changes of shape or dtype, and on a TPU those that several equations use."""
+    """The values that are held even if they could be fused: those that a loop or a product takes, before a mere change
+    of shape or to a wider dtype, and on a TPU those that several equations use."""
     uses = Counter(v for step in steps for v in set(step.inputs)) if platform == "tpu" else Counter()
     maker = {v: step for step in steps for v in step.outputs}
     found = {v for v, step in maker.items() if uses[v] > 1 and step.name not in MOVES}
@@ -157,6 +157,8 @@ def _held_whole(steps: list[Step], platform: str) -> set[Value]:
             continue
         for v in step.inputs:
             while step.name == "dot_general" and v in maker and maker[v].name in MOVES and maker[v].inputs:
+                if maker[v].inputs[0].bytes > v.bytes:
+                    break
                 v = maker[v].inputs[0]
             found.add(v)
     return found
