@@ -18,7 +18,16 @@ from engrax.pallas_kernels.common.log_decay import LogDecayShapes
 from engrax.pallas_kernels.gated_delta_rule import cost as delta_cost
 from engrax.tests import compile_configs
 from engrax.tests.experiments import small
-from engrax.train import ParallelConfig, compile_report, kernel_report, program_cost, program_text, roofline
+from engrax.train import (
+    ParallelConfig,
+    compile_report,
+    cost,
+    kernel_report,
+    program_cost,
+    program_text,
+    roofline,
+    temporaries,
+)
 from engrax.train import compile as compiling
 from engrax.train.trainer import Trainer
 
@@ -128,6 +137,7 @@ def test_kernels_collectives_and_products_of_a_tpu_program():
     assert program_cost.collectives(program) == {"all-gather": {"count": 1.0, "bytes": 32 * 16 * 2.0}}
     assert program_cost.products(program)["forward"] == 8 * 2 * 64 * 48 * 32  # 8 products, the padding apart
     # The kernel and the counter four times, the two gathers (the result of one lies on the chip), the product.
+    assert program_cost.largest(program, 1) == [{"dtype": "f32", "dims": [64, 8, 48], "bytes": 4 * 64 * 8 * 48}]
     large, counter = 4 * 8 * 64 * 32, 3 * 4
     kernel_bytes, gathers, product = 2 * large, (128 + 0) + (128 + 1024), large + 4 * 8 * 48 * (32 + 64)
     assert program_cost.traffic(program) == 4 * (kernel_bytes + counter) + gathers + product
@@ -231,11 +241,10 @@ def test_the_newest_result_of_a_config_is_described(cache, result):
 
 def test_a_current_result_is_not_compiled_again(result, tmp_path, monkeypatch, capsys):
     case, made = ("small", "cpu", "data=1", 16), []
+    good = fitting(result)
     monkeypatch.setattr(compile_configs, "cases", lambda: {"a": case})
     monkeypatch.setattr(compile_configs, "experiment_of", lambda *case: experiment())
-    monkeypatch.setattr(
-        compile_configs, "compiled", lambda *case: made.append(case) or result | {"memory": {"fits": True}}
-    )
+    monkeypatch.setattr(compile_configs, "compiled", lambda *case, seconds: made.append(case) or good)
     monkeypatch.setattr(topologies, "prepare", lambda: None)
     monkeypatch.setitem(compile_configs.ROWS, "cpu", 16)
     output = tmp_path / "results.json"
@@ -250,9 +259,68 @@ def test_a_current_result_is_not_compiled_again(result, tmp_path, monkeypatch, c
     assert capsys.readouterr().out == "a: compiled, fits\n" * 3
 
 
+def fitting(result):
+    """A result that `make test-compile` accepts."""
+    estimate = {f"{kind}_bytes": result["memory"][name] for kind, name in ESTIMATED.items()}
+    memory = result["memory"] | {"fits": True}
+    return result | {"config": "mqar_titans", "memory": memory, "estimate": estimate, "largest": []}
+
+
+ESTIMATED = {"argument": "arguments", "temporary": "temporaries"}
+
+
 def test_what_is_wrong_with_a_result(result):
     assert compile_configs.complaints({"error": "not compiled"}) == ["not compiled"]
     assert compile_configs.complaints(result) == ["it does not fit the device"]
-    fits = result | {"memory": {"fits": True}}
-    promised = fits | {"operations": [{"op": "linear_attention", "served_by": "pallas_gpu"}]}
+    good = fitting(result)
+    assert compile_configs.complaints(good) == []
+    promised = good | {"operations": [{"op": "linear_attention", "served_by": "pallas_gpu"}]}
     assert compile_configs.complaints(promised) == ["no kernel of linear_attention is in the program"]
+    tokens, length = 16 * 24, 24  # mqar_titans has 128 tokens in its vocabulary
+    for dims, named in (([16, 24, 128], "vocabulary"), ([2, 16, 24, 24], "tokens")):
+        assert compile_configs.complaints(good | {"largest": [{"dims": dims}]}) == [
+            f"it holds an array of rows x tokens x {named}"
+        ]
+    assert compile_configs.complaints(good | {"largest": [{"dims": [24, 24]}, {"dims": [tokens, length]}]}) == []
+    off = good | {"estimate": {"argument_bytes": 2 * result["memory"]["arguments"], "temporary_bytes": None}}
+    assert compile_configs.complaints(off) == ["the estimate of argument bytes is 2.00 times the compiler's"]
+
+
+def test_what_is_held_at_once():
+    """Four bytes an element: the values that live together."""
+    w, x, one = jnp.zeros((16, 16)), jnp.zeros((8, 16)), 4 * 8 * 16
+
+    def held(f, *arguments, platform="cuda"):
+        return temporaries.peak(jax.make_jaxpr(f)(*arguments).jaxpr, platform)
+
+    assert held(lambda x, w: jnp.tanh(x) * x + 1, x, w) == 0, "fused into whatever takes it"
+    assert held(lambda x, w: jnp.tanh(x @ w) @ w, x, w) == 2 * one
+    assert held(lambda x, w: jax.jit(lambda x: jnp.tanh(x @ w))(x) @ w, x, w) == 2 * one, "calls are inlined"
+    narrow = 2 * (x.size + w.size + x.size)  # both factors and the result
+    assert held(lambda x, w: (x @ w).astype(jnp.bfloat16) @ w.astype(jnp.bfloat16), x, w) == narrow
+
+    def loop(x, ws):  # the last x, all of them, and the product inside
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, ws)
+
+    assert held(loop, x, jnp.zeros((5, 16, 16))) == one + 5 * one + one
+
+    def twice(x, w):
+        y = jnp.exp(x @ w)
+        return jnp.sum(y) + jnp.sum(y * y)
+
+    assert held(twice, x, w) < 2 * one <= held(twice, x, w, platform="tpu")
+
+    def by_platform(x):
+        return jax.lax.platform_dependent(x @ w, tpu=lambda y: y @ y.T @ y, default=lambda y: y + 1)
+
+    assert held(by_platform, x) == one + 4, "the product and the index of the platform; the sum is fused"
+    assert held(by_platform, x, platform="tpu") == one + 4 * 8 * 8 + one
+
+
+def test_the_memory_of_a_small_step(result):
+    told = cost.step_memory(experiment(), devices.NAMED["cpu"])
+    assert told["argument_bytes"] == result["memory"]["arguments"] and told["temporary_bytes"] > 0
+    sharded = small(parallel=ParallelConfig(data=1, fsdp=8, zero=3))
+    told = cost.step_memory(sharded, devices.NAMED["cpu"], 8)
+    assert told["devices"] == 8 and told["temporary_bytes"] is None
+    assert told["argument_bytes"] < result["memory"]["arguments"] / 4

@@ -52,8 +52,8 @@ def compile_step(
     """Returns the result of compiling an experiment's step for the device of this name, JSON-able.
 
     mesh: as for `parse_mesh`. config: the experiment's name, for the reader. The process must be prepared for it
-    (`topologies.prepare`). Raises UserError for an unknown device, one whose compiler is not
-    installed, and a mesh that the batch or a topology does not fit.
+    (`topologies.prepare`). Raises UserError for an unknown device, one whose compiler is not installed, and a mesh that
+    the batch or a topology does not fit.
     """
     target = topologies.find(name)
     parallel = parse_mesh(mesh, experiment.parallel)
@@ -85,6 +85,7 @@ def compile_step(
         | {
             "seconds": {part: round(value, 1) for part, value in seconds.items()},
             "memory": _memory(compiled.memory_analysis(), target),
+            "largest": program_cost.largest(program),
             "kernels": _kernel_rows(kernels),
             "collectives": program_cost.collectives(program),
             **counted,

@@ -18,6 +18,7 @@ def format_result(result: dict[str, Any]) -> str:
     lines = [_headline(result), "memory of one device:", *_memory(result["memory"])]
     lines += ["operations:", *_operations(result["operations"])]
     if "kernels" in result:
+        lines += ["largest arrays in the program:", *_largest(result["largest"][:4])]
         lines += ["kernels in the program, runs per step:", *_kernels(result["kernels"])]
         lines += ["collectives, per step and device:", *_collectives(result["collectives"])]
         lines += ["work of one device, per step:", *_work(result), *_time(result["time"])]
@@ -92,6 +93,10 @@ def _operations(rows: list[dict[str, Any]]) -> list[str]:
         first = row["served_by"] in ("xla", "reference")
         lines += [f"    {name:<11} {reason}" for name, reason in row["others"].items() if first and name != "reference"]
     return lines or ["  none of engrax.pallas_kernels"]
+
+
+def _largest(rows: list[dict[str, Any]]) -> list[str]:
+    return [f"  {row['dtype']}[{','.join(map(str, row['dims']))}]  {size(row['bytes'])}" for row in rows]
 
 
 def _kernels(rows: list[dict[str, Any]]) -> list[str]:

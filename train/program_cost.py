@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engrax.train.program_text import Instruction, Program, called
 
@@ -135,6 +135,13 @@ _FLOPS: dict[str, Callable[[Instruction, dict[str, Instruction]], float]] = {
     "convolution": _convolution,
     "custom-call": _library_product,
 }
+
+
+def largest(program: Program, count: int = 8) -> list[dict[str, Any]]:
+    """Returns the largest arrays that instructions make, each type once: {"dtype", "dims", "bytes"}."""
+    found = {shape._replace(on_chip=False) for instruction, *_ in program.running() for shape in instruction.results}
+    ordered = sorted(found, key=lambda shape: (-shape.bytes, shape.dims))[:count]
+    return [{"dtype": shape.dtype, "dims": list(shape.dims), "bytes": shape.bytes} for shape in ordered]
 
 
 def traffic(program: Program) -> float:
