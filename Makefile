@@ -5,7 +5,8 @@
 #   make test-deep      the laws on every example, deeper grids, notebooks in their FAST setting: at most 20 minutes
 #   make test-long      everything else, section by section; run again, it continues; writes docs/test_long.json
 #   make test-lowest    a smoke run on Python 3.11 and the lowest supported versions
-#   make test-compile   compile the kernels for the accelerators they are meant for, without one (several GB of downloads)
+#   make test-compile   compile kernels, and training steps of the 340M and 1.3B configs, for the accelerators they are
+#                       meant for, without one (several GB of downloads); run again, it continues
 #   make lint           style
 #
 # PYTHON=3.12 or PYTHON=/path/to/python3 chooses another Python than launch/python.sh would. TRAIN_FLAGS="--steps 50",
@@ -59,10 +60,12 @@ test-compile: test-compile-gpu test-compile-tpu
 test-compile-gpu:
 	@sh launch/venv.sh "$(COMPILE_GPU)" cuda $(PYTHON)
 	"$(COMPILE_GPU)/bin/python" tests/compile_gpu.py --output benchmarks/results/compile_gpu.json
+	"$(COMPILE_GPU)/bin/python" tests/compile_configs.py --devices h200
 
 test-compile-tpu:
 	@sh launch/venv.sh "$(COMPILE_TPU)" tpu $(PYTHON)
 	"$(COMPILE_TPU)/bin/python" tests/compile_tpu.py --output benchmarks/results/compile_tpu.json
+	"$(COMPILE_TPU)/bin/python" tests/compile_configs.py --devices v5e v6e
 
 lint:
 	@sh launch/venv.sh "$(VENV)" dev $(PYTHON)

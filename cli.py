@@ -28,7 +28,7 @@ from typing import Any
 
 from engrax import interrupts
 from engrax.errors import UserError
-from engrax.flags import override, split_data
+from engrax.flags import Parser, check_output, filled, override, positive, split_data
 from engrax.registry import KINDS, did_you_mean, find_registry
 
 EXAMPLES = {
@@ -37,6 +37,7 @@ EXAMPLES = {
     "generate": 'engrax generate runs/quickstart --prompt "def " --tokens 200',
     "export": "engrax export runs/tuned exported --step best",
     "describe": "engrax describe quickstart --model.dim 512 --device h200",
+    "compile": "engrax compile gated_deltanet_340m --device h200 --mesh fsdp=8 --parallel.zero 3 --batch-size 64",
     "tokenize": "engrax tokenize my_config.py --data.path corpus",
     "compare": "engrax compare titans_ablation --folder runs/titans_ablation --steps 300",
     "check": "engrax check my_mixer.py --law causality",
@@ -89,30 +90,8 @@ def _run(args: list[str]) -> int:
     return COMMANDS[command](rest)
 
 
-def _filled(text: str) -> str:
-    """The type of arguments that are names or paths."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty; give a name or a path")
-    return text
-
-
-def _count(text: str) -> int:
-    """The type of arguments that count something."""
-    number = int(text)
-    if not 1 <= number < 1 << 31:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1 and below {1 << 31:,}")
-    return number
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are UserErrors."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see `{self.prog} --help`.")
-
-
-def _parser(command: str, description: str) -> _Parser:
-    return _Parser(
+def _parser(command: str, description: str) -> Parser:
+    return Parser(
         prog=f"engrax {command}",
         description=description,
         epilog=f"example:\n  {EXAMPLES[command]}",
@@ -127,9 +106,9 @@ def _train(args: list[str]) -> int:
         "Trains a config, resuming the run that the folder holds. Any field is a flag: --optimizer.learning-rate 1e-3.",
     )
     parser.add_argument(
-        "config", type=_filled, help="a name that `engrax list` shows, a .py file with config(), or a run to resume"
+        "config", type=filled, help="a name that `engrax list` shows, a .py file with config(), or a run to resume"
     )
-    parser.add_argument("--run-dir", type=_filled, help="the run folder (default: runs/CONFIG)")
+    parser.add_argument("--run-dir", type=filled, help="the run folder (default: runs/CONFIG)")
     parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers a run's own mixers")
     known, rest = _split_help(parser, args)
     from engrax.train import distributed
@@ -173,11 +152,11 @@ def _evaluate(args: list[str]) -> int:
         "Evaluates a checkpoint. Writes results.json, CSV, plots and report.html into a new folder: RUN/evals/step_N, "
         "then step_N-2, step_N-3, ...",
     )
-    parser.add_argument("run", type=_filled, help="the run folder")
+    parser.add_argument("run", type=filled, help="the run folder")
     parser.add_argument("--step", default=None, help="a step's number, or best (default: the newest)")
     parser.add_argument("--only", metavar="NAMES", help="evaluators to run, with commas between (default: all)")
-    parser.add_argument("--batches", type=_count, default=None, help="validation batches (default: 131,072 tokens)")
-    parser.add_argument("--stream", type=_count, metavar="TOKENS", help="also read long validation documents so far")
+    parser.add_argument("--batches", type=positive, default=None, help="validation batches (default: 131,072 tokens)")
+    parser.add_argument("--stream", type=positive, metavar="TOKENS", help="also read long validation documents so far")
     parser.add_argument(
         "--plugin", action="append", default=[], help="a .py file that registers mixers or evaluators of your own"
     )
@@ -192,7 +171,7 @@ def _evaluate(args: list[str]) -> int:
 
 def _generate(args: list[str]) -> int:
     parser = _parser("generate", "Samples a continuation of a prompt, and prints it as it is written.")
-    parser.add_argument("run", type=_filled, help="the run folder")
+    parser.add_argument("run", type=filled, help="the run folder")
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument("--tokens", type=int, default=200, help="most tokens to sample (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest (default: 0.8)")
@@ -219,8 +198,8 @@ def _generate(args: list[str]) -> int:
 
 def _export(args: list[str]) -> int:
     parser = _parser("export", "Writes a run that began from a published checkpoint back as one (safetensors).")
-    parser.add_argument("run", type=_filled, help="the run folder, trained with --init-from")
-    parser.add_argument("folder", type=_filled, help="where the files go; must be empty or new")
+    parser.add_argument("run", type=filled, help="the run folder, trained with --init-from")
+    parser.add_argument("folder", type=filled, help="where the files go; must be empty or new")
     parser.add_argument("--step", default=None, help="a step's number, or best (default: the newest)")
     parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers the run's own mixers")
     known = parser.parse_args(args)
@@ -238,13 +217,13 @@ def _describe(args: list[str]) -> int:
         "also which implementation of every operation serves its training there, and why the others do not.",
     )
     parser.add_argument(
-        "config", type=_filled, help="a name that `engrax list` shows, or the path of a .py file with config()"
+        "config", type=filled, help="a name that `engrax list` shows, or the path of a .py file with config()"
     )
     parser.add_argument("--device", help="h100, h200, b200, v5e, v6e or cpu; it need not be here")
     known, rest = _split_help(parser, args)
     import jax
 
-    from engrax.train import cost, kernel_report
+    from engrax.train import compile_report, cost, kernel_report
 
     device = None if known.device is None else kernel_report.find_device(known.device)
     experiment = override(_find(known.config).experiment, rest, f"engrax describe {known.config}")
@@ -257,7 +236,35 @@ def _describe(args: list[str]) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if device is not None:
+        print("\n" + compile_report.format_estimate(cost.step_memory(experiment, device, jax.device_count())))
         print("\n" + kernel_report.format_report(experiment, device))
+    print(compile_report.saved_or_command([known.config, *rest], experiment, known.device), end="")
+    return 0
+
+
+def _compile(args: list[str]) -> int:
+    parser = _parser(
+        "compile",
+        "Compiles a config's whole training step for a device that need not be here, and prints what it takes: memory, "
+        "kernels, collectives, FLOPs, bytes and the least time. The result is also kept in the cache ($ENGRAX_CACHE or "
+        "~/.cache/engrax), where `engrax describe` finds it.",
+    )
+    parser.add_argument(
+        "config", type=filled, help="a name that `engrax list` shows, or the path of a .py file with config()"
+    )
+    parser.add_argument("--device", required=True, help="h200, v5e, v6e or cpu")
+    parser.add_argument("--mesh", help="axes and their devices, such as data=2,fsdp=4 (default: the config's, or one)")
+    parser.add_argument("--output", type=filled, help="also write the result as JSON to this file")
+    known, rest = _split_help(parser, args)
+    check_output(known.output)
+    from engrax.pallas_kernels import topologies
+
+    topologies.prepare()
+    topologies.find(known.device)  # says what is missing before anything is built
+    from engrax.train import compile_report
+
+    experiment = override(_find(known.config).experiment, rest, f"engrax compile {known.config}")
+    print(compile_report.run(experiment, known.device, known.mesh, config=known.config, output=known.output))
     return 0
 
 
@@ -268,7 +275,7 @@ def _tokenize(args: list[str]) -> int:
         "Trainings on the same text read them. More than 64 MiB of text are tokenised at their first use.",
     )
     parser.add_argument(
-        "config", type=_filled, help="a name that `engrax list` shows, or the path of a .py file with config()"
+        "config", type=filled, help="a name that `engrax list` shows, or the path of a .py file with config()"
     )
     known, rest = _split_help(parser, args)
     from engrax.data.config import SPLITS
@@ -301,10 +308,10 @@ def _compare(args: list[str]) -> int:
         "several seeds. Continues after an interruption. Any field of all experiments is a flag: --steps 300.",
     )
     parser.add_argument(
-        "config", type=_filled, help="a comparison that `engrax list` shows, or a .py file with comparison()"
+        "config", type=filled, help="a comparison that `engrax list` shows, or a .py file with comparison()"
     )
-    parser.add_argument("--folder", type=_filled, help="where its runs and tables go (default: runs/COMPARISON)")
-    parser.add_argument("--seeds", type=_count, help="at the best learning rate (default: the comparison's)")
+    parser.add_argument("--folder", type=filled, help="where its runs and tables go (default: runs/COMPARISON)")
+    parser.add_argument("--seeds", type=positive, help="at the best learning rate (default: the comparison's)")
     known, rest = _split_help(parser, args)
     from engrax import configs, evals
 
@@ -326,7 +333,7 @@ def _check(args: list[str]) -> int:
         "and a line for each broken law otherwise.",
     )
     parser.add_argument(
-        "target", type=_filled, help="a .py file, all of whose mixers and models are checked, or a registered name"
+        "target", type=filled, help="a .py file, all of whose mixers and models are checked, or a registered name"
     )
     parser.add_argument("--law", action="append", default=[], help="a law, or a part of one; several times for several")
     known = parser.parse_args(args)
@@ -365,11 +372,11 @@ def _bench(args: list[str]) -> int:
     parser.add_argument("ops", nargs="*", help="operations; default: all")
     parser.add_argument("--implementations", nargs="+", help="default: all that can run here, the reference apart")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of q, k, v; default by device")
-    parser.add_argument("--runs", type=_count, default=11, help="timed runs of each program (default 11)")
+    parser.add_argument("--runs", type=positive, default=11, help="timed runs of each program (default 11)")
     parser.add_argument("--quick", action="store_true", help="the first shape of each operation only")
-    parser.add_argument("--output", type=_filled, help="write the rows as JSON to this file")
+    parser.add_argument("--output", type=filled, help="write the rows as JSON to this file")
     known = parser.parse_args(args)
-    _check_output(known.output)
+    check_output(known.output)
     import jax
 
     from engrax.pallas_kernels.bench import bench
@@ -391,21 +398,13 @@ def _bench(args: list[str]) -> int:
     return 0
 
 
-def _check_output(output: str | None) -> None:
-    """Raises UserError, before anything is timed, if the file cannot be written."""
-    if output and Path(output).is_dir():
-        raise UserError(f"--output {output} is a folder; give the name of a file.")
-    for folder in Path(output).parents if output else ():
-        if folder.is_file():
-            raise UserError(f"--output {output}: {folder} is a file, not a folder.")
-
-
 COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "generate": _generate,
     "export": _export,
     "describe": _describe,
+    "compile": _compile,
     "tokenize": _tokenize,
     "compare": _compare,
     "check": _check,
@@ -425,7 +424,7 @@ def _find(name: str) -> Any:
     return configs.find(name)
 
 
-def _split_help(parser: _Parser, args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def _split_help(parser: Parser, args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parses the parser's own arguments; the rest are a config's fields. --help after a config lists its fields."""
     wants_help = [a for a in args if a in ("-h", "--help")]
     plain = [a for a in args if a not in ("-h", "--help")]

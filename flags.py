@@ -1,13 +1,45 @@
-"""The fields of a config as dotted, typed flags: --optimizer.learning-rate 1e-3."""
+"""The fields of a config as dotted, typed flags (--optimizer.learning-rate 1e-3), and the types of other arguments."""
 
 import argparse
 import contextlib
 import dataclasses
 import io
+from pathlib import Path
 from typing import Any
 
 from engrax.errors import UserError
 from engrax.registry import did_you_mean
+
+
+def filled(text: str) -> str:
+    """The type of arguments that are names or paths."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a name or a path")
+    return text
+
+
+def positive(text: str) -> int:
+    """The type of arguments that count something."""
+    number = int(text)
+    if not 1 <= number < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1 and below {1 << 31:,}")
+    return number
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are UserErrors."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see `{self.prog} --help`.")
+
+
+def check_output(output: str | None) -> None:
+    """Raises UserError, before anything is timed, if the file cannot be written."""
+    if output and Path(output).is_dir():
+        raise UserError(f"--output {output} is a folder; give the name of a file.")
+    for folder in Path(output).parents if output else ():
+        if folder.is_file():
+            raise UserError(f"--output {output}: {folder} is a file, not a folder.")
 
 
 def split_data(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:

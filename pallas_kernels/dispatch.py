@@ -181,6 +181,8 @@ def choose(op: str, shapes: Any, asked: str | None = None) -> Choice:
         return Choice(((None, _named(op, listed, shapes, asked)),), interpreting())
     branches, sight = {}, devices.in_sight()
     for found in listed:
+        if found.name in getattr(_local, "without", ()):
+            continue
         if found.platform not in branches and not (_why_not(found, shapes, sight) or found.not_installed()):
             branches[found.platform] = found
             if found.platform is None:
@@ -248,6 +250,16 @@ def recorded_calls() -> Iterator[list[Call]]:
         yield _local.calls
     finally:
         _local.calls = before
+
+
+@contextmanager
+def without(*names: str) -> Iterator[None]:
+    """A context in which implementations of these names are not chosen automatically."""
+    before, _local.without = getattr(_local, "without", ()), names
+    try:
+        yield
+    finally:
+        _local.without = before
 
 
 @contextmanager

@@ -3,8 +3,9 @@
     make test-compile
     python tests/compile_gpu.py --output benchmarks/results/compile_gpu.json     in an environment with jax[cuda13]
 
-XLA compiles ahead of time for a described device (`TARGET`); ptxas, told to report, says what each kernel takes. The
-programs are compiled in a process of their own, whose output is read. Runs in about eight minutes on two cores.
+XLA compiles ahead of time for a described device (`pallas_kernels/topologies.py`); ptxas, told to report, says what
+each kernel takes. The programs are compiled in a process of their own, whose output is read. Runs in about eight
+minutes on two cores.
 """
 
 import argparse
@@ -18,22 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-# What XLA asks about the device: an H200 (compute capability 9.0), as its data sheet has it.
-TARGET = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 device_memory_size: 150000000000 l2_cache_size: 52428800
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 minor: 0 }
-device_description_str: "NVIDIA H200"
-"""
 BEGIN, END, FLOPS = "== case ", "== done ", "== FLOPs over the needed ones "
 MOST_FLOPS = 1.15  # of a mixture's projections, forward and backward, over the needed ones
 
@@ -261,14 +246,14 @@ def cases() -> dict:
 def compile_all(only: str) -> None:
     """Compiles the cases whose name holds `only`, between marks on stdout, where ptxas reports too."""
     import jax
-    from jax.experimental import topologies
-    from jax.sharding import NamedSharding, PartitionSpec
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from engrax.pallas_kernels import devices
+    from engrax.pallas_kernels import devices, topologies
     from engrax.tests import mom_projection
 
-    topology = topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=TARGET)
-    one_device = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+    device = topologies.topology_devices(topologies.find("h200"), 1)
+    one_device = NamedSharding(Mesh(np.asarray(device), ("x",)), PartitionSpec())
     for name, (make, arguments) in cases().items():
         if only in name:
             run, specs, *needed = make(*arguments)
@@ -338,9 +323,11 @@ def main() -> None:
         return compile_all(options.only)
     if tuple(map(int, versions()["jax"].split(".")[:3])) < (0, 11, 2):
         sys.exit(f"kernels need jax >= 0.11.2 (Python >= 3.12), this is {versions()['jax']}")
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no driver is here
+    from engrax.pallas_kernels import topologies
+
+    environment = {
+        **os.environ,
+        **topologies.ENVIRONMENT,
         "MOSAIC_GPU_DUMP_PTXAS": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program from the cache is not compiled, and not reported
     }

@@ -10,45 +10,35 @@ program. Runs in a few minutes.
 import argparse
 import datetime
 import json
-import os
 import re
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
-# Before jax is imported: no device is looked for, and none is asked for its surroundings.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program from the cache is not compiled
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
+import jax
+import jax.numpy as jnp
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
+from engrax.pallas_kernels import topologies
+from engrax.pallas_kernels.common.decay import Decay
+from engrax.pallas_kernels.common.log_decay import LogDecayPlan, LogDecayShapes
+from engrax.pallas_kernels.common.segments import aligned_layout
+from engrax.pallas_kernels.devices import NAMED, use
+from engrax.pallas_kernels.dispatch import implementation
+from engrax.pallas_kernels.gated_delta_rule.vjp import DeltaInputs
+from engrax.pallas_kernels.grouped_matmul.grouping import GroupedInputs, GroupedShapes
+from engrax.pallas_kernels.hopfield_retrieval import tpu as hopfield_retrieval
+from engrax.pallas_kernels.hopfield_retrieval import types as hopfield_types
+from engrax.pallas_kernels.linear_attention.vjp import LinearInputs
+from engrax.pallas_kernels.neural_memory import tpu as neural_memory
+from engrax.pallas_kernels.neural_memory import vjp as neural_memory_vjp
+from engrax.pallas_kernels.neural_memory.gates import Coefficients
+from engrax.pallas_kernels.neural_memory.types import MemoryShapes
+from engrax.pallas_kernels.softmax_attention import splash
+from engrax.pallas_kernels.softmax_attention import types as attention_types
+from engrax.tests import mom_projection
 
-from engrax.pallas_kernels.common.decay import Decay  # noqa: E402
-from engrax.pallas_kernels.common.log_decay import LogDecayPlan, LogDecayShapes  # noqa: E402
-from engrax.pallas_kernels.common.segments import aligned_layout  # noqa: E402
-from engrax.pallas_kernels.devices import NAMED, use  # noqa: E402
-from engrax.pallas_kernels.dispatch import implementation  # noqa: E402
-from engrax.pallas_kernels.gated_delta_rule.vjp import DeltaInputs  # noqa: E402
-from engrax.pallas_kernels.grouped_matmul.grouping import GroupedInputs, GroupedShapes  # noqa: E402
-from engrax.pallas_kernels.hopfield_retrieval import tpu as hopfield_retrieval  # noqa: E402
-from engrax.pallas_kernels.hopfield_retrieval import types as hopfield_types  # noqa: E402
-from engrax.pallas_kernels.linear_attention.vjp import LinearInputs  # noqa: E402
-from engrax.pallas_kernels.neural_memory import tpu as neural_memory  # noqa: E402
-from engrax.pallas_kernels.neural_memory import vjp as neural_memory_vjp  # noqa: E402
-from engrax.pallas_kernels.neural_memory.gates import Coefficients  # noqa: E402
-from engrax.pallas_kernels.neural_memory.types import MemoryShapes  # noqa: E402
-from engrax.pallas_kernels.softmax_attention import splash  # noqa: E402
-from engrax.pallas_kernels.softmax_attention import types as attention_types  # noqa: E402
-from engrax.tests import mom_projection  # noqa: E402
-
-TARGETS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+TARGETS = ("v5e", "v6e")
 BATCH, CHUNKS, HEADS = 8, 32, 4  # enough that the arrays do not lie in VMEM as wholes
 OPERATIONS = "linear_attention|gated_delta_rule|neural_memory|hopfield_retrieval"
 KERNEL = re.compile(rf"%\w*?((?:{OPERATIONS})_(?:forward|backward_states|backward)|splash_mha_(?:fwd|dq|dkv))")
@@ -216,8 +206,7 @@ def cases() -> dict:
 
 def compile_case(make, arguments, target) -> dict:
     """Returns how long it took and what every kernel takes of VMEM, or what the compiler said."""
-    topology = topologies.get_topology_desc(topology_name=TARGETS[target], platform="tpu")
-    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    device = jax.sharding.SingleDeviceSharding(topologies.topology_devices(topologies.find(target), 1)[0])
     run, specs, *needed = make(**arguments)
     specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), specs)
     begin = time.perf_counter()
@@ -244,6 +233,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the results there, as JSON")
     parser.add_argument("--only", default="", help="the cases whose name holds this")
     options = parser.parse_args()
+    topologies.prepare()
     results = {}
     for case, (make, arguments) in cases().items():
         if options.only in case:

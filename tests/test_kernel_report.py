@@ -54,11 +54,14 @@ def test_the_table_of_every_shipped_config(config):
     assert line_by_device(config) == wanted[config]
 
 
-def test_the_command_prints_it_without_the_device(capsys):
+def test_the_command_prints_it_without_the_device(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("ENGRAX_CACHE", str(tmp_path))  # nothing is compiled there
     sizes = ["--batch-size", "2"]
     assert cli.main(["describe", "quickstart", "--device", "v5e", *sizes]) == 0
-    costs, splits, told = capsys.readouterr().out.split("\n\n")
+    costs, splits, memory, told, compiled = capsys.readouterr().out.split("\n\n")
     assert costs.startswith("parameters") and "validation" in splits
+    assert memory.startswith("arguments of the step on each of 1 device") and "\ntemporaries, estimated" in memory
+    assert compiled == "not compiled yet: engrax compile quickstart --batch-size 2 --device v5e\n"
     head, *lines = told.splitlines()
     assert head == "operations of the training on TPU v5 lite, bfloat16:"
     assert lines[0].startswith("softmax_attention  batch=2 length=256 heads=4 groups=4 key=32 window=32 dtype=bfloat16")
@@ -72,7 +75,7 @@ def test_the_command_prints_it_without_the_device(capsys):
         ["reference", "only by its name: the oracle"],
     ]
     assert cli.main(["describe", "quickstart", "--device", "cpu", *sizes]) == 0
-    told = capsys.readouterr().out.split("\n\n")[2]
+    told = capsys.readouterr().out.split("\n\n")[3]
     assert "on cpu, float32:" in told and "tokens=float32" in told and "xla         serves it" in told
 
 

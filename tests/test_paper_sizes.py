@@ -15,7 +15,14 @@ from engrax.models.block_style import BlockStyleConfig
 SIZES = {  # published parameters in millions, layers; docs/paper_sizes.md says where they are from
     "based_360m": (360, 27),
     "gated_deltanet_340m": (340, 21),
+    "gated_deltanet_1b3": (1300, 21),
+    "mom_1b3": (1620, 24),
     "mom_340m": (510, 24),  # what the settings that the paper calls 340M make: it counts one memory
+}
+HYBRIDS = {
+    "gated_deltanet_hybrid_1b3": "gated_deltanet_1b3",
+    "gated_deltanet_hybrid_340m": "gated_deltanet_340m",
+    "mom_hybrid_340m": "mom_340m",
 }
 
 
@@ -56,15 +63,13 @@ def test_a_mixture_is_not_matched_to_its_baseline_in_parameters():
     assert round(100 * (count(model) / count(one) - 1)) == 65
 
 
-@pytest.mark.parametrize("name", [*SIZES, "mom_hybrid_340m", "gated_deltanet_hybrid_340m"])
+@pytest.mark.parametrize("name", [*SIZES, "titans_1b3", *HYBRIDS])
 def test_configs_say_their_size(name):
     told = re.search(r"(\d+)\s+M\s+parameters", importlib.import_module(f"engrax.configs.{name}").__doc__)
     assert int(told[1]) == round(count(find(name).experiment.model) / 1e6)
 
 
-@pytest.mark.parametrize(
-    "hybrid, pure", [("mom_hybrid_340m", "mom_340m"), ("gated_deltanet_hybrid_340m", "gated_deltanet_340m")]
-)
+@pytest.mark.parametrize("hybrid, pure", HYBRIDS.items())
 def test_hybrids_count_what_their_layers_do(hybrid, pure):
     """No count is published: three of four layers are those of the pure model, the fourth has 4 d^2 and an MLP."""
     hybrid, pure = (find(name).experiment.model for name in (hybrid, pure))
@@ -75,7 +80,7 @@ def test_hybrids_count_what_their_layers_do(hybrid, pure):
     assert count(hybrid) == around + hybrid.repeat * (3 * memory_layer + window_layer)
 
 
-@pytest.mark.parametrize("name", ["mom_hybrid_340m", "gated_deltanet_hybrid_340m"])
+@pytest.mark.parametrize("name", HYBRIDS)
 def test_hybrids_have_a_window_in_every_fourth_layer(name):
     model = find(name).experiment.model
     *memories, window = model.mixers

@@ -13,8 +13,10 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from engrax import models
 from engrax.models.parameters import cast
-from engrax.train import sharding
+from engrax.pallas_kernels import devices
+from engrax.train import sharding, temporaries
 from engrax.train.experiment import Experiment, ParallelConfig
+from engrax.train.kernel_report import compute_dtype
 from engrax.train.optimizers import base as optimizers
 from engrax.train.train_step import resolve_dtype
 
@@ -80,10 +82,10 @@ def _parts(config: Any, params: dict[str, Any], prefix: str = "") -> dict[str, i
     return parts
 
 
-def _state_bytes(experiment: Experiment, model: nnx.Module) -> dict[str, Any] | None:
-    """Bytes of `init_memory(1)`."""
+def _state_bytes(experiment: Experiment, model: nnx.Module, dtype: Any = None) -> dict[str, Any]:
+    """Bytes of `init_memory(1)`, in a dtype or in the compute dtype of the default device."""
     graphdef, params = nnx.split(model, nnx.Param)
-    dtype = resolve_dtype(experiment.compute_dtype)
+    dtype = resolve_dtype(experiment.compute_dtype) if dtype is None else dtype
     memory = jax.eval_shape(lambda p: nnx.merge(graphdef, cast(p, dtype)).init_memory(1), params)
     return {"total": _bytes(memory), "by_mixer": _by_mixer(experiment.model, memory)}
 
@@ -117,6 +119,23 @@ def _device_bytes(experiment: Experiment, params: nnx.State, devices: int) -> di
         "optimizer_bytes": _sharded_bytes(opt_state, specs["opt_state"], mesh),
         "optimizer_bytes_unsharded": _bytes(opt_state),
     }
+
+
+def step_memory(experiment: Experiment, device: devices.Device, count: int = 1) -> dict[str, int | None]:
+    """Returns {"devices", "argument_bytes", "temporary_bytes"}: bytes of a training step on one of `count` devices.
+
+    Arguments are parameters, optimizer state, carried memory and batch. Temporaries are an estimate
+    (`train.temporaries`), None for sharded parameters: how much of them is gathered at once is the compiler's.
+    """
+    model = nnx.eval_shape(lambda: models.build(experiment.model, rngs=nnx.Rngs(0)))
+    params, dtype = nnx.state(model, nnx.Param), compute_dtype(experiment, device)
+    held = _device_bytes(experiment, params, count)
+    rows, sharded = -(-experiment.batch_size // held["devices"]), held["devices"] > 1 and held["zero"] == 3
+    arguments = held["parameter_bytes"] + held["optimizer_bytes"] + 4 + 3 * 4 * rows * experiment.data.seq_len
+    if experiment.carry_memory:
+        arguments += rows * _state_bytes(experiment, model, dtype)["total"]
+    temporary = None if sharded else temporaries.estimate(experiment, rows, dtype, device)
+    return {"devices": held["devices"], "argument_bytes": arguments, "temporary_bytes": temporary}
 
 
 def _mesh(config: ParallelConfig, devices: int) -> AbstractMesh:

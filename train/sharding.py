@@ -8,6 +8,7 @@ first axis that the number of devices divides, never along the axis of stacked l
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,9 +25,11 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH = BATCH_AXES  # the mesh axes that split the batch
 
 
-def make_mesh(config: ParallelConfig, batch_size: int, accumulate: int = 1) -> Mesh:
-    """The mesh of all devices. Raises UserError if devices or batch do not divide."""
-    devices = jax.device_count()
+def make_mesh(
+    config: ParallelConfig, batch_size: int, accumulate: int = 1, chosen: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh of all devices, or of those `chosen`. Raises UserError if devices or batch do not divide."""
+    devices = jax.device_count() if chosen is None else len(chosen)
     data = devices // config.fsdp if config.data == -1 else config.data
     if devices % config.fsdp:
         raise UserError(
@@ -43,7 +46,10 @@ def make_mesh(config: ParallelConfig, batch_size: int, accumulate: int = 1) -> M
             f"batch_size={batch_size} does not divide over {devices} devices x {accumulate} microbatches; "
             f"choose a multiple of {devices * accumulate}, or for a run begun elsewhere another number of devices."
         )
-    return jax.make_mesh((data, config.fsdp, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+    shape, types = (data, config.fsdp, 1, 1), (AxisType.Auto,) * 4
+    if chosen is None:
+        return jax.make_mesh(shape, AXES, axis_types=types)
+    return Mesh(np.asarray(chosen, object).reshape(shape), AXES, axis_types=types)
 
 
 def fitting(config: ParallelConfig, devices: int) -> ParallelConfig:

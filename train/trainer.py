@@ -36,9 +36,13 @@ NO_LABELS = "the validation split holds no labelled token; give more or longer d
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """An experiment on the available devices. Construction allocates nothing; `init_state` does."""
+    """An experiment on the available devices. Construction allocates nothing; `init_state` does.
+
+    devices: others, for example of a described topology.
+    """
 
     experiment: Experiment
+    devices: tuple[jax.Device, ...] | None = None
 
     def __post_init__(self):
         check(self.experiment)
@@ -46,9 +50,8 @@ class Trainer:
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
         """The device mesh."""
-        return sharding.make_mesh(
-            self.experiment.parallel, self.experiment.batch_size, self.experiment.optimizer.accumulate
-        )
+        e = self.experiment
+        return sharding.make_mesh(e.parallel, e.batch_size, e.optimizer.accumulate, self.devices)
 
     @cached_property
     def _abstract(self) -> tuple[nnx.GraphDef, nnx.State]:
