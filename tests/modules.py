@@ -1,6 +1,8 @@
 """Modules made and called as compiled programs: run eagerly, every operation of theirs is compiled by itself."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -32,3 +34,16 @@ def compiled(function):
 
 
 outputs = compiled(lambda module, *args: module(*args)[0])
+
+
+def same_parameters(*configs):
+    """Mixers with the same parameters, random ones."""
+    built = [build(config) for config in configs]
+    params = [nnx.state(m, nnx.Param) for m in built]
+    values = jax.tree.leaves(params[0])
+    rng = np.random.default_rng(1)
+    values = [jnp.asarray(np.asarray(p) + 0.5 * rng.standard_normal(p.shape)) for p in values]
+    for module, p in zip(built, params):
+        assert [a.shape for a in jax.tree.leaves(p)] == [a.shape for a in values]
+        nnx.update(module, jax.tree.unflatten(jax.tree.structure(p), values))
+    return built

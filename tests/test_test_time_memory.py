@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from engrax.errors import UserError
 from engrax.layers import MIXERS, AtlasConfig, LaCTConfig, MemoryConfig, TitansConfig, TTTLinearConfig
@@ -18,7 +17,7 @@ from engrax.layers.test_time.losses import inner_loss
 from engrax.layers.test_time.retention import effective, newton_schulz, retain
 from engrax.layers.test_time.structures import initial_matrices
 from engrax.pallas_kernels import NeuralMemoryState, gated_delta_rule, linear_attention, neural_memory
-from engrax.tests.modules import build, compiled, outputs
+from engrax.tests.modules import build, compiled, outputs, same_parameters
 
 B, T, H, K = 2, 13, 2, 4
 BASE = MemoryConfig(heads=H, head_dim=K, hidden=6, chunk_size=4)
@@ -137,19 +136,6 @@ def test_equals_the_rule_token_by_token(name, x64):
         np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-10)
 
 
-def modules(*configs):
-    """Mixers with the same parameters, random ones."""
-    built = [build(config) for config in configs]
-    params = [nnx.state(m, nnx.Param) for m in built]
-    values = jax.tree.leaves(params[0])
-    rng = np.random.default_rng(1)
-    values = [jnp.asarray(np.asarray(p) + 0.5 * rng.standard_normal(p.shape)) for p in values]
-    for module, p in zip(built, params):
-        assert [a.shape for a in jax.tree.leaves(p)] == [a.shape for a in values]
-        nnx.update(module, jax.tree.unflatten(jax.tree.structure(p), values))
-    return built
-
-
 def mixed(module, ids=None):
     x = jnp.asarray(np.random.default_rng(2).standard_normal((2, 21, 8)))
     return outputs(module, x, None, ids)
@@ -159,20 +145,10 @@ IDS = jnp.asarray([[0] * 6 + [-1] + [1] * 7 + [4] * 7, [2] * 13 + [3] * 8])
 SMALL = dict(heads=2, head_dim=4, hidden=6, chunk_size=4, persistent_tokens=2)
 
 
-@pytest.mark.parametrize(
-    "depth, momentum", [(1, False), *(pytest.param(*case, marks=pytest.mark.deep) for case in [(2, True), (4, True)])]
-)
-def test_titans_is_a_setting_of_it(depth, momentum, x64):
-    general = MemoryConfig(**SMALL, depth=depth, optimizer="momentum" if momentum else "sgd")
-    a, b = modules(TitansConfig(**SMALL, depth=depth, momentum=momentum), general)
-    for ids in (None, IDS):
-        np.testing.assert_allclose(mixed(b, ids), mixed(a, ids), rtol=1e-9, atol=1e-10)
-
-
 @pytest.mark.deep
 def test_atlas_of_one_token_without_features_and_muon_is_titans(x64):
     atlas = AtlasConfig(**SMALL, window=1, feature_degree=1, optimizer="momentum", max_lr=None)
-    a, b = modules(TitansConfig(**SMALL), atlas)
+    a, b = same_parameters(TitansConfig(**SMALL), atlas)
     np.testing.assert_allclose(mixed(b, IDS), mixed(a, IDS), rtol=1e-9, atol=1e-10)
 
 
@@ -315,7 +291,7 @@ def test_settings_without_meaning_are_refused_with_the_reason(changes, words):
 @pytest.mark.deep
 @pytest.mark.parametrize("loss", ["l2", "huber"])
 def test_padding_may_hold_anything(loss, x64):
-    module = modules(MemoryConfig(**SMALL, loss=loss))[0]
+    module = same_parameters(MemoryConfig(**SMALL, loss=loss))[0]
     x = jnp.asarray(np.random.default_rng(2).standard_normal((1, 9, 8)))
     ids = jnp.asarray([[0, 0, 0, -1, 0, 0, 1, 1, -1]])
     y = outputs(module, jnp.where((ids < 0)[..., None], jnp.nan, x), None, ids)
@@ -324,7 +300,7 @@ def test_padding_may_hold_anything(loss, x64):
 
 def test_persistent_tokens_outlive_periodic_resets(x64):
     config = MemoryConfig(**SMALL | dict(persistent_tokens=6, reset_every=1))
-    module, x = modules(config)[0], jnp.ones((1, 5, 8))
+    module, x = same_parameters(config)[0], jnp.ones((1, 5, 8))
     before = outputs(module, x)
     module.persistent[...] = module.persistent[...].at[0].add(1.0)
     assert np.all(np.any(outputs(module, x) != before, axis=-1))

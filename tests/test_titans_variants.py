@@ -13,6 +13,8 @@ from engrax.laws import LAWS, Breach, Subject
 from engrax.layers import AttentionConfig, MACConfig, MAGConfig, MALConfig, TitansConfig
 from engrax.layers.attention.attention import masked_attention, rotate
 from engrax.models import MODELS, ModelConfig
+from engrax.models.parameters import cast
+from engrax.pallas_kernels.dispatch import recorded_calls
 from engrax.tests.experiments import tiny
 from engrax.train.experiment import from_dict, to_dict
 from engrax.train.trainer import check
@@ -28,6 +30,11 @@ def randomised(config, dim=8, seed=0):
     params = nnx.state(module, nnx.Param)
     nnx.update(module, jax.tree.map(lambda p: jnp.asarray(np.asarray(p) + 0.3 * rng.standard_normal(p.shape)), params))
     return module
+
+
+def cast_module(module, dtype):
+    graphdef, params = nnx.split(module)
+    return nnx.merge(graphdef, cast(params, dtype))
 
 
 def test_the_printed_mac_leaks(x64):
@@ -93,6 +100,34 @@ def test_mac_is_its_equations(x64):
     np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.deep
+def test_mac_hands_its_choice_of_implementation_on(x64):
+    """Token by token and by chunks: rows that begin documents at, before and after segments, and go on anywhere."""
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 27, 8)))
+    ids = jnp.asarray([[0] * 6 + [-2] * 2 + [1] * 8 + [2] * 11, [3] * 19 + [4] * 4 + [-1] * 4], jnp.int32)
+    found = []
+    for implementation in ("reference", "xla"):
+        memory = dataclasses.replace(MEMORY, implementation=implementation, persistent_tokens=3)
+        module = randomised(dataclasses.replace(SMALL, memory=memory))
+        with recorded_calls() as calls:
+            y, state = module(x[:, :21], None, ids[:, :21])
+        assert {call.asked for call in calls} == {implementation}
+        found.append([y, module(x[:, 21:], state, ids[:, 21:])])
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_mac_calls_the_operation_in_the_dtype_of_training():
+    """bfloat16 tokens, as GPU kernels take them, at phases that are known: no block more than the segment has."""
+    module = cast_module(randomised(SMALL), jnp.bfloat16)
+    x, ids = jnp.zeros((2, 24, 8), jnp.bfloat16), jnp.zeros((2, 24), jnp.int32)
+    with recorded_calls() as calls:
+        jax.eval_shape(lambda: module(x, None, ids))
+    (call,) = calls
+    assert (call.asked, call.shapes.tokens, call.shapes.dtype) == (None, jnp.bfloat16, jnp.float32)
+    assert call.shapes.blocks == 2 and call.shapes.aligned and call.shapes.segments
+
+
 def test_a_silent_memory_lets_the_attention_through(x64):
     config = MAGConfig(memory=MEMORY, attention=AttentionConfig(heads=2, head_dim=4, window=6))
     module = randomised(config)
@@ -128,7 +163,6 @@ def test_persistent_tokens_are_seen_from_everywhere(x64):
         (dict(chunk_size=10), "not a multiple of memory.chunk_size=4"),
         (dict(head_dim=3), "pairs of channels"),
         (dict(mode="printed"), "causal, paper"),
-        (dict(memory=dataclasses.replace(MEMORY, implementation="reference")), "segment by segment"),
     ],
 )
 def test_mac_refuses_settings_without_meaning(fields, words):

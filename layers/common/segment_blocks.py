@@ -36,6 +36,21 @@ class BlockIndex(NamedTuple):
 
         return jax.tree.map(one, old, new)
 
+    def to_front(self, tree):
+        """Returns arrays by slot `[B, S, ...]` with the row's first token at slot 0, and its holes at the end."""
+        return self._rolled(tree, self.slot)
+
+    def from_front(self, tree):
+        """Undoes `to_front`."""
+        return self._rolled(tree, -self.slot)
+
+    def _rolled(self, tree, by):
+        slots = self.holds.shape[1]
+        if slots == 1:
+            return tree
+        index = (jnp.arange(slots) + by[:, None]) % slots
+        return jax.tree.map(lambda x: jax.vmap(lambda row, i: row[i])(x, index), tree)
+
 
 class BlockLayout(NamedTuple):
     """The blocks of a call, and the slot of every token."""
@@ -44,6 +59,16 @@ class BlockLayout(NamedTuple):
     length: int  # tokens of every row
     token: Int[Array, "N B S"] | None  # None: rows are plainly cut into blocks
     index: Int[Array, "B T"] | None  # of every token among the N * S slots of its row; None likewise
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether every block is known to begin a segment."""
+        return self.token is None and self.blocks.holds.shape[2] > 1
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every slot holds a token of rows that are as long as the call."""
+        return self.token is None and self.length % self.blocks.holds.shape[2] == 0
 
     def to_blocks(self, x: Shaped[Array, "B T *D"]) -> Shaped[Array, "N B S *D"]:
         """Returns the slots; holes hold zeros or copies of other tokens."""

@@ -1,8 +1,8 @@
 """The mixer around a memory that is trained at test time (Titans, arXiv 2501.00663, section 4.4).
 
 Keys, values and queries are projected, convolved, passed through SiLU and normalised to length 1. Persistent tokens are
-written first, in separate chunks. The read is normalised, gated and projected. A subclass defines the memory and its
-learning rule.
+written first, in separate chunks. The read is normalised, gated and projected. A subclass defines the memory's rule and
+gates. `operation` runs the memory if the operation `neural_memory` has this rule, else `engine`.
 """
 
 import math
@@ -17,6 +17,9 @@ from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import l2_normalise, projection, rms_norm
 from engrax.layers.common.segments import last_segment_after, select_rows, starts_anew
 from engrax.layers.mixer import Mixer
+from engrax.layers.test_time import engine, operation
+from engrax.layers.test_time.rule import Matrices
+from engrax.pallas_kernels.neural_memory.decode import DecodingMemory
 
 
 def logit(p: float) -> float:
@@ -41,8 +44,8 @@ class ShellState(NamedTuple):
 class TestTimeMixerBase(Mixer):
     """Base of the mixers with a test-time memory: x [B, T, D] -> y [B, T, D], ShellState.
 
-    The config has heads, head_dim, conv_width and persistent_tokens. A subclass defines `_add_memory`,
-    `_learned_memory`, `_closed`, `_broadcast`, `_at_place_of`, `_gates` and `_memory`.
+    The config has heads, head_dim, conv_width, persistent_tokens and `rule()`. A subclass defines `_add_memory`,
+    `_learned_matrices`, `_gates` and `_memory`.
     """
 
     def __init__(self, config, dim: int, *, gates: int, rngs: nnx.Rngs, num_layers: int = 1):
@@ -66,20 +69,8 @@ class TestTimeMixerBase(Mixer):
         """Adds the memory's own parameters."""
         raise NotImplementedError
 
-    def _learned_memory(self):
-        """Returns the learned memory of one row at phase 0."""
-        raise NotImplementedError
-
-    def _closed(self, memory):
-        """Returns the memory of one row after the end of its last chunk, at phase 0."""
-        raise NotImplementedError
-
-    def _broadcast(self, memory, batch_size: int):
-        """Returns the memory of one row at phase 0 for every row."""
-        raise NotImplementedError
-
-    def _at_place_of(self, memory, other):
-        """Returns the memory at the other's position in the row's chunk grid."""
+    def _learned_matrices(self) -> Matrices:
+        """Returns the learned initial memory `[H, I, O]`, by the names that its structure gives."""
         raise NotImplementedError
 
     def _gates(self, x_BTD: Float[Array, "B T D"]):
@@ -93,22 +84,21 @@ class TestTimeMixerBase(Mixer):
         """
         raise NotImplementedError
 
-    def _goes_on(self, memory) -> bool:
-        """Whether the memory is in a form in which no new segment can start."""
-        return False
-
-    def _resets_itself(self) -> bool:
-        """Whether the memory also needs its reset state inside a segment."""
-        return False
+    @property
+    def _engine(self):
+        """The module that runs the memory's rule: `operation` or `engine`."""
+        return operation if self.config.rule().operation else engine
 
     def reset_state(self):
         """Returns the initial memory of every segment, for one row, with the persistent tokens written."""
-        memory = self._learned_memory()
+        rule, matrices = self.config.rule(), self._learned_matrices()
+        dtype = self._state_dtype()
+        memory = self._engine.start_state(rule, {name: w.astype(dtype) for name, w in matrices.items()}, 1)
         if self.config.persistent_tokens:
             x_1PD = self.persistent[...][None]
             q_k_v, _ = self._project(x_1PD, self.conv.init_tail(1, x_1PD.dtype), None)
             _, memory = self._memory(*q_k_v, self._gates(x_1PD), memory, None, None)
-        return self._closed(memory)
+        return self._engine.close(rule, memory)
 
     def init_state(self, batch_size: int) -> ShellState:
         """Returns the state every row and every segment starts from, at phase 0."""
@@ -116,10 +106,17 @@ class TestTimeMixerBase(Mixer):
 
     def _start(self, reset, batch_size: int) -> ShellState:
         return ShellState(
-            memory=self._broadcast(reset, batch_size),
+            memory=self._engine.spread(self.config.rule(), reset, batch_size),
             tail=self.conv.init_tail(batch_size, self.qkv.kernel.dtype),
             last_segment=jnp.full((batch_size,), -1, jnp.int32),
         )
+
+    def open_state(self, state: ShellState) -> ShellState:
+        rule = self.config.rule()
+        return state._replace(memory=operation.opened(rule, state.memory)) if rule.operation else state
+
+    def close_state(self, state: ShellState) -> ShellState:
+        return state._replace(memory=operation.closed(state.memory))
 
     def __call__(
         self,
@@ -167,8 +164,9 @@ class TestTimeMixerBase(Mixer):
     def _prepare(self, x_BTD, state, segment_ids):
         """Returns (q, k, v), the gates, the memory to begin with and to reset to, the new tail and last segment."""
         fresh = state is None
-        resets = segment_ids is not None and (fresh or not self._goes_on(state.memory))
-        reset = self.reset_state() if fresh or resets or self._resets_itself() else None
+        decoding = not fresh and isinstance(state.memory, DecodingMemory)  # no segment starts
+        resets = segment_ids is not None and not decoding
+        reset = self.reset_state() if fresh or resets or self.config.rule().reset_every else None
         state = self._start(reset, len(x_BTD)) if fresh else state
         memory, tail = state.memory, state.tail
         if segment_ids is None:
@@ -178,17 +176,20 @@ class TestTimeMixerBase(Mixer):
             if resets and not fresh:
                 start = self._start(reset, len(x_BTD))
                 anew = starts_anew(state.last_segment, segment_ids)
-                memory = select_rows(anew, self._at_place_of(start.memory, memory), memory)
+                memory = select_rows(anew, self._engine.at_place_of(start.memory, memory), memory)
                 tail = select_rows(anew, start.tail, tail)
         q_k_v, tail = self._project(x_BTD, tail, segment_ids)
         return q_k_v, self._gates(x_BTD), memory, reset, tail, last
 
     def _project(self, x_BTD, tail, segment_ids):
         """Returns (q, k, v) each [B, T, H, K], of length 1, and the new tail."""
-        B, T, _ = x_BTD.shape
         mixed, tail = self.conv(self.qkv(x_BTD), tail, segment_ids)
-        heads = (B, T, self.config.heads, self.config.head_dim)
-        return [l2_normalise(y.reshape(heads)) for y in jnp.split(jax.nn.silu(mixed), 3, axis=-1)], tail
+        return self._activate(mixed), tail
+
+    def _activate(self, mixed_BTC):
+        """Returns (q, k, v) each [B, T, H, K], of length 1, from what the convolution gives."""
+        heads = (*mixed_BTC.shape[:2], self.config.heads, self.config.head_dim)
+        return [l2_normalise(y.reshape(heads)) for y in jnp.split(jax.nn.silu(mixed_BTC), 3, axis=-1)]
 
     def _project_read(self, x_BTD, read_BTHK):
         y = self.norm(read_BTHK).reshape(*x_BTD.shape[:2], -1)

@@ -10,7 +10,6 @@ are carried until then. Gradients delta come from automatic differentiation of s
 start of the chunk. The outer gradient flows through all of this.
 """
 
-import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -23,40 +22,10 @@ from engrax.layers.common.segments import select_rows
 from engrax.layers.test_time.coefficients import Coefficients, Gates, coefficients
 from engrax.layers.test_time.losses import inner_loss
 from engrax.layers.test_time.retention import effective, newton_schulz, retain
-from engrax.layers.test_time.structures import Extra, Structure
+from engrax.layers.test_time.rule import Matrices, Rule
+from engrax.layers.test_time.structures import Extra
 from engrax.pallas_kernels.common.segments import mask_tokens, row_lengths, segment_starts
 from engrax.pallas_kernels.neural_memory.grid import aligned_grid, from_blocks, phased_grid, to_blocks
-
-Matrices = dict[str, Float[Array, "..."]]  # one matrix [..., I, O] by name
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A test-time memory without its parameters; the fields are explained in `MemoryConfig`."""
-
-    structure: Structure
-    loss: str
-    loss_power: float
-    retention: str
-    norm_power: float
-    muon: bool
-    momentum_order: int
-    decayed: bool
-    read_first: bool
-    next_value: bool
-    window: int
-    chunk_size: int
-    reset_every: int
-
-    @property
-    def linear(self) -> bool:
-        """Whether the update is linear in the gradient, as the dual form requires."""
-        return self.retention == "decay" and not self.muon
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether the steps of a chunk are added up until its end; Newton-Schulz takes the momentum itself."""
-        return not self.linear and not (self.muon and self.momentum_order)
 
 
 class Tail(NamedTuple):
@@ -347,8 +316,23 @@ def update(rule: Rule, state: MemoryState) -> MemoryState:
 def close(rule: Rule, state: MemoryState) -> MemoryState:
     """Returns the state of one row with its chunk ended at the current position, at phase 0, without earlier tokens."""
     state = jax.vmap(jax.vmap(partial(update, rule)))(state._replace(tail=(), previous=(), position=()))
-    first = jax.tree.map(lambda leaf: leaf[0], (state.stored, state.momenta))
-    return start_state(rule, first[0], 1, first[1])
+    return spread(rule, state, 1)
+
+
+def spread(rule: Rule, state: MemoryState, batch_size: int) -> MemoryState:
+    """Returns the matrices of the first row in every row, at phase 0."""
+    stored, momenta = jax.tree.map(lambda leaf: leaf[0], (state.stored, state.momenta))
+    return start_state(rule, stored, batch_size, momenta)
+
+
+def at_place_of(state: MemoryState, other: MemoryState) -> MemoryState:
+    """Returns the state at the other's position in the row's chunk grid."""
+    return state._replace(position=other.position)
+
+
+def matrices(state: MemoryState) -> tuple[Matrices, tuple[Matrices, ...]]:
+    """Returns the memory and its momenta."""
+    return state.stored, state.momenta
 
 
 def _next_tail(tail: Tail, block: Block, segment) -> Tail:

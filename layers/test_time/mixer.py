@@ -25,8 +25,10 @@ from engrax.layers.test_time.coefficients import Gates
 from engrax.layers.test_time.features import feature_count, polynomial_features
 from engrax.layers.test_time.losses import LOSSES
 from engrax.layers.test_time.retention import RETENTIONS
+from engrax.layers.test_time.rule import Matrices, Rule
 from engrax.layers.test_time.structures import KINDS, Structure, initial_matrices
 from engrax.pallas_kernels.common.segments import row_lengths, segment_starts
+from engrax.pallas_kernels.neural_memory import cost
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS
 from engrax.registry import did_you_mean
 
@@ -75,6 +77,8 @@ class MemoryConfig(MixerConfig):
     max_lr: float | None = None  # upper bound of theta / (1 - eta), per token; None: see `lr_bound`
     lr_init: float = 0.5  # theta at the start, as a fraction of that bound
     forget_init: float = 0.001  # alpha at the start, per token (the middle head's)
+    save_every: int = 1  # chunks between saved states in the backward pass; more = less memory, more recomputation
+    implementation: str | None = None  # of the operation neural_memory: reference | xla | ...; None = by platform
 
     def __post_init__(self):
         for name, known in CHOICES.items():
@@ -83,7 +87,8 @@ class MemoryConfig(MixerConfig):
                 raise UserError(
                     f"unknown {name} {value!r}{did_you_mean(str(value), known)} (known: {', '.join(known)})."
                 )
-        for name in ("heads", "head_dim", "depth", "hidden", "window", "feature_degree", "chunk_size", "conv_width"):
+        at_least_one = ("heads", "head_dim", "depth", "hidden", "window", "feature_degree", "chunk_size", "conv_width")
+        for name in (*at_least_one, "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
         for name in ("lr_init", "forget_init"):
@@ -136,6 +141,12 @@ class MemoryConfig(MixerConfig):
             self.forgetting == "none" and self.gradient_at == "decayed",
             "gradient_at='decayed' without forgetting is the anchor itself: leave it at 'anchor'.",
         )
+        yield (
+            (self.implementation is not None or self.save_every > 1) and not self.rule().operation,
+            "implementation and save_every are those of the operation neural_memory, which does not have this rule: it "
+            "has a plain mlp or matrix, loss='l2', retention='decay', at most one momentum, window=1 and reads after "
+            "the write; leave implementation at None and save_every at 1.",
+        )
 
     @property
     def orders(self) -> int:
@@ -165,7 +176,7 @@ class MemoryConfig(MixerConfig):
         """Width of a head's keys as the memory gets them."""
         return feature_count(self.head_dim, self.feature_degree)
 
-    def rule(self) -> engine.Rule:
+    def rule(self) -> Rule:
         """Returns the memory's rule without its parameters."""
         structure = Structure(
             kind=self.structure,
@@ -177,7 +188,7 @@ class MemoryConfig(MixerConfig):
             bias=self.bias,
             normed=self.normed,
         )
-        return engine.Rule(
+        return Rule(
             structure=structure,
             loss=self.loss,
             loss_power=self.loss_power,
@@ -191,6 +202,9 @@ class MemoryConfig(MixerConfig):
             window=self.window,
             chunk_size=self.chunk_size,
             reset_every=self.reset_every,
+            by_channel=self.forgetting == "channel",
+            save_every=self.save_every,
+            implementation=self.implementation,
         )
 
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> "TestTimeMemory":
@@ -213,21 +227,39 @@ class MemoryConfig(MixerConfig):
                 feature_degree=2,
             ),
             change(small, structure="factorised", loss="dot", retention="row_norm", optimizer="muon", reset_every=2),
+            change(small, target="residual", forgetting="head", gradient_at="decayed", feature_degree=2),
         )
 
     def flops_per_token(self, dim: int, seq_len: int) -> float:
-        inner, once = self.heads * self.head_dim, self.rule().structure.flops_per_token()
+        inner, rule = self.heads * self.head_dim, self.rule()
         project = 2 * dim * (5 * inner + self.heads * sum(self.gate_widths.values())) + 2 * self.conv_width * 3 * inner
-        slots, bases = min(self.chunk_size, seq_len), 2  # rows are packed
+        if not rule.operation:
+            return project + self.heads * self._flops_of_engine(rule, min(self.chunk_size, seq_len))
+        memory = cost.flops(
+            batch=1,
+            seq=seq_len,
+            heads=self.heads,
+            key=self.head_dim_of_keys,
+            value=self.head_dim,
+            hidden=self.hidden,
+            depth=len(rule.structure.widths()),
+            chunk_size=self.chunk_size,
+            segments=True,  # rows are packed
+        )
+        return project + memory.forward / seq_len
+
+    def _flops_of_engine(self, rule: Rule, slots: int) -> float:
+        """Forward FLOPs per token and head of `engine`, in blocks of so many slots."""
+        once, widths, bases = rule.structure.flops_per_token(), rule.structure.widths().values(), 2  # rows are packed
         # Keys forward and backward and the update; what queries and carries take of every base.
-        memory = once * (2 * bases + 1 + self.orders + bases * (1 + (self.orders if self.rule().linear else 0)))
-        if self.rule().linear:
-            memory += sum(2.0 * (slots + self.window - 1) * (i + o) for i, o in self.rule().structure.widths().values())
-        if self.optimizer == "muon":
-            for i, o in self.rule().structure.widths().values():  # five products of each kind, once a chunk
+        memory = once * (2 * bases + 1 + self.orders + bases * (1 + (self.orders if rule.linear else 0)))
+        if rule.linear:
+            memory += sum(2.0 * (slots + self.window - 1) * (i + o) for i, o in widths)
+        if rule.muon:
+            for i, o in widths:  # five products of each kind, once a chunk
                 small, large = min(i, o), max(i, o)
                 memory += 5 * (4.0 * small * small * large + 2.0 * small**3) / slots
-        return project + self.heads * memory
+        return memory
 
 
 class TestTimeMemory(TestTimeMixerBase):
@@ -252,9 +284,7 @@ class TestTimeMemory(TestTimeMixerBase):
         # The last matrix starts at zero, so reads do not contain the initial function. It starts random if matrices are
         # kept at a norm, or if output or steps are normalised: the derivative of a normalised 0 is almost infinite.
         last = 1.0 if c.normed or rule.muon or c.retention in ("row_norm", "q_norm") else 0.0
-        matrices = initial_matrices(rule.structure, c.heads, rngs.params(), last)
-        axes = ("heads", "memory_in", "memory_out")
-        self.initial = nnx.Dict({name: nnx.Param(w, axes=axes, role="initial memory") for name, w in matrices.items()})
+        self._add_matrices(rngs, last)
         if c.feature_degree > 1:  # phi(q) . phi(k) begins as sum_d (q . k)^d / d! (arXiv 2505.23735)
             degrees = jnp.arange(1, c.feature_degree + 1)
             self.features = nnx.Param(jnp.exp(-0.5 * jax.lax.lgamma(degrees + 1.0)), axes=("degree",), role="gate")
@@ -262,22 +292,14 @@ class TestTimeMemory(TestTimeMixerBase):
             self.norm_scale = nnx.Param(jnp.ones((c.heads, c.head_dim)), axes=("heads", "norm"), role="norm")
             self.norm_bias = nnx.Param(jnp.zeros((c.heads, c.head_dim)), axes=("heads", "norm"), role="norm")
 
-    def _learned_memory(self) -> engine.MemoryState:
-        matrices = {name: w[...].astype(self._state_dtype()) for name, w in self.initial.items()}
-        return engine.start_state(self.config.rule(), matrices, 1)
+    def _add_matrices(self, rngs: nnx.Rngs, last_scale: float) -> None:
+        """Adds the initial matrices, the last one's scaled."""
+        c, axes = self.config, ("heads", "memory_in", "memory_out")
+        matrices = initial_matrices(c.rule().structure, c.heads, rngs.params(), last_scale)
+        self.initial = nnx.Dict({name: nnx.Param(w, axes=axes, role="initial memory") for name, w in matrices.items()})
 
-    def _closed(self, memory: engine.MemoryState) -> engine.MemoryState:
-        return engine.close(self.config.rule(), memory)
-
-    def _broadcast(self, memory: engine.MemoryState, batch_size: int) -> engine.MemoryState:
-        first = jax.tree.map(lambda leaf: leaf[0], (memory.stored, memory.momenta))
-        return engine.start_state(self.config.rule(), first[0], batch_size, first[1])
-
-    def _resets_itself(self) -> bool:
-        return self.config.reset_every > 0
-
-    def _at_place_of(self, memory, other):
-        return memory._replace(position=other.position)
+    def _learned_matrices(self) -> Matrices:
+        return {name: w[...] for name, w in self.initial.items()}
 
     def _gates(self, x_BTD) -> Gates:
         c, dtype = self.config, self._state_dtype()
@@ -302,13 +324,15 @@ class TestTimeMemory(TestTimeMixerBase):
         weight = jax.nn.sigmoid(by_name["weight"][..., 0]) if widths["weight"] else ones
         return Gates(lr, momentum, forget, delta, weight)
 
-    def _memory(self, q, k, v, gates: Gates, memory: engine.MemoryState, reset, segment_ids):
-        c, dtype = self.config, v.dtype
+    def _memory(self, q, k, v, gates: Gates, memory, reset, segment_ids):
+        c, rule, dtype = self.config, self.config.rule(), v.dtype
         q, k, v = (x.astype(self._state_dtype()) for x in (q, k, v))
         if c.target == "residual":
             v = v - k
         if c.feature_degree > 1:
             q, k = (polynomial_features(x, self.features[...].astype(x.dtype)) for x in (q, k))
+        if rule.operation:
+            q, k, v = (x.astype(dtype) for x in (q, k, v))  # kernels take the tokens in the compute dtype
         if c.target == "next":
             k, gates, memory = _previous_key(k, gates, memory, segment_ids)
         extra = {}
@@ -317,7 +341,7 @@ class TestTimeMemory(TestTimeMixerBase):
                 "norm_scale": self.norm_scale[...].astype(q.dtype),
                 "norm_bias": self.norm_bias[...].astype(q.dtype),
             }
-        out, memory = engine.run(c.rule(), q, k, v, gates, memory, reset, segment_ids, extra)
+        out, memory = self._engine.run(rule, q, k, v, gates, memory, reset, segment_ids, extra)
         return out.astype(dtype), memory
 
     def _written(self, k, v):
@@ -336,7 +360,7 @@ class TestTimeMemory(TestTimeMixerBase):
         found["forget_saturated"] = jnp.mean((gates.forget < 0.01) | (gates.forget > 0.99))
         if self.config.orders:
             found["momentum_mean"] = jnp.mean(gates.momentum)
-        for name, matrices in (("memory_norm", after.memory.stored), ("momentum_norm", after.memory.momenta)):
+        for name, matrices in zip(("memory_norm", "momentum_norm"), self._engine.matrices(after.memory)):
             leaves = jax.tree.leaves(matrices)
             if leaves:
                 found[name] = jnp.sqrt(sum(jnp.mean(jnp.sum(w * w, axis=(-2, -1))) for w in leaves))

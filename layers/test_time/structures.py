@@ -44,6 +44,12 @@ class Structure:
             shapes = {f"w{i + 1}": shape for i, shape in enumerate(zip(inner[:-1], inner[1:]))}
         return {name: (i + self.bias, o) for name, (i, o) in shapes.items()}
 
+    @property
+    def is_plain_mlp(self) -> bool:
+        """Whether M is an MLP as the operation `neural_memory` takes it: 1 to 4 matrices, and nothing else."""
+        depth = {"linear": 1, "mlp": self.depth}.get(self.kind, 0)
+        return 1 <= depth <= 4 and not (self.bias or self.normed)
+
     def apply(self, linear: Linear, x: Float[Array, "S K"], extra: Extra) -> Float[Array, "S V"]:
         """Returns M(x)."""
         f = ACTIVATIONS[self.activation]

@@ -30,9 +30,8 @@ from engrax.layers.common.segments import last_segment_after, select_rows, start
 from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
 from engrax.layers.test_time.titans import TitansConfig
 from engrax.pallas_kernels import NeuralMemoryState
-from engrax.pallas_kernels.common.segments import row_lengths, segment_starts
+from engrax.pallas_kernels.common.segments import row_lengths
 from engrax.pallas_kernels.neural_memory.types import ACTIVATIONS, Layers
-from engrax.pallas_kernels.neural_memory.xla import run_grid
 
 
 class Segment(NamedTuple):
@@ -83,11 +82,6 @@ class MACConfig(MixerConfig):
             raise UserError(f"head_dim={self.head_dim}: rotary positions need pairs of channels; choose an even width.")
         if self.mode not in ("causal", "paper"):
             raise UserError(f"unknown mode {self.mode!r} (known: causal, paper).")
-        if self.memory.implementation not in (None, "xla"):
-            raise UserError(
-                f"memory.implementation={self.memory.implementation!r}: MAC runs its memory segment by segment, in the "
-                "XLA form; choose None or 'xla'."
-            )
         if self.persistent_tokens < 0 or min(self.heads, self.conv_width, self.chunk_size) < 1:
             raise UserError("persistent_tokens must not be negative; heads, conv_width and chunk_size at least 1.")
 
@@ -166,30 +160,24 @@ class MAC(Mixer):
         B, T, _ = x_BTD.shape
         packed = segment_ids is not None
         lengths = row_lengths(segment_ids) if packed else None
-        start = self.init_state(B) if packed or state is None else None
-        if packed and state is not None:
-            state = self._anew(state, start, segment_ids)
-        state = start if state is None else state
+        place = np.zeros(B, np.int32) if state is None else state.place
+        layout = block_index(place, T, self.config.chunk_size, lengths)
+        reset = self.memory.reset_state() if packed or not layout.is_full else None  # of documents; holes need one too
+        state = self.init_state(B) if state is None else state
         if packed:
+            anew = starts_anew(state.last_segment, segment_ids)
+            state = state._replace(tail=jnp.where(anew[:, None, None], 0, state.tail))
             x_BTD = jnp.where((segment_ids >= 0)[..., None], x_BTD, 0)  # padding may hold anything, NaN included
         else:
             segment_ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
-        places = block_index(state.place, T, self.config.chunk_size, lengths)
         inner = self.config.heads * self.config.head_dim
         projected = jnp.concatenate([self.qkv(x_BTD), self.query(x_BTD)], axis=-1)
         mixed, tail = self.conv(projected, state.tail, segment_ids if packed else None)
         q, k, v, query = jnp.split(mixed, [inner, 2 * inner, 3 * inner], axis=-1)
         arrays = [self._heads(y) for y in (q, k, v)] + [self._queries(query), segment_ids]
-        arrays.append(segment_starts(segment_ids) if packed else None)
-        blocks = jax.tree.map(places.to_blocks, tuple(arrays))
-        reset = start.memory if packed else None
-
-        def body(carry, block):
-            return self._block(carry, *block, reset, without)
-
-        memory = (state.memory.weights, state.memory.momentum, state.memory.anchor)
-        carry = (memory, state.frozen, state.segment, state.memory_tail, state.last_segment)
-        carry, out = jax.lax.scan(body, carry, (places.blocks, *blocks))
+        blocks = (layout.blocks, *jax.tree.map(layout.to_blocks, tuple(arrays)))
+        carry = (tuple(state.memory[:3]), state.frozen, state.segment, state.memory_tail, state.last_segment)
+        carry, out = self._scan(carry, blocks, reset, layout.is_aligned, without)
         (memory, frozen, segment, memory_tail, last), chunk = carry, self.config.memory.chunk_size
         place = (jnp.asarray(state.place) + (lengths if packed else T)) % self.config.chunk_size
         state = MACState(
@@ -201,7 +189,7 @@ class MAC(Mixer):
             place=place,
             last_segment=last,
         )
-        return self.out(places.from_blocks(out)), state
+        return self.out(layout.from_blocks(out)), state
 
     def report(self, x_BTD, state=None, segment_ids=None) -> dict[str, Array]:
         """Diagnostics of one call: the memory's norms after it, and its distance from the memory at the chunk start."""
@@ -214,17 +202,6 @@ class MAC(Mixer):
             "moved_in_segment": norm(moved),
         }
 
-    def _anew(self, state: MACState, start: MACState, segment_ids) -> MACState:
-        """Resets rows whose first token starts a new document: an empty memory at the same place of the grid."""
-        anew = starts_anew(state.last_segment, segment_ids)
-        memory = start.memory._replace(phase=state.memory.phase)
-        return state._replace(
-            memory=select_rows(anew, memory, state.memory),
-            frozen=select_rows(anew, start.frozen, state.frozen),
-            tail=select_rows(anew, start.tail, state.tail),
-            memory_tail=select_rows(anew, start.memory_tail, state.memory_tail),
-        )
-
     def _heads(self, y):
         return y.reshape(*y.shape[:2], self.config.heads, self.config.head_dim)
 
@@ -235,37 +212,53 @@ class MAC(Mixer):
     def call_without(self, reads, x_BTD, state=None, segment_ids=None):
         return self(x_BTD, state, segment_ids, without=reads)
 
-    def _block(self, carry, places: BlockIndex, q, k, v, query, ids, start, reset, without: tuple[str, ...] = ()):
+    def _scan(self, carry, blocks, reset, aligned: bool, without: tuple[str, ...]):
+        """Returns the carry after all blocks and their mixed tokens [N, B, S, D]. Unless rows are `aligned`, the first
+        block may continue a segment; every other one begins it, and the memory's chunk."""
+        found = []
+        if not aligned:
+            first, blocks = (jax.tree.map(lambda x, part=part: x[part], blocks) for part in (0, slice(1, None)))
+            carry, out = self._block(carry, *first, reset, False, without)
+            found.append(out[None])
+        if len(blocks[1]):
+            carry, out = jax.lax.scan(lambda *xs: self._block(xs[0], *xs[1], reset, True, without), carry, blocks)
+            found.append(out)
+        return carry, jnp.concatenate(found) if len(found) > 1 else found[0]
+
+    def _block(self, carry, places: BlockIndex, q, k, v, query, ids, reset, at_start: bool, without: tuple[str, ...]):
         """One segment, or a token of it: returns the carry and the mixed tokens [B, S, D]."""
         memory, frozen, segment, memory_tail, last = carry
         begins = places.count * (places.first == 0) > 0
         frozen = select_rows(begins, memory[0], frozen)
         segment = segment._replace(ids=jnp.where(begins[:, None], -1, segment.ids))
         ids = jnp.where(places.holds, ids, -1)
-        started = jnp.zeros(ids.shape, bool) if start is None else jnp.cumsum(start & places.holds, axis=1) > 0
-        h = self._recall(frozen, reset, query, started)
+        anew = (last >= 0)[:, None] & (ids >= 0) & (ids != last[:, None])  # tokens of documents that began since
+        h = self._recall(frozen, reset, query, anew)
         k_h, v_h = (self._heads(y) for y in jnp.split(self.recalled_kv(h), 2, axis=-1))
         place = places.place
         turn = lambda y: rotate(y, place, self.config.rope_base)  # noqa: E731
         segment = places.merge(segment, Segment(turn(k), v, turn(k_h), v_h, ids))
         y = self._attend(turn(q), segment, ids, place, "retrieved" not in without)
         y = jnp.where((ids >= 0)[..., None], y, 0)
-        memory_tail = jnp.where(starts_anew(last, ids)[:, None, None], 0, memory_tail)
+        begun = starts_anew(last, ids)
+        memory_tail = jnp.where(begun[:, None, None], 0, memory_tail)
+        if reset is not None:
+            memory = select_rows(begun, tuple(reset[:3]), memory)
+            frozen = select_rows(jnp.any(anew, axis=1), reset.weights, frozen)
         last = last_segment_after(last, ids)
-        m, memory, memory_tail = self._write_and_read(y, memory, memory_tail, places, ids, start, reset, last)
-        frozen = frozen if start is None else select_rows(started[:, -1], reset.weights, frozen)
+        m, memory, memory_tail = self._write_and_read(y, memory, memory_tail, places, ids, reset, at_start, last)
         y = self.norm(y)
         if "gate" not in without:
             y = y * (2 * jax.nn.sigmoid(m)).astype(y.dtype)
         return (memory, frozen, segment, memory_tail, last), y
 
-    def _recall(self, frozen: Layers, reset, query, started: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
+    def _recall(self, frozen: Layers, reset, query, anew: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
         """The read of each query from the memory at the segment's start, or at a later document's start."""
         dtype = query.dtype
         found = _apply(frozen, query.astype(frozen[0].dtype), self.config.memory.activation)
         if reset is not None:
-            anew = _apply(reset.weights, query.astype(frozen[0].dtype), self.config.memory.activation)
-            found = jnp.where(started[..., None, None], anew, found)
+            empty = _apply(reset.weights, query.astype(frozen[0].dtype), self.config.memory.activation)
+            found = jnp.where(anew[..., None, None], empty, found)
         return self.recalled(self.recalled_norm(found.astype(dtype)).reshape(*query.shape[:2], -1))
 
     def _attend(self, q, segment: Segment, ids, place, recalls: bool = True) -> Float[Array, "B S D"]:
@@ -287,39 +280,26 @@ class MAC(Mixer):
         y = masked_attention(q, keys, values, jnp.concatenate(visible, axis=2))
         return self.attended(y.reshape(B, S, -1))
 
-    def _write_and_read(self, y, memory, tail, places: BlockIndex, ids, start, reset, last):
+    def _write_and_read(self, y, memory, tail, places: BlockIndex, ids, reset, at_start: bool, last):
         """Writes y into the memory. Returns the tokens' gates [B, S, D], the memory and its convolution's tail."""
         titans, c = self.memory, self.config.memory
         mixed, tail = conv_in_block(titans.conv, titans.qkv(y), tail, places, ids)
-        B, S = ids.shape
-        qkv = [l2_normalise(u.reshape(B, S, c.heads, -1)) for u in jnp.split(jax.nn.silu(mixed), 3, axis=-1)]
-        q, k, v = (jnp.where((ids >= 0)[..., None, None], u, 0).astype(memory[0][0].dtype) for u in qkv)
-        slots = min(c.chunk_size, S)
-
-        def cut(u):  # [B, S, H, ...] to [S / b, B, H, b, ...]
-            u = u.reshape(B, S // slots, slots, *u.shape[2:])
-            return jnp.moveaxis(jnp.moveaxis(u, 3, 1) if u.ndim > 3 else u[:, None], 2, 0)
-
-        whole = places.holds[:, ::slots] & (places.place[:, ::slots] % c.chunk_size == 0)
-        read, memory = run_grid(
-            *map(cut, (q, k, v, *titans._gates(y).values())),
-            memory,
-            None if start is None else (reset.weights, reset.momentum),
-            real=cut(ids >= 0),
-            start=None if start is None else cut(start & places.holds),
-            fresh=whole.T,
-            activation=c.activation,
-            save_every=c.save_every,
-        )
-        read = jnp.moveaxis(jnp.moveaxis(read, 0, 1), 3, 2).reshape(B, S, c.heads, -1)
+        q, k, v = titans._activate(mixed)
+        tokens = (q, k, v, titans._gates(y), ids)
+        tokens = tokens if at_start else places.to_front(tokens)
+        phase = np.zeros(len(y), np.int32) if at_start else places.first % c.chunk_size
+        masked_ids = None if reset is None else tokens[4]
+        read, after = titans._memory(*tokens[:4], NeuralMemoryState(*memory, phase), reset, masked_ids)
+        read = read if at_start else places.from_front(read)
         if self.config.mode == "paper":  # of the row's last document the memory after the whole segment
-            after = _apply(memory[0], q, c.activation)
-            read = jnp.where((ids == last[:, None])[..., None, None], after, read)
-        return titans._project_read(y, read.astype(y.dtype)), memory, tail
+            of_last = (ids == last[:, None])[..., None, None]
+            read = jnp.where(of_last, _apply(after.weights, q.astype(memory[0][0].dtype), c.activation), read)
+        return titans._project_read(y, read.astype(y.dtype)), tuple(after[:3]), tail
 
 
 def _apply(weights: Layers, x: Float[Array, "B S H K"], activation: str) -> Float[Array, "B S H V"]:
-    """M(x) with the weights [B, H, I, O] of every row."""
+    """M(x) with the weights [B, H, I, O] of every row, or [1, H, I, O] of all."""
     for i, w in enumerate(weights):
+        w = jnp.broadcast_to(w, (len(x), *w.shape[1:]))
         x = jnp.einsum("bshi,bhio->bsho", ACTIVATIONS[activation](x) if i else x, w)
     return x
