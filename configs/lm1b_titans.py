@@ -20,7 +20,7 @@ def config() -> Experiment:
             dim=512,
             mixers=(
                 AttentionConfig(heads=8, head_dim=64, window=256),
-                TitansConfig(heads=8, head_dim=64, hidden=256, chunk_size=64, persistent_tokens=4),
+                TitansConfig(heads=8, head_dim=64, hidden=128, chunk_size=64, persistent_tokens=4),
             ),
             repeat=5,
             remat="dots",
@@ -28,6 +28,7 @@ def config() -> Experiment:
         data=TfdsText(name="lm1b", train_split="train", validation_split="test", seq_len=1024),
         steps=20_000,
         batch_size=64,
+        align=64,
         optimizer=AdamWConfig(learning_rate=1e-3, schedule=CosineConfig(warmup_steps=500)),
         checkpoint=CheckpointConfig(every=1000),
         eval=EvalConfig(every=1000, batches=20),
