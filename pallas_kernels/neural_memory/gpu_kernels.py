@@ -286,6 +286,9 @@ def _end_restart(plan: MemorySizes, place: MemoryProgram, table):
                     total = place.matrix(place.outputs[target], row)
                     so_far = plgpu.load(total, layout=MATRIX, optimized=False)
                     total[...] = so_far + kept(place.scratch[name], (), row)
+            plgpu.commit_smem()  # zeros may be stored by other threads than those that read
+            for row in range(0, plan.key, 64):
+                for name in MATRICES:
                     keep(place.scratch[name], (), row, jnp.zeros((64, COLUMNS), jnp.float32))
 
 

@@ -7,7 +7,7 @@
 
 The first two are in `gpu_two_layers_kernels`, the others in `gpu_two_layers_reads` and `gpu_two_layers_carry`. The
 backward pass holds 224 KiB per chunk and head with 64 hidden features, 400 KiB with 128: the matrices at the chunk's
-start and the results of its reads.
+start and the results of its reads. With segments it is twice that (`gpu_scan`).
 """
 
 import jax.numpy as jnp

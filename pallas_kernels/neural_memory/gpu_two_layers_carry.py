@@ -200,7 +200,9 @@ def _end_restart(chunk: CarryChunk):
                 for number, tile in enumerate(place.scratch[name]):
                     so_far = load_global(place.outputs[target].at[place.batch, place.head, number])
                     place.store(target, so_far + load_matrix(tile), number)
-                    tile[...] = jnp.zeros((TILE, TILE), jnp.float32)
+            plgpu.commit_smem()  # zeros may be stored by other threads than those that read
+            for tile in (*place.scratch["weights"], *place.scratch["momentum"]):
+                tile[...] = jnp.zeros((TILE, TILE), jnp.float32)
 
 
 def _matches(chunk: CarryChunk):
