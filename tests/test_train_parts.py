@@ -368,7 +368,7 @@ def test_a_later_process_finds_the_compiled_programs(run_python, tmp_path):
         return folder, int(hits)
 
     folder, hits = run({})
-    assert Path(folder).parent == cache / "compiled" and hits == 0
+    assert Path(folder).parent == cache / "programs" and hits == 0
     again, hits = run({})
     assert again == folder and hits > 0
     assert run({"JAX_ENABLE_COMPILATION_CACHE": "0"}) == ("None", 0)

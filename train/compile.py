@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from engrax.data.shards import cache
 from engrax.errors import UserError
+from engrax.files import cache_folder
 from engrax.pallas_kernels import dispatch, topologies
 from engrax.pallas_kernels.topologies import Target
 from engrax.train import kernel_report, program_cost, program_text, roofline, sharding
@@ -210,7 +210,7 @@ def _sentence(error: Exception) -> str:
 
 def folder() -> Path:
     """Returns the folder of saved results."""
-    return cache() / "compiled"
+    return cache_folder() / "compiled"
 
 
 def save(result: dict[str, Any], output: str | Path | None = None) -> Path:

@@ -41,7 +41,7 @@ def keep_freed_memory() -> bool:
 
 
 def keep_compiled_programs() -> Path | None:
-    """Keeps compiled programs for later processes, in `compiled` of the cache folder. Returns the folder.
+    """Keeps compiled programs for later processes, in `programs` of the cache folder. Returns the folder.
 
     None: the user has turned this off (JAX_ENABLE_COMPILATION_CACHE=0) or chosen a folder (JAX_COMPILATION_CACHE_DIR),
     or the folder cannot be written. Every kind of processor has a folder of its own, since a program for one may not
@@ -49,7 +49,7 @@ def keep_compiled_programs() -> Path | None:
     """
     if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
         return None
-    folder = cache_folder() / "compiled" / _processor()
+    folder = cache_folder() / "programs" / _processor()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _delete_oldest(folder)
