@@ -99,7 +99,7 @@ CASES = [
     long("gated_delta_rule", gate="channel", gates="mixed", length=1024),
     # Widths that are padded or split: Based's 153 and 65, gated DeltaNet's V of 256, GSA's and Infini's.
     ("linear_attention", dict(key=153, value=65, gate="none", length=64)),
-    deep("gated_delta_rule", value=256, gates="mixed", keys="correlated"),
+    long("gated_delta_rule", value=256, gates="mixed", keys="correlated"),
     long("linear_attention", key=153, value=65, gates="mixed", groups=2, segments="packed", batch=2, length=150),
     long("linear_attention", key=320, value=192, gates="zero", heads=2),
     long("linear_attention", gate="channel", key=36, value=256, gates="mixed", groups=2, length=150),
@@ -108,7 +108,7 @@ CASES = [
     long("gated_delta_rule", gate="channel", key=100, value=192, gates="mixed", keys="correlated", heads=2),
     # One state per segment.
     ("linear_attention", dict(segments="few", gates="mixed", length=100)),
-    deep("gated_delta_rule", segments="few", gates="mixed", length=100),
+    deep("gated_delta_rule", segments="few", gates="mixed", value=256, length=100),
     deep("linear_attention", gate="channel", segments="few", gates="mixed", length=100),
     long("linear_attention", segments="states", gates="reset", groups=2, batch=2, length=150),
     long("linear_attention", segments="few", gate="none", key=153, value=65, batch=2, length=150),
