@@ -230,7 +230,7 @@ def test_kernels_serve_training_with_packed_rows(device, kernel, window):
 def test_earlier_calls_fill_the_cache_by_row(x64):
     """Rows with different numbers of tokens before a call of several: each sees its own past, and no later token."""
     mixer, x = build(HopfieldConfig(heads=2, head_dim=4, steps=2, capacity=16).build, 8), normal(2, 11, 8)
-    before = jnp.asarray([[0, 0, 0, 0, 0], [0, 0, -1, -1, -1]])
+    before = jnp.asarray([[0, 0, 0, 0, 0], [0, 0, -1, -1, -1]], jnp.int32)
     _, state = mixer(x[:, :5], segment_ids=before)
     y = mixer(x[:, 5:], state)[0]
     for row, joined in enumerate((x[:1], jnp.concatenate([x[1:, :2], x[1:, 5:]], axis=1))):
