@@ -29,8 +29,8 @@ def kernels_agree(s: Subject, deep: bool = False) -> list[str]:
     A kernel is left out only where it says itself why it does not serve a call (`unsupported`).
     Raises Breach if a kernel errs more than `SLACK` times as much as the XLA form.
     """
-    ran = []
-    for name in DTYPES if jax.__version_info__[:3] >= dispatch.KERNELS_NEED_JAX else ():
+    ran, can_run = [], jax.__version_info__[:3] >= dispatch.KERNELS_NEED_JAX and s.wide  # float64 is the truth
+    for name in DTYPES if can_run else ():
         for subject in _candidates(s, deep):
             served = [ids for ids in (subject.ids, None) if _serves(subject, name, ids)]
             if served:
