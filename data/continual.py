@@ -92,7 +92,7 @@ class Continual(TaskConfig):
     def _shuffled(self, order, seed):
         import grain
 
-        parts = self._parts("train")
+        parts = self._parts("train").tolist()
         shuffled = (order[a:b].shuffle(seed=hashing.seed32(seed, a)) for a, b in zip(parts[:-1], parts[1:]))
         return grain.MapDataset.concatenate(list(shuffled))
 
