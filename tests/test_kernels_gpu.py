@@ -101,7 +101,7 @@ CASES = [
     ("linear_attention", dict(key=153, value=65, gate="none", length=64)),
     long("gated_delta_rule", value=256, gates="mixed", keys="correlated"),
     long("linear_attention", key=153, value=65, gates="mixed", groups=2, segments="packed", batch=2, length=150),
-    long("linear_attention", key=320, value=192, gates="zero", heads=2),
+    long("linear_attention", key=320, value=192, gates="mixed", heads=2),
     long("linear_attention", gate="channel", key=36, value=256, gates="mixed", groups=2, length=150),
     long("gated_delta_rule", key=36, value=20, gates="mixed", groups=2, length=150),
     long("gated_delta_rule", key=128, value=256, gates="reset", heads=2, groups=2, segments="packed", batch=2),
