@@ -45,7 +45,7 @@ class Continual(TaskConfig):
         )
 
     @property
-    def _starts(self) -> Int64[np.ndarray, "tasks"]:
+    def _starts(self) -> Int64[np.ndarray, " tasks"]:
         """The first token of every task."""
         return np.cumsum([0, *(task.vocab_size for task in self.tasks[:-1])])
 
@@ -64,11 +64,11 @@ class Continual(TaskConfig):
         index = np.broadcast_to(self._of(batch["tokens"])[:, None], batch["tokens"].shape)
         return TokenTypes(tuple(f"task {i}" for i in range(len(self.tasks))), index)
 
-    def _of(self, tokens: Int[np.ndarray, "N T"]) -> Int[np.ndarray, "N"]:
+    def _of(self, tokens: Int[np.ndarray, "N T"]) -> Int[np.ndarray, " N"]:
         """The task of each row, from its tokens."""
         return np.searchsorted(self._starts, tokens[:, 0], side="right") - 1
 
-    def _parts(self, split: str) -> Int64[np.ndarray, "edges"]:
+    def _parts(self, split: str) -> Int64[np.ndarray, " edges"]:
         """Where the parts of the train split begin and end."""
         return np.arange(len(self.tasks) + 1) * self.num_examples(split) // len(self.tasks)
 

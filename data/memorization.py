@@ -43,7 +43,7 @@ class Memorization(TaskConfig):
         return 1.0 / (self.vocab_size - 1 - (self.vocab_size - 1) // 2)
 
     @property
-    def facts(self) -> Int64[np.ndarray, "keys"]:
+    def facts(self) -> Int64[np.ndarray, " keys"]:
         """The value of every key."""
         keys = (self.vocab_size - 1) // 2
         return keys + hashing.permutation(self.vocab_size - 1 - keys, self.seed, len(SPLITS), _MAP)[:keys]

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from engrax.errors import UserError
 
 
-def stability_gap(accuracy: Float[np.ndarray, "E K"], ends: Int[np.ndarray, "K"]) -> dict[str, float]:
+def stability_gap(accuracy: Float[np.ndarray, "E K"], ends: Int[np.ndarray, " K"]) -> dict[str, float]:
     """Returns the metrics at the last of E evaluations, during or after the training of the last of K tasks.
 
     accuracy: of every task at every evaluation, in order of time.
