@@ -188,7 +188,7 @@ def test_every_chunk_is_one_segments_and_blocks_lose_nothing():
     assert [blocks.q.shape[2:], blocks.v.shape[2:], blocks.state.shape[1:]] == [(2, 128), (20, 64), (20, 128, 64)]
     for got, wanted in zip((*again[:3], again.state), (*inputs[:3], inputs.state)):
         np.testing.assert_array_equal(got, wanted)
-    for bounds, segments in zip(np.asarray(blocks.layout), np.asarray(inputs.layout.segment)):
+    for bounds, segments in zip(np.asarray(blocks.bounds), np.asarray(inputs.layout.segment)):
         np.testing.assert_array_equal(np.repeat(np.arange(static["num_segments"]), np.diff(bounds)), segments)
         assert bounds[0] == 0 and bounds[-1] == len(segments)
 
