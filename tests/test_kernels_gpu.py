@@ -109,8 +109,8 @@ CASES = [
     # One state per segment.
     ("linear_attention", dict(segments="few", gates="mixed", length=100)),
     deep("gated_delta_rule", segments="few", gates="mixed", value=256, length=100),
-    deep("linear_attention", gate="channel", segments="few", gates="mixed", length=100),
-    long("linear_attention", segments="states", gates="reset", groups=2, batch=2, length=150),
+    long("linear_attention", gate="channel", segments="few", gates="mixed", length=100),
+    long("linear_attention", segments="states", gates="mixed", batch=2, length=150),
     long("linear_attention", segments="few", gate="none", key=153, value=65, batch=2, length=150),
     long("gated_delta_rule", segments="states", gates="mixed", batch=2, length=150),
     long("gated_delta_rule", segments="few", gates="mixed", key=128, value=256, groups=2, batch=2, length=150),
@@ -201,13 +201,15 @@ def abstract_h200(shape=(), names=()):
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-@pytest.mark.parametrize("gate", ["scalar", pytest.param("channel", marks=pytest.mark.deep)])
 @pytest.mark.parametrize(
-    "devices, implementation, case",
+    "devices, implementation, case, gate",
     [
-        pytest.param(1, "pallas_gpu", {}, marks=pytest.mark.deep),
-        (8, None, {}),
-        pytest.param(8, None, SEGMENTS, marks=pytest.mark.deep),
+        (8, None, {}, "scalar"),
+        pytest.param(8, None, {}, "channel", marks=pytest.mark.deep),
+        pytest.param(1, "pallas_gpu", {}, "scalar", marks=pytest.mark.deep),
+        pytest.param(1, "pallas_gpu", {}, "channel", marks=pytest.mark.deep),
+        pytest.param(8, None, SEGMENTS, "scalar", marks=pytest.mark.deep),
+        pytest.param(8, None, SEGMENTS, "channel", marks=pytest.mark.long),
     ],
 )
 @pytest.mark.parametrize("op", OPS)
