@@ -106,8 +106,8 @@ CASES = [
     # One state per segment.
     ("linear_attention", dict(segments="few", gates="mixed", length=100)),
     deep("gated_delta_rule", segments="few", gates="mixed", value=256, length=100),
-    deep("linear_attention", gate="channel", segments="few", gates="mixed", length=100),
-    long("linear_attention", segments="states", gates="reset", groups=2, batch=2, length=150),
+    long("linear_attention", gate="channel", segments="few", gates="mixed", length=100),
+    long("linear_attention", segments="states", gates="mixed", batch=2, length=150),
     long("linear_attention", segments="few", gate="none", key=153, value=65, batch=2, length=150),
     long("gated_delta_rule", segments="states", gates="mixed", batch=2, length=150),
     long("gated_delta_rule", segments="few", gates="mixed", key=128, value=256, groups=2, batch=2, length=150),
@@ -181,18 +181,20 @@ def test_every_chunk_is_one_segments_and_blocks_lose_nothing():
     assert [blocks.q.shape[2:], blocks.v.shape[2:], blocks.state.shape[1:]] == [(2, 128), (20, 64), (20, 128, 64)]
     for got, wanted in zip((*again[:3], again.state), (*inputs[:3], inputs.state)):
         np.testing.assert_array_equal(got, wanted)
-    for bounds, segments in zip(np.asarray(blocks.layout), np.asarray(inputs.layout.segment)):
+    for bounds, segments in zip(np.asarray(blocks.bounds), np.asarray(inputs.layout.segment)):
         np.testing.assert_array_equal(np.repeat(np.arange(static["num_segments"]), np.diff(bounds)), segments)
         assert bounds[0] == 0 and bounds[-1] == len(segments)
 
 
-@pytest.mark.parametrize("gate", ["scalar", pytest.param("channel", marks=pytest.mark.deep)])
 @pytest.mark.parametrize(
-    "devices, implementation, case",
+    "devices, implementation, case, gate",
     [
-        pytest.param(1, "pallas_gpu", {}, marks=pytest.mark.deep),
-        (8, None, {}),
-        pytest.param(8, None, SEGMENTS, marks=pytest.mark.deep),
+        (8, None, {}, "scalar"),
+        pytest.param(8, None, {}, "channel", marks=pytest.mark.deep),
+        pytest.param(1, "pallas_gpu", {}, "scalar", marks=pytest.mark.deep),
+        pytest.param(1, "pallas_gpu", {}, "channel", marks=pytest.mark.deep),
+        pytest.param(8, None, SEGMENTS, "scalar", marks=pytest.mark.deep),
+        pytest.param(8, None, SEGMENTS, "channel", marks=pytest.mark.long),
     ],
 )
 @pytest.mark.parametrize("op", OPS)

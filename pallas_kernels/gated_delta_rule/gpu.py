@@ -38,6 +38,7 @@ from engrax.pallas_kernels.mosaic_gpu.channel_scan import forward_states as walk
 from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, pack_gates
 from engrax.pallas_kernels.mosaic_gpu.scan import Read, Write, decay_cotangent, sweep
 from engrax.pallas_kernels.mosaic_gpu.widths import (
+    Blocks,
     axes,
     gradients_from_blocks,
     outputs_from_blocks,
@@ -65,7 +66,7 @@ def forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, R
     of_inputs, of_outputs = axes(inputs, _INPUTS)
 
     def blockwise(inputs):
-        outputs, x = run(plan, to_blocks(inputs))
+        outputs, x = run(plan, to_blocks(inputs, inputs.beta))
         return outputs_from_blocks(outputs, inputs), x
 
     return shard_over_batch_and_heads(blockwise, (of_inputs,), (of_outputs, _INVERSES))(inputs)
@@ -77,8 +78,8 @@ def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cota
     of_inputs, of_outputs = axes(inputs, _INPUTS)
 
     def blockwise(inputs, x, cotangents):
-        bars = run(plan, to_blocks(inputs), x, outputs_to_blocks(cotangents))
-        return gradients_from_blocks(bars, inputs)
+        bars = run(plan, to_blocks(inputs, inputs.beta), x, outputs_to_blocks(cotangents))
+        return gradients_from_blocks(bars, inputs)._replace(beta=bars.beta)
 
     dims = (of_inputs, _INVERSES, of_outputs)
     return shard_over_batch_and_heads(blockwise, dims, of_inputs._replace(layout=None))(inputs, residuals, cotangents)
@@ -87,23 +88,23 @@ def backward(plan: LogDecayPlan, inputs: DeltaInputs, residuals: Residuals, cota
 passes = Passes(forward, backward)
 
 
-def _decay(inputs: DeltaInputs) -> Decay:
+def _decay(blocks: Blocks) -> Decay:
     """The decay; without gates, that of gates of 0."""
-    return Decay(jnp.zeros_like(inputs.beta), jnp.zeros_like(inputs.beta)) if inputs.decay is None else inputs.decay
+    return Decay(jnp.zeros_like(blocks.beta), jnp.zeros_like(blocks.beta)) if blocks.decay is None else blocks.decay
 
 
-def _forward(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, Residuals]:
-    gates = pack_gates(_decay(inputs), factor=inputs.beta)
-    x = inverses(f"{NAME}_inverse", inputs.k, gates, plan.interpret)
-    arrays = (*inputs[:3], x, gates, inputs.state, inputs.layout)
+def _forward(plan: LogDecayPlan, blocks: Blocks) -> tuple[tuple, jax.Array]:
+    gates = pack_gates(_decay(blocks), factor=blocks.beta)
+    x = inverses(f"{NAME}_inverse", blocks.k, gates, plan.interpret)
+    arrays = (*blocks[:3], x, gates, blocks.state, blocks.bounds)
     found = forward_states(f"{NAME}_forward", *arrays, scale=plan.scale, interpret=plan.interpret)
     return (found.out, found.final), x
 
 
-def _backward(plan: LogDecayPlan, inputs: DeltaInputs, x: Residuals, cotangents: LogDecayOutputs) -> DeltaInputs:
-    q, k, v, beta, _, state, bounds = inputs
+def _backward(plan: LogDecayPlan, blocks: Blocks, x: jax.Array, cotangents: tuple) -> Blocks:
+    q, k, v, beta, _, state, bounds = blocks
     out_bar, final_bar = cotangents
-    decay, interpret = _decay(inputs), plan.interpret
+    decay, interpret = _decay(blocks), plan.interpret
     gates, gates_back = pack_gates(decay, factor=beta), pack_gates(decay, reverse=True, factor=beta)
     again = forward_states(f"{NAME}_backward_states", None, k, v, x, gates, state, bounds, interpret=interpret)
     arrays = (q, k, v, x, out_bar, gates_back, final_bar, again.states, state, bounds)
@@ -126,14 +127,14 @@ def _backward(plan: LogDecayPlan, inputs: DeltaInputs, x: Residuals, cotangents:
     of_q, of_reader = (per_gate(a + b) for a, b in zip(readers.local_dots, readers.carried_dots))
     beta_bar = per_gate(back.dots) + of_reader
     decay_bar = None
-    if inputs.decay is not None:
+    if blocks.decay is not None:
         local = per_gate(for_queries.local_dots[0] + for_keys.local_dots[0])
         carried = per_gate(for_queries.carried_dots[0] + for_keys.carried_dots[0])
         by_token = of_q + beta * of_reader - (local + carried)
         decay_bar = decay_cotangent(decay, by_token, carried, per_gate(back.matches, axis=1), gates)
     q_bar = sum_groups(readers.outs[0], q)
     k_bar = sum_groups(readers.outs[1] + for_queries.outs[0] + for_keys.outs[0], k)
-    return DeltaInputs(q_bar, k_bar, back.v_bar, beta_bar.astype(beta.dtype), decay_bar, back.start_bar, None)
+    return Blocks(q_bar, k_bar, back.v_bar, beta_bar.astype(beta.dtype), decay_bar, back.start_bar, None)
 
 
 def _by_chunk(beta: jax.Array) -> jax.Array:
@@ -141,8 +142,8 @@ def _by_chunk(beta: jax.Array) -> jax.Array:
     return beta.reshape(beta.shape[0], -1, CHUNK, beta.shape[2]).transpose(0, 3, 1, 2)
 
 
-def _forward_by_channel(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDecayOutputs, Residuals]:
-    q, k, v, beta, decay, state, bounds = inputs
+def _forward_by_channel(plan: LogDecayPlan, blocks: Blocks) -> tuple[tuple, jax.Array]:
+    q, k, v, beta, decay, state, bounds = blocks
     gates, factors = channel_gates(decay), dict(beta=_by_chunk(beta), interpret=plan.interpret)
     tokens = prepare(f"{NAME}_forward_tokens", q, k, gates, readers=True, **factors)
     arrays = (tokens, v, gates.whole, state)
@@ -150,10 +151,8 @@ def _forward_by_channel(plan: LogDecayPlan, inputs: DeltaInputs) -> tuple[LogDec
     return (found.out, found.final), tokens.inverse
 
 
-def _backward_by_channel(
-    plan: LogDecayPlan, inputs: DeltaInputs, x: Residuals, cotangents: LogDecayOutputs
-) -> DeltaInputs:
-    q, k, v, beta, decay, state, bounds = inputs
+def _backward_by_channel(plan: LogDecayPlan, blocks: Blocks, x: jax.Array, cotangents: tuple) -> Blocks:
+    q, k, v, beta, decay, state, bounds = blocks
     out_bar, final_bar = cotangents
     gates, interpret = channel_gates(decay), plan.interpret
     factors = dict(beta=_by_chunk(beta), bounds=bounds, interpret=interpret)
@@ -173,9 +172,7 @@ def _backward_by_channel(
     gates_bar = of_q.gates + of_reader.gates
     decay_bar = Decay(jnp.zeros_like(decay.hi), gates_bar.astype(decay.lo.dtype))
     k_bar = sum_groups(of_q.keys + of_reader.keys + beta[..., None] * of_reader.rows, k)
-    return DeltaInputs(
-        sum_groups(of_q.rows, q), k_bar, back.v, beta_bar.astype(beta.dtype), decay_bar, back.start, None
-    )
+    return Blocks(sum_groups(of_q.rows, q), k_bar, back.v, beta_bar.astype(beta.dtype), decay_bar, back.start, None)
 
 
 def _dots(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ from engrax.pallas_kernels.mosaic_gpu.channel_scan import backward_states, forwa
 from engrax.pallas_kernels.mosaic_gpu.parts import pack_gates
 from engrax.pallas_kernels.mosaic_gpu.scan import Read, Write, decay_cotangent, sweep
 from engrax.pallas_kernels.mosaic_gpu.widths import (
+    Blocks,
     axes,
     gradients_from_blocks,
     key_blocks,
@@ -77,8 +78,8 @@ passes = Passes(forward, backward)
 _INPUTS = LinearInputs("BTHK", "BTHK", "BTHV", "BTH", "BHKV", None)  # axes, for `shard_over_batch_and_heads`
 
 
-def _forward(plan: LogDecayPlan, inputs: LinearInputs) -> LogDecayOutputs:
-    q, k, v, decay, state, bounds = inputs
+def _forward(plan: LogDecayPlan, blocks: Blocks) -> tuple:
+    q, k, v, _, decay, state, bounds = blocks
     run = partial(sweep, gates=pack_gates(decay), bounds=bounds, interpret=plan.interpret)
     return _by_keys(f"{NAME}_forward", run, Read(q, plan.scale), Write(k, v), state)
 
@@ -96,8 +97,8 @@ def _by_keys(name: str, run, read: Read, write: Write, start):
     return out.astype(jnp.bfloat16), jnp.concatenate([found.final for found in swept], axis=2)
 
 
-def _backward(plan: LogDecayPlan, inputs: LinearInputs, cotangents: LogDecayOutputs) -> LinearInputs:
-    q, k, v, decay, state, bounds = inputs
+def _backward(plan: LogDecayPlan, blocks: Blocks, cotangents: tuple) -> Blocks:
+    q, k, v, _, decay, state, bounds = blocks
     out_bar, final_bar = cotangents
     gates, gates_back = pack_gates(decay), pack_gates(decay, reverse=True)
     run = partial(sweep, bounds=bounds, interpret=plan.interpret)
@@ -134,11 +135,11 @@ def _backward(plan: LogDecayPlan, inputs: LinearInputs, cotangents: LogDecayOutp
         ends, matches = per_gate(of_k.carried_dots[0]), per_gate(of_k.matches, axis=1)
         decay_bar = decay_cotangent(decay, per_gate(local + carried), ends, matches, gates)
     q_bar, k_bar = (sum_groups(x, q) for x in (of_q.outs[0], of_k.outs[0]))
-    return LinearInputs(q_bar, k_bar, v_bar, decay_bar, start_bar, None)
+    return Blocks(q_bar, k_bar, v_bar, None, decay_bar, start_bar, None)
 
 
-def _forward_by_channel(plan: LogDecayPlan, inputs: LinearInputs) -> LogDecayOutputs:
-    q, k, v, decay, state, bounds = inputs
+def _forward_by_channel(plan: LogDecayPlan, blocks: Blocks) -> tuple:
+    q, k, v, _, decay, state, bounds = blocks
     gates = channel_gates(decay)
     tokens = prepare(f"{NAME}_forward_tokens", q, k, gates, interpret=plan.interpret)
     options = dict(bounds=bounds, scale=plan.scale, interpret=plan.interpret)
@@ -146,8 +147,8 @@ def _forward_by_channel(plan: LogDecayPlan, inputs: LinearInputs) -> LogDecayOut
     return found.out, found.final
 
 
-def _backward_by_channel(plan: LogDecayPlan, inputs: LinearInputs, cotangents: LogDecayOutputs) -> LinearInputs:
-    q, k, v, decay, state, bounds = inputs
+def _backward_by_channel(plan: LogDecayPlan, blocks: Blocks, cotangents: tuple) -> Blocks:
+    q, k, v, _, decay, state, bounds = blocks
     out_bar, final_bar = cotangents
     gates, interpret = channel_gates(decay), plan.interpret
     tokens = prepare(f"{NAME}_backward_tokens", q, k, gates, interpret=interpret)
@@ -163,6 +164,5 @@ def _backward_by_channel(plan: LogDecayPlan, inputs: LinearInputs, cotangents: L
         interpret=interpret,
     )
     decay_bar = Decay(jnp.zeros_like(decay.hi), of_tokens.gates.astype(decay.lo.dtype))
-    return LinearInputs(
-        sum_groups(of_tokens.rows, q), sum_groups(of_tokens.keys, k), back.v, decay_bar, back.start, None
-    )
+    q_bar, k_bar = sum_groups(of_tokens.rows, q), sum_groups(of_tokens.keys, k)
+    return Blocks(q_bar, k_bar, back.v, None, decay_bar, back.start, None)

@@ -8,9 +8,13 @@ than the values, and a head finds its own by `parts.own`. Gradients of what bloc
 With one state per segment, a program carries one segment's state along the segment's own chunks.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
+from engrax.pallas_kernels.common.decay import Decay
 from engrax.pallas_kernels.common.log_decay import LogDecayShapes
 from engrax.pallas_kernels.mosaic_gpu.parts import CHUNK, COLUMNS, MOST_PROGRAMS, SIZES
 
@@ -98,23 +102,26 @@ def axes(inputs, dims):
     return dims._replace(state="BNHKV", layout="B"), ("BTHV", "BNHKV")
 
 
-def to_blocks(inputs):
-    """Returns the operation's inputs (`LinearInputs`, `DeltaInputs`) with padded features and split values and states.
+class Blocks(NamedTuple):
+    """What the kernels take of a call, or its cotangents (decay: of `lo`): HB = HV n heads; S = B, or B N states."""
 
-    The gates and beta keep their heads, and the layout becomes the segments' chunks, see `_bounds`.
-    """
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T HB V"]
+    beta: Float[Array, "B T HV"] | None
+    decay: Decay | None  # of HV heads
+    state: Float[Array, "S HB K V"]
+    bounds: Int[Array, "B N1"] | None  # see `_bounds`; of cotangents: None
+
+
+def to_blocks(inputs, beta: jax.Array | None = None) -> Blocks:
+    """Returns the blocks of an operation's inputs (`LinearInputs`, or `DeltaInputs` and their beta)."""
     key = padded(inputs.q.shape[3])
     decay = inputs.decay
     if decay is not None and decay.hi.ndim == 4:
         decay = jax.tree.map(lambda x: _pad(x, key), decay)
-    return inputs._replace(
-        q=_pad(inputs.q, key),
-        k=_pad(inputs.k, key),
-        v=_split_values(inputs.v),
-        decay=decay,
-        state=_split_state(inputs.state),
-        layout=_bounds(inputs),
-    )
+    q, k = _pad(inputs.q, key), _pad(inputs.k, key)
+    return Blocks(q, k, _split_values(inputs.v), beta, decay, _split_state(inputs.state), _bounds(inputs))
 
 
 def _bounds(inputs) -> jax.Array | None:
@@ -140,18 +147,19 @@ def outputs_from_blocks(outputs, inputs):
     return _join_values(out, inputs.v), _join_state(final, inputs.state)
 
 
-def gradients_from_blocks(bars, inputs):
-    """Returns the cotangents of the operation's inputs from those of `to_blocks(inputs)`, already summed."""
+def gradients_from_blocks(bars: Blocks, inputs):
+    """Returns the cotangents of an operation's inputs but for beta; those of q, k and the decay are summed already."""
     key = inputs.q.shape[3]
     decay = bars.decay
     if decay is not None and decay.hi.ndim == 4:
         decay = jax.tree.map(lambda x: x[..., :key], decay)
-    return bars._replace(
+    return inputs._replace(
         q=bars.q[..., :key],
         k=bars.k[..., :key],
         v=_join_values(bars.v, inputs.v),
         decay=decay,
         state=_join_state(bars.state, inputs.state),
+        layout=None,
     )
 
 
