@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from engrax.laws import LAWS, Breach, Subject
+from engrax.laws import Breach, Subject
 from engrax.laws.kernels import kernels_agree
 from engrax.layers import MIXERS
 from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX
@@ -15,10 +15,9 @@ from engrax.pallas_kernels.passes import Passes
 pytestmark = pytest.mark.skipif(
     jax.__version_info__[:3] < KERNELS_NEED_JAX, reason="kernels need jax >= " + ".".join(map(str, KERNELS_NEED_JAX))
 )
-LAW = "paths.implementations"
 
 
-def broken(monkeypatch, kernel: str):
+def broken(monkeypatch, kernel: str) -> None:
     """Replaces the forward pass of a kernel of `neural_memory` by one that scales the features of its outputs."""
     module = importlib.import_module(f"engrax.pallas_kernels.neural_memory.{kernel}")
     sound = module.passes
@@ -43,9 +42,7 @@ def test_an_example_runs_its_kernel_and_a_broken_one_is_caught(monkeypatch, x64)
 
 
 @pytest.mark.deep
-def test_gpu_kernels_run_at_the_sizes_they_serve(monkeypatch, x64):
+def test_gpu_kernels_run_at_the_sizes_they_serve(x64):
+    """No example has heads of 64 and chunks of 64: the law takes them; values and gradients."""
     s = Subject(MIXERS["titans"].examples()[1], thorough=False)
     assert kernels_agree(s, deep=True) == ["pallas_gpu", "pallas_tpu"]
-    broken(monkeypatch, "gpu")
-    with pytest.raises(Breach, match="the output of 'pallas_gpu' errs by"):
-        LAWS[LAW](s, deep=True)
