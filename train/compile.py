@@ -28,7 +28,10 @@ from engrax.train.trainer import Trainer
 
 FORMAT = 1  # of the result
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-NEEDS_ITS_DEVICE = ("cudnn",)  # implementations that are not compiled without the device: another serves in their place
+NEEDS_ITS_DEVICE = (
+    "cudnn_attention",
+    "cudnn_or_xla",
+)  # implementations that are not compiled without the device: another serves in their place
 SOURCES = ("pallas_kernels", "layers", "models", "train")
 
 
