@@ -188,7 +188,7 @@ def test_an_implementation_that_needs_its_device_is_replaced_and_named():
     assert chosen.branches[0][1].name == "pallas_tpu"
     row = kernel_report.OperationRow(call, dispatch.Served("cudnn_attention", {}))
     (note,) = compiling._notes([row])
-    assert note.startswith("gated_delta_rule is compiled in XLA: 'cudnn', which serves it on the device")
+    assert note.startswith("gated_delta_rule is compiled in XLA: 'cudnn_attention', which serves it on the device")
     assert compiling._notes([row._replace(served=dispatch.Served("xla", {}))]) == []
 
 
