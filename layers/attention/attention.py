@@ -305,7 +305,7 @@ class Attention(Mixer):
         lengths = None if segment_ids is None else row_lengths(ids)
         *slots, state = self._extend(state, k, v, ids, position_BT, given is None, lengths)
         if given is None:
-            y = self._attend_within(q, plain_q, k, v, segment_ids)
+            y = self._attend_within(q, plain_q, *slots[:2], segment_ids)  # in the cache's precision
         else:
             y = self._attend_to_cache(q, plain_q, ids, position_BT, slots)
         y = mask_tokens(ids >= 0, y)
