@@ -23,6 +23,7 @@ FOUNDATIONS = ("attention", "linear_attention", "titans")
 THOROUGH = ("attention", "linear_attention")  # with rows of every layout; the others in `make test-long`
 FEW_PROGRAMS = ("causality.finite_change", "independence.rows", "padding.content")
 NO_GRADIENTS = (*FEW_PROGRAMS, "state_carry.blocks", "packing.apart", "packing.slow_decay")
+HYBRIDS = ("titans_mac", "titans_mag", "titans_mal")  # of two mixers that are tested in full
 RELATIVES = ("titans_mac", "titans_mag", "titans_mal", "retnet", "lightning", "hgrn2", "mamba2", "rebased")
 RELATIVES += ("infini_attention", "hopfield_layer", "memorizing", "transformer_xl", "armt", "rmt")
 RELATIVES += ("deltanet", "kda", "gla", "based", "gsa", "gated_convolution", "hopfield_pooling")
@@ -77,6 +78,8 @@ def _is_left_out(registry, name: str, index: int, part: str) -> bool:
         return name == "titans" and part in costly  # they take a minute
     if _is_setting(registry[name], registry):
         return name in SETTINGS_LEFT_OUT + MODELS_LEFT_OUT or part not in FEW_PROGRAMS
+    if registry.kind == "mixer" and name in HYBRIDS:
+        return part not in FEW_PROGRAMS
     if name in RELATIVES:
         return part not in NO_GRADIENTS
     if part in ("independence.gradients", "stability.gradients"):

@@ -66,7 +66,7 @@ def truth(op, arrays, static):
 
 
 CASES = [
-    ("linear_attention", dict(groups=2, length=150, gates="mixed")),
+    deep("linear_attention", groups=2, length=150, gates="mixed"),
     long("linear_attention", key=128, gates="zero"),
     long("linear_attention", value=128, gate="none"),
     deep("gated_delta_rule", gates="zero", keys="correlated"),
@@ -152,7 +152,7 @@ SEGMENTS = dict(length=100, value=256, segments="few")
 
 @pytest.mark.parametrize("gate", ["scalar", pytest.param("channel", marks=pytest.mark.long)])
 @pytest.mark.parametrize("case", [dict(key=128, length=192), pytest.param(SEGMENTS, marks=pytest.mark.long)])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["linear_attention", pytest.param("gated_delta_rule", marks=pytest.mark.deep)])
 def test_no_race_and_nothing_read_before_it_is_written(op, case, gate):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -197,7 +197,7 @@ def test_every_chunk_is_one_segments_and_blocks_lose_nothing():
         pytest.param(8, None, SEGMENTS, "channel", marks=pytest.mark.long),
     ],
 )
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["linear_attention", pytest.param("gated_delta_rule", marks=pytest.mark.deep)])
 def test_an_h200_gets_the_kernels_and_no_loop(op, devices, implementation, case, gate):
     arrays, static = problem(op, batch=8, heads=2, gate=gate, **case)
     slots = 64 * max_chunks(arrays["q"].shape[1], 64, static.get("num_segments"))

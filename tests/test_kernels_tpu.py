@@ -113,7 +113,7 @@ SMALL = dict(batch=2, length=44, heads=1, groups=2, key=8, value=16, chunk=16)
     "op, dtype, case",
     [
         ("linear_attention", jnp.bfloat16, SMALL | dict(gate="channel", batch=1)),
-        ("gated_delta_rule", jnp.bfloat16, SMALL | dict(gate="channel", batch=1)),
+        deep("gated_delta_rule", jnp.bfloat16, SMALL | dict(gate="channel", batch=1)),
         long("linear_attention", jnp.float32, SMALL | dict(gate="none", state=False)),
         long("linear_attention", jnp.float32, SMALL | dict(gate="scalar", segments="packed")),
         deep("linear_attention", jnp.float32, SMALL | dict(gate="channel", segments="states", length=75)),

@@ -9,6 +9,7 @@ from engrax.laws.exemptions import check_exemptions, check_exemptions_exist, exe
 from engrax.layers import MIXERS
 from engrax.layers.attention import attention
 from engrax.models import MODELS
+from engrax.pallas_kernels.softmax_attention import xla
 from engrax.tests.law_cases import cases, is_thorough
 
 REGISTRIES = {registry.kind: registry for registry in (MIXERS, MODELS)}
@@ -19,6 +20,7 @@ NAMES = [(kind, name) for kind, registry in REGISTRIES.items() for name in regis
 def _small_blocks(monkeypatch):
     """The rows of the laws are short, and windows are to cut them into blocks."""
     monkeypatch.setattr(attention, "SMALLEST_BLOCK", 1)
+    monkeypatch.setattr(xla, "SMALLEST_WINDOW", 1)
 
 
 def examples(kind: str, name: str) -> tuple:

@@ -33,6 +33,7 @@ def broken(monkeypatch, kernel: str) -> None:
     jax.clear_caches()  # of what was traced with the sound one
 
 
+@pytest.mark.deep
 def test_an_example_runs_its_kernel_and_a_broken_one_is_caught(monkeypatch, x64):
     s = Subject(MIXERS["titans"].examples()[1], thorough=False)
     assert kernels_agree(s) == ["pallas_tpu"]
