@@ -42,7 +42,7 @@ def test_an_example_runs_its_kernel_and_a_broken_one_is_caught(monkeypatch, x64)
         kernels_agree(s)
 
 
-@pytest.mark.deep
+@pytest.mark.long
 def test_gpu_kernels_run_at_the_sizes_they_serve(x64):
     """No example has heads of 64 and chunks of 64: the law takes them; values and gradients."""
     s = Subject(MIXERS["titans"].examples()[1], thorough=False)

@@ -139,7 +139,7 @@ def with_bfloat16_products(function):
             dict(gradient_at="decayed", save_every=3),
             marks=pytest.mark.long,
         ),
-        pytest.param(dict(depth=2, hidden=64, length=66, batch=2, rows="phased"), dict(), marks=pytest.mark.deep),
+        pytest.param(dict(depth=2, hidden=64, length=66, batch=2, rows="phased"), dict(), marks=pytest.mark.long),
         pytest.param(dict(depth=2, hidden=64, length=1000, gates="lasting"), dict(), marks=pytest.mark.long),
         *(
             pytest.param(
@@ -197,7 +197,10 @@ def check_memory_kernel(arrays, static, segment_ids, **options):
 
 
 @pytest.mark.parametrize("segments", [False, pytest.param(True, marks=pytest.mark.deep)])
-@pytest.mark.parametrize("depth, hidden", [(1, 6), *(pytest.param(2, n, marks=pytest.mark.deep) for n in (64, 128))])
+@pytest.mark.parametrize(
+    "depth, hidden",
+    [(1, 6), pytest.param(2, 64, marks=pytest.mark.deep), pytest.param(2, 128, marks=pytest.mark.long)],
+)
 @pytest.mark.parametrize("devices, implementation", [pytest.param(1, "pallas_gpu", marks=pytest.mark.long), (8, None)])
 def test_an_h200_gets_the_memory_kernels_and_no_loop(devices, implementation, depth, hidden, segments):
     arrays, static = memory_problem(batch=8, heads=2, depth=depth, hidden=hidden, segments=segments)

@@ -73,8 +73,9 @@ OWN_RULES = {
 }
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize("name", OWN_RULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param("matrix", marks=pytest.mark.deep), pytest.param("deep", marks=pytest.mark.long)]
+)
 def test_both_engines_give_the_same(name, monkeypatch, x64):
     """Values, the state's matrices and gradients of the rules that the operation has, on packed rows, also cut."""
     config = MemoryConfig(**SMALL, **OWN_RULES[name])

@@ -100,7 +100,7 @@ def test_mac_is_its_equations(x64):
     np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.deep
+@pytest.mark.long
 def test_mac_hands_its_choice_of_implementation_on(x64):
     """Token by token and by chunks: rows that begin documents at, before and after segments, and go on anywhere."""
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 27, 8)))

@@ -142,7 +142,7 @@ def test_a_second_stage_begins_with_the_first_ones_parameters(text, tmp_path):
         np.testing.assert_array_equal(a, b)  # a learning rate of 0 moves nothing
 
 
-@pytest.mark.deep
+@pytest.mark.long
 def test_a_second_stage_that_lost_its_beginning_begins_with_the_same_parameters(text, tmp_path, monkeypatch):
     """When it was killed before its first checkpoint and the first stage went on, then it begins where it had begun."""
     # A constant rate, so that the first stage can go on.
