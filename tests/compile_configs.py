@@ -6,13 +6,14 @@
 Each case is `engrax compile` in a process of its own. The results are written after every case; a result whose config
 and source are unchanged is not compiled again, so an interrupted run continues. Fails where a case does not compile in
 its time, does not fit the device, holds none of the kernels that its operations' table promises, or an array of rows x
-tokens x vocabulary or rows x tokens x tokens, and where `engrax describe` estimates its memory with an error of more
-than 15 %.
+tokens x vocabulary or rows x heads x tokens x tokens, and where `engrax describe` estimates its memory with an error of
+more than 15 %.
 """
 
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -87,12 +88,14 @@ def forbidden(result: dict) -> list[str]:
     """Returns the names of arrays in the program that no step should hold."""
     length, vocabulary = result["seq_len"], configs.find(result["config"]).experiment.model.vocab_size
     tokens = result["rows"] * length // (result["mesh"]["data"] * result["mesh"]["fsdp"])
+    attention = [row["sizes"] for row in result["operations"] if row["op"] == "softmax_attention"]
+    heads = min((int(re.search(r"heads=(\d+)", sizes)[1]) for sizes in attention), default=0)
     found = set()
     for dims in (array["dims"] for array in result["largest"]):
         if vocabulary in dims and math.prod(dims) >= tokens * vocabulary:
             found.add("rows x tokens x vocabulary")
-        if dims.count(length) > 1 and math.prod(dims) >= tokens * length:
-            found.add("rows x tokens x tokens")
+        if heads and dims.count(length) > 1 and math.prod(dims) >= tokens * length * heads:
+            found.add("rows x heads x tokens x tokens")
     return sorted(found)
 
 

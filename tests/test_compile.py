@@ -277,10 +277,13 @@ def test_what_is_wrong_with_a_result(result):
     promised = good | {"operations": [{"op": "linear_attention", "served_by": "pallas_gpu"}]}
     assert compile_configs.complaints(promised) == ["no kernel of linear_attention is in the program"]
     tokens, length = 16 * 24, 24  # mqar_titans has 128 tokens in its vocabulary
-    for dims, named in (([16, 24, 128], "vocabulary"), ([2, 16, 24, 24], "tokens")):
+    attending = {"op": "softmax_attention", "sizes": "batch=16 length=24 heads=2 groups=2", "served_by": "xla"}
+    good |= {"operations": [*good["operations"], attending]}
+    for dims, named in (([16, 24, 128], "tokens x vocabulary"), ([2, 16, 24, 24], "heads x tokens x tokens")):
         assert compile_configs.complaints(good | {"largest": [{"dims": dims}]}) == [
-            f"it holds an array of rows x tokens x {named}"
+            f"it holds an array of rows x {named}"
         ]
+    assert compile_configs.complaints(good | {"largest": [{"dims": [16, 24, 24]}]}) == [], "24 may be a width"
     assert compile_configs.complaints(good | {"largest": [{"dims": [24, 24]}, {"dims": [tokens, length]}]}) == []
     off = good | {"estimate": {"argument_bytes": 2 * result["memory"]["arguments"], "temporary_bytes": None}}
     assert compile_configs.complaints(off) == ["the estimate of argument bytes is 2.00 times the compiler's"]
@@ -324,3 +327,10 @@ def test_the_memory_of_a_small_step(result):
     told = cost.step_memory(sharded, devices.NAMED["cpu"], 8)
     assert told["devices"] == 8 and told["temporary_bytes"] is None
     assert told["argument_bytes"] < result["memory"]["arguments"] / 4
+
+
+def test_a_librarys_kernel_has_the_name_of_the_operation():
+    place = "jit(step)/while/body/grouped_matmul_transposed/jit(ragged_dot)/body/mpmd_map"
+    rest = f'custom_call_target="mosaic_gpu_v2", metadata={{op_name="{place}"}}'
+    instruction = program_text.Instruction("call.1", "custom-call", (), (), rest, False)
+    assert program_cost._kernel_name(instruction) == "grouped_matmul_transposed"

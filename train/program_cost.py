@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from engrax.pallas_kernels.dispatch import OPERATIONS
 from engrax.train.program_text import Instruction, Program, called
 
 KERNELS = ("tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2")  # targets of custom calls
@@ -41,9 +42,11 @@ def kernels(program: Program) -> list[Kernel]:
 
 
 def _kernel_name(instruction: Instruction) -> str:
-    """The name that the kernel was given: the part of its place before the primitive."""
+    """The name that the kernel was given: the part of its place before the primitive. Kernels of libraries have the
+    name of the scope in which an operation calls them."""
     parts = [part for part in instruction.place.split("/") if part not in ("pallas_call", "mpmd_map")]
-    return parts[-1] if parts else instruction.name
+    own = [part for part in parts if part.startswith(OPERATIONS)]
+    return (own or parts or [instruction.name])[-1]
 
 
 def collectives(program: Program) -> dict[str, dict[str, float]]:

@@ -7,6 +7,7 @@ cores when it is traced, so a program for an absent GPU could not be compiled.
 
 from contextlib import nullcontext
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -55,7 +56,8 @@ def multiply(interpret: bool, inputs: GroupedInputs, transposed: bool):
     tile = tile_blocks(owner.size, BLOCK, owners, ROWS)
     tiles = group(owner, owners, tile)
     rows = tiles.gather(x)
-    with plgpu.force_gpu_interpret_mode() if interpret else nullcontext():
+    scope = jax.named_scope("grouped_matmul_transposed" if transposed else "grouped_matmul")
+    with scope, plgpu.force_gpu_interpret_mode() if interpret else nullcontext():
         y = ragged_dot(
             rows.reshape(-1, rows.shape[2]),
             kernels,

@@ -42,7 +42,7 @@ def backward(interpret: bool, inputs: GroupedInputs, _residuals, bar) -> Grouped
     tiles, sizes = _tiles(inputs)
     rows, bars = tiles.gather(x), tiles.gather(bar)
     tiling = _tiling(rows.shape[1], *kernels.shape[1:], x.dtype.itemsize)
-    with _precision(x):
+    with _precision(x), jax.named_scope("grouped_matmul_of_kernels"):
         kernels_bar = tgmm(_flat(rows).T, _flat(bars), sizes, kernels.dtype, tiling, interpret=interpret)
     return GroupedInputs(x_bar, kernels_bar, None)
 
@@ -56,7 +56,7 @@ def _multiply(interpret: bool, inputs: GroupedInputs, transposed: bool):
     tiles, sizes = _tiles(inputs)
     rows, columns = tiles.gather(x), kernels.shape[1 if transposed else 2]
     tiling = _tiling(rows.shape[1], x.shape[3], columns, x.dtype.itemsize)
-    with _precision(x):
+    with _precision(x), jax.named_scope("grouped_matmul_transposed" if transposed else "grouped_matmul"):
         y = gmm(_flat(rows), kernels, sizes, x.dtype, tiling, transpose_rhs=transposed, interpret=interpret)
     return tiles.take_back(y.reshape(*rows.shape[:2], columns), x)
 
