@@ -31,9 +31,9 @@ class Kernel(NamedTuple):
 
 
 def kernels(program: Program) -> list[Kernel]:
-    """Returns the calls of kernels."""
+    """Returns the calls of kernels. XLA puts some into fusions, with the slice of an array that they read or write."""
     found = []
-    for instruction, around, times in program.running():
+    for instruction, around, times in _everywhere(program):
         if instruction.opcode == "custom-call" and instruction.target in KERNELS:
             shapes = [*instruction.results, *(s for name in instruction.operands for s in around[name].results)]
             sizes = tuple(shape.size for shape in shapes)
