@@ -6,8 +6,8 @@
 Each case is `engrax compile` in a process of its own. The results are written after every case; a result whose config
 and source are unchanged is not compiled again, so an interrupted run continues. Fails where a case does not compile in
 its time, does not fit the device, holds none of the kernels that its operations' table promises, or an array of rows x
-tokens x vocabulary or rows x heads x tokens x tokens, and where `engrax describe` estimates its memory with an error of
-more than 15 %.
+tokens x vocabulary or rows x tokens x tokens, and where `engrax describe` estimates its memory with an error of more
+than 15 %.
 """
 
 import argparse
@@ -18,6 +18,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import jax
+from flax import nnx
 
 from engrax import configs
 from engrax.errors import UserError
@@ -85,17 +88,24 @@ def complaints(result: dict) -> list[str]:
 
 
 def forbidden(result: dict) -> list[str]:
-    """Returns the names of arrays in the program that no step should hold."""
-    length, vocabulary = result["seq_len"], configs.find(result["config"]).experiment.model.vocab_size
+    """Returns the names of arrays in the program that no step should hold.
+
+    Where a width of the model equals the row's length, an array of rows x tokens x that width looks like rows x tokens
+    x tokens, so only one of scores for every head of attention counts there.
+    """
+    length, model = result["seq_len"], configs.find(result["config"]).experiment.model
     tokens = result["rows"] * length // (result["mesh"]["data"] * result["mesh"]["fsdp"])
-    attention = [row["sizes"] for row in result["operations"] if row["op"] == "softmax_attention"]
-    heads = min((int(re.search(r"heads=(\d+)", sizes)[1]) for sizes in attention), default=0)
+    params = nnx.state(nnx.eval_shape(lambda: model.build(rngs=nnx.Rngs(0))), nnx.Param)
+    scores = tokens * length
+    if any(length in param.shape for param in jax.tree.leaves(params)):
+        attention = [row["sizes"] for row in result["operations"] if row["op"] == "softmax_attention"]
+        scores *= min((int(re.search(r"heads=(\d+)", sizes)[1]) for sizes in attention), default=math.inf)
     found = set()
     for dims in (array["dims"] for array in result["largest"]):
-        if vocabulary in dims and math.prod(dims) >= tokens * vocabulary:
+        if model.vocab_size in dims and math.prod(dims) >= tokens * model.vocab_size:
             found.add("rows x tokens x vocabulary")
-        if heads and dims.count(length) > 1 and math.prod(dims) >= tokens * length * heads:
-            found.add("rows x heads x tokens x tokens")
+        if dims.count(length) > 1 and math.prod(dims) >= scores:
+            found.add("rows x tokens x tokens")
     return sorted(found)
 
 

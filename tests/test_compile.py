@@ -277,14 +277,15 @@ def test_what_is_wrong_with_a_result(result):
     promised = good | {"operations": [{"op": "linear_attention", "served_by": "pallas_gpu"}]}
     assert compile_configs.complaints(promised) == ["no kernel of linear_attention is in the program"]
     tokens, length = 16 * 24, 24  # mqar_titans has 128 tokens in its vocabulary
-    attending = {"op": "softmax_attention", "sizes": "batch=16 length=24 heads=2 groups=2", "served_by": "xla"}
-    good |= {"operations": [*good["operations"], attending]}
-    for dims, named in (([16, 24, 128], "tokens x vocabulary"), ([2, 16, 24, 24], "heads x tokens x tokens")):
+    for dims, named in (([16, 24, 128], "vocabulary"), ([2, 16, 24, 24], "tokens"), ([16, 24, 24], "tokens")):
         assert compile_configs.complaints(good | {"largest": [{"dims": dims}]}) == [
-            f"it holds an array of rows x {named}"
+            f"it holds an array of rows x tokens x {named}"
         ]
-    assert compile_configs.complaints(good | {"largest": [{"dims": [16, 24, 24]}]}) == [], "24 may be a width"
     assert compile_configs.complaints(good | {"largest": [{"dims": [24, 24]}, {"dims": [tokens, length]}]}) == []
+    attending = {"op": "softmax_attention", "sizes": "batch=16 length=64 heads=2 groups=2", "served_by": "xla"}
+    equal = good | {"seq_len": 64, "operations": [*good["operations"], attending]}  # the model has widths of 64
+    for dims, wrong in (([16, 64, 64], []), ([16, 2, 64, 64], ["it holds an array of rows x tokens x tokens"])):
+        assert compile_configs.complaints(equal | {"largest": [{"dims": dims}]}) == wrong
     off = good | {"estimate": {"argument_bytes": 2 * result["memory"]["arguments"], "temporary_bytes": None}}
     assert compile_configs.complaints(off) == ["the estimate of argument bytes is 2.00 times the compiler's"]
 
