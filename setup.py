@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 # Named one by one: the root also holds tests, notebooks and whatever a checkout collects (.venv, runs).
-PARTS = ("configs", "data", "evals", "laws", "layers", "models", "pallas_kernels", "train")
+PARTS = ("commands", "configs", "data", "evals", "laws", "layers", "models", "pallas_kernels", "train")
 PACKAGES = find_packages(str(ROOT), include=[pattern for part in PARTS for pattern in (part, f"{part}.*")])
 NOT_MODULES = ("setup", "conftest")  # Python files of the root that belong to the checkout alone
 README = ROOT / "README.md"

@@ -12,8 +12,8 @@ from engrax import plugins
 ROOT = Path(__file__).resolve().parent.parent
 
 # What each part of the package may import beside itself. `pallas_kernels <- layers <- models <- laws <- train <-
-# evals <- configs <- cli`; `data` is used from train on and imports none of them. Evaluation reads runs, so it may use
-# train.
+# evals <- configs <- commands <- cli`; `data` is used from train on and imports none of them. Evaluation reads runs, so
+# it may use train.
 BASE = {"errors", "files", "lazy", "registry"}
 OPS = BASE | {"pallas_kernels"}
 MODELS = OPS | {"layers", "models"}
@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "evals": MODELS | {"data", "train"},
     "configs": MODELS | {"data", "train", "evals", "plugins"},
 }
-FACES = {"__init__", "cli"}  # may import everything
+FACES = {"__init__", "cli", "commands"}  # may import everything
 # Kernels know nothing of Flax; heavy or optional things are imported inside the function that needs them.
 FLAX = {"flax", "optax", "orbax", "grain"}
 LAZY = {"pyarrow", "array_record", "wandb", "tensorflow_datasets", "matplotlib", "tensorflow", "torch", "tensorboardX"}
@@ -86,7 +86,7 @@ def trespasses(file: Path, source: str) -> list[str]:
     for line, name in imports(tree, package_of(file)):
         parts = name.split(".")
         where = f"{file.relative_to(ROOT)}:{line}"
-        if parts[0] in MAY_IMPORT or parts[0] == "cli":
+        if parts[0] in MAY_IMPORT or parts[0] in FACES:
             found.append(f"{where}: bare import of {name!r}; write `from engrax...`")
         elif part in MAY_IMPORT and parts[0] == "engrax":
             target = parts[1] if len(parts) > 1 else "__init__"

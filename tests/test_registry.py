@@ -8,7 +8,6 @@ import types
 import pytest
 
 import engrax
-from engrax import cli
 from engrax.data import MQAR
 from engrax.data.text import CorpusConfig
 from engrax.errors import UnknownName, UserError
@@ -170,7 +169,7 @@ def test_optimizers_and_schedules_travel_as_json(optimizer):
 def test_flags_and_the_grid_of_a_comparison_change_every_optimizer(name):
     experiment = tiny(optimizer=find_registry("optimizer")[name]())
     flags = ["--optimizer.learning-rate", "0.25", "--optimizer.schedule.warmup-steps", "3"]
-    changed = cli.override(experiment, flags, "engrax train tiny").optimizer
+    changed = flags.override(experiment, flags, "engrax train tiny").optimizer
     assert type(changed) is type(experiment.optimizer)
     assert (changed.learning_rate, changed.schedule) == (0.25, CosineConfig(warmup_steps=3))
     assert dataclasses.replace(changed, learning_rate=0.5).rate(10)(3) == 0.5

@@ -1,0 +1,20 @@
+"""The commands of the command line, one file each: `EXAMPLE` for its help, and `run(arguments)`, which returns its exit
+code."""
+
+from engrax.commands import bench, check, compare, compile, describe, evaluate, export, generate, list, tokenize, train
+
+MODULES = (
+    train,
+    evaluate,
+    generate,
+    export,
+    describe,
+    compile,
+    tokenize,
+    compare,
+    check,
+    list,
+    bench,
+)  # as in the help
+COMMANDS = {module.__name__.rpartition(".")[2]: module.run for module in MODULES}
+EXAMPLES = [module.EXAMPLE for module in MODULES]

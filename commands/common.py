@@ -1,0 +1,48 @@
+"""What the commands share: their parser, and how they find a config."""
+
+import argparse
+from typing import Any
+
+from engrax.errors import UserError
+from engrax.flags import Parser
+
+
+def parser_of(command: str, example: str, description: str) -> Parser:
+    """The parser of a command, with an example below its help."""
+    return Parser(
+        prog=f"engrax {command}",
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def find_config(name: str) -> Any:
+    """A config by name or file, or the config of a run folder."""
+    from engrax import configs
+    from engrax.train import runs
+
+    if (runs.folder(name) / "config.json").exists():
+        run = runs.open_run(name)
+        return configs.Source(run.experiment, run.directory.name, run_dir=str(run.directory))
+    return configs.find(name)
+
+
+def split_help(parser: Parser, args: list[str], example: str) -> tuple[argparse.Namespace, list[str]]:
+    """Parses the parser's own arguments; the rest are a config's fields. --help after a config lists its fields."""
+    wants_help = [a for a in args if a in ("-h", "--help")]
+    plain = [a for a in args if a not in ("-h", "--help")]
+    if wants_help and (not plain or plain[0].startswith("-")):
+        parser.parse_args(["--help"])
+    if not plain or plain[0].startswith("-"):
+        raise UserError(f"{parser.prog} needs a CONFIG first; for example: {example}")
+    known, rest = parser.parse_known_args(plain)
+    return known, rest + wants_help
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints."""
+    import jax
+
+    return jax.process_index() == 0
