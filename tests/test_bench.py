@@ -26,9 +26,8 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize(
-    "op", [pytest.param(op, marks=() if op == "linear_attention" else pytest.mark.deep) for op in bench.OPERATIONS]
-)
+@pytest.mark.deep
+@pytest.mark.parametrize("op", bench.OPERATIONS)
 def test_a_row_of_every_operation(op):
     case = bench.Case(op, TINY[op])
     (row,) = bench.bench([op], cases=[case], runs=2, implementations=["xla"])

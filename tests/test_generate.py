@@ -97,6 +97,7 @@ def check_unequal(model, tokens=6, causal=True, alone=LENGTHS[4:5]):
         np.testing.assert_allclose(session.logits[0], last[i], rtol=0, atol=1e-9)
 
 
+@pytest.mark.deep
 def test_unequal_prompts_equal_each_alone(x64):
     """Elsewhere padding counted as text: TransformerLensOrg/TransformerLens#1005, huggingface/transformers#29936."""
     check_unequal(titans(), alone=())

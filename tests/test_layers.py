@@ -115,7 +115,11 @@ def test_attention_is_its_definition(window, dtype, tolerance, x64, rng):
 @pytest.mark.parametrize(
     "length, config",
     [
-        (100, AttentionConfig(heads=4, kv_heads=2, head_dim=4, window=8, conv_width=2, persistent_tokens=2)),
+        pytest.param(
+            100,
+            AttentionConfig(heads=4, kv_heads=2, head_dim=4, window=8, conv_width=2, persistent_tokens=2),
+            marks=pytest.mark.deep,
+        ),
         (140, AttentionConfig(heads=2, head_dim=4, window=40)),
         (100, HopfieldConfig(heads=2, head_dim=4, window=32, beta=0.5)),
     ],

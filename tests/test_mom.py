@@ -110,7 +110,7 @@ def test_one_memory_is_the_base_layer(name, x64, rng):
     close(x_bar, x_bar_base)
 
 
-@pytest.mark.parametrize("name", bases("gated_deltanet"))
+@pytest.mark.parametrize("name", bases("gated_deltanet", pytest.mark.deep))
 def test_packed_is_masked_dense(name, x64, rng, root):
     """Values, and gradients of every parameter and input."""
     spec = importlib.util.spec_from_file_location("benchmarks_mom", root / "benchmarks" / "mom.py")

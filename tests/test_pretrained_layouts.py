@@ -34,7 +34,7 @@ EXEMPT = {
     "opt_after": ("trainability.gradients", "stability.long"),
     "gpt2": ("trainability.gradients", "stability.long", "trainability.finite_differences"),
 }
-FAST = ("causality.finite_change", "packing.apart", "state_carry.steps", "state.shapes", "padding.content")
+FAST = ("causality.finite_change", "packing.apart", "state_carry.steps", "padding.content")
 
 
 @functools.lru_cache(maxsize=1)

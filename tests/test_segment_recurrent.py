@@ -313,6 +313,7 @@ def test_memory_of_the_backward_pass_grows_with_the_unroll_and_not_with_the_docu
 # Generation and diagnostics
 
 
+@pytest.mark.deep
 def test_generation_goes_on_across_segments():
     model = build(dataclasses.replace(HMT, cache_size=1))
     prompt = np.asarray(some_tokens())[:, :6]

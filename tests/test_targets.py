@@ -33,7 +33,7 @@ def test_mqar_is_learned(config, reached):
     assert reached(config)["validation"]["accuracy"]["value"] >= 0.95
 
 
-@pytest.mark.deep
+@pytest.mark.long
 def test_quickstart_learns_with_its_memory(reached):
     """Fewer bits per byte than the order-3 n-gram counted on the same bytes; at least 0.05 more without the memory."""
     data = reached("quickstart")

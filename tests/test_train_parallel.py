@@ -53,12 +53,19 @@ LAYOUTS = {
         ("data x fsdp", dict(data=2, fsdp=4), 3),
     )
 } | {"pmap accumulated": dict(strategy="pmap", data=8, accumulate=2), "pjit accumulated": dict(data=8, accumulate=2)}
-# Each costs a program of its own: these hold every strategy, stage and axis; `make test-long` runs every combination.
-FAST = ("pjit data zero0", "pjit data x fsdp zero3", "pmap data zero1", "pmap data x fsdp zero3")
+# Each costs a program of its own: both strategies, all axes and a stage of each are quick; `make test-long` runs every
+# combination.
+FAST = ("pjit data x fsdp zero3", "pmap data zero1")
+DEEP = ("pjit data zero0", "pmap data x fsdp zero3")
+
+
+def tier(name):
+    return "fast" if name in FAST else "deep" if name in DEEP else "long"
 
 
 def each(names):
-    return [pytest.param(name, marks=() if name in FAST else pytest.mark.long) for name in names]
+    marks = {"fast": (), "deep": pytest.mark.deep, "long": pytest.mark.long}
+    return [pytest.param(name, marks=marks[tier(name)]) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +88,8 @@ def layouts(tmp_path_factory, once):
     def results(name):
         if name == "one":
             return once("one device", lambda: run({"one": {}}, 1))["one"]
-        same = [other for other in LAYOUTS if (other in FAST) == (name in FAST)]
-        return once("fast layouts" if name in FAST else "layouts", lambda: run({n: LAYOUTS[n] for n in same}, 8))[name]
+        same = [other for other in LAYOUTS if tier(other) == tier(name)]
+        return once(f"{tier(name)} layouts", lambda: run({n: LAYOUTS[n] for n in same}, 8))[name]
 
     return results
 

@@ -93,6 +93,7 @@ def test_killed_at_random_moments_ends_with_the_same_losses(root, tmp_path, unin
     assert found == uninterrupted
 
 
+@pytest.mark.deep
 def test_sigterm_saves_and_says_how_to_resume(root, tmp_path, uninterrupted):
     run_dir = tmp_path / "run"
     process = start(root, run_dir, steps=STEPS, checkpoint_every=0)

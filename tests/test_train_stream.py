@@ -92,6 +92,7 @@ def state_of(run_dir, settings, step):
     return jax.device_get(state)
 
 
+@pytest.mark.deep
 def test_the_memory_goes_from_batch_to_batch(text):
     settings = experiment(text)
     trainer = Trainer(settings)

@@ -94,6 +94,7 @@ print("exit code", cli.main(["evaluate", run, "--batches", "1", "--plugin", plug
 """
 
 
+@pytest.mark.deep
 def test_a_mixer_in_a_file_of_the_users_own(tmp_path, run_python):
     folder, run = tmp_path / "mine", tmp_path / "runs" / "mean"
     folder.mkdir()
