@@ -10,9 +10,9 @@ from engrax.laws import LAWS
 # Elsewhere it leaves out laws that need their own programs, rows without segment ids, all but the first example of a
 # config, gradients if a config resembles another that is tested in full, and most laws of configs that are only
 # settings of another config's module. `make test-deep` adds the other examples, nearly all laws of cheap configs, and
-# for costly configs the laws of causality, rows, packing and state that share programs. `make test-long` runs the rest,
-# and with `deep=True` every law whose body then does more: rows with and without segment ids, more cuts, gradients of
-# implementations.
+# for the first example of a costly config the laws of causality, rows, packing and state that share programs.
+# `make test-long` runs the rest, and with `deep=True` every law whose body then does more: rows with and without
+# segment ids, more cuts, gradients of implementations.
 DEEP_ONLY = ("causality.distance",)  # rows of 3072 tokens
 OWN_PROGRAMS = ("state_carry.gradients", "state_carry.cuts", "state_carry.padding", "independence.batch_size")
 OWN_PROGRAMS += ("stability.long", "state.start")
@@ -57,6 +57,8 @@ def _is_deep(registry, name: str, index: int, part: str) -> bool:
         return True
     if part == "causality.distance":
         return registry.kind == "mixer" and not index and not _is_setting(registry[name], registry)
+    if index and name not in FOUNDATIONS:
+        return False
     if part in NO_GRADIENTS:
         return True
     if _is_setting(registry[name], registry):
