@@ -13,6 +13,7 @@ from engrax.evals.trials import LEARNT
 from engrax.files import write_atomically
 from engrax.train import runs
 from engrax.train.cost import quantity, size
+from engrax.train.experiment import Experiment
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -59,9 +60,8 @@ def _grid(row: Row) -> dict[str, Any]:
     }
 
 
-def _head(comparison: Comparison, command: str) -> dict[str, Any]:
+def head_of(experiment: Experiment, command: str) -> dict[str, Any]:
     """The settings that the numbers depend on."""
-    experiment = next(iter(comparison.experiments.values()))
     here = runs.describe_environment(experiment)
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -70,13 +70,16 @@ def _head(comparison: Comparison, command: str) -> dict[str, Any]:
         "versions": here["versions"],
         "commit": here["commit"],
         "data_digest": here["data_digest"],
-        "unit": scoring.UNITS[kind(comparison)],
+        "unit": scoring.UNITS[scoring.kind_of(experiment)],
         "steps": experiment.steps,
         "batch_size": experiment.batch_size,
         "seq_len": experiment.data.seq_len,
-        "learning_rates": list(comparison.learning_rates),
-        "seeds": list(range(1, comparison.seeds + 1)),
     }
+
+
+def _head(comparison: Comparison, command: str) -> dict[str, Any]:
+    rates, seeds = list(comparison.learning_rates), list(range(1, comparison.seeds + 1))
+    return head_of(next(iter(comparison.experiments.values())), command) | {"learning_rates": rates, "seeds": seeds}
 
 
 def _title(comparison: Comparison) -> str:
