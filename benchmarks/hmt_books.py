@@ -152,7 +152,7 @@ def measure(args) -> tuple[dict, list[np.ndarray]]:
     documents = args.folder / "documents"
     count = cut(args.books, documents)
     comparison = make_comparison(documents)
-    rows = comparisons.run(comparison, args.folder)
+    rows = comparisons.run(comparison, args.folder).rows[""]
     for row in rows:
         if any(score.sums is None for score in row.scores):
             raise SystemExit(f"{row.name} diverged with a judged seed; give lower learning rates.")

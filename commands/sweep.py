@@ -1,13 +1,11 @@
 """`engrax sweep`: trains a config at many settings."""
 
-import argparse
 import shlex
-import sys
 from typing import Any
 
-from engrax.commands.common import find_config, parser_of, split_help
+from engrax.commands.common import add_running, find_config, parser_of, split_help, tell_missing
 from engrax.errors import UserError
-from engrax.flags import filled, minutes, override, positive
+from engrax.flags import filled, override, positive
 
 EXAMPLE = "engrax sweep mqar_titans --grid optimizer.learning-rate=1e-3,3e-3 --random model.dim=32:128:log --trials 8"
 
@@ -49,19 +47,6 @@ def run(args: list[str]) -> int:
     print(found.markdown)
     print(f"The table, its numbers and its plot are in {found.directory}")
     return tell_missing(found.missing)
-
-
-def add_running(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command that runs trials."""
-    parser.add_argument("--processes", type=positive, default=1, help="trials at the same time (default: 1)")
-    parser.add_argument("--minutes", type=minutes, help="begin no trial that would end later; run again to continue")
-
-
-def tell_missing(missing: dict[str, str]) -> int:
-    """Says what is missing and returns the exit code."""
-    for name, why in missing.items():
-        print(f"engrax: missing: {name}: {why}", file=sys.stderr)
-    return 1 if missing else 0
 
 
 def _grid(experiment: Any, text: str, prog: str) -> tuple[str, tuple]:

@@ -1,11 +1,14 @@
 """Comparing experiments fairly: the same data, steps and learning-rate grid for all, several seeds at the best rate.
 
 Every experiment is trained at every learning rate of the grid with seed 0, then at the best rate with seeds 1, 2, ....
-Only these seeds are judged, because seed 0 was selected for its score. Each run has its own folder, so an interrupted
-comparison continues where it stopped. `engrax.evals.verdicts` turns the scores into verdicts.
+Only these seeds are judged, because seed 0 was selected for its score. With several tasks this is done for each, with
+one table per task. Each run has its own folder, so an interrupted comparison continues where it stopped.
+`engrax.evals.verdicts` turns the scores into verdicts.
 """
 
 import dataclasses
+import time
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
@@ -14,7 +17,7 @@ from engrax.errors import UserError
 from engrax.evals import scoring, sweep
 from engrax.evals.trials import Score, Trial
 from engrax.train import cost
-from engrax.train.experiment import Experiment
+from engrax.train.experiment import Experiment, replace
 
 RATE = "optimizer.learning_rate"
 
@@ -37,16 +40,17 @@ class Comparison:
 
     experiments: dict[str, Experiment]  # by their names in the table; the first is the baseline
     learning_rates: tuple[float, ...]  # the grid, three or more
-    seeds: int = 3  # seeds at the best learning rate, in addition to the grid's seed
+    seeds: int = 3  # seeds at the best learning rate, in addition to the grid's seed; 1 = a look, without verdicts
     claims: tuple[Claim, ...] = ()
+    tasks: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # by name: fields replaced, as "data"
 
     def __post_init__(self):
         if len(self.experiments) < 2:
             raise UserError("a comparison needs at least two experiments.")
-        if len(set(self.learning_rates)) < 3 or self.seeds < 3:
+        if len(set(self.learning_rates)) < 3 or (self.seeds < 3 and self.seeds != 1):
             raise UserError(
                 f"learning_rates={self.learning_rates} and seeds={self.seeds}: a fair comparison has at least three "
-                "of each."
+                "of each (and one seed is a look, without verdicts)."
             )
         first, *others = self.experiments
         for name in others:
@@ -60,6 +64,19 @@ class Comparison:
             for name in (claim.better, claim.worse):
                 if name not in self.experiments:
                     raise UserError(f"a claim names {name!r}, which is not an experiment of the comparison.")
+        if len({folder_of(name) for name in self.tasks}) < len(self.tasks):
+            raise UserError(f"the tasks' names {', '.join(self.tasks)} do not differ enough for folders.")
+
+    def parts(self) -> "dict[str, Comparison]":
+        """A comparison of one task each, by the task's name; {"": itself} if it has no named tasks."""
+        if not self.tasks:
+            return {"": self}
+        return {
+            task: dataclasses.replace(
+                self, tasks={}, experiments={name: replace(e, fields) for name, e in self.experiments.items()}
+            )
+            for task, fields in self.tasks.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,53 +95,82 @@ def kind(comparison: Comparison) -> str:
     return scoring.kind_of(next(iter(comparison.experiments.values())))
 
 
-def run(comparison: Comparison, folder: epath.PathLike, *, progress: bool = True) -> list[Row]:
-    """Trains and scores the trials missing in `folder`, and returns a row for every experiment.
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """The rows of a comparison's tables."""
 
-    Raises UserError if all learning rates or all judged seeds of an experiment diverged, or if a run in the folder is
-    another experiment.
+    rows: dict[str, list[Row]]  # by task, "" if the comparison names none; experiments with all their trials
+    missing: dict[str, str]  # why the others have no row, by TASK/NAME or NAME
+
+
+def run(
+    comparison: Comparison,
+    folder: epath.PathLike,
+    *,
+    processes: int = 1,
+    minutes: float | None = None,
+    progress: bool = True,
+) -> Ran:
+    """Trains and scores the trials missing in `folder` (`engrax.evals.sweep`): first the grids, then the judged seeds.
+
+    Raises UserError if no experiment has all its trials, or if a run in the folder is another experiment.
     """
-    sign = 1 if kind(comparison) == "task" else -1
-    seeds = range(1, comparison.seeds + 1)
-    count = len(comparison.experiments)
-    grid = {
-        name: [_trial(comparison, name, rate, 0) for rate in comparison.learning_rates]
-        for name in comparison.experiments
-    }
-    scores = _scores(sweep.run(sum(grid.values(), []), folder, progress=progress, later=count * len(seeds)))
-    best = {}
-    for name, trials in grid.items():
-        sound = [trial for trial in trials if scores[trial.name].sums is not None]
-        if not sound:
-            raise UserError(f"{name!r} diverged at every learning rate of the grid; give lower ones.")
-        best[name] = max(sound, key=lambda trial: sign * scores[trial.name].mean).settings[RATE]
-    judged = {name: [_trial(comparison, name, rate, seed) for seed in seeds] for name, rate in best.items()}
-    scores |= _scores(sweep.run(sum(judged.values(), []), folder, progress=progress))
-    rows = []
-    for name, trials in judged.items():
-        found = tuple(scores[trial.name] for trial in trials)
-        if all(score.sums is None for score in found):
-            raise UserError(
-                f"{name!r} diverged with every judged seed at its best learning rate {best[name]:g}; give lower ones."
-            )
-        rates = {trial.settings[RATE]: scores[trial.name].mean for trial in grid[name]}
-        rows.append(Row(name, best[name], rates, found, cost.costs(comparison.experiments[name])))
-    return rows
+    begun, seeds = time.monotonic(), range(1, comparison.seeds + 1)
+    parts = comparison.parts()
+    keys = [(task, name) for task, part in parts.items() for name in part.experiments]
+
+    def trials(key: tuple[str, str], chosen: Iterable[tuple[float, int]]) -> list[Trial]:
+        return [_trial(*key, parts[key[0]].experiments[key[1]], *choice) for choice in chosen]
+
+    def outcome(planned: dict[Any, list[Trial]], later: int) -> sweep.Outcome:
+        left = minutes if minutes is None else max(0.0, minutes - (time.monotonic() - begun) / 60)
+        every = [trial for trials in planned.values() for trial in trials]
+        return sweep.run(every, folder, processes=processes, minutes=left, progress=progress, later=later)
+
+    grid = {key: trials(key, ((rate, 0) for rate in comparison.learning_rates)) for key in keys}
+    found = outcome(grid, len(keys) * len(seeds))
+    best, absent = {}, {}
+    for key, planned in grid.items():
+        sign = 1 if kind(parts[key[0]]) == "task" else -1
+        sound = [t for t in planned if t.name in found.scores and found.scores[t.name].sums is not None]
+        if why := _why(planned, found):
+            absent[key] = why
+        elif not sound:
+            absent[key] = "it diverged at every learning rate of the grid; give lower ones"
+        else:
+            best[key] = max(sound, key=lambda trial: sign * found.scores[trial.name].mean).settings[RATE]
+    judged = {key: trials(key, ((rate, seed) for seed in seeds)) for key, rate in best.items()}
+    last = outcome(judged, 0)
+    rows: dict[str, list[Row]] = {task: [] for task in parts}
+    for key, planned in judged.items():
+        scores = tuple(last.scores[trial.name] for trial in planned if trial.name in last.scores)
+        if why := _why(planned, last):
+            absent[key] = why
+        elif all(score.sums is None for score in scores):
+            absent[key] = f"it diverged with every judged seed at its best learning rate {best[key]:g}; give lower ones"
+        else:
+            rates = {trial.settings[RATE]: found.scores[trial.name].mean for trial in grid[key]}
+            costs = cost.costs(parts[key[0]].experiments[key[1]])
+            rows[key[0]].append(Row(key[1], best[key], rates, scores, costs))
+    missing = {"/".join(filter(None, key)): absent[key] for key in keys if key in absent}
+    if not any(rows.values()):
+        name, why = next(iter(missing.items()))
+        raise UserError(f"no experiment has all its trials, so there is no table yet; {name!r}: {why}.")
+    return Ran({task: found for task, found in rows.items() if found}, missing)
 
 
-def _scores(outcome: sweep.Outcome) -> dict[str, Score]:
-    if outcome.missing:
-        name, why = next(iter(outcome.missing.items()))
-        raise UserError(f"the trial {name} has no score: {why}")
-    return outcome.scores
+def _why(planned: list[Trial], outcome: sweep.Outcome) -> str | None:
+    """Why a row cannot be made: the first trial without a score."""
+    lost = [trial.name for trial in planned if trial.name in outcome.missing]
+    return f"{len(lost)} of {len(planned)} trials are missing, {lost[0]}: {outcome.missing[lost[0]]}" if lost else None
 
 
-def _trial(comparison: Comparison, name: str, rate: float, seed: int) -> Trial:
+def _trial(task: str, name: str, experiment: Experiment, rate: float, seed: int) -> Trial:
     """An experiment at one learning rate with one seed."""
-    where = f"{folder_of(name)}/lr_{rate:g}_seed_{seed}"
-    return Trial(where, comparison.experiments[name], {RATE: rate, "seed": seed})
+    where = "/".join(folder_of(part) for part in (task, name) if part)
+    return Trial(f"{where}/lr_{rate:g}_seed_{seed}", experiment, {RATE: rate, "seed": seed})
 
 
 def folder_of(name: str) -> str:
-    """The folder of an experiment's runs."""
+    """The folder of an experiment's or a task's runs."""
     return name.replace(" ", "_")

@@ -102,13 +102,13 @@ def score(experiment: Experiment, directory: epath.Path) -> Score:
     return found
 
 
-def measure(directory: epath.Path) -> Score:
-    """Scores the last checkpoint of a run on its validation rows."""
+def measure(directory: epath.Path, rows: scoring.Rows | None = None) -> Score:
+    """Scores the last checkpoint of a run on these rows; None = its validation rows."""
     opened = runs.open_run(directory)
     experiment = opened.experiment
     mesh = sharding.evaluation_mesh(experiment.parallel)
     model, step = opened.load(mesh=mesh)
-    rows = scoring.validation_rows(experiment, None)
+    rows = scoring.validation_rows(experiment, None) if rows is None else rows
     with sharding.use_mesh(mesh):
         scores = scoring.Scorer(experiment, model, mesh).score(rows)
     what = scoring.kind_of(experiment)
