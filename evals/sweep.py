@@ -159,7 +159,7 @@ class _Account:
             self.waiting.remove(trial)
             self.open.remove(trial)
             self.late.append(trial.name)
-            self.missing[trial.name] = f"it would have ended after the {self.minutes:g} minutes"
+            self.missing[trial.name] = f"it would have ended after the {self.minutes:.3g} minutes"
         return self.waiting.pop(0) if self.waiting else None
 
     def seconds(self, trial: Trial) -> float:
@@ -187,7 +187,7 @@ class _Account:
         if self.late:
             shown = ", ".join(self.late[:4]) + (f" and {len(self.late) - 4} more" if len(self.late) > 4 else "")
             self.say(
-                f"the {self.minutes:g} minutes are over: {len(self.late)} of {len(self.trials)} trials are missing "
+                f"the {self.minutes:.3g} minutes are over: {len(self.late)} of {len(self.trials)} trials are missing "
                 f"({shown}); the same command continues."
             )
         order = [trial.name for trial in self.trials]
