@@ -38,6 +38,7 @@ __all__ = [
     "ScheduleConfig",
     "UserError",
     "check",
+    "compare",
     "configs",
     "data",
     "evals",
@@ -51,6 +52,7 @@ __all__ = [
     "pallas_kernels",
     "register",
     "session",
+    "sweep",
     "train",
 ]
 
@@ -93,6 +95,48 @@ def evaluate(run, *, step=None, only=None, batches=None, stream=None, plugins=()
 
     _open(run, plugins, runs, data)
     return evals.evaluate(run, step=step, only=only, batches=batches, stream=stream, data=data, progress=progress)
+
+
+def compare(what, folder=None, *, seeds=None, processes=1, minutes=None, progress=True):
+    """Compares experiments, or finished runs; returns `engrax.evals.ComparisonResult`.
+
+    `what`: a `Comparison`, its name or .py file, whose trials are trained in `folder` (default: runs/NAME); or a list
+    of run folders, which are scored as they are, with the table's files in `folder` if it is given. `seeds`: trainings
+    at the best rate; 1 = a look, without verdicts. `processes`, `minutes`: as for `engrax.sweep`.
+    """
+    import dataclasses
+
+    from engrax import configs, evals
+
+    if isinstance(what, (list, tuple)):
+        return evals.compare_runs(what, folder)
+    name = "comparison"
+    if not isinstance(what, evals.Comparison):
+        what, name = configs.find_comparison(str(what))
+    if seeds is not None:
+        what = dataclasses.replace(what, seeds=seeds)
+    options = dict(processes=processes, minutes=minutes, progress=progress)
+    return evals.compare(what, folder or f"runs/{name}", **options)
+
+
+def sweep(config, folder, *, grid=None, random=None, trials=None, seeds=1, processes=1, minutes=None, **fields):
+    """Trains an experiment at many settings; returns `engrax.evals.search.SweepResult`, continues what is in `folder`.
+
+    `config`: a name, a .py file or an Experiment; `fields` are replaced in it as in `engrax.train`. `grid`: every
+    combination of values, {"optimizer.learning_rate": (1e-3, 3e-3)}; `random`: `trials` draws from ranges,
+    {"model.dim": (32, 128, True)} = from 32 to 128, uniform in the logarithm. `seeds` trainings each,
+    `processes` at the same time; none begins that would end after `minutes`.
+    """
+    from engrax import configs
+    from engrax.evals.search import search
+    from engrax.train import experiment as experiments
+    from engrax.train.experiment import Experiment
+
+    name = "CONFIG" if isinstance(config, Experiment) else str(config)
+    experiment = config if isinstance(config, Experiment) else configs.find(name).experiment
+    experiment = experiments.replace(experiment, {field.replace("__", "."): value for field, value in fields.items()})
+    options = dict(grid=grid, random=random, trials=trials, seeds=seeds, processes=processes, minutes=minutes)
+    return search(experiment, folder, rerun=["engrax", "train", name], **options)
 
 
 def check(target, *, laws=(), progress=True):

@@ -26,6 +26,14 @@ def positive(text: str) -> int:
     return number
 
 
+def minutes(text: str) -> float:
+    """The type of arguments that are a time."""
+    number = float(text)
+    if not 0 <= number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} must be a number of minutes, 0 or more")
+    return number
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are UserErrors."""
 

@@ -116,7 +116,7 @@ def recall(run: Path, segments: int = 40) -> np.ndarray:
 def judge(comparison, rows, bits: dict[str, np.ndarray], beyond: int) -> dict[str, list]:
     """The verdicts on the claims for the bytes from `beyond` on; bits: name -> [seeds, N, length]."""
     from engrax.evals import verdicts
-    from engrax.evals.comparison import Score
+    from engrax.evals.trials import Score
 
     read_rows = []
     for row in rows:
@@ -152,7 +152,7 @@ def measure(args) -> tuple[dict, list[np.ndarray]]:
     documents = args.folder / "documents"
     count = cut(args.books, documents)
     comparison = make_comparison(documents)
-    rows = comparisons.run(comparison, args.folder)
+    rows = comparisons.run(comparison, args.folder).rows[""]
     for row in rows:
         if any(score.sums is None for score in row.scores):
             raise SystemExit(f"{row.name} diverged with a judged seed; give lower learning rates.")

@@ -1,10 +1,11 @@
 """What the commands share: their parser, and how they find a config."""
 
 import argparse
+import sys
 from typing import Any
 
 from engrax.errors import UserError
-from engrax.flags import Parser
+from engrax.flags import Parser, minutes, positive
 
 
 def parser_of(command: str, example: str, description: str) -> Parser:
@@ -39,6 +40,19 @@ def split_help(parser: Parser, args: list[str], example: str) -> tuple[argparse.
         raise UserError(f"{parser.prog} needs a CONFIG first; for example: {example}")
     known, rest = parser.parse_known_args(plain)
     return known, rest + wants_help
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that runs trials."""
+    parser.add_argument("--processes", type=positive, default=1, help="trials at the same time (default: 1)")
+    parser.add_argument("--minutes", type=minutes, help="begin no trial that would end later; run again to continue")
+
+
+def tell_missing(missing: dict[str, str]) -> int:
+    """Says what is missing and returns the exit code."""
+    for name, why in missing.items():
+        print(f"engrax: missing: {name}: {why}", file=sys.stderr)
+    return 1 if missing else 0
 
 
 def is_main() -> bool:

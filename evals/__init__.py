@@ -6,7 +6,7 @@ from engrax import lazy
 
 if TYPE_CHECKING:
     from engrax.evals.comparison import Claim, Comparison
-    from engrax.evals.comparison_report import ComparisonResult, compare
+    from engrax.evals.comparison_report import ComparisonResult, compare, compare_runs
     from engrax.evals.context import Context
     from engrax.evals.evaluation import Results, evaluate
     from engrax.evals.evaluator import Evaluation, EvaluatorConfig, Figure, Table
@@ -22,6 +22,7 @@ __all__ = [
     "Results",
     "Table",
     "compare",
+    "compare_runs",
     "evaluate",
 ]
 

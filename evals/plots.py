@@ -15,7 +15,7 @@ BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#8e5ba6", 
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, "#b8860b", "#56b4e9", "#cc79a7", "#404040")
 MUTED = (ORANGE, PURPLE, GREEN, *SERIES[4:])  # lines beside the model's, in turn
 COLOURS = {"model": BLUE, "muted": ORANGE, "baseline": GREY, "reference": GREY}
-VERDICTS = {None: BLUE, "better": GREEN, "worse": ORANGE, "inconclusive": GREY}
+VERDICTS = {None: BLUE, "better": GREEN, "worse": ORANGE, "inconclusive": GREY, "no verdict": GREY}
 STYLE = {
     "figure.dpi": 144,
     "font.size": 9.5,

@@ -24,7 +24,8 @@ from engrax.evals.comparison import Claim, Comparison, Row, kind
 
 DRAWS = 4000
 LEVEL = 0.05  # largest chance of a wrong verdict in a table of equal experiments
-Verdict = Literal["better", "worse", "inconclusive"]
+LEAST_SEEDS = 3  # of each side of a verdict
+Verdict = Literal["better", "worse", "inconclusive", "no verdict"]  # the last: too few seeds, or no baseline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +43,14 @@ class TableRow:
 
     name: str
     score: Interval
-    difference: Interval | None  # to the first experiment; None for that one
+    difference: Interval | None  # to the first experiment; None for that one and without a verdict
     verdict: Verdict | None
     learning_rate: float
     at_edge: bool  # the best learning rate is at an end of the grid: a wider grid might be better
     diverged: int  # learning rates and seeds that diverged
     learnt_at: float | None  # median step over the seeds that learnt; tasks only
     learnt_seeds: int
+    seeds: int  # judged
     parameters: int
     state_bytes: int | None
     flops_per_token: float | None
@@ -116,24 +118,31 @@ def _interval(value: float, sample: Float[np.ndarray, " draws"], level: float = 
 
 
 def judge(comparison: Comparison, rows: list[Row]) -> tuple[list[TableRow], list[ClaimVerdict]]:
-    """The rows of the table, in the comparison's order, and the verdicts on the claims."""
+    """The rows of the table, in the comparison's order, and the verdicts on the claims.
+
+    Only rows of LEAST_SEEDS seeds or more have verdicts, and only if the comparison's first experiment is one of them.
+    """
     drawn = Bootstrap(rows)
     higher_is_better = kind(comparison) == "task"
     whole = {row.name for row in rows if _sound(row) == len(row.scores)}
-    first = rows[0].name
+    enough = {row.name for row in rows if len(row.scores) >= LEAST_SEEDS}
+    first = next(iter(comparison.experiments))
 
     def verdicts(pairs: list[tuple[str, str]]) -> list[Verdict]:
-        known = [pair for pair in pairs if whole.issuperset(pair)]
+        known = [pair for pair in pairs if (whole & enough).issuperset(pair)]
         found = dict(zip(known, holm(drawn, known, higher_is_better)))
-        return [found.get(pair, "inconclusive") for pair in pairs]
+        otherwise = lambda pair: "inconclusive" if enough.issuperset(pair) else "no verdict"  # noqa: E731
+        return [found.get(pair, otherwise(pair)) for pair in pairs]
 
-    says = verdicts([(row.name, first) for row in rows[1:]])
-    lines = [_line(comparison, row, drawn, first, said, higher_is_better) for row, said in zip(rows, [None, *says])]
+    others = [row.name for row in rows if row.name != first]
+    said = dict(zip(others, verdicts([(name, first) for name in others])))
+    lines = [_line(row, drawn, first, said.get(row.name), higher_is_better) for row in rows]
     words = {"better": "reproduced", "worse": "contradicted", "inconclusive": "inconclusive"}
-    pairs = [(claim.better, claim.worse) for claim in comparison.claims]
+    claims = [claim for claim in comparison.claims if enough.issuperset((claim.better, claim.worse))]
+    pairs = [(claim.better, claim.worse) for claim in claims]
     judged = [
-        ClaimVerdict(claim, drawn.difference(*pair), words[said])
-        for claim, pair, said in zip(comparison.claims, pairs, verdicts(pairs))
+        ClaimVerdict(claim, drawn.difference(*pair), words[found])
+        for claim, pair, found in zip(claims, pairs, verdicts(pairs))
     ]
     return lines, judged
 
@@ -165,9 +174,7 @@ def verdict(difference: Interval, higher_is_better: bool) -> Verdict:
     return "inconclusive"  # also for a difference that is not a number
 
 
-def _line(
-    comparison: Comparison, row: Row, drawn: Bootstrap, first: str, said: Verdict | None, higher_is_better: bool
-) -> TableRow:
+def _line(row: Row, drawn: Bootstrap, first: str, said: Verdict | None, higher_is_better: bool) -> TableRow:
     learnt = [score.learnt_at for score in row.scores if score.learnt_at is not None]
     state, flops = row.costs["state_bytes_per_sequence"], row.costs["flops_per_token"]
     diverged = sum(math.isnan(value) for value in row.grid.values()) + len(row.scores) - _sound(row)
@@ -177,13 +184,14 @@ def _line(
     return TableRow(
         name=row.name,
         score=score,
-        difference=None if said is None else drawn.difference(row.name, first),
+        difference=None if said in (None, "no verdict") else drawn.difference(row.name, first),
         verdict=said,
         learning_rate=row.learning_rate,
-        at_edge=row.learning_rate in (min(comparison.learning_rates), max(comparison.learning_rates)),
+        at_edge=bool(row.grid) and row.learning_rate in (min(row.grid), max(row.grid)),
         diverged=diverged,
         learnt_at=statistics.median(learnt) if learnt else None,
         learnt_seeds=len(learnt),
+        seeds=len(row.scores),
         parameters=row.costs["parameters"]["total"],
         state_bytes=state and state["total"],
         flops_per_token=flops and flops["forward"],
