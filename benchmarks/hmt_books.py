@@ -116,7 +116,7 @@ def recall(run: Path, segments: int = 40) -> np.ndarray:
 def judge(comparison, rows, bits: dict[str, np.ndarray], beyond: int) -> dict[str, list]:
     """The verdicts on the claims for the bytes from `beyond` on; bits: name -> [seeds, N, length]."""
     from engrax.evals import verdicts
-    from engrax.evals.comparison import Score
+    from engrax.evals.trials import Score
 
     read_rows = []
     for row in rows:

@@ -32,7 +32,8 @@ from flax import nnx
 
 from engrax.data import BitPatterns
 from engrax.evals import plots
-from engrax.evals.comparison import Row, Score
+from engrax.evals.comparison import Row
+from engrax.evals.trials import Score
 from engrax.evals.verdicts import Bootstrap, holm
 from engrax.layers import AssociationConfig
 from engrax.models.parameters import declare_roles

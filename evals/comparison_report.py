@@ -8,7 +8,8 @@ from typing import Any
 from etils import epath
 
 from engrax.evals import plots, scoring, verdicts
-from engrax.evals.comparison import LEARNT, Comparison, Row, kind, run
+from engrax.evals.comparison import Comparison, Row, kind, run
+from engrax.evals.trials import LEARNT
 from engrax.files import write_atomically
 from engrax.train import runs
 from engrax.train.cost import quantity, size

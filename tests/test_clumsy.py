@@ -14,7 +14,7 @@ import pytest
 
 from engrax import cli, evals
 from engrax.errors import CannotRun, UserError
-from engrax.evals import comparison
+from engrax.evals import Comparison, trials
 from engrax.pallas_kernels import available, linear_attention
 from engrax.tests.experiments import tiny
 from engrax.train import distributed, fit, loop, metrics, runs
@@ -195,10 +195,10 @@ def test_ctrl_c_inside_an_import_that_swallows_it(tmp_path, monkeypatch, capsys,
 
 def test_ctrl_c_in_a_comparison(tmp_path, monkeypatch):
     """When Ctrl-C stops its training, then the comparison ends with 130; another stop is a mistake."""
-    pair = comparison.Comparison({"one": tiny(), "two": tiny()}, (1e-3, 1e-2, 1e-1))
+    pair = Comparison({"one": tiny(), "two": tiny()}, (1e-3, 1e-2, 1e-1))
     for interrupted, error in ((True, KeyboardInterrupt), (False, UserError)):
         stopped = loop.Result(runs.folder(tmp_path), 3, False, {}, interrupted=interrupted)
-        monkeypatch.setattr(comparison.loop, "train", lambda *args, stopped=stopped, **kwargs: stopped)
+        monkeypatch.setattr(trials.loop, "train", lambda *args, stopped=stopped, **kwargs: stopped)
         with pytest.raises(error, match="the same command continues from there"):
             evals.compare(pair, tmp_path / "c", progress=False)
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "laws": MODELS | {"plugins"},
     "data": BASE,
     "train": MODELS | {"laws", "data", "plugins"},
-    "evals": MODELS | {"data", "train"},
+    "evals": MODELS | {"data", "plugins", "train"},
     "configs": MODELS | {"data", "train", "evals", "plugins"},
 }
 FACES = {"__init__", "cli", "commands"}  # may import everything

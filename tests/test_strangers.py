@@ -12,7 +12,7 @@ from engrax import cli, files, plugins
 from engrax.data import TfdsText
 from engrax.data.tokenizers import JsonTokenizer, load_tokenizer
 from engrax.errors import UserError
-from engrax.evals import comparison
+from engrax.evals import trials
 from engrax.models import imported
 from engrax.registry import KINDS
 from engrax.tests import run_folders
@@ -320,7 +320,7 @@ def test_a_text_that_is_no_text(made, text):
 def test_damaged_scores_of_a_comparison_are_named_in_one_sentence(tmp_path):
     path = tmp_path / "comparison.json"
     path.write_text(json.dumps({"sums": [1.0, 2.0], "counts": [3, 4], "learnt_at": 5, "seconds": 0.5}))
-    assert not fuzz(path, lambda: comparison._read(files.read_json(path), path), None)
+    assert not fuzz(path, lambda: trials._read(files.read_json(path), path), None)
 
 
 @pytest.mark.parametrize(

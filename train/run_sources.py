@@ -44,10 +44,7 @@ def copy(directory: epath.Path, experiment: Experiment, source: epath.PathLike |
 def _user_files(experiment: Experiment, source: epath.PathLike | None) -> dict[str, tuple[bytes, dict[str, str]]]:
     """{name in RUN/source: (content, what it is)} of the Python files."""
     roles = {Path(source).resolve(): "config"} if source else {}
-    for config in nested_configs(experiment):
-        module = sys.modules.get(type(config).__module__)
-        if not type(config).__module__.startswith("engrax.") and getattr(module, "__file__", None):
-            roles[Path(module.__file__).resolve()] = "plugin"
+    roles |= {Path(file).resolve(): "plugin" for file in own_modules(experiment).values()}
     found: dict[str, tuple[bytes, dict[str, str]]] = {}
     for path in roles:
         for file in plugins.files_of(path):
@@ -56,6 +53,13 @@ def _user_files(experiment: Experiment, source: epath.PathLike | None) -> dict[s
                 name = f"{path.parent.name}_{hashlib.sha256(str(path.parent).encode()).hexdigest()[:8]}/{name}"
             found[name] = content, {"role": roles.get(file, "module")}
     return found
+
+
+def own_modules(experiment: Experiment) -> dict[str, str]:
+    """{name: file} of the modules outside engrax that define the experiment's configs."""
+    names = dict.fromkeys(type(config).__module__ for config in nested_configs(experiment))
+    found = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
+    return {name: file for name, file in found.items() if file and not name.startswith("engrax.")}
 
 
 def _tokenizers(experiment: Experiment) -> dict[str, tuple[bytes, dict[str, str]]]:
