@@ -1,7 +1,20 @@
 """The commands of the command line, one file each: `EXAMPLE` for its help, and `run(arguments)`, which returns its exit
 code."""
 
-from engrax.commands import bench, check, compare, compile, describe, evaluate, export, generate, list, tokenize, train
+from engrax.commands import (
+    bench,
+    check,
+    compare,
+    compile,
+    describe,
+    evaluate,
+    export,
+    frontier,
+    generate,
+    list,
+    tokenize,
+    train,
+)
 
 MODULES = (
     train,
@@ -12,6 +25,7 @@ MODULES = (
     compile,
     tokenize,
     compare,
+    frontier,
     check,
     list,
     bench,
