@@ -44,6 +44,7 @@ __all__ = [
     "evals",
     "evaluate",
     "export",
+    "frontier",
     "generate",
     "laws",
     "layers",
@@ -148,6 +149,41 @@ def check(target, *, laws=(), progress=True):
     from engrax.laws import check as run
 
     return run(target, laws=laws, progress=progress)
+
+
+def frontier(
+    task="mqar",
+    *,
+    mixers=None,
+    preset="quick",
+    sizes=None,
+    minutes=None,
+    processes=1,
+    folder=None,
+    plugins=(),
+    progress=True,
+    **fields,
+):
+    """Trains mixers with states of several sizes on a generated task; returns `engrax.evals.FrontierResult`.
+
+    `mixers`: names; None takes the preset's and those of `plugins`, the user's files. `preset`: quick or full. `sizes`:
+    bytes of a layer's state. `minutes`: no training begins that would end later; the same call continues. `fields`: of
+    all experiments, `data__num_pairs=16`, `steps=500`. docs/frontier.md has the rules.
+    """
+    import dataclasses
+
+    from engrax.evals.frontier import setting
+    from engrax.evals.frontier_report import frontier as run
+    from engrax.plugins import load as load_plugin
+    from engrax.train import experiment as experiments
+
+    for path in plugins:
+        load_plugin(path)
+    chosen = setting(task, mixers, preset)
+    changed = experiments.replace(chosen.experiment, {name.replace("__", "."): value for name, value in fields.items()})
+    chosen = dataclasses.replace(chosen, experiment=changed, sizes=tuple(sizes or chosen.sizes))
+    where = folder or f"runs/frontier_{task}_{preset}"
+    return run(chosen, where, processes=processes, minutes=minutes, progress=progress)
 
 
 def generate(

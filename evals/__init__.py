@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from engrax.evals.context import Context
     from engrax.evals.evaluation import Results, evaluate
     from engrax.evals.evaluator import Evaluation, EvaluatorConfig, Figure, Table
+    from engrax.evals.frontier import Frontier
+    from engrax.evals.frontier_report import FrontierResult
 
 __all__ = [
     "Claim",
@@ -19,6 +21,8 @@ __all__ = [
     "Evaluation",
     "EvaluatorConfig",
     "Figure",
+    "Frontier",
+    "FrontierResult",
     "Results",
     "Table",
     "compare",

@@ -18,21 +18,25 @@ LABELS = {
 
 def render(data: dict[str, Any], found: dict[str, Evaluation]) -> str:
     """The page for results.json's content and the evaluators' results, in their order."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return page(
         data=data,
         title=f"{data['run']}, step {data['step']:,}",
         subject=_subject(data["config"]),
         commit=(data["trained_commit"] or "unknown")[:12],
         seeds=", ".join(f"{value} ({name})" for name, value in data["seeds"].items()),
         cards=[evaluation.summary[0] for evaluation in found.values() if evaluation.summary],
-        parts=[part for name, evaluation in found.items() for part in _parts(name, evaluation)],
+        parts=[part for name, evaluation in found.items() for part in parts(name, evaluation)],
         provenance=_provenance(data),
         config=json.dumps(data["config"], indent=2),
     )
+
+
+def page(**content: Any) -> str:
+    """The page for the template's values."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**content)
 
 
 def _subject(config: dict[str, Any]) -> str:
@@ -43,7 +47,7 @@ def _subject(config: dict[str, Any]) -> str:
     return f"{model['type'].split(':')[1]}{layers} on {config['data']['type'].split(':')[1]}"
 
 
-def _parts(name: str, evaluation: Evaluation) -> list[dict[str, Any]]:
+def parts(name: str, evaluation: Evaluation) -> list[dict[str, Any]]:
     """The sections of one evaluator: its figures or, without figures, its summary as a table."""
     figures = evaluation.figures
     if not figures and evaluation.summary:

@@ -40,6 +40,12 @@ class MixerConfig:
     ] = {}  # {law or law.part: reason}; a test asserts that the exempt law really fails
     least_call: ClassVar[int] = 1  # tokens of a segment's start that one call must hold, if it has that many
     memory_reads: ClassVar[tuple[str, ...]] = ("read",)  # names of its memory reads; () = no memory
+    state_fields: ClassVar[tuple[str, ...]] = (
+        "head_dim",
+        "value_dim",
+        "hidden",
+        "slots",
+    )  # fields that grow with the state where states of several sizes are compared
 
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> nnx.Module:
         """Returns the module for model width `dim`; `layer` (from 0, may be traced) is its place among `num_layers`."""
@@ -49,6 +55,25 @@ class MixerConfig:
     def examples(cls) -> tuple["MixerConfig", ...]:
         """Small settings that together use every code path, then the defaults; the laws run on all of them."""
         return (cls(),)
+
+    def scaled(self, factor: float) -> "MixerConfig":
+        """These settings with a larger or smaller state: `state_fields` times the factor, and all else equal.
+
+        `engrax frontier` (`engrax.layers.sizing`) finds the factor for a number of bytes.
+        """
+        return self.with_fields_scaled(factor, self.state_fields)
+
+    def with_fields_scaled(self, factor: float, names: tuple[str, ...]) -> "MixerConfig":
+        """The integer fields in `names` times the factor, rounded to even numbers as rotations of pairs need; mixers
+        inside this one are `scaled`."""
+        changes = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, MixerConfig):
+                changes[field.name] = value.scaled(factor)
+            elif field.name in names and value is not None:
+                changes[field.name] = max(2, 2 * round(value * factor / 2))
+        return dataclasses.replace(self, **changes)
 
     def flops_per_token(self, dim: int, seq_len: int) -> float:
         """Forward FLOPs per token of a row of `seq_len` tokens (a multiply-add is 2), including the memory update."""

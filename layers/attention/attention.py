@@ -134,6 +134,10 @@ class AttentionConfig(MixerConfig):
             cls(),
         )
 
+    def scaled(self, factor: float) -> "AttentionConfig":
+        """With a window, which stands for the capacity where there is none, times the factor."""
+        return dataclasses.replace(self, window=max(2, round((self.window or self.capacity) * factor)))
+
     def flops_per_token(self, dim: int, seq_len: int) -> float:
         groups = self.kv_heads or self.heads
         project = 2 * dim * self.head_dim * (2 * self.heads + 2 * groups)

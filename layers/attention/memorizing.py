@@ -60,6 +60,13 @@ class MemorizingConfig(TransformerXLConfig):
     def examples(cls) -> tuple["MemorizingConfig", ...]:
         return (cls(heads=2, head_dim=4, segment_length=4, bank_size=12, neighbours=3),)
 
+    def scaled(self, factor: float) -> "MemorizingConfig":
+        """With longer segments, and as many of them in the ring buffer."""
+        length = max(2, round(self.segment_length * factor))
+        return dataclasses.replace(
+            self, segment_length=length, bank_size=self.bank_size // self.segment_length * length
+        )
+
     def flops_per_token(self, dim: int, seq_len: int) -> float:
         inner = self.heads * self.head_dim
         return super().flops_per_token(dim, seq_len) + 2 * inner * (self.bank_size + self.neighbours)

@@ -49,6 +49,7 @@ class TransformerXLConfig(MixerConfig):
     """Settings of Transformer-XL attention."""
 
     memory_reads: ClassVar[tuple[str, ...]] = ("segment_before",)
+    state_fields: ClassVar[tuple[str, ...]] = ("segment_length",)
 
     heads: int = 4  # of the attention
     head_dim: int = 32  # width of one head, even

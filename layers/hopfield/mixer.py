@@ -55,6 +55,10 @@ class HopfieldConfig(AssociationConfig, MixerConfig):
             cls(),
         )
 
+    def scaled(self, factor: float) -> "HopfieldConfig":
+        """With a window, which stands for the capacity where there is none, times the factor."""
+        return dataclasses.replace(self, window=max(2, round((self.window or self.capacity) * factor)))
+
     def flops_per_token(self, dim: int, seq_len: int) -> float:
         seen = (seq_len + 1) / 2 if self.window is None else min(self.window, (seq_len + 1) / 2)
         return sum(self.projection_flops(dim, dim, dim, dim)) + self.association_flops(seen)

@@ -33,6 +33,7 @@ class InfiniAttentionConfig(MatrixMemoryConfig):
     """Settings of Infini-attention; a head's values are as wide as its keys."""
 
     memory_reads: ClassVar[tuple[str, ...]] = ("compressed",)
+    state_fields: ClassVar[tuple[str, ...]] = ("head_dim", "block")
 
     block: int = 32  # tokens that attend to each other, the paper's segment length N
     rope_base: float = 10_000.0  # longest rotary wavelength / 2 pi, in tokens
