@@ -3,7 +3,8 @@
 from engrax.commands.common import parser_of
 from engrax.flags import fields_of, filled, positive, several, split_data, split_flags
 
-EXAMPLE = "engrax evaluate runs/quickstart --step best --only validation,stream"
+EXAMPLE = """engrax evaluate runs/quickstart --step best --only validation,stream
+  engrax evaluate runs/mqar --tasks mqar,forgetting_mqar --lengths 64,256 --task.num-updates 0,4"""
 
 
 def run(args: list[str]) -> int:
@@ -13,7 +14,7 @@ def run(args: list[str]) -> int:
         EXAMPLE,
         "Evaluates a checkpoint. Writes results.json, CSV, plots and report.html into a new folder: RUN/evals/step_N, "
         "then step_N-2, step_N-3, ... With --tasks, --lengths, --pairs, --examples or --task.FIELD it evaluates on "
-        "generated tasks instead, for example --tasks mqar,forgetting_mqar --lengths 64,256 --task.num-updates 0,4.",
+        "generated tasks instead.",
     )
     parser.add_argument("run", type=filled, help="the run folder")
     parser.add_argument("--step", default=None, help="a step's number, or best (default: the newest)")

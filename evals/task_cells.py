@@ -121,7 +121,7 @@ class Cells:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         entry = {"task": to_dict(task), "step": self.step, "result": to_dict(cell)}
         cells = _read(self.path) | {self.key(task): entry}  # read again: another evaluation may have added some
-        write_atomically(self.path, json.dumps({"cells": cells}, indent=1, allow_nan=False) + "\n")
+        write_atomically(self.path, json.dumps({"cells": cells}, allow_nan=False) + "\n")
         return cell
 
     def calls(self, task: TaskConfig) -> int:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 
 import jax
@@ -113,15 +114,11 @@ def used_bytes(memory):
 )
 def test_state_bytes_are_those_of_the_arrays_after_the_row(mixer, grows):
     e = experiment((mixer,))
-    model = models.build(e.model, rngs=nnx.Rngs(0))
-    found = []
-    for length in (8, 24):
-        held = task_cells.state_at(e, length)
-        found.append(held["total"])
-        memory = model(jnp.ones((1, length), jnp.int32)).memory
-        assert held["total"] == used_bytes(memory) == sum(held["by_mixer"].values())
-    longer = task_cells.state_at(e, 48)["total"]
-    assert (found[0] < found[1]) == grows and (found[1] < longer) == (mixer is ATTENTION)
+    memory = models.build(e.model, rngs=nnx.Rngs(0))(jnp.ones((1, 24), jnp.int32)).memory
+    short, held, longer = (task_cells.state_at(e, length) for length in (8, 24, 48))
+    assert held["total"] == used_bytes(memory) == sum(held["by_mixer"].values())
+    assert (short["total"] < held["total"]) == grows
+    assert (held["total"] < longer["total"]) == (mixer is ATTENTION)
 
 
 def test_the_backbone_of_a_segment_recurrent_model_holds_a_segment_at_most():
@@ -185,18 +182,20 @@ def test_finished_settings_are_not_measured_again(run, results, monkeypatch):
     """When new lengths are asked for and the evaluation is interrupted, then only what is missing is measured."""
     measured, asked = [], ASKED | {"tasks": "mqar", "lengths": [16, 24, 32]}
     del asked["task"]
-    measure = task_cells.measure
+    opened = runs.open_run(run)
+    model, step = opened.load()
+    kept = task_cells.Cells(Context(opened, model, step), model, step, 70).find(dataclasses.replace(OWN, seq_len=48))
 
-    def counted(context, scorer, task, *rest):
-        if len(measured) == 1:
+    def measure(context, scorer, task, *rest, until=9):
+        if len(measured) == until:
             raise KeyboardInterrupt
         measured.append(task.seq_len)
-        return measure(context, scorer, task, *rest)
+        return kept
 
-    monkeypatch.setattr(task_cells, "measure", counted)
+    monkeypatch.setattr(task_cells, "measure", functools.partial(measure, until=1))
     with pytest.raises(KeyboardInterrupt):
         evaluate(run, **asked, progress=False)
-    monkeypatch.setattr(task_cells, "measure", lambda *args: measured.append(args[2].seq_len) or measure(*args))
+    monkeypatch.setattr(task_cells, "measure", measure)
     again = evaluate(run, **asked, progress=False)
     assert measured == [16, 32] and again.evaluations["tasks"]["reused_cells"] == 2
     before, after = (r.evaluations["tasks"]["tasks"]["mqar"]["cells"] for r in (results, again))
@@ -244,10 +243,10 @@ def test_a_damaged_file_of_settings_is_refused(tmp_path, text):
         (["--examples", "0"], "--examples"),
         (["--lengths", "24,128"], "rows of 128 tokens exceed capacity=64 of the run's attention cache"),
         (["--lengths", "4,24"], "the task mqar does not fit: seq_len 4 is too short for 2 pairs"),
-        (["--tasks", "mqar", "--pairs", "2,9"], "num_pairs"),
+        (["--tasks", "mqar", "--pairs", "2,16"], "too few for num_pairs 16"),
         (["--tasks", "memorization", "--task.vocab-size", "64"], "memorization has 64 tokens, and the vocabulary"),
         (["--tasks", "continual", "--lengths", "64"], "choose other tasks for it"),
-        (["--tasks", "mqar", "--task.num-pair", "2"], "no field 'num_pair'; did you mean 'num_pairs'?"),
+        (["--tasks", "mqar", "--task.num-pair", "2"], "has a field 'num_pair'; did you mean 'num_pairs'?"),
         (["--tasks", "mqar", "--task.power-a", "early"], "mqar.power_a='early' is not of the type wanted: float"),
         (["--task.power-a"], "--task.power-a needs a value"),
         (["--task.seq-len", "64"], "give it as lengths"),
@@ -319,15 +318,19 @@ def test_the_stability_gap_has_intervals_over_rows():
     assert found["min_accuracy"]["high"] == pytest.approx(0.2 + half, abs=0.02)
 
 
-def test_a_run_on_a_stream_reports_its_stability_gap(tmp_path):
+def test_a_run_on_a_stream_reports_its_stability_gap(tmp_path, monkeypatch):
     e = experiment(own=STREAM, checkpoint=CheckpointConfig(every=4, keep_last=3))
     folder = write_run(tmp_path / "run", e)
+    measured, measure = [], task_cells.measure
+    monkeypatch.setattr(task_cells, "measure", lambda *args: measured.append(measure(*args)) or measured[0])
     found = evaluate(folder, lengths=[16], examples=20, progress=False).evaluations["tasks"]["tasks"]["continual"]
     assert found["stability_gap"] is None and "has those of steps 4" in found["no_stability_gap"]
     trainer, checkpoints = Trainer(e), Checkpoints(runs.folder(folder), e.checkpoint)
     checkpoints.save(8, trainer.init_state(), {}, {"validation_loss": 1.0})
     checkpoints.close()
+    monkeypatch.setattr(task_cells, "measure", lambda *args: measured.append(None) or measured[0])
     results = evaluate(folder, lengths=[16], examples=20, progress=False)
     gap = results.evaluations["tasks"]["tasks"]["continual"]["stability_gap"]
     assert gap["steps"] == [4, 8] and gap["forgetting"]["value"] == 0, "the same parameters"
+    assert len(measured) == 2, "the cell of step 4 was there"
     assert "worst case accuracy" in results.summary() and "checkpoints of steps 4, 8" in results.report.read_text()
