@@ -84,18 +84,20 @@ def load(run, step=None, plugins=()):
     return _open(run, plugins, runs).load(step)
 
 
-def evaluate(run, *, step=None, only=None, batches=None, stream=None, plugins=(), data=None, progress=True):
+def evaluate(run, *, step=None, only=None, batches=None, stream=None, plugins=(), data=None, progress=True, **tasks):
     """Evaluates a checkpoint of a run folder and writes a new folder in RUN/evals; returns `engrax.evals.Results`.
 
     `only`: names of evaluators to run; None runs all that apply. `stream`: also read that many tokens of long
     validation documents through the carried memory. `plugins`: files that register the user's own mixers or evaluators.
-    `data`: fields of the data set to replace, {"path": "elsewhere/books"} for a run away from its data.
+    `data`: fields of the data set to replace, {"path": "elsewhere/books"} for a run away from its data. `tasks`: run
+    generated tasks instead: `tasks=["mqar"], lengths=[64, 256], pairs=[4, 16], examples=500, task={"power_a": 1.0}`.
     """
     from engrax import evals
     from engrax.train import runs
 
     _open(run, plugins, runs, data)
-    return evals.evaluate(run, step=step, only=only, batches=batches, stream=stream, data=data, progress=progress)
+    settings = dict(step=step, only=only, batches=batches, stream=stream, data=data, progress=progress)
+    return evals.evaluate(run, **settings, **tasks)
 
 
 def compare(what, folder=None, *, seeds=None, processes=1, minutes=None, progress=True):

@@ -1,9 +1,11 @@
 """The fields of a config as dotted, typed flags (--optimizer.learning-rate 1e-3), and the types of other arguments."""
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +52,53 @@ def check_output(output: str | None) -> None:
             raise UserError(f"--output {output}: {folder} is a file, not a folder.")
 
 
-def split_data(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Parses the arguments of a command on a run. The second value has the fields that `--data.FIELD VALUE`
-    replaces."""
+def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The type of arguments that are lists with commas between."""
+
+    def read(text: str) -> list[Any]:
+        try:
+            return [kind(part.strip()) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list such as 64,128,256") from None
+
+    return read
+
+
+def value(text: str) -> Any:
+    """A field's value as a number, true or false, None or a text."""
+    with contextlib.suppress(ValueError, SyntaxError):
+        found = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        if isinstance(found, (int, float, bool, type(None))):
+            return found
+    return text
+
+
+def split_flags(args: list[str], prefix: str) -> tuple[list[str], list[str]]:
+    """(the flags with this prefix and their values, the other arguments)."""
     given, rest = [], list(args)
-    while (at := next((i for i, arg in enumerate(rest) if arg.startswith("--data.")), None)) is not None:
+    while (at := next((i for i, arg in enumerate(rest) if arg.startswith(prefix)), None)) is not None:
         length = 1 if "=" in rest[at] or at + 1 == len(rest) or rest[at + 1].startswith("--") else 2
         given += rest[at : at + length]
         del rest[at : at + length]
+    return given, rest
+
+
+def fields_of(given: list[str], prefix: str) -> dict[str, list[Any]]:
+    """{field: its values} of flags --PREFIX.FIELD VALUE,VALUE. Raises UserError for a flag without a value."""
+    found, rest = {}, list(given)
+    while rest:
+        name, equals, text = rest.pop(0).partition("=")
+        if not equals and not rest or not equals and rest[0].startswith(prefix):
+            raise UserError(f"{name} needs a value, or several with commas between.")
+        text = text if equals else rest.pop(0)
+        found[name.removeprefix(prefix).replace("-", "_")] = [value(part.strip()) for part in text.split(",")]
+    return found
+
+
+def split_data(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Parses the arguments of a command on a run. The second value has the fields that `--data.FIELD VALUE`
+    replaces."""
+    given, rest = split_flags(args, "--data.")
     known = parser.parse_args(rest)
     if not given:
         return known, {}

@@ -24,4 +24,5 @@ def run(args: list[str]) -> int:
         print(f"{registry.word}s:")
         for name, cls in registry.items():
             print(f"  {name:24} {(cls.__doc__ or '').strip().splitlines()[0]}")
+    print("generated tasks, among the data sets, for any run: engrax evaluate RUN --tasks mqar --lengths 64,128,256")
     return 0

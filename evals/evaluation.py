@@ -17,6 +17,7 @@ from etils import epath
 from engrax.errors import UserError
 from engrax.evals.context import Context
 from engrax.evals.evaluator import EVALUATORS, Evaluation, EvaluatorConfig
+from engrax.evals.evaluators.tasks import TasksConfig, config_of
 from engrax.files import write_atomically
 from engrax.train import experiment as experiments
 from engrax.train import runs, sharding
@@ -77,6 +78,11 @@ def evaluate(
     only: Sequence[str | EvaluatorConfig] | None = None,
     batches: int | None = None,
     stream: int | None = None,
+    tasks: Any = None,
+    lengths: int | Sequence[int] | None = None,
+    pairs: int | Sequence[int] | None = None,
+    examples: int | None = None,
+    task: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Results:
@@ -91,6 +97,9 @@ def evaluate(
       only: names of evaluators, or evaluators with settings; None runs all that apply and are not optional.
       batches: validation batches of `scoring.batch_rows` rows; None scores up to `scoring.DEFAULT_TOKENS` tokens.
       stream: also run the evaluator `stream` to this many tokens of each document.
+      tasks, lengths, pairs, examples, task: if any is given, run the evaluator `tasks` instead of all: names of
+        generated tasks or tasks with settings (None: the run's own), row lengths, numbers of pairs, rows per setting,
+        and values of other fields, each one or several ({"num_updates": (0, 4)}).
       data: fields of the data set to replace, {"path": "elsewhere/books"} for a run away from its data.
       progress: show a progress bar on stderr. Warnings go there in any case.
 
@@ -101,7 +110,7 @@ def evaluate(
     run = runs.open_run(run_dir, data)
     if batches is not None and batches < 1:
         raise UserError(f"batches={batches} must be at least 1 (or left out for the default).")
-    chosen = choose(run.experiment, only, stream)  # raises before anything is loaded
+    chosen = choose(run.experiment, only, stream, config_of(tasks, lengths, pairs, examples, task))  # raises early
     mesh = sharding.evaluation_mesh(run.experiment.parallel)
     model, number = run.load(step, mesh=mesh)
     header = _header(run, number, chosen)
@@ -137,9 +146,12 @@ def _write(results: Results, found: dict[str, Evaluation]) -> None:
     """Writes all files of an evaluation, results.json last: if it exists, the folder is complete."""
     from engrax.evals import report
 
-    for figure in (figure for evaluation in found.values() for figure in evaluation.figures):
-        if figure.png is not None:
-            (results.directory / f"{figure.name}.png").write_bytes(figure.png)
+    for evaluation in found.values():
+        for name, text in evaluation.files.items():
+            write_atomically(results.directory / name, text)
+        for figure in evaluation.figures:
+            if figure.png is not None:
+                (results.directory / f"{figure.name}.png").write_bytes(figure.png)
     write_atomically(results.directory / "results.csv", _csv(results.data))
     write_atomically(results.report, report.render(results.data, found))
     text = json.dumps(results.data, indent=2, allow_nan=False) + "\n"
@@ -147,9 +159,12 @@ def _write(results: Results, found: dict[str, Evaluation]) -> None:
 
 
 def choose(
-    experiment: Experiment, only: Sequence[str | EvaluatorConfig] | None, stream: int | None = None
+    experiment: Experiment,
+    only: Sequence[str | EvaluatorConfig] | None,
+    stream: int | None = None,
+    tasks: TasksConfig | None = None,
 ) -> list[EvaluatorConfig]:
-    """The evaluators to run, in the order of the report.
+    """The evaluators to run, in the order of the report; with `tasks` only those that are named.
 
     Raises UserError for an unknown name, and for a named evaluator that does not apply.
     """
@@ -159,11 +174,13 @@ def choose(
         named[config.registered_name] = config
     if stream is not None:
         named["stream"] = EVALUATORS["stream"](length=stream)
+    if tasks is not None:
+        named["tasks"] = tasks
     for config in named.values():
         if reason := config.unavailable(experiment):
             raise UserError(reason)
     chosen = dict(named)
-    if only is None:
+    if only is None and tasks is None:
         for name, cls in EVALUATORS.items():
             if name not in named and not cls.optional and not cls().unavailable(experiment):
                 chosen[name] = cls()
@@ -215,7 +232,7 @@ def _header(run: runs.Run, step: int, chosen: list[EvaluatorConfig]) -> dict[str
         "splits": None if splits is None else _plain(dataclasses.asdict(splits), "splits"),
         "warnings": warnings,
         "config": experiments.to_dict(e),
-        "evaluators": {config.registered_name: dataclasses.asdict(config) for config in chosen},
+        "evaluators": {c.registered_name: _plain(dataclasses.asdict(c), c.registered_name) for c in chosen},
     }
 
 

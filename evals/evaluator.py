@@ -49,6 +49,7 @@ class Evaluation:
     values: dict[str, Any]  # content for results.json: nested names to numbers, lists and strings
     figures: list[Figure] = dataclasses.field(default_factory=list)  # in reading order
     summary: list[tuple[str, Any]] = dataclasses.field(default_factory=list)  # (name, value) of the lines printed
+    files: dict[str, str] = dataclasses.field(default_factory=dict)  # further files of the folder: name to text
 
 
 @dataclasses.dataclass(frozen=True)

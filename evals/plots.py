@@ -147,6 +147,47 @@ def curves(
     return drawn.png
 
 
+def lines(
+    title: str,
+    axis_labels: tuple[str, str],
+    entries: Sequence[dict[str, Any]],
+    *,
+    ticks: Sequence[Any],
+    marks: Sequence[tuple[str, float]] = (),
+) -> bytes:
+    """Measurements at a few values of a setting: {"name", "kind", "x", "value", "low", "high"}, each a list but the
+    first two. Kinds are model, part (dashed) and reference (grey). The axis has the `ticks`, in powers of two where
+    they span a factor of four, and texts at equal distances; `marks` are vertical lines."""
+    with canvas(title) as drawn:
+        axis = drawn.axes[0, 0]
+        texts = not all(isinstance(tick, (int, float)) for tick in ticks)
+        places = {tick: i if texts else tick for i, tick in enumerate(ticks)}
+        if not texts and min(ticks) > 0 and max(ticks) >= 4 * min(ticks):
+            _log_axis(axis, min(ticks), max(ticks))
+        colours = iter(SERIES * len(entries))
+        for entry in entries:
+            x, reference = [places[value] for value in entry["x"]], entry["kind"] == "reference"
+            colour = GREY if reference else next(colours)
+            style = {"model": "o-", "part": "o--", "reference": ":"}[entry["kind"]]
+            if reference:
+                axis.plot(x, entry["value"], style, color=colour, linewidth=1.2)
+                axis.annotate(entry["name"], (x[-1], entry["value"][-1]), ha="right", fontsize=8.5, color=GREY,
+                              xytext=(-2, 2), textcoords="offset points")  # fmt: skip
+                continue
+            axis.plot(x, entry["value"], style, color=colour, label=entry["name"], markersize=4)
+            if None not in entry["low"]:
+                axis.fill_between(x, entry["low"], entry["high"], color=colour, alpha=0.14, lw=0)
+        for name, place in marks:
+            axis.axvline(place, color=GREY, linestyle="--", linewidth=1.1)
+            axis.annotate(name, (place, 1), xycoords=("data", "axes fraction"), va="bottom", ha="center", fontsize=8.5,
+                          color=GREY, xytext=(0, 1), textcoords="offset points")  # fmt: skip
+        axis.set_xticks(list(places.values()), [f"{t:,}" if isinstance(t, int) else str(t) for t in ticks])
+        axis.set_ylim(-0.03, 1.09)
+        axis.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5)
+    return drawn.png
+
+
 def training(title: str, panels: Sequence[dict[str, Any]], step: int) -> bytes:
     """Panels side by side over training steps: {"label", "series": [{"name", "x", "y", "style"}], "zero"}."""
     with canvas(title, columns=len(panels), height=3.1, width=8.6) as drawn:

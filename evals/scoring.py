@@ -231,6 +231,13 @@ class Scorer:
         joined = np.concatenate(nats)[: len(rows)], np.concatenate(right)[: len(rows)]
         return Scores(*joined, tokens_per_second=size / max(seconds, 1e-9))
 
+    def peak_bytes(self, rows: Rows) -> int:
+        """Bytes that the compiled pass over a batch holds on one device: parameters, batch, results and temporaries."""
+        batch = self._put(next(self._batches(rows)))
+        found = self._score.lower(self.params, batch, mute=()).compile().memory_analysis()
+        held = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+        return int(held - found.alias_size_in_bytes)
+
     def report(self, rows: Rows) -> dict[str, np.ndarray]:
         """The mixers' diagnostics of `reported_rows(rows)`, one row at a time: {"titans.lr_mean": [rows, repeat]}.
 

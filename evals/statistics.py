@@ -31,6 +31,25 @@ def mean(sums: Shaped[np.ndarray, "N T"], counts: Shaped[np.ndarray, "N T"]) -> 
     return _ratio(row_sums, row_counts)
 
 
+def proportion(hits: Shaped[np.ndarray, "N T"], counts: Shaped[np.ndarray, "N T"]) -> Estimate:
+    """sum(hits) / sum(counts) for hits of 0 and 1, with Wilson's interval, which is inside [0, 1] and not empty at its
+    ends.
+
+    Its number of trials is the effective one, p (1 - p) / (standard error of `mean`)^2 (Korn and Graubard 1998), at
+    most the number of counts. If all or none are hits, the error of `mean` is 0, and it is the number of rows.
+    """
+    row_hits, row_counts = np.sum(hits, axis=1, dtype=np.float64), np.sum(counts, axis=1, dtype=np.float64)
+    rows, plain = int((row_counts > 0).sum()), _ratio(row_hits, row_counts)
+    if plain.low is None:
+        return plain
+    p, t = plain.value, half_width(rows)
+    error = (plain.high - plain.value) / t
+    trials = min(p * (1 - p) / error**2, row_counts.sum()) if error > 0 and 0 < p < 1 else rows
+    middle = (p + t**2 / (2 * trials)) / (1 + t**2 / trials)
+    half = t * np.sqrt(p * (1 - p) / trials + t**2 / (4 * trials**2)) / (1 + t**2 / trials)
+    return Estimate(p, float(max(middle - half, 0.0)), float(min(middle + half, 1.0)))
+
+
 def mean_of_few(values: Float[np.ndarray, " N"]) -> Estimate:
     """The mean of a few independent numbers, with Student's interval."""
     n, value = len(values), float(np.mean(values))

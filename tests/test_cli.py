@@ -182,7 +182,7 @@ def test_help_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
     assert stop.value.code == 0
-    assert f"engrax {command}" in capsys.readouterr().out.split("example")[1]
+    assert f"engrax {command}" in capsys.readouterr().out.split("\nexample:\n")[1]
 
 
 def test_help_of_a_config_lists_its_fields(capsys):

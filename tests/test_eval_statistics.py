@@ -43,6 +43,27 @@ def test_intervals_of_few_rows_cover_the_truth_too():
     assert (by_position["low"], by_position["high"]) == pytest.approx((1.5 - half, 1.5 + half), rel=1e-4)
 
 
+@pytest.mark.parametrize("truth", [0.02, 0.5, 0.97])
+def test_intervals_of_accuracies_cover_the_truth_near_the_ends_too(truth):
+    """Rows whose answers are right together: an interval over answers would be too narrow."""
+    rng, covered = np.random.default_rng(2), 0
+    for _ in range(500):
+        easy = rng.random((500, 1)) < truth
+        hits = np.where(rng.random((500, 8)) < 0.5, easy, rng.random((500, 8)) < truth)
+        found = statistics.proportion(hits, np.ones((500, 8)))
+        covered += found.low <= truth <= found.high
+    assert 0.92 <= covered / 500 <= 0.98, covered
+
+
+def test_intervals_of_accuracies_are_not_empty_where_all_or_none_are_right():
+    """Wilson's: of 50 rows without a hit, the truth may be t^2 / (50 + t^2)."""
+    counts, t = np.ones((50, 4)), 2.00958
+    none, every = (statistics.proportion(np.full((50, 4), hit), counts) for hit in (0, 1))
+    assert (none.value, none.low, none.high) == pytest.approx((0, 0, t**2 / (50 + t**2)), abs=1e-5)
+    assert (every.value, every.low, every.high) == pytest.approx((1, 1 - none.high, 1))
+    assert statistics.proportion(np.ones((1, 4)), np.ones((1, 4))).low is None
+
+
 def test_context_positions_start_anew_with_each_segment():
     segments = np.array([[0, 0, 0, 1, 1, 2], [4, 4, 4, 4, -1, -1]])
     np.testing.assert_array_equal(statistics.context_positions(segments), [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 1]])

@@ -55,7 +55,7 @@ def costs(experiment: Experiment, devices: int = 1) -> dict[str, Any]:
         "flops_per_token": None if forward is None else {"forward": forward, "training": 3 * forward},
         "training_tokens": tokens,
         "training_flops": None if forward is None else 3 * forward * tokens,
-        "state_bytes_per_sequence": _state_bytes(experiment, model),
+        "state_bytes_per_sequence": state_bytes(experiment, model),
         "memory_per_device": _device_bytes(experiment, params, devices),
     }
 
@@ -82,7 +82,7 @@ def _parts(config: Any, params: dict[str, Any], prefix: str = "") -> dict[str, i
     return parts
 
 
-def _state_bytes(experiment: Experiment, model: nnx.Module, dtype: Any = None) -> dict[str, Any]:
+def state_bytes(experiment: Experiment, model: nnx.Module, dtype: Any = None) -> dict[str, Any]:
     """Bytes of `init_memory(1)`, in a dtype or in the compute dtype of the default device."""
     graphdef, params = nnx.split(model, nnx.Param)
     dtype = resolve_dtype(experiment.compute_dtype) if dtype is None else dtype
@@ -133,7 +133,7 @@ def step_memory(experiment: Experiment, device: devices.Device, count: int = 1) 
     rows, sharded = -(-experiment.batch_size // held["devices"]), held["devices"] > 1 and held["zero"] == 3
     arguments = held["parameter_bytes"] + held["optimizer_bytes"] + 4 + 3 * 4 * rows * experiment.data.seq_len
     if experiment.carry_memory:
-        arguments += rows * _state_bytes(experiment, model, dtype)["total"]
+        arguments += rows * state_bytes(experiment, model, dtype)["total"]
     temporary = None if sharded else temporaries.estimate(experiment, rows, dtype, device)
     return {"devices": held["devices"], "argument_bytes": arguments, "temporary_bytes": temporary}
 

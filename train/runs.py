@@ -235,7 +235,7 @@ def describe_environment(experiment: Experiment) -> dict[str, Any]:
         "device": f"{device.platform}: {device.device_kind}",
         "devices": jax.device_count(),
         "processes": jax.process_count(),
-        "commit": _commit(),
+        "commit": commit(),
         "data_digest": experiment.data.digest(),
     }
 
@@ -255,7 +255,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the engrax checkout, with "+" if files differ from it; None outside a checkout."""
     here = epath.Path(__file__).parent.parent
 
