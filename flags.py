@@ -163,7 +163,7 @@ def _field_names(config: Any, prefix: str = "") -> list[str]:
         names.append(name)
         if dataclasses.is_dataclass(value):
             names += _field_names(value, name + ".")
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):  # plain values are one flag
             for i, item in enumerate(value):
                 names += _field_names(item, f"{name}.{i}.") if dataclasses.is_dataclass(item) else [f"{name}.{i}"]
     return names

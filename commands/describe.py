@@ -30,6 +30,8 @@ def run(args: list[str]) -> int:
     device = None if known.device is None else kernel_report.find_device(known.device)
     experiment = override(find_config(known.config).experiment, rest, f"engrax describe {known.config}")
     print(cost.format_costs(cost.costs(experiment, jax.device_count())))
+    if about := experiment.data.about():
+        print("\n" + "\n".join(f"{name:<17} {value}" for name, value in about))
     _print_splits(experiment.data)
     try:
         warnings = experiment.data.warnings()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from engrax.data.config import DATASETS, Batch, DataConfig, Loader
     from engrax.data.continual import Continual
     from engrax.data.counters import Counters
+    from engrax.data.curriculum import Curriculum
     from engrax.data.digits import load_digits
     from engrax.data.dyck import Dyck
     from engrax.data.forgetting_mqar import ForgettingMQAR
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from engrax.data.shuffle import Shuffle
     from engrax.data.stack import Stack
     from engrax.data.stdlib_text import StdlibText
+    from engrax.data.task_mixture import TaskMixture
     from engrax.data.text_folder import TextFolder
     from engrax.data.tfds_text import TfdsText
     from engrax.data.tokenizers import ByteTokenizer, JsonTokenizer
@@ -46,6 +48,7 @@ __all__ = [
     "Compression",
     "Continual",
     "Counters",
+    "Curriculum",
     "DataConfig",
     "Dyck",
     "ForgettingMQAR",
@@ -66,6 +69,7 @@ __all__ = [
     "Shuffle",
     "Stack",
     "StdlibText",
+    "TaskMixture",
     "TextFolder",
     "TfdsText",
     "load_digits",

@@ -169,6 +169,18 @@ class DataConfig(abc.ABC):
         """Returns the sizes of both splits of a text; None for a generated task. Raises UserError as `digest` does."""
         return None
 
+    def about(self) -> list[tuple[str, str]]:
+        """Returns what the data is made of as (name, value), for a terminal."""
+        return []
+
+    def sources(self, rows: Integer[np.ndarray, " N"]) -> TokenTypes | None:
+        """Returns the names of the sources of a mixture, and the source of each of these rows; else None.
+
+        `rows` are places in one pass over the validation split, from 0; after its end the source is -1. Where it is not
+        None, `solve` takes the sources as its second argument.
+        """
+        return None
+
     @abc.abstractmethod
     def digest(self) -> str:
         """Returns the SHA-256 (hex) of the data; raises UserError if it is missing or empty."""

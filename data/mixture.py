@@ -52,7 +52,10 @@ class Mixture(DataConfig):
             require(0 < weight < math.inf, f"a weight must be positive and finite, not {weight}; leave the source out.")
         for source in self.sources:
             name = source.registered_name or type(source).__name__
-            require(isinstance(source, TextConfig), f"{name} is no data set of text, so it cannot be in a mixture.")
+            require(
+                isinstance(source, TextConfig),
+                f"{name} is no data set of text, so it cannot be in a mixture; generated tasks go into a task_mixture.",
+            )
 
     @property
     def tokenizer(self) -> Tokenizer:

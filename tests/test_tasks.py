@@ -126,15 +126,17 @@ print(json.dumps({name: cls().digest() for name, cls in DATASETS.items() if issu
 
 
 @EACH
-def test_a_restored_loader_goes_on(name):
+def test_a_restored_loader_goes_on_and_two_processes_are_one(name):
     task = dataclasses.replace(CLASSES[name](), train_examples=10)  # batches straddle epochs
     loader = task.loader("train", batch_size=4, seed=1)
     want = list(itertools.islice(loader, 3))
     state = loader.get_state()
     want += list(itertools.islice(loader, 2))
     fresh = task.loader("train", batch_size=4, seed=1)
-    for batch, other in zip(want, fresh):
+    parts = [task.loader("train", batch_size=4, seed=1, process_index=i, process_count=2) for i in (0, 1)]
+    for batch, other, *halves in zip(want, fresh, *parts):
         np.testing.assert_equal(other, batch)
+        np.testing.assert_equal({name: np.concatenate([half[name] for half in halves]) for name in batch}, batch)
     fresh.set_state(state)
     for batch in want[3:]:
         np.testing.assert_equal(next(fresh), batch)

@@ -180,11 +180,12 @@ class Trainer:
 
     @cached_property
     def eval_step(self) -> Callable:
-        """eval(params, batch) -> (sum of losses in nats, labelled tokens, correctly predicted tokens)."""
+        """eval(params, batch) -> (sum of losses in nats, labelled tokens, correctly predicted tokens), each [B]."""
 
         def evaluate(model, batch):
             scored = score(model, batch)
-            return jnp.sum(scored.nats), train_step.labelled(batch), jnp.sum(scored.correct).astype(jnp.float32)
+            values = scored.nats, batch["targets"] >= 0, scored.correct
+            return tuple(jnp.sum(each, axis=1, dtype=jnp.float32) for each in values)
 
         return self.forward(evaluate)
 
@@ -230,18 +231,29 @@ class Trainer:
 
     def validate(self, params: Any, batches: int) -> dict[str, float]:
         """Loss in nats per labelled token and, for text, in bits per byte, and accuracy, over the first validation
-        batches."""
-        loss, count, right, size = 0.0, 0.0, 0.0, 0
+        batches. For a mixture also the accuracy of each source."""
+        found, size = [], 0
         with contextlib.closing(self.loader("validation", target_bytes=self.experiment.data.counts_bytes)) as loader:
             for _, batch in zip(range(batches), loader):
                 size += int(batch.pop("target_bytes", np.zeros(0, np.int32)).sum())
-                sums = jax.device_get(self.eval_step(params, self.put(batch)))
-                loss, count, right = loss + float(sums[0]), count + float(sums[1]), right + float(sums[2])
+                found.append(np.stack(jax.device_get(self.eval_step(params, self.put(batch)))).astype(float))
+        rows = np.concatenate(found, axis=1)
+        loss, count, right = rows.sum(axis=1)
         if not count:
             raise UserError(NO_LABELS)
         size = int(np.sum(multihost_utils.process_allgather(np.asarray(size))))  # each process has read its rows
         in_bits = {"validation_bits_per_byte": loss / math.log(2) / size} if size else {}
-        return {"validation_loss": loss / count, "validation_accuracy": right / count} | in_bits
+        values = {"validation_loss": float(loss / count), "validation_accuracy": float(right / count)}
+        return values | in_bits | self._accuracies(*rows[1:])
+
+    def _accuracies(self, count: np.ndarray, right: np.ndarray) -> dict[str, float]:
+        """The accuracy of each source of a mixture, from the sums of the first validation rows."""
+        sources = self.experiment.data.sources(np.arange(len(count)))
+        if sources is None:
+            return {}
+        names = [f"validation_accuracy/{name}" for name in sources.names]
+        sums = [(count[sources.index == i].sum(), right[sources.index == i].sum()) for i in range(len(names))]
+        return {name: float(right / count) for name, (count, right) in zip(names, sums) if count}
 
     def diagnose(self, params: Any) -> dict[str, float]:
         """The mixers' scalar diagnostics on the first validation batch: {"memory/titans.lr_mean/0": ...} by repeat."""

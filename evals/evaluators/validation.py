@@ -5,6 +5,7 @@ import math
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Int
 
 from engrax.evals import plots
 from engrax.evals import statistics as stats
@@ -58,10 +59,17 @@ def _values(context: Context) -> dict[str, Any]:
     }
 
 
+def answers(context: Context) -> Int[np.ndarray, "N T"]:
+    """The answers of the task's oracle for the validation rows."""
+    data, tokens = context.experiment.data, context.rows.tokens
+    sources = data.sources(np.arange(len(tokens)))
+    return data.solve(tokens) if sources is None else data.solve(tokens, sources.index)
+
+
 def _task(context: Context) -> dict[str, float]:
     """The accuracy of guessing and of the task's own solver."""
     data, rows = context.experiment.data, context.rows
-    solved = data.solve(rows.tokens) == rows.targets
+    solved = answers(context) == rows.targets
     known = {name: float(getattr(data, name)) for name in ("chance", "chance_in_context") if hasattr(data, name)}
     return known | {"oracle": float(solved[rows.labelled].mean())}
 
