@@ -16,6 +16,7 @@ from flax import nnx
 from engrax.errors import UserError
 
 LAYERS = "layers"  # the axis along which the blocks of a pattern position are stacked
+STACKS = (LAYERS, "memory")  # leading axes along which matrices are stacked: layers, and the memories of a mixture
 
 
 class Role(NamedTuple):
@@ -51,6 +52,19 @@ def axes_of(variable: nnx.Variable) -> tuple[str | None, ...]:
     """The names of a parameter's axes, None for an axis without a name."""
     axes = tuple(variable.get_metadata().get("axes") or ())
     return axes + (None,) * (len(variable.shape) - len(axes))
+
+
+def matrix_widths(variable: nnx.Variable) -> tuple[int, ...] | None:
+    """The output widths of the linear maps that lie side by side in a matrix [..., in, out]; None for other parameters.
+
+    Leading axes stack matrices. A parameter of role matrix is none if its leading axes have other names, as those of an
+    `nnx.Einsum` with heads apart from their width: the table does not say which of its axes are the input.
+    """
+    table, shape = variable.get_metadata(), variable.shape
+    stacked = all(name in STACKS for name in axes_of(variable)[:-2])
+    if table.get("role") != "matrix" or len(shape) < 2 or not stacked:
+        return None
+    return table.get("widths") or (shape[-1],)
 
 
 def _by_type(module: Any, name: str) -> str | None:

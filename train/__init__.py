@@ -14,24 +14,44 @@ if TYPE_CHECKING:
         LogConfig,
         ParallelConfig,
     )
-    from engrax.train.optimizers import OPTIMIZERS, AdamWConfig, LionConfig, OptimizerConfig, SGDConfig
+    from engrax.train.optimizers import (
+        OPTIMIZERS,
+        AdafactorConfig,
+        AdamWConfig,
+        FRUGALConfig,
+        GaLoreConfig,
+        LionConfig,
+        MuonConfig,
+        NaturalGaLoreConfig,
+        OptimizerConfig,
+        ScheduleFreeConfig,
+        SGDConfig,
+        SPAMConfig,
+    )
     from engrax.train.schedules import SCHEDULES, ConstantConfig, CosineConfig, ScheduleConfig, WSDConfig
 
 __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
+    "AdafactorConfig",
     "AdamWConfig",
     "CheckpointConfig",
     "ConstantConfig",
     "CosineConfig",
     "EvalConfig",
     "Experiment",
+    "FRUGALConfig",
+    "GaLoreConfig",
     "LionConfig",
     "LogConfig",
+    "MuonConfig",
+    "NaturalGaLoreConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "SGDConfig",
+    "SPAMConfig",
     "ScheduleConfig",
+    "ScheduleFreeConfig",
     "WSDConfig",
 ]
 

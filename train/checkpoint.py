@@ -171,7 +171,11 @@ class Checkpoints:
 
     def restore_params(self, like: Any, step: int) -> Any:
         """The parameters alone."""
-        wanted = flatten({"params": like})
+        return self.restore_parts({"params": like}, step)["params"]
+
+    def restore_parts(self, like: dict[str, Any], step: int) -> dict[str, Any]:
+        """Parts of the state alone: {"params": ..., "opt_state": ...} for example."""
+        wanted = flatten(like)
         self._check(wanted, step)
         ocp = self._ocp
         args = ocp.args.PyTreeRestore(
@@ -180,7 +184,7 @@ class Checkpoints:
         handlers, options = {"state": ocp.PyTreeCheckpointHandler()}, ocp.CheckpointManagerOptions(read_only=True)
         with ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options) as manager:
             found = self._read(manager, step, ocp.args.Composite(state=args))
-        return unflatten(found["state"], {"params": like})["params"]
+        return unflatten(found["state"], like)
 
     def _read(self, manager: Any, step: int, args: Any) -> Any:
         with _quiet():

@@ -211,8 +211,9 @@ class Loop:
 
     def validate(self, step: int, state: Any) -> None:
         """Validation loss and memory diagnostics after `step`."""
-        values = self.trainer.validate(state["params"], self.trainer.experiment.eval.batches)
-        self.validated = {step: values | self.trainer.diagnose(state["params"])}  # logged with the step's loss
+        params = self.trainer.evaluated(state)
+        values = self.trainer.validate(params, self.trainer.experiment.eval.batches)
+        self.validated = {step: values | self.trainer.diagnose(params)}  # logged with the step's loss
         self.latest |= values
         self.bar.update(step, {"val": values["validation_loss"]})
 
@@ -284,7 +285,8 @@ def _earlier_params(trainer: Trainer, run_dir: epath.Path) -> tuple[int | None, 
     earlier = Checkpoints(directory)
     try:
         step = earlier.resolve(at)
-        return step, earlier.restore_params(trainer.abstract_state()["params"], step)
+        like = trainer.abstract_state()["params"]
+        return step, runs.evaluated_params(earlier, runs.read_optimizer(directory), like, step)
     except UserError as error:
         hint = f" This run started from it ({begun}); start again in another --run-dir." if begun.exists() else ""
         raise UserError(f"start_from={given}: {error}{hint}") from None

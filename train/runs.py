@@ -19,7 +19,7 @@ import jax
 from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from engrax import models
 from engrax.errors import UnknownName, UserError
@@ -28,8 +28,10 @@ from engrax.models import imported
 from engrax.train import experiment as experiments
 from engrax.train import run_lock, run_sources, sharding
 from engrax.train.checkpoint import Checkpoints
-from engrax.train.experiment import Experiment
+from engrax.train.experiment import Experiment, ParallelConfig
 from engrax.train.host import keep_compiled_programs
+from engrax.train.optimizers import base as optimizers
+from engrax.train.optimizers.base import OptimizerConfig
 
 
 def folder(path: epath.PathLike) -> epath.Path:
@@ -64,7 +66,7 @@ class Run:
                 params,
                 self._shardings(params, mesh),
             )
-            nnx.update(model, checkpoints.restore_params(like, number))
+            nnx.update(model, evaluated_params(checkpoints, self.experiment.optimizer, like, number))
         finally:
             checkpoints.close()
         return model, number
@@ -75,6 +77,33 @@ class Run:
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             return jax.tree.map(lambda p: device, params)
         return sharding.named(sharding.param_specs(params, self.experiment.parallel, mesh, stage=3), mesh)
+
+
+def evaluated_params(checkpoints: Checkpoints, optimizer: OptimizerConfig, like: Any, step: int) -> Any:
+    """The parameters to evaluate of a checkpoint of a run with this optimizer (`OptimizerConfig.evaluated`).
+
+    like: ShapeDtypeStructs with shardings; optimizer state that is needed beside them is sharded by the same rule.
+    """
+    if not optimizer.averages:
+        return checkpoints.restore_params(like, step)
+    where = jax.tree.map(lambda p: p.sharding, like)
+    opt_state = jax.eval_shape(optimizers.build(optimizer, 1, like).init, like)
+    one = jax.tree.leaves(where)[0]
+    if isinstance(one, NamedSharding):
+        split = ParallelConfig(zero=3 if any(s.spec for s in jax.tree.leaves(where)) else 0)
+        places = sharding.named(sharding.param_specs(opt_state, split, one.mesh, stage=3), one.mesh)
+    else:
+        places = jax.tree.map(lambda _: one, opt_state)
+    opt_state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), opt_state, places)
+    found = checkpoints.restore_parts({"params": like, "opt_state": opt_state}, step)
+    return jax.jit(optimizer.evaluated, out_shardings=where)(found["params"], found["opt_state"])
+
+
+def read_optimizer(run_dir: epath.Path) -> OptimizerConfig:
+    """The optimizer in a run folder's config.json, read without the rest, which may name parts that are not loaded."""
+    path = run_dir / "config.json"
+    data = expect(read_json(path).get("experiment"), dict, f"{path}: experiment")
+    return experiments.from_dict(data.get("optimizer"), OptimizerConfig, f"{path}: experiment.optimizer")
 
 
 def open_run(run_dir: epath.PathLike, data: dict[str, Any] | None = None) -> Run:

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from engrax.errors import UserError
 from engrax.models.contract import BATCH_AXES
-from engrax.models.parameters import map_parameters, sharded_axis
+from engrax.models.parameters import sharded_axis
 from engrax.train.experiment import ParallelConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -80,14 +81,23 @@ def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 
 
 def param_specs(params: Any, config: ParallelConfig, mesh: Mesh | AbstractMesh, *, stage: int) -> Any:
-    """One spec per parameter: sharded if `config.zero >= stage` (1: moments, 3: parameters), else replicated."""
+    """One spec per array of parameters or optimizer state: sharded if `config.zero >= stage` (1: state, 3: parameters),
+    else replicated.
+
+    State of any shape that an optimizer keeps for a parameter, as a moment, projector or scale, lies in the parameter's
+    variable and is sharded by its own shape. Other arrays are counters, and frozen parameters have no state.
+    """
     devices = int(np.prod([mesh.shape[a] for a in BATCH])) if config.zero >= stage else 1
 
-    def spec(variable):
-        axis = sharded_axis(variable, devices)
-        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, BATCH)
+    def spec(leaf):
+        if not isinstance(leaf, nnx.Variable):
+            return PartitionSpec()
+        if not jax.tree.leaves(leaf):
+            return leaf
+        axis = sharded_axis(leaf, devices)
+        return leaf.replace(PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, BATCH))
 
-    return map_parameters(spec, params)
+    return jax.tree.map(spec, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def state_specs(
@@ -95,20 +105,11 @@ def state_specs(
 ) -> dict[str, Any]:
     """Specs of all leaves of the training state {"params", "opt_state", "step"}, and "moments": the spec of each
     parameter's optimizer state."""
-    masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731  (frozen parameters have no moments)
     opt_state = jax.eval_shape(tx.init, params)
-    moments = param_specs(params, config, mesh, stage=1)
     return {
         "params": param_specs(params, config, mesh, stage=3),
-        "opt_state": optax.tree_map_params(
-            tx,
-            lambda leaf, spec: leaf if masked(leaf) else spec,
-            opt_state,
-            moments,
-            transform_non_params=lambda _: PartitionSpec(),
-            is_leaf=masked,
-        ),
-        "moments": moments,
+        "opt_state": param_specs(opt_state, config, mesh, stage=1),
+        "moments": param_specs(params, config, mesh, stage=1),
         "step": PartitionSpec(),
     }
 

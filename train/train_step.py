@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from engrax.models import contract
-from engrax.models.parameters import LAYERS, axes_of, cast, learning_rates, map_parameters
+from engrax.models.parameters import LAYERS, axes_of, cast, map_parameters
 from engrax.train import sharding
 from engrax.train.experiment import Experiment
 from engrax.train.objective import Batch, score
@@ -156,7 +156,6 @@ def apply_gradient(tx, state: State, params: Any, grads: Any, norm: Array, clip_
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
         grads = jax.tree.map(lambda g: g * scale, grads)
     updates, opt_state = tx.update(grads, state["opt_state"], params)
-    updates = jax.tree.map(lambda u, rate: u * rate if rate != 1 else u, updates, learning_rates(params))
     return optimizers.keep_frozen(params, optax.apply_updates(params, updates)), opt_state
 
 

@@ -178,6 +178,17 @@ class Trainer:
 
         return jax.jit(call, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
+    def evaluated(self, state: dict[str, Any]) -> Any:
+        """The parameters to evaluate of a training state (`OptimizerConfig.evaluated`)."""
+        return self._evaluated(state["params"], state["opt_state"])
+
+    @cached_property
+    def _evaluated(self) -> Callable:
+        optimizer = self.experiment.optimizer
+        if not optimizer.averages:
+            return optimizer.evaluated
+        return jax.jit(optimizer.evaluated, out_shardings=self.state_shardings["params"])
+
     @cached_property
     def eval_step(self) -> Callable:
         """eval(params, batch) -> (sum of losses in nats, labelled tokens, correctly predicted tokens), each [B]."""
@@ -274,6 +285,14 @@ def check(experiment: Experiment) -> None:
         raise UserError(
             f"the model is not causal ({leak}), so its next-token loss means nothing; choose a causal mode, or "
             "set --allow-future to train it anyway."
+        )
+    parallel, optimizer = experiment.parallel, experiment.optimizer
+    elementwise = optimizer.elementwise and optimizer.moments == "float32"
+    if parallel.strategy == "pmap" and parallel.zero and not elementwise:
+        raise UserError(
+            f"parallel.strategy='pmap' with parallel.zero={parallel.zero} updates slices of parameters, and the "
+            f"optimizer {optimizer.registered_name} with {optimizer.moments} moments needs whole ones; choose "
+            "parallel.strategy='pjit' or parallel.zero=0."
         )
     if experiment.carry_memory:
         _check_carried(experiment)

@@ -86,7 +86,7 @@ class TransformerXL(Mixer):
         self.config = config
         inner = config.heads * config.head_dim
         self.q = projection(dim, inner, ("embed", "heads"), rngs=rngs)
-        self.kv = projection(dim, 2 * inner, ("embed", "heads"), rngs=rngs)
+        self.kv = projection(dim, 2 * inner, ("embed", "heads"), rngs=rngs, widths=(inner,) * 2)
         self.distance = projection(config.head_dim, inner, ("embed", "heads"), rngs=rngs)
         init = jax.nn.initializers.normal(0.02)
         shape = (config.heads, config.head_dim)

@@ -131,7 +131,7 @@ class MatrixMemory(Mixer):
     def __init__(self, config: Any, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
         self.config = config
         inner = config.widths[2]
-        self.qkv = projection(dim, sum(config.widths), ("embed", "heads"), rngs=rngs)
+        self.qkv = projection(dim, sum(config.widths), ("embed", "heads"), rngs=rngs, widths=config.widths)
         if config.conv_width > 1:
             self.conv = ShortConv(sum(config.widths), config.conv_width, rngs=rngs)
         if self.norm_width != "none":

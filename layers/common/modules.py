@@ -70,11 +70,13 @@ def projection(
     scale: float = 1.0,
     bias: bool = False,
     wide: bool = False,
+    widths: tuple[int, ...] | None = None,
 ) -> Projection:
     """A linear map whose kernel `[in, out]` carries the logical axis names `axes`.
 
     Initialised normal with standard deviation `scale / sqrt(in)`, a bias at zero. It computes in the dtype of its input
-    and kernel; `wide`, for the gates of a memory, returns float32 or wider.
+    and kernel; `wide`, for the gates of a memory, returns float32 or wider. `widths`: the outputs of maps that lie side
+    by side in one kernel, as queries, keys and values; None = one map.
     """
     init = nnx.initializers.variance_scaling(scale**2, "fan_in", "normal")
     made = Projection(
@@ -82,7 +84,7 @@ def projection(
         out_features,
         use_bias=bias,
         kernel_init=init,
-        kernel_metadata={"axes": axes, "role": "matrix"},
+        kernel_metadata={"axes": axes, "role": "matrix"} | ({"widths": widths} if widths else {}),
         bias_metadata={"axes": axes[1:], "role": "bias"},
         rngs=rngs,
     )

@@ -56,7 +56,7 @@ class GatedConvolution(Mixer):
 
     def __init__(self, config: GatedConvolutionConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
         self.config, inner = config, config.expand * dim
-        self.project_in = projection(dim, 2 * inner, ("embed", "mlp"), rngs=rngs)
+        self.project_in = projection(dim, 2 * inner, ("embed", "mlp"), rngs=rngs, widths=(inner,) * 2)
         self.conv = ShortConv(inner, config.conv_width, rngs=rngs)
         self.out = projection(inner, dim, ("mlp", "embed"), rngs=rngs, scale=(2 * num_layers) ** -0.5)
 

@@ -72,7 +72,9 @@ class PrefixLinearAttention(Based):
 
     def __init__(self, config: PrefixLinearAttentionConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
         super().__init__(config, dim, rngs=rngs, num_layers=num_layers)
-        self.prefix_kv = projection(dim, sum(config.widths[1:]), ("embed", "heads"), rngs=rngs)
+        self.prefix_kv = projection(
+            dim, sum(config.widths[1:]), ("embed", "heads"), rngs=rngs, widths=config.widths[1:]
+        )
 
     def tokens(self, x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT):
         q, k, v, terms = super().tokens(x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT)

@@ -131,7 +131,8 @@ class MoM(Mixer):
 
         def parts(rngs):
             mixer = base.build(dim, rngs=rngs, layer=layer, num_layers=num_layers)
-            return mixer, projection(dim, sum(base.widths[1:]), ("embed", "heads"), rngs=rngs)
+            widths = base.widths[1:]
+            return mixer, projection(dim, sum(widths), ("embed", "heads"), rngs=rngs, widths=widths)
 
         self.router = projection(dim, config.memories, ("embed", "memory"), rngs=rngs)
         self.query = projection(dim, base.widths[0], ("embed", "heads"), rngs=rngs)
@@ -141,7 +142,8 @@ class MoM(Mixer):
             keys = jax.random.split(rngs.params(), config.states)
             kernels = jax.vmap(lambda key: [p.kernel[...] for p in _stacked(*parts(nnx.Rngs(key)))])(keys)
             for linear, kernel in zip(_stacked(self.base, self.key_value), kernels):
-                linear.kernel = nnx.Param(kernel, axes=("memory", "embed", "heads"), role="matrix")
+                widths = linear.kernel.get_metadata().get("widths")
+                linear.kernel = nnx.Param(kernel, axes=("memory", "embed", "heads"), role="matrix", widths=widths)
 
     def init_state(self, batch_size: int) -> MoMState:
         """The state every row and every segment starts from: zero matrices."""

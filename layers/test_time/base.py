@@ -51,7 +51,7 @@ class TestTimeMixerBase(Mixer):
     def __init__(self, config, dim: int, *, gates: int, rngs: nnx.Rngs, num_layers: int = 1):
         self.config = config
         inner = config.heads * config.head_dim
-        self.qkv = projection(dim, 3 * inner, ("embed", "heads"), rngs=rngs)
+        self.qkv = projection(dim, 3 * inner, ("embed", "heads"), rngs=rngs, widths=(inner,) * 3)
         self.conv = ShortConv(3 * inner, config.conv_width, rngs=rngs)
         self.gates = projection(dim, gates, ("embed", "heads"), rngs=rngs, scale=0.1, wide=True)
         self._add_memory(rngs)

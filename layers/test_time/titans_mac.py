@@ -114,12 +114,12 @@ class MAC(Mixer):
     def __init__(self, config: MACConfig, dim: int, *, rngs: nnx.Rngs, num_layers: int = 1):
         self.config = config
         inner, retrieved = config.heads * config.head_dim, config.memory.heads * config.memory.head_dim
-        self.qkv = projection(dim, 3 * inner, ("embed", "heads"), rngs=rngs)
+        self.qkv = projection(dim, 3 * inner, ("embed", "heads"), rngs=rngs, widths=(inner,) * 3)
         self.query = projection(dim, retrieved, ("embed", "heads"), rngs=rngs)
         self.conv = ShortConv(3 * inner + retrieved, config.conv_width, rngs=rngs)
         self.recalled_norm = rms_norm(config.memory.head_dim, rngs=rngs)
         self.recalled = projection(retrieved, dim, ("heads", "embed"), rngs=rngs)
-        self.recalled_kv = projection(dim, 2 * inner, ("embed", "heads"), rngs=rngs)
+        self.recalled_kv = projection(dim, 2 * inner, ("embed", "heads"), rngs=rngs, widths=(inner,) * 2)
         if config.persistent_tokens:
             self.persistent = nnx.Param(
                 jax.random.normal(rngs.params(), (config.persistent_tokens, dim)),
