@@ -15,7 +15,17 @@ if TYPE_CHECKING:
         ParallelConfig,
     )
     from engrax.train.optimizers import OPTIMIZERS, AdamWConfig, LionConfig, OptimizerConfig, SGDConfig
-    from engrax.train.schedules import SCHEDULES, ConstantConfig, CosineConfig, ScheduleConfig, WSDConfig
+    from engrax.train.schedules import (
+        SCHEDULES,
+        ConstantConfig,
+        CosineConfig,
+        InfiniteConfig,
+        InverseRootConfig,
+        LinearConfig,
+        ScheduleConfig,
+        WSDConfig,
+        WSDSConfig,
+    )
 
 __all__ = [
     "OPTIMIZERS",
@@ -26,6 +36,9 @@ __all__ = [
     "CosineConfig",
     "EvalConfig",
     "Experiment",
+    "InfiniteConfig",
+    "InverseRootConfig",
+    "LinearConfig",
     "LionConfig",
     "LogConfig",
     "OptimizerConfig",
@@ -33,6 +46,7 @@ __all__ = [
     "SGDConfig",
     "ScheduleConfig",
     "WSDConfig",
+    "WSDSConfig",
 ]
 
 __getattr__ = lazy.attach(__name__)
