@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         LogConfig,
         ParallelConfig,
     )
+    from engrax.train.guards import GuardConfig
     from engrax.train.optimizers import OPTIMIZERS, AdamWConfig, LionConfig, OptimizerConfig, SGDConfig
     from engrax.train.schedules import (
         SCHEDULES,
@@ -36,6 +37,7 @@ __all__ = [
     "CosineConfig",
     "EvalConfig",
     "Experiment",
+    "GuardConfig",
     "InfiniteConfig",
     "InverseRootConfig",
     "LinearConfig",
