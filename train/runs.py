@@ -3,7 +3,8 @@
 It holds config.json (the experiment, with a format version), environment.json (versions, device, commit, data digest),
 metrics.jsonl, checkpoints/, evals/ and source/ (the user's files and the tokenizers, with their digests). A second
 stage also has start_from.json (the step of the first stage that it started from). During training there is also
-lock.json. Nothing in the folder is executed, and no name or link in it may lead outside.
+lock.json, after a hang hung_0.txt (where process 0 stood). Nothing in the folder is executed, and no name or link in it
+may lead outside.
 """
 
 import dataclasses
