@@ -94,8 +94,9 @@ def test_a_config_file_that_does_not_run(capsys, tmp_path):
 def test_a_run_folder_from_another_config(capsys, run_folder):
     told = mistake(capsys, "train", "quickstart", "--run-dir", str(run_folder), "--model.dim", "64", "--seed", "7")
     assert "differs in model.dim, seed" in told
-    told = mistake(capsys, "train", "quickstart", "--run-dir", str(run_folder), "--steps", "7")
-    assert "differs in steps" in told and "cosine" in told
+    # Nothing is trained yet, so the steps may change: that alone is no difference.
+    told = mistake(capsys, "train", "quickstart", "--run-dir", str(run_folder), "--steps", "7", "--seed", "7")
+    assert "differs in seed;" in told
 
 
 def test_a_folder_that_is_no_run(capsys, tmp_path):

@@ -147,6 +147,18 @@ def test_diagnostics_that_are_arrays_are_drawn(monkeypatch):
     np.testing.assert_allclose(values, [[0, 1, 2], [0, 1, 2]])
 
 
+def test_the_report_lists_skipped_steps():
+    history = [{"step": n, "loss": 2.0} for n in range(1, 30)]
+    for n in (3, 4):
+        history[n - 1] |= {"skipped_not_finite": 1.0, "loss": "nan"}
+    history[28] |= {"skipped_loss_spike": 1.0, "save_blocked_seconds": 0.5, "loss": "inf"}
+    values = training._values(history)
+    assert values["skipped_steps"] == 3 and values["save_blocked_seconds_median"] == 0.5 and values["last_loss"] == 2.0
+    assert training.skipped(history) == {"not finite": [3, 4], "loss spike": [29]}
+    assert training._listed(list(range(30))).endswith("18, 19 and 10 more")
+    assert training._values(history[:2])["skipped_steps"] is None
+
+
 def test_the_plot_of_the_training_shows_the_data_s_loss_and_the_mixers_apart():
     """Given metrics whose loss is the data's and whose aux_loss is the mixers', bits per byte are those of the data."""
     history = [{"step": i, "loss": np.log(2) * 4 / i, "aux_loss": 0.5, "tokens_per_second": 9.0} for i in (1, 2, 4)]

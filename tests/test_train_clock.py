@@ -5,11 +5,12 @@ import pytest
 from etils import epath
 
 from engrax.tests.experiments import tiny
-from engrax.train import CheckpointConfig, EvalConfig, LogConfig, metrics
+from engrax.train import CheckpointConfig, EvalConfig, LogConfig, guards, metrics
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.distributed import StopSignal
 from engrax.train.loop import Loop
 from engrax.train.trainer import Trainer
+from engrax.train.watchdog import Watchdog
 
 STEP, VALIDATION, SAVE = 0.5, 30.0, 100.0  # seconds
 
@@ -64,7 +65,9 @@ def run(monkeypatch, tmp_path):
     tokens = experiment.batch_size * experiment.data.seq_len
     bar = metrics.Progress(0, experiment.steps, tokens, clock, active=False)
     writer = metrics.MetricsWriter(epath.Path(tmp_path), LogConfig(), resumed_at=0, settings={})
-    Loop(trainer, checkpoints, writer, bar, clock).run({"params": None}, Data(), 0, StopSignal())
+    watchdog, flat = Watchdog(0, epath.Path(tmp_path)), guards.FlatLoss(experiment)
+    loop = Loop(trainer, checkpoints, writer, bar, clock, watchdog, flat)
+    loop.run({"params": None}, guards.Guarded(Data(), experiment.guard), 0, StopSignal())
     return metrics.read(tmp_path), tokens, bar
 
 

@@ -20,12 +20,10 @@ from engrax.tests.experiments import small, tiny
 from engrax.train import (
     AdamWConfig,
     CheckpointConfig,
-    ConstantConfig,
     CosineConfig,
     LionConfig,
     LogConfig,
     SGDConfig,
-    WSDConfig,
     host,
     metrics,
     train_step,
@@ -57,37 +55,6 @@ def test_replace_refuses_unknown_fields():
         experiments.replace(tiny(), {"optimizer.learning_rte": 1.0})
     with pytest.raises(UserError, match="no element"):
         experiments.replace(tiny(), {"model.mixers.5.heads": 1})
-
-
-def test_schedules():
-    cosine = CosineConfig(warmup_steps=10, final_fraction=0.1).rate(1.0, 110)
-    assert float(cosine(0)) == pytest.approx(1 / 11) and float(cosine(9)) == pytest.approx(10 / 11)
-    assert float(cosine(60)) == pytest.approx(0.55) and float(cosine(110)) == pytest.approx(0.1)
-    wsd = WSDConfig(warmup_steps=10, decay_fraction=0.2, final_fraction=0.0).rate(1.0, 100)
-    assert [float(wsd(s)) for s in (10, 50, 80)] == [1.0, 1.0, 1.0]
-    assert float(wsd(90)) == pytest.approx(0.5) and float(wsd(100)) == pytest.approx(0.0, abs=1e-6)
-    constant = ConstantConfig(warmup_steps=1).rate(2.0, 5)
-    assert [float(constant(s)) for s in (0, 1, 9)] == [1.0, 2.0, 2.0]
-
-
-@pytest.mark.parametrize(
-    "config, old, new, done, allowed",
-    [
-        (WSDConfig(warmup_steps=10), 100, 200, 80, True),
-        (WSDConfig(warmup_steps=10), 100, 200, 82, False),
-        (WSDConfig(warmup_steps=10), 200, 100, 80, True),
-        (WSDConfig(warmup_steps=10), 200, 100, 90, False),
-        (WSDConfig(warmup_steps=10), 100, 5, 1, False),
-        (CosineConfig(warmup_steps=10), 100, 200, 10, True),
-        (CosineConfig(warmup_steps=10), 100, 200, 12, False),
-        (CosineConfig(warmup_steps=10), 100, 100, 90, True),
-        (ConstantConfig(warmup_steps=10), 100, 200, 100, True),
-    ],
-)
-def test_steps_may_change_while_the_rates_do_not(config, old, new, done, allowed):
-    assert config.steps_may_change(old, new, done) == allowed
-    before, after = (config.rate(1.0, n) for n in (old, new))
-    assert all(float(before(s)) == float(after(s)) for s in range(done)) == allowed
 
 
 RATE = dict(learning_rate=1e-2, schedule=CosineConfig(warmup_steps=2))

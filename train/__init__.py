@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         LogConfig,
         ParallelConfig,
     )
+    from engrax.train.guards import GuardConfig
     from engrax.train.optimizers import (
         OPTIMIZERS,
         AdafactorConfig,
@@ -28,7 +29,17 @@ if TYPE_CHECKING:
         SGDConfig,
         SPAMConfig,
     )
-    from engrax.train.schedules import SCHEDULES, ConstantConfig, CosineConfig, ScheduleConfig, WSDConfig
+    from engrax.train.schedules import (
+        SCHEDULES,
+        ConstantConfig,
+        CosineConfig,
+        InfiniteConfig,
+        InverseRootConfig,
+        LinearConfig,
+        ScheduleConfig,
+        WSDConfig,
+        WSDSConfig,
+    )
 
 __all__ = [
     "OPTIMIZERS",
@@ -42,6 +53,10 @@ __all__ = [
     "Experiment",
     "FRUGALConfig",
     "GaLoreConfig",
+    "GuardConfig",
+    "InfiniteConfig",
+    "InverseRootConfig",
+    "LinearConfig",
     "LionConfig",
     "LogConfig",
     "MuonConfig",
@@ -53,6 +68,7 @@ __all__ = [
     "ScheduleConfig",
     "ScheduleFreeConfig",
     "WSDConfig",
+    "WSDSConfig",
 ]
 
 __getattr__ = lazy.attach(__name__)

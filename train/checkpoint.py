@@ -237,6 +237,11 @@ class Checkpoints:
         except Exception as error:  # of many types, by what is damaged
             raise self._damaged(step, f"no readable metadata: {first_line(error)}") from error
 
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps."""
+        for later in [s for s in self.steps() if s > step]:
+            self._manager.delete(later)
+
     def wait(self) -> None:
         """Blocks until the save in progress is committed."""
         self._manager.wait_until_finished()

@@ -1,7 +1,7 @@
 """The definition of an experiment: a frozen tree of dataclasses, saved as JSON with registered names.
 
-Run-time fields (devices, logging, saving) may change when a run is resumed. All other fields define the experiment: a
-run folder refuses a config that changes one of them.
+Run-time fields (devices, logging, saving, guards) may change when a run is resumed. All other fields define the
+experiment: a run folder refuses a config that changes one of them.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from engrax.errors import UserError, require_at_least
 from engrax.files import parse_object, short
 from engrax.models.model import ModelConfig
 from engrax.registry import KINDS, did_you_mean, find_registry
+from engrax.train.guards import GuardConfig
 from engrax.train.optimizers import AdamWConfig, OptimizerConfig
 
 FORMAT_VERSION = 2  # format of config.json; engrax 0.1.0 wrote format 1
@@ -83,7 +84,7 @@ class LogConfig:
 MOST = 1 << 31  # limit of every number in a config: no array has such an axis, no generator such a seed
 # A field of the data with such a name has a path, or several. A run saves it as an absolute path.
 PATH = re.compile(r"(^|_)(path|dir|folder|file)s?$")
-RUN_TIME_FIELDS = ("parallel", "checkpoint", "eval", "log")
+RUN_TIME_FIELDS = ("parallel", "checkpoint", "eval", "log", "guard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +107,14 @@ class Experiment:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    guard: GuardConfig = GuardConfig()
 
     def __post_init__(self):
         _refuse_senseless(self)
         if self.carry_memory and (self.optimizer.accumulate > 1 or self.parallel.strategy != "pjit"):
             raise UserError("carry_memory needs optimizer.accumulate=1 and parallel.strategy='pjit'.")
+        if self.guard.action == "rewind" and not self.checkpoint.every:
+            raise UserError("guard.action='rewind' goes back to a checkpoint; set --checkpoint.every to save some.")
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")

@@ -11,15 +11,17 @@ The order is a contract:
 - Evaluation precedes saving, so each checkpoint has its validation loss.
 - The clock for tokens per second pauses during evaluation and saving.
 - Inside the loop, data moves between host and device only by explicit transfers.
+- The compiled step decides whether a step is bad (`guards`); the loop learns it with the metrics, one step late.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
-import math
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,7 +30,7 @@ from etils import epath
 from engrax.errors import Diverged, UserError
 from engrax.files import expect, read_json, refuse_links, short, write_atomically
 from engrax.train import experiment as experiments
-from engrax.train import metrics, run_lock, runs
+from engrax.train import guards, metrics, run_lock, runs
 from engrax.train.checkpoint import Checkpoints, first_line
 from engrax.train.distributed import StopSignal
 from engrax.train.experiment import Experiment
@@ -36,6 +38,7 @@ from engrax.train.fit import refuse_what_does_not_fit
 from engrax.train.host import keep_compiled_programs, keep_freed_memory
 from engrax.train.probe import refuse_leaks
 from engrax.train.trainer import Trainer
+from engrax.train.watchdog import Watchdog
 
 BEGINS_AT = "start_from.json"  # in a run folder: the starting step in the earlier run
 
@@ -73,8 +76,8 @@ def train(
     # Errors are raised before anything is written.
     begins_at, params = (None, None) if saved else _earlier_params(trainer, run_dir)
     with contextlib.ExitStack() as stack:
-        data = trainer.loader("train")
-        stack.callback(data.close)
+        data = guards.Guarded(trainer.loader("train"), experiment.guard)
+        stack.callback(data.data.close)
         first, state = None, None
 
         def begin():
@@ -109,8 +112,10 @@ def train(
         tokens = experiment.batch_size * experiment.data.seq_len
         bar = metrics.Progress(saved, experiment.steps, tokens, clock, active=main and progress)
         stack.callback(bar.close)
-        loop = Loop(trainer, checkpoints, writer, bar, clock, saved=saved)
-        with jax.set_mesh(trainer.mesh), StopSignal() as stop:
+        watchdog = Watchdog(experiment.guard.watchdog, run.directory / f"hung_{jax.process_index()}.txt")
+        flat = guards.FlatLoss(experiment)
+        loop = Loop(trainer, checkpoints, writer, bar, clock, watchdog, flat, saved=saved)
+        with jax.set_mesh(trainer.mesh), StopSignal() as stop, watchdog:
             step, state = loop.run(state, data, saved, stop, first)
             loop.save(step, state, data)
             checkpoints.wait()
@@ -144,70 +149,138 @@ class Loop:
     writer: metrics.MetricsWriter
     bar: metrics.Progress
     clock: metrics.Clock  # started with the command
+    watchdog: Watchdog
+    flat: guards.FlatLoss
     latest: dict[str, float] = dataclasses.field(default_factory=dict)
     validated: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
     saved: int = 0
     _window: tuple[int, float] | None = None  # (step, seconds) of the last logged step, for tokens per second
+    _state: Any = None
+    _blocked: float | None = None  # seconds that a save blocked the loop, until they are logged
+    _stops: bool = False
 
-    def run(self, state: Any, data: Any, start: int, stop: StopSignal, first: Any = None) -> tuple[int, Any]:
+    def run(self, state: Any, data: guards.Guarded, start: int, stop: StopSignal, first: Any = None) -> tuple[int, Any]:
         """Runs until the last step or a signal; returns (steps done, state). `first`: a batch already taken from
         `data`."""
+        self._state = state
+        del state  # nothing but the loop holds it when it makes room for an earlier one
+        while True:
+            try:
+                step = self._run(data, start, stop, first)
+                break
+            except guards.Rewind as error:
+                bad = error.with_traceback(None)  # which would hold arrays
+            start, first = self.rewind(bad, data), None
+            if self._stops:
+                step = start
+                break
+        self.watchdog.rest()
+        return step, self._state
+
+    def _run(self, data: guards.Guarded, start: int, stop: StopSignal, first: Any) -> int:
         experiment = self.trainer.experiment
         pending, step = None, start
         for step in range(start + 1, experiment.steps + 1):
-            batch = self.trainer.put(next(data) if first is None else first)
+            batch = next(data) if first is None else first
             first = None
-            with jax.transfer_guard("disallow"):  # an implicit transfer here would stall the device
-                state, values = self.trainer.train_step(state, batch)
+            values = self._step(batch, drop=data.dropped(step) is not None)
+            self.watchdog.alive()
             if pending is not None:
-                self.log(*pending)
+                self.log(*pending, data)
             pending = (step, values, self._seconds_if_done(values))
             saves = _due(step, experiment.checkpoint.every, experiment.steps)
             if saves or _due(step, experiment.eval.every, experiment.steps):
                 jax.block_until_ready(values)  # this time is training; the code below waits for it anyway
                 pending = (step, values, self.clock.seconds())
-                with self.clock.paused():
-                    self.validate(step, state)
+                with self._paused():
+                    self.validate(step, self._state)
             if saves:  # save only after the step's metrics are checked and written; saving waits for the device anyway
-                self.log(*pending)
+                self.log(*pending, data)
                 pending = None
-                with self.clock.paused():
-                    self.save(step, state, data)
-            if stop.reached(step):
+                with self._paused():
+                    self.save(step, self._state, data)
+            self._stops = stop.reached(step)
+            if self._stops:
                 break
         if pending is not None:
-            self.log(*pending)
-        return step, state
+            self.log(*pending, data)
+        return step
+
+    def _step(self, batch: Any, *, drop: bool) -> dict[str, jax.Array]:
+        """Dispatches a step and returns its metrics; of a dropped batch there are none, and only the step counts."""
+        if drop:
+            self._state = self._state | {"step": self.trainer.advance(self._state["step"])}
+            return {}
+        batch = self.trainer.put(batch)
+        with jax.transfer_guard("disallow"):  # an implicit transfer here would stall the device
+            self._state, values = self.trainer.train_step(self._state, batch)
+        return values
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        """What is neither timed nor watched."""
+        with self.clock.paused(), self.watchdog.paused():
+            yield
 
     def _seconds_if_done(self, values: dict[str, jax.Array]) -> float | None:
         """The time when a step ended, if it ended before its call returned (on the CPU); None while it runs."""
         return self.clock.seconds() if all(value.is_ready() for value in values.values()) else None
 
-    def log(self, step: int, values: dict[str, jax.Array], ended: float | None) -> None:
-        """Reads the metrics of a step, waits for it unless it `ended`, and writes them if this step is logged."""
+    def log(self, step: int, values: dict[str, jax.Array], ended: float | None, data: guards.Guarded) -> None:
+        """Reads the metrics of a step, waits for it unless it `ended`, and writes them if this step is logged.
+
+        Raises Diverged or `guards.Rewind` for a bad step.
+        """
         experiment = self.trainer.experiment
         row = {name: float(value) for name, value in jax.device_get(values).items()}
+        self.watchdog.alive()
+        dropped = data.dropped(step) if not row else None
+        verdict = "sound" if dropped else guards.verdict_of(row)
         now = self.clock.seconds() if ended is None else ended
         if self._window is None:
             row["seconds_to_first_step"] = now
             self._window = (step, now)
         self.latest |= row
-        self.bar.update(step, {"loss": row["loss"]})
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            kept = f"the checkpoint of step {self.saved} is sound" if self.saved else "nothing was saved yet"
-            raise Diverged(
-                f"the loss or the gradient of step {step} is not finite; {kept}. "
-                "Start again in another --run-dir with a lower --optimizer.learning-rate."
-            )
+        if verdict != "sound":
+            dropped = data.pass_bad(step, row, verdict, self.saved)
+        row |= dropped or {}
+        skipped = data.skipped(step)
+        self.bar.update(step, {k: row[k] for k in ("loss",) if k in row} | ({"skipped": skipped} if skipped else {}))
+        if warning := self.flat.seen(step, row.get("loss")):
+            _warn(warning)
         validated = self.validated.get(step, {})
-        if step % experiment.log.every == 0 or step in (1, experiment.steps) or validated:
+        if step % experiment.log.every == 0 or step in (1, experiment.steps) or validated or dropped:
             before, then = self._window
             if step > before:
                 row["tokens_per_second"] = (
                     (step - before) * experiment.batch_size * experiment.data.seq_len / (now - then)
                 )
                 self._window = (step, now)
+            if self._blocked is not None:
+                row["save_blocked_seconds"], self._blocked = self._blocked, None
             self.writer.write(step, row | validated)
+
+    def rewind(self, bad: guards.Rewind, data: guards.Guarded) -> int:
+        """Goes back to the newest checkpoint from before the dropped batches and returns its step.
+
+        Raises Diverged if there is none.
+        """
+        self.watchdog.rest()
+        self._state = None  # makes room on the device
+        self.checkpoints.wait()
+        earlier = [step for step in self.checkpoints.steps() if step < bad.first]
+        if not earlier:
+            raise Diverged(
+                f"{bad.told}, and no checkpoint from before step {bad.first} is left to go back to; save more often "
+                "(--checkpoint.every, --checkpoint.keep-last), or resume with --guard.action skip."
+            )
+        back = earlier[-1]
+        _warn(f"{bad.told}; back to step {back}, without the batches of steps {bad.first} to {bad.step}")
+        self.checkpoints.delete_after(back)  # they have learnt from dropped batches
+        self._state = _restore(self.trainer, self.checkpoints, data, back)
+        self.writer.go_back(back)
+        self.saved, self._window = back, (back, self.clock.seconds())
+        return back
 
     def validate(self, step: int, state: Any) -> None:
         """Validation loss and memory diagnostics after `step`."""
@@ -221,8 +294,10 @@ class Loop:
         """Saves the state after `step`, once."""
         if step != self.saved and step > 0:
             loss = {k: v for k, v in self.validated.get(step, {}).items() if k == "validation_loss"}
-            self.checkpoints.save(step, state, data.get_state(), loss or None)
-            self.saved = step
+            data.statistics = jax.device_get(state["guard"]) if "guard" in state else None
+            stored, began = {name: part for name, part in state.items() if name != "guard"}, time.monotonic()
+            self.checkpoints.save(step, stored, data.get_state(), loss or None)
+            self.saved, self._blocked = step, time.monotonic() - began
 
 
 @functools.cache
@@ -247,7 +322,7 @@ def _latest_step(run_dir: epath.Path) -> int:
 
 def _restore(trainer: Trainer, checkpoints: Checkpoints, data: Any, saved: int) -> Any:
     """The state of the newest checkpoint. Moves the data to its position."""
-    state, position = checkpoints.restore(trainer.abstract_state(), saved)
+    state, position = checkpoints.restore(trainer.stored_state(), saved)
     try:
         _refuse_senseless(position)
         data.set_state(position)
@@ -256,7 +331,7 @@ def _restore(trainer: Trainer, checkpoints: Checkpoints, data: Any, saved: int) 
             f"the position in the data of checkpoint {saved} in {checkpoints.directory} makes no sense "
             f"({first_line(error)}); delete that checkpoint to go on from an earlier one."
         ) from error
-    return state
+    return trainer.with_guard(state, data.statistics)
 
 
 def _refuse_senseless(position: Any) -> None:

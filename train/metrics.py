@@ -52,6 +52,12 @@ class MetricsWriter:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
 
+    def go_back(self, step: int) -> None:
+        """Drops the lines of steps beyond `step`, which will be trained again."""
+        if self.active:
+            cut_after(self.path, step)
+            self._text = self.path.read_text() if self._remote and self.path.exists() else ""
+
     def close(self) -> None:
         """Flushes and closes the logs."""
         if self.active and self._wandb:

@@ -3,7 +3,8 @@
 It holds config.json (the experiment, with a format version), environment.json (versions, device, commit, data digest),
 metrics.jsonl, checkpoints/, evals/ and source/ (the user's files and the tokenizers, with their digests). A second
 stage also has start_from.json (the step of the first stage that it started from). During training there is also
-lock.json. Nothing in the folder is executed, and no name or link in it may lead outside.
+lock.json, after a hang hung_0.txt (where process 0 stood). Nothing in the folder is executed, and no name or link in it
+may lead outside.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from engrax.train.experiment import Experiment, ParallelConfig
 from engrax.train.host import keep_compiled_programs
 from engrax.train.optimizers import base as optimizers
 from engrax.train.optimizers.base import OptimizerConfig
+from engrax.train.schedules.base import first_difference
 
 
 def folder(path: epath.PathLike) -> epath.Path:
@@ -242,14 +244,27 @@ def refuse_differences(
     names = [n for n in names if n.split(".")[0] not in experiments.RUN_TIME_FIELDS]
     if moved:
         names = [n for n in names if not (n.startswith("data.") and experiments.PATH.search(n.split(".")[-1]))]
-    if "steps" in names and new.optimizer.schedule.steps_may_change(old.steps, new.steps, steps_done):
-        names.remove("steps")
+    names, hint = _without_rates(old, new, names, steps_done)
     if names:
-        schedule = new.optimizer.schedule.registered_name
-        hint = f" (the learning rates of the {schedule} schedule depend on it)" if "steps" in names else ""
         raise UserError(
             f"{directory} holds another experiment: it differs in {', '.join(names)}{hint}; choose another --run-dir."
         )
+
+
+def _without_rates(old: Experiment, new: Experiment, names: list[str], steps_done: int) -> tuple[list[str], str]:
+    """(the names without the steps and the schedule, if the steps done had the learning rates of `new`; else why not).
+
+    So a run may be extended, decayed or annealed as long as its past stays the same.
+    """
+    rates = [n for n in names if n == "steps" or n.startswith("optimizer.schedule")]
+    if not rates:
+        return names, ""
+    changed = first_difference(*(e.optimizer.rate(e.steps) for e in (old, new)), steps_done)
+    if changed is None:
+        return [n for n in names if n not in rates], ""
+    step, before, after = changed
+    schedule = f"the {old.optimizer.schedule.registered_name} schedule"
+    return names, f" ({schedule} gave step {step + 1} the learning rate {before:.6g}, now it would be {after:.6g})"
 
 
 def describe_environment(experiment: Experiment) -> dict[str, Any]:

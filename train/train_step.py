@@ -21,13 +21,14 @@ from jaxtyping import Array, Float
 
 from engrax.models import contract
 from engrax.models.parameters import LAYERS, axes_of, cast, map_parameters
-from engrax.train import sharding
+from engrax.train import guards, sharding
 from engrax.train.experiment import Experiment
 from engrax.train.objective import Batch, score
 from engrax.train.optimizers import base as optimizers
 
-State = dict[str, Any]  # {"params": nnx.State, "opt_state": ..., "step": int32 []}, and {"memory": ...} if carried
-STATE = ("params", "opt_state", "step", "memory")
+# {"params": nnx.State, "opt_state": ..., "step": int32 []}, {"memory": ...} if carried, {"guard": ...} for spikes
+State = dict[str, Any]
+STATE = ("params", "opt_state", "step", "memory", "guard")
 
 
 def resolve_dtype(name: str) -> Any:
@@ -178,9 +179,20 @@ def pjit_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: 
         params, opt_state = apply_gradient(tx, state, state["params"], grads, norm, settings.clip_norm)
         new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
         new |= {"memory": memory} if "memory" in state else {}
-        return new, _metrics(sums, norm, rate(state["step"]))
+        new, verdict = guards.settle(experiment.guard, state, new, sums.nats, norm)
+        return new, _metrics(sums, norm, rate(updates_done(state))) | verdict
 
     return _jit(step, mesh, specs)
+
+
+def updates_done(state: State) -> Array:
+    """The number of updates, which the learning rate follows: steps that changed nothing are not counted.
+
+    An optimizer without optax's schedule state tells no number; then it is the step.
+    """
+    counts = optax.tree.get_all_with_path(state["opt_state"], "count")
+    found = [x for path, x in counts if getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"]
+    return found[-1] if found else state["step"]
 
 
 def _metrics(sums: Sums, norm: Array, learning_rate: Array) -> dict[str, Array]:
@@ -233,9 +245,10 @@ def pmap_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: 
         new, opt_state = apply_gradient(tx, state, mine, grads, grad_norm, settings.clip_norm)
         new = {"params": _map(gather, new, held, owned), "opt_state": opt_state, "step": state["step"] + 1}
         sums = jax.tree.map(lambda x: jax.lax.psum(x, axes), sums)
-        return new, _metrics(sums, grad_norm, rate(state["step"]))
+        new, verdict = guards.settle(experiment.guard, state, new, sums.nats, grad_norm)
+        return new, _metrics(sums, grad_norm, rate(updates_done(state))) | verdict
 
-    spec = {name: specs[name] for name in ("params", "opt_state", "step")}
+    spec = {name: specs[name] for name in STATE if name in specs}
     scalars = PartitionSpec()
     per_device = jax.shard_map(
         step, mesh=mesh, in_specs=(spec, PartitionSpec(axes)), out_specs=(spec, scalars), check_vma=False

@@ -24,7 +24,7 @@ from engrax.models import contract, imported
 from engrax.models.block_style import BlockStyleConfig
 from engrax.models.parameters import cast
 from engrax.models.segment_config import SegmentRecurrentConfig
-from engrax.train import sharding, train_step
+from engrax.train import guards, sharding, train_step
 from engrax.train.checkpoint import flatten, unflatten
 from engrax.train.experiment import Experiment, nested_configs
 from engrax.train.objective import score
@@ -75,7 +75,9 @@ class Trainer:
         if self.experiment.carry_memory:
             memory = jax.eval_shape(lambda p: self._fresh_memory(p, self.experiment.batch_size), self._abstract[1])
             specs["memory"] = sharding.memory_specs(memory, self._memory_axes())
-        return specs
+        return specs | jax.tree.map(
+            lambda _: PartitionSpec(), jax.eval_shape(lambda: guards.fresh(self.experiment.guard))
+        )
 
     def _fresh_memory(self, params: Any, rows: int) -> Any:
         """The model's memory before the first batch, in the compute dtype."""
@@ -100,7 +102,7 @@ class Trainer:
 
     @cached_property
     def state_shardings(self) -> dict[str, Any]:
-        """NamedShardings of {"params", "opt_state", "step"}."""
+        """NamedShardings of the training state."""
         return sharding.named({k: self.specs[k] for k in train_step.STATE if k in self.specs}, self.mesh)
 
     def _fresh_state(self) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class Trainer:
         state = {"params": params, "opt_state": self.tx.init(params), "step": jnp.zeros((), jnp.int32)}
         if self.experiment.carry_memory:
             state["memory"] = self._fresh_memory(params, self.experiment.batch_size)
-        return state
+        return state | guards.fresh(self.experiment.guard)
 
     def init_state(self, params: Any = None) -> dict[str, Any]:
         """The state before the first step, created sharded: no device ever holds a whole sharded leaf.
@@ -152,13 +154,33 @@ class Trainer:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self._shapes, self.state_shardings
         )
 
+    def stored_state(self) -> dict[str, Any]:
+        """The part of `abstract_state` that a checkpoint stores as arrays: guards keep theirs with the data position,
+        so a run may resume with other guards."""
+        return {name: part for name, part in self.abstract_state().items() if name != "guard"}
+
+    def with_guard(self, state: dict[str, Any], statistics: dict[str, np.ndarray] | None) -> dict[str, Any]:
+        """A restored state with the saved statistics of its guards, if they look for spikes; None = fresh ones."""
+        if "guard" not in self.state_shardings:
+            return state
+        found = guards.fresh(self.experiment.guard)["guard"] if statistics is None else statistics
+        return state | {"guard": jax.device_put(found, self.state_shardings["guard"])}
+
+    @cached_property
+    def advance(self) -> Callable:
+        """advance(state["step"]): the step after one whose batch is dropped."""
+        return jax.jit(lambda step: step + 1, out_shardings=self.state_shardings["step"])
+
     @cached_property
     def _shapes(self) -> dict[str, Any]:
         return jax.eval_shape(self._fresh_state)
 
     @cached_property
     def train_step(self) -> Callable:
-        """step(state, batch) -> (state, {"loss", "aux_loss", "grad_norm", "learning_rate"}); the state is donated."""
+        """step(state, batch) -> (state, {"loss", "aux_loss", "grad_norm", "learning_rate"}); the state is donated.
+
+        Guards that decide in the step add "verdict" (`guards.settle`).
+        """
         strategy = train_step.STRATEGIES[self.experiment.parallel.strategy]
         return strategy(self.experiment, self.make_loss, self.tx, self.mesh, self.specs)
 

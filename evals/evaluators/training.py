@@ -34,6 +34,8 @@ def _values(history: list[dict[str, Any]]) -> dict[str, Any]:
         return [row[key] for row in history if key in row]
 
     losses, added, rates, first = (of(k) for k in ("loss", "aux_loss", "tokens_per_second", "seconds_to_first_step"))
+    losses = [loss for loss in losses if isinstance(loss, float)]  # a text where it is not finite
+    blocked = of("save_blocked_seconds")
     validated = [
         (row["validation_loss"], row["step"]) for row in history if isinstance(row.get("validation_loss"), float)
     ]
@@ -46,7 +48,22 @@ def _values(history: list[dict[str, Any]]) -> dict[str, Any]:
         "best_validation_step": best[1],
         "tokens_per_second_median": float(np.median(rates)) if rates else None,
         "seconds_to_first_step": first[0] if first else None,
+        "save_blocked_seconds_median": float(np.median(blocked)) if blocked else None,
+        "skipped_steps": sum(len(steps) for steps in skipped(history).values()) or None,
     }
+
+
+def skipped(history: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """{reason: steps} of the steps that changed nothing (`train.guards`)."""
+    found: dict[str, list[int]] = {}
+    for row in history:
+        for key in (key for key in row if key.startswith("skipped_")):
+            found.setdefault(key.removeprefix("skipped_").replace("_", " "), []).append(row["step"])
+    return found
+
+
+def _listed(steps: list[int], most: int = 20) -> str:
+    return ", ".join(map(str, steps[:most])) + (f" and {len(steps) - most} more" if len(steps) > most else "")
 
 
 def series(history: list[dict[str, Any]], key: str, scale: float = 1.0) -> tuple[list[int], list[float]]:
@@ -91,6 +108,7 @@ def _losses(context: Context, values: dict[str, Any]) -> Figure | None:
         "rows than this evaluation. Speed leaves out evaluations and saves."
     )
     rows = [(name.replace("_", " "), number(value)) for name, value in values.items() if value is not None]
+    rows += [(f"skipped: {reason}", f"steps {_listed(steps)}") for reason, steps in skipped(context.history).items()]
     png = plots.training(context.title("Training"), drawn, context.step)
     return Figure("training", "Training", caption, png, Table((), rows))
 

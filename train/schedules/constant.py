@@ -1,7 +1,6 @@
 """A constant learning rate."""
 
 import dataclasses
-import math
 
 import optax
 
@@ -15,6 +14,3 @@ class ConstantConfig(ScheduleConfig):
 
     def after_warmup(self, peak: float, steps: int, warmup: int) -> optax.Schedule:
         return optax.constant_schedule(peak)
-
-    def decay_start(self, steps: int) -> float:
-        return math.inf

@@ -23,9 +23,6 @@ class WSDConfig(ScheduleConfig):
             raise UserError(f"optimizer.schedule.decay_fraction={self.decay_fraction} must lie between 0 and 1.")
 
     def after_warmup(self, peak: float, steps: int, warmup: int) -> optax.Schedule:
-        stable = self.decay_start(steps) - warmup
+        stable = max(steps - round(self.decay_fraction * steps), warmup) - warmup
         decay = optax.linear_schedule(peak, peak * self.final_fraction, max(steps - warmup - stable, 1))
         return optax.join_schedules([optax.constant_schedule(peak), decay], [stable])
-
-    def decay_start(self, steps: int) -> int:
-        return max(steps - round(self.decay_fraction * steps), min(self.warmup_steps, steps))

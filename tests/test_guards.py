@@ -1,0 +1,210 @@
+"""Guards: a bad step changes nothing, and the loop skips it, goes back, or ends."""
+
+import dataclasses
+import json
+import time
+
+import jax
+import pytest
+from etils import epath
+
+from engrax.errors import Diverged, UserError
+from engrax.flags import override
+from engrax.tests.experiments import tiny
+from engrax.tests.faults import FAULTS, GUARD, Faulty, Rows, experiment, identity_of, same
+from engrax.train import CheckpointConfig, GuardConfig, guards, metrics
+from engrax.train.checkpoint import Checkpoints
+from engrax.train.distributed import StopSignal
+from engrax.train.loop import Loop, _restore
+from engrax.train.watchdog import HUNG, Watchdog
+
+VERDICTS = {"forward": "not_finite", "gradient": "not_finite", "memory": "memory_not_finite", "spike": "gradient_spike"}
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    """One compiled step for all tests here: skip and rewind have the same."""
+    trainer = Faulty(experiment())
+    trainer.__dict__["begin"] = jax.device_get(trainer.init_state())
+    assert trainer.train_step and trainer.advance
+    return trainer
+
+
+def test_a_bad_step_is_the_identity(trainer):
+    """To the bit: parameters, moments, counts, memory and statistics stay; what follows is as if it had not been."""
+    for fault, found in identity_of(trainer, FAULTS).items():
+        assert guards.VERDICTS[found["verdict"]] == VERDICTS[fault]
+        moved, before = found["moved"], found["before"]
+        assert set(moved) == {"params", "opt_state", "step", "memory", "guard"}
+        assert moved["step"] == before["step"] + 1
+        assert same(moved | {"step": 0}, before | {"step": 0}), fault
+        assert same(found["end"], found["wanted"]), fault
+        assert not same(found["end"]["params"], before["params"])
+
+
+DEEP = """
+import dataclasses
+from engrax.tests.faults import Faulty, experiment, identity_of, same
+from engrax.train import ParallelConfig
+for strategy in ("pjit", "pmap"):
+    faults = ("forward", "gradient", "spike") + (("memory",) if strategy == "pjit" else ())
+    parallel = ParallelConfig(strategy=strategy, data=2, fsdp=4, zero=3)
+    trainer = Faulty(experiment(parallel=parallel, carry_memory=strategy == "pjit"))
+    for fault, found in identity_of(trainer, faults).items():
+        kept = same(found["moved"] | {"step": 0}, found["before"] | {"step": 0})
+        print(strategy, fault, found["verdict"], kept, same(found["end"], found["wanted"]))
+"""
+
+
+@pytest.mark.deep
+def test_sharded_over_devices_all_decide_alike(run_python):
+    """ZeRO 3 on 8 devices, with the fault in one device's row."""
+    lines = run_python(DEEP, devices=8).split("\n")[:-1]
+    assert len(lines) == 7 and all(line.endswith("True True") for line in lines), lines
+
+
+def run(trainer, folder, faults, *, steps=10, **fields):
+    """Trains up to a step in `folder`, from its newest checkpoint. Returns (final state, rows by step, loop)."""
+    every = fields.pop("every", 4)
+    guard = dataclasses.replace(GUARD, **fields)
+    settings = experiment(guard=guard, steps=steps, checkpoint=CheckpointConfig(every=every, keep_last=9))
+    own = Faulty(settings)
+    parts = {name: part for name, part in vars(trainer).items() if name not in ("experiment", "devices")}
+    own.__dict__.update(parts, validate=lambda *_: {"validation_loss": 1.0}, diagnose=lambda _: {})
+    data, checkpoints = guards.Guarded(Rows(faults), guard), Checkpoints(folder, settings.checkpoint)
+    saved = max(checkpoints.steps(), default=0)
+    state = _restore(own, checkpoints, data, saved) if saved else jax.device_put(trainer.begin, own.state_shardings)
+    clock = metrics.Clock()
+    bar = metrics.Progress(saved, steps, 1, clock, active=False)
+    writer = metrics.MetricsWriter(epath.Path(folder), settings.log, resumed_at=saved, settings={})
+    loop = Loop(own, checkpoints, writer, bar, clock, Watchdog(0, writer.path), guards.FlatLoss(settings), saved=saved)
+    try:
+        with StopSignal() as stop:
+            _, state = loop.run(state, data, saved, stop)
+    finally:
+        checkpoints.close()
+    return jax.device_get(state), {row["step"]: row for row in metrics.read(folder)}, loop
+
+
+@pytest.fixture(scope="module")
+def without(trainer, tmp_path_factory):
+    """The final state of the run that drops the batches of some steps unseen."""
+    found = {}
+
+    def without(*steps):
+        if steps not in found:
+            folder = tmp_path_factory.mktemp("without")
+            found[steps] = run(trainer, folder, {}, skip_batches=steps, every=0)[0]
+        return found[steps]
+
+    return without
+
+
+def test_skipped_steps_are_logged_and_the_rest_is_as_without_them(trainer, tmp_path, without):
+    state, rows, loop = run(trainer, tmp_path, {6: "spike", 7: "forward"})
+    assert same(state, without(6, 7)) and int(state["step"]) == 10
+    assert sorted(rows) == list(range(1, 11))
+    assert rows[6]["skipped_gradient_spike"] == 1.0 and rows[7]["skipped_not_finite"] == 1.0
+    assert rows[7]["loss"] == "nan" and not [k for n in (5, 8) for k in rows[n] if k.startswith("skipped")]
+    assert loop.bar.shown["skipped"] == "2" and rows[5]["save_blocked_seconds"] > 0
+    assert "save_blocked_seconds" not in rows[4]
+
+
+def test_a_run_goes_back_and_on_without_the_batches(trainer, tmp_path, without, capsys):
+    """From step 7 to the checkpoint of step 4, not to that of step 6, which has learnt from a dropped batch."""
+    state, rows, _ = run(trainer, tmp_path, {7: "spike"}, action="rewind", drop=2, every=2)
+    assert same(state, without(6, 7)) and sorted(rows) == list(range(1, 11))
+    assert rows[6]["skipped_before_bad"] == 1.0 and "loss" not in rows[6]
+    assert rows[7]["skipped_gradient_spike"] == 1.0 and rows[7]["grad_norm"] > 100
+    told = capsys.readouterr().err
+    assert "the gradient norm of step 7" in told and "back to step 4, without the batches of steps 6 to 7" in told
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep_last=9))
+    checkpoints.delete_after(6)  # as if it had been killed there: what is dropped is known
+    checkpoints.close()
+    assert same(run(trainer, tmp_path, {7: "spike"}, action="rewind", drop=2, every=2)[0], without(6, 7))
+
+
+def test_what_a_bad_step_ends(trainer, tmp_path):
+    """By choice, after too many in a row, or with no checkpoint to go back to; another try passes the batch."""
+    with pytest.raises(
+        Diverged, match="loss or the gradient of step 6 is not finite; the checkpoint of step 4 is sound"
+    ):
+        run(trainer, tmp_path / "a", {6: "gradient"}, action="abort")
+    with pytest.raises(Diverged, match="step 6 .*Resume with --guard.skip-batches 5 6 to go past this batch"):
+        run(trainer, tmp_path / "a", {6: "gradient"}, action="abort", skip_batches=(5,))
+    assert int(run(trainer, tmp_path / "a", {6: "gradient"}, action="abort", skip_batches=(6,))[0]["step"]) == 10
+    faults = dict.fromkeys((5, 6, 7), "forward")
+    with pytest.raises(Diverged, match="step 7 is not finite, after 2 bad steps in a row, as many as guard.limit"):
+        run(trainer, tmp_path / "b", faults)
+    with pytest.raises(Diverged, match="step 3 is not finite, and no checkpoint from before step 3 is left"):
+        run(trainer, tmp_path / "c", {3: "forward"}, action="rewind")
+
+
+def test_statistics_survive_a_resume(trainer, tmp_path):
+    """A run that stops at step 8 and goes on has the state of one that does not, guards included."""
+    whole, _, _ = run(trainer, tmp_path / "whole", {6: "spike"})
+    run(trainer, tmp_path / "parts", {6: "spike"}, steps=8)
+    parts, _, loop = run(trainer, tmp_path / "parts", {6: "spike"})
+    assert same(whole, parts) and int(whole["guard"]["steps"]) == 9
+    assert loop.bar.shown["skipped"] == "1"
+
+
+def test_the_position_travels_as_json():
+    data = guards.Guarded(Rows(step=4), GUARD)
+    data.bad[3] = {"loss": float("nan"), "skipped_not_finite": 1.0}
+    position = json.loads(json.dumps(data.get_state(), allow_nan=False))
+    again = guards.Guarded(Rows(), GUARD)
+    again.set_state(position)
+    assert again.data.step == 4 and list(again.bad) == [3] and again.get_state() == position
+    plain = guards.Guarded(Rows(step=4), GuardConfig())
+    assert plain.get_state() == {"step": 4}, "without guards the position is the data's alone"
+
+
+def test_a_flat_loss_is_told_once():
+    flat = guards.FlatLoss(tiny())  # 32 tokens, 3.466 nats; a warmup of 2 steps
+    told = [flat.seen(step, 3.5) for step in range(1, 2 * guards.FLAT + 3)]
+    assert [n + 1 for n, text in enumerate(told) if text] == [guards.FLAT + 2]
+    assert "above 3.466, that of a uniform guess among 32 tokens" in told[guards.FLAT + 1]
+    flat = guards.FlatLoss(tiny())
+    assert not any(flat.seen(step, 3.4 if step % 90 == 0 else 3.5) for step in range(1, 300))
+
+
+def test_guards_are_flags_that_a_resume_may_change(tmp_path):
+    from engrax.train import runs
+
+    changed = override(tiny(), ["--guard.action", "skip", "--guard.skip-batches", "7", "9"], "train")
+    assert changed.guard == GuardConfig(action="skip", skip_batches=(7, 9))
+    runs.refuse_differences(tiny(), changed, 4, tmp_path)
+    for field, told in (({"skip_batches": (0,)}, "count from 1"), ({"limit": 0}, "guard.limit=0")):
+        with pytest.raises(UserError, match=told):
+            GuardConfig(**field)
+    with pytest.raises(UserError, match="goes back to a checkpoint"):
+        tiny(guard=GuardConfig(action="rewind"), checkpoint=CheckpointConfig(every=0))
+
+
+HANG = """
+import sys, time
+from etils import epath
+from engrax.train.watchdog import Watchdog
+def hang():
+    time.sleep(60)
+with Watchdog(0.4, epath.Path("stacks.txt")) as dog:
+    time.sleep(0.6)  # nothing is watched yet
+    dog.alive()
+    with dog.paused():
+        time.sleep(0.6)
+    for _ in range(6):
+        time.sleep(0.1)
+        dog.alive()
+    print("steps done", flush=True)
+    hang()
+"""
+
+
+def test_a_step_that_hangs_ends_the_process(run_python, tmp_path):
+    began = time.monotonic()
+    assert run_python(HANG, devices=1, returncode=HUNG) == "steps done\n"
+    assert time.monotonic() - began < 50
+    for stacks in ((tmp_path / "stacks.txt").read_text(), run_python.last.stderr):
+        assert "in hang" in stacks and "engrax-watchdog" in stacks or "Thread" in stacks
+    assert "no step has ended for 0.4 s" in run_python.last.stderr.splitlines()[-1]
