@@ -1,5 +1,6 @@
 """Files that others may have written: their content is checked, and their names never lead outside their folder."""
 
+import errno
 import json
 import math
 import os
@@ -134,3 +135,14 @@ def write_atomically(path: Any, text: str) -> None:
     else:
         temporary.write_text(text)
     temporary.replace(path)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a full disk or quota is the error or among its causes. Libraries may pass on its text alone."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -26,10 +26,10 @@ import jax
 from etils import epath
 
 from engrax.errors import Diverged, UserError
-from engrax.files import expect, read_json, refuse_links, short, write_atomically
+from engrax.files import expect, read_json, refuse_links, write_atomically
 from engrax.train import experiment as experiments
-from engrax.train import metrics, run_lock, runs
-from engrax.train.checkpoint import Checkpoints, first_line
+from engrax.train import metrics, resume, run_lock, runs
+from engrax.train.checkpoint import Checkpoints
 from engrax.train.distributed import StopSignal
 from engrax.train.experiment import Experiment
 from engrax.train.fit import refuse_what_does_not_fit
@@ -69,7 +69,8 @@ def train(
     trainer = check(experiment, run_dir)
     experiment = trainer.experiment
     trainer.check_validation()
-    saved = _latest_step(run_dir)
+    earlier = resume.find(run_dir)
+    saved = earlier.step
     # Errors are raised before anything is written.
     begins_at, params = (None, None) if saved else _earlier_params(trainer, run_dir)
     with contextlib.ExitStack() as stack:
@@ -85,16 +86,19 @@ def train(
                 refuse_leaks(trainer, state["params"], first, source)
             if main:
                 stack.enter_context(run_lock.held(run_dir))
-                if _latest_step(run_dir) != saved:
+                if Checkpoints(run_dir).steps() != earlier.steps:
                     raise UserError(f"another process has trained {run_dir} in the meantime; start again.")
 
         run = runs.prepare(run_dir, experiment, saved, source, before_writing=begin)
+        digest = run.environment["data_digest"]
+        if saved:
+            state, saved = earlier.restore(trainer.abstract_state(), data, digest)
+            if main:
+                earlier.checkpoints.put_aside()
         checkpoints = Checkpoints(run.directory, experiment.checkpoint)
         stack.callback(checkpoints.close)  # waits for the save in progress
         if main and begins_at is not None:
             write_atomically(run.directory / BEGINS_AT, json.dumps({"step": begins_at}) + "\n")
-        if saved:
-            state = _restore(trainer, checkpoints, data, saved)
         for warning in experiment.data.warnings() if main else ():
             _warn(warning)
         if main and programs:
@@ -109,7 +113,8 @@ def train(
         tokens = experiment.batch_size * experiment.data.seq_len
         bar = metrics.Progress(saved, experiment.steps, tokens, clock, active=main and progress)
         stack.callback(bar.close)
-        loop = Loop(trainer, checkpoints, writer, bar, clock, saved=saved)
+        ours = run_lock.Mark(run.directory / "config.json") if main else None
+        loop = Loop(trainer, checkpoints, writer, bar, clock, saved=saved, data_digest=digest, ours=ours)
         with jax.set_mesh(trainer.mesh), StopSignal() as stop:
             step, state = loop.run(state, data, saved, stop, first)
             loop.save(step, state, data)
@@ -147,6 +152,8 @@ class Loop:
     latest: dict[str, float] = dataclasses.field(default_factory=dict)
     validated: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
     saved: int = 0
+    data_digest: str | None = None  # of the training data
+    ours: run_lock.Mark | None = None  # in the process that writes: the run folder's config.json
     _window: tuple[int, float] | None = None  # (step, seconds) of the last logged step, for tokens per second
 
     def run(self, state: Any, data: Any, start: int, stop: StopSignal, first: Any = None) -> tuple[int, Any]:
@@ -207,6 +214,8 @@ class Loop:
                     (step - before) * experiment.batch_size * experiment.data.seq_len / (now - then)
                 )
                 self._window = (step, now)
+            if self.ours is not None:
+                self.ours.check(step)
             self.writer.write(step, row | validated)
 
     def validate(self, step: int, state: Any) -> None:
@@ -219,8 +228,10 @@ class Loop:
     def save(self, step: int, state: Any, data: Any) -> None:
         """Saves the state after `step`, once."""
         if step != self.saved and step > 0:
+            if self.ours is not None:
+                self.ours.check(step)
             loss = {k: v for k, v in self.validated.get(step, {}).items() if k == "validation_loss"}
-            self.checkpoints.save(step, state, data.get_state(), loss or None)
+            self.checkpoints.save(step, state, resume.position(data, self.data_digest), loss or None)
             self.saved = step
 
 
@@ -232,39 +243,6 @@ def _warn(sentence: str) -> None:
 
 def _due(step: int, every: int, last: int) -> bool:
     return bool(every and step % every == 0) or step == last
-
-
-def _latest_step(run_dir: epath.Path) -> int:
-    """The newest checkpoint's step, 0 without a checkpoint."""
-    if not (run_dir / "checkpoints").exists():
-        return 0
-    checkpoints = Checkpoints(run_dir)
-    steps = checkpoints.steps()
-    checkpoints.close()
-    return steps[-1] if steps else 0
-
-
-def _restore(trainer: Trainer, checkpoints: Checkpoints, data: Any, saved: int) -> Any:
-    """The state of the newest checkpoint. Moves the data to its position."""
-    state, position = checkpoints.restore(trainer.abstract_state(), saved)
-    try:
-        _refuse_senseless(position)
-        data.set_state(position)
-    except Exception as error:
-        raise UserError(
-            f"the position in the data of checkpoint {saved} in {checkpoints.directory} makes no sense "
-            f"({first_line(error)}); delete that checkpoint to go on from an earlier one."
-        ) from error
-    return state
-
-
-def _refuse_senseless(position: Any) -> None:
-    """Raises ValueError if a number in a data position is not a valid count."""
-    if isinstance(position, (dict, list)):
-        for part in position.values() if isinstance(position, dict) else position:
-            _refuse_senseless(part)
-    elif isinstance(position, (int, float)) and not 0 <= position < 1 << 53:
-        raise ValueError(f"{short(position)} is no position")
 
 
 def _earlier_params(trainer: Trainer, run_dir: epath.Path) -> tuple[int | None, Any]:
@@ -281,12 +259,10 @@ def _earlier_params(trainer: Trainer, run_dir: epath.Path) -> tuple[int | None, 
     begun = run_dir / BEGINS_AT
     refuse_links(directory)
     at = expect(read_json(begun).get("step"), int, f"{begun}: step") if begun.exists() else None
-    earlier = Checkpoints(directory)
+    earlier, like = Checkpoints(directory), trainer.abstract_state()["params"]
     try:
-        step = earlier.resolve(at)
-        return step, earlier.restore_params(trainer.abstract_state()["params"], step)
+        params, step = earlier.read(at, lambda step: earlier.restore_params(like, step))
+        return step, params
     except UserError as error:
         hint = f" This run started from it ({begun}); start again in another --run-dir." if begun.exists() else ""
         raise UserError(f"start_from={given}: {error}{hint}") from None
-    finally:
-        earlier.close()
