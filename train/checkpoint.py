@@ -244,16 +244,20 @@ class Checkpoints:
         return unflatten(self._read(ocp.PyTreeCheckpointHandler(), args, step), {"params": like})["params"]
 
     def _read(self, handler: Any, args: Any, step: int) -> Any:
-        import orbax.checkpoint as ocp
-
         with _quiet():
             try:
-                with ocp.Checkpointer(handler) as checkpointer:
-                    return checkpointer.restore(self.directory / str(step) / "state", args=args)
+                return self._restored(handler, args, step)
             except Exception as error:  # of many types, by what is damaged
                 reason = first_line(error)
+            del handler, args
             gc.collect()  # collects interrupted reads while their messages are silenced
         raise self.unsound(step, reason)
+
+    def _restored(self, handler: Any, args: Any, step: int) -> Any:
+        import orbax.checkpoint as ocp
+
+        with ocp.Checkpointer(handler) as checkpointer:
+            return checkpointer.restore(self.directory / str(step) / "state", args=args)
 
     def _check(self, wanted: dict[str, Any], step: int) -> None:
         """Raises UserError if the checkpoint is damaged, or an array is missing, has another shape or type, or has

@@ -51,11 +51,11 @@ def is_sealed(folder: epath.Path) -> bool:
         return False
 
 
-def unsound(folder: epath.Path, only: str = "") -> str | None:
+def unsound(folder: epath.Path, only: str = "", *, alone: bool = False) -> str | None:
     """What is wrong with a sealed folder, beginning with the file's name; None if all is well, or if it is not sealed.
 
     `only`: a part of the folder, whose files alone are read. Several processes share the reading and return the same,
-    so all must call it.
+    so all must call it, unless one does it `alone`.
     """
     if not is_sealed(folder):
         return None
@@ -69,11 +69,12 @@ def unsound(folder: epath.Path, only: str = "") -> str | None:
     if extra := sorted(present - wanted.keys() - set(WRITTEN_LAST)):
         return f"{extra[0]} does not belong to it"
     names = sorted(name for name in wanted if name.startswith(only))
-    mine = range(jax.process_index(), len(names), jax.process_count())
+    index, count = (0, 1) if alone else (jax.process_index(), jax.process_count())
+    mine = range(index, len(names), count)
     with ThreadPoolExecutor(_THREADS) as pool:
         bad = [i for i, reason in zip(mine, pool.map(lambda i: _differs(folder, names[i], wanted), mine)) if reason]
     first = min(bad, default=len(names))
-    if jax.process_count() > 1:
+    if count > 1:
         first = int(np.min(multihost_utils.process_allgather(np.asarray(first))))
     return None if first == len(names) else _differs(folder, names[first], wanted) or f"{names[first]} was misread"
 

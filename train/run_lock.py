@@ -36,8 +36,12 @@ def held(directory: Any) -> Iterator[None]:
             if path.exists():
                 print(f"taking over {directory} from process {_ended(path)}, which has ended", file=sys.stderr)
                 path.unlink()
-            with open(path, "x") as file:
-                json.dump(mine, file)
+            try:
+                with open(path, "x") as file:
+                    json.dump(mine, file)
+            except FileExistsError:  # a process of another host was faster
+                refuse_other(directory)
+                raise UserError(f"another process has just begun to write {directory}; try again.") from None
     try:
         yield
     finally:
@@ -53,7 +57,8 @@ def _alone(directory: Any) -> Iterator[None]:
     """Waits until no other process of this host is in this block. The system lets go of it when a process ends."""
     handle = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without such locks: the exclusive creation remains
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

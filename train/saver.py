@@ -157,7 +157,7 @@ class Saver:
         for step in steps:
             folder = self.directory / str(step)
             try:
-                if integrity.unsound(folder, "metrics/"):
+                if integrity.unsound(folder, "metrics/", alone=True):
                     kept.add(step)
                 elif (loss := validation_loss(folder)) is not None:
                     losses[step] = loss
