@@ -112,9 +112,16 @@ def refuse_links(folder: Any) -> None:
         return
     waiting = [str(folder)]
     while waiting:
-        with os.scandir(waiting.pop()) as entries:
+        try:
+            entries = os.scandir(waiting.pop())
+        except FileNotFoundError:  # a training beside this process removes old checkpoints
+            continue
+        with entries:
             for entry in entries:
-                mode = entry.stat(follow_symlinks=False).st_mode
+                try:
+                    mode = entry.stat(follow_symlinks=False).st_mode
+                except FileNotFoundError:
+                    continue
                 if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                     what = "symbolic link" if stat.S_ISLNK(mode) else "special file"
                     raise UserError(f"{entry.path} is a {what}, which engrax does not follow; put a copy in its place.")

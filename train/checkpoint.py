@@ -9,6 +9,7 @@ import contextlib
 import functools
 import gc
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -311,12 +312,13 @@ class Checkpoints:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps tracebacks off stderr for reads that another read's failure interrupted. The failure itself is raised."""
-    old = sys.excepthook, sys.unraisablehook
-    sys.excepthook, sys.unraisablehook = (lambda *_: None), (lambda _: None)
+    tasks = logging.getLogger("asyncio")
+    old = sys.excepthook, sys.unraisablehook, tasks.disabled
+    sys.excepthook, sys.unraisablehook, tasks.disabled = (lambda *_: None), (lambda _: None), True
     try:
         yield
     finally:
-        sys.excepthook, sys.unraisablehook = old
+        sys.excepthook, sys.unraisablehook, tasks.disabled = old
 
 
 @functools.cache
