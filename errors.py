@@ -22,6 +22,16 @@ class Diverged(UserError):
     """The loss or gradient of a training became non-finite."""
 
 
+class DamagedCheckpoint(UserError):
+    """A checkpoint does not hold what was saved.
+
+    Attributes:
+      reason: what is wrong, beginning with the file's name.
+    """
+
+    reason = ""
+
+
 def require_at_least(group: str, config: Any, **bounds: float) -> None:
     """Raises UserError for the first field of `config` below its bound; `group` is the config's own field name."""
     for name, bound in bounds.items():

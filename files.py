@@ -1,5 +1,6 @@
 """Files that others may have written: their content is checked, and their names never lead outside their folder."""
 
+import errno
 import json
 import math
 import os
@@ -111,9 +112,16 @@ def refuse_links(folder: Any) -> None:
         return
     waiting = [str(folder)]
     while waiting:
-        with os.scandir(waiting.pop()) as entries:
+        try:
+            entries = os.scandir(waiting.pop())
+        except FileNotFoundError:  # a training beside this process removes old checkpoints
+            continue
+        with entries:
             for entry in entries:
-                mode = entry.stat(follow_symlinks=False).st_mode
+                try:
+                    mode = entry.stat(follow_symlinks=False).st_mode
+                except FileNotFoundError:
+                    continue
                 if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                     what = "symbolic link" if stat.S_ISLNK(mode) else "special file"
                     raise UserError(f"{entry.path} is a {what}, which engrax does not follow; put a copy in its place.")
@@ -134,3 +142,14 @@ def write_atomically(path: Any, text: str) -> None:
     else:
         temporary.write_text(text)
     temporary.replace(path)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a full disk or quota is the error or among its causes. Libraries may pass on its text alone."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

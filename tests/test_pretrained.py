@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 
 import jax
@@ -61,7 +62,12 @@ def test_export_writes_the_same_tensors(checkpoint, tmp_path, name, dtype):
     (folder / "tokenizer.json").write_text("{}")
     imported.export(imported.load(folder), tmp_path / "out", like=folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {file.name for file in folder.iterdir()}
+    names = {file.name for file in folder.iterdir()}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names | {"SHA256SUMS"}
+    sums = (line.split("  ") for line in (tmp_path / "out" / "SHA256SUMS").read_text().splitlines())
+    assert {(hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest(), name) for name in names} == set(
+        map(tuple, sums)
+    )
     for file in {*index.values(), "model.safetensors.index.json"}:
         # The same program wrote both, so that equal names, dtypes, shapes and bytes are an equal file.
         assert (tmp_path / "out" / file).read_bytes() == (folder / file).read_bytes(), file

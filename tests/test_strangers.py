@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+from etils import epath
 
 import engrax
 from engrax import cli, files, plugins
@@ -18,7 +19,8 @@ from engrax.registry import KINDS
 from engrax.tests import run_folders
 from engrax.tests.experiments import tiny
 from engrax.train import experiment as experiments
-from engrax.train import loop, metrics, run_lock, run_sources, runs
+from engrax.train import integrity, loop, metrics, run_lock, run_sources, runs
+from engrax.train import resume as resume_
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.trainer import Trainer
 
@@ -259,19 +261,24 @@ def test_damaged_files_of_a_run_are_named_in_one_sentence(copied, trainer):
     experiment = runs.open_run(run).experiment
 
     def resume():
-        checkpoints, data = Checkpoints(run), trainer.loader("train")
+        sealed()
+        data = trainer.loader("train")
         try:
-            loop._restore(trainer, checkpoints, data, 4)
+            resume_.find(epath.Path(run)).restore(trainer.abstract_state(), data, None)
             next(data)
         finally:
             data.close()
-            checkpoints.close()
+
+    def sealed():
+        """The run folder of someone who also wrote the digests."""
+        integrity.seal(epath.Path(run / "checkpoints" / "4"))
+        return Checkpoints(run)
 
     wrong = fuzz(run / "config.json", lambda: runs.open_run(run), 2)
     wrong += fuzz(run / "environment.json", lambda: runs.open_run(run), 1)
     wrong += fuzz(run / "metrics.jsonl", lambda: metrics.read(run), None)
     wrong += fuzz(run / "source" / "manifest.json", lambda: runs.open_run(run), None)
-    wrong += fuzz(run / "checkpoints" / "4" / "metrics" / "metrics", lambda: Checkpoints(run).resolve("best"), 6)
+    wrong += fuzz(run / "checkpoints" / "4" / "metrics" / "metrics", lambda: sealed().resolve("best"), 6)
     wrong += fuzz(run / "checkpoints" / "4" / "data" / "metadata", resume, 5)
     lock = run / "lock.json"
     lock.write_text(json.dumps({"host": "elsewhere", "process": 3, "started": 5}))
@@ -342,9 +349,11 @@ def test_a_chunk_larger_than_its_array_is_refused_before_it_is_read(copied):
     entry = json.loads(store.read(name).result().value)
     for chunks, told in (([1 << 22, 1 << 22], "chunks of"), ([], "chunks of"), ("x", "no readable metadata")):
         store.write(name, json.dumps(entry | {"chunks": chunks}).encode()).result()
+        integrity.seal(epath.Path(state.parent))
         with pytest.raises(UserError, match=f"is damaged .*{told}"):
             engrax.load(copied / "run")
     store.write(name, json.dumps(entry | {"shape": [1 << 40, 1 << 40]}).encode()).result()
+    integrity.seal(epath.Path(state.parent))
     with pytest.raises(UserError, match="belongs to another config"):
         engrax.load(copied / "run")
 

@@ -168,17 +168,24 @@ def test_a_checkpoint_of_another_shape_names_the_parameter(finished):
         Checkpoints(result.run_dir).restore(wider.abstract_state(), 8)
 
 
-def test_a_damaged_checkpoint_is_told(finished, tmp_path):
+def test_a_damaged_checkpoint_is_put_aside_and_the_run_ends_the_same(finished, tmp_path, capsys):
     import shutil
 
     result, experiment = finished
     run_dir = tmp_path / "run"
     shutil.copytree(result.run_dir, run_dir)
-    for path in (run_dir / "checkpoints" / "8" / "state").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"")
-    with pytest.raises(UserError, match="checkpoints/8 is damaged .*delete it to go on from step 4"):
-        train(experiment, run_dir, progress=False)
+    largest = max((run_dir / "checkpoints" / "8" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    assert train(experiment, run_dir, progress=False).finished
+    told = capsys.readouterr().err
+    assert told.count("is damaged") == 1 and f"{largest.name} differs from its digest" in told and "step 4" in told
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"4", "8", "8.damaged"}
+    like = Trainer(experiment).abstract_state()
+    a, b = (Checkpoints(folder).restore(like, 8)[0] for folder in (result.run_dir, run_dir))
+    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_reading_a_run_leaves_a_save_under_way_alone(finished):

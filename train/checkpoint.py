@@ -1,4 +1,4 @@
-"""Checkpoints through Orbax: asynchronous, atomic, sharded; the one file that knows Orbax.
+"""Checkpoints through Orbax: verified, sharded; with `saver` the only file that knows Orbax.
 
 A checkpoint of step k holds the parameters, the optimizer state and the step after k updates, and the position in the
 data after batch k. Arrays are stored under flat dotted names ("params.blocks.0.mixer.qkv.kernel"), so the file's
@@ -6,21 +6,28 @@ layout does not depend on Flax or optax classes, and arrays can be restored to a
 """
 
 import contextlib
+import functools
 import gc
 import json
+import logging
 import math
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from etils import epath
 from flax import nnx
 
-from engrax.errors import UserError
-from engrax.files import short
+from engrax.errors import DamagedCheckpoint, UserError
+from engrax.files import read_json, short
+from engrax.train import integrity
 from engrax.train.experiment import CheckpointConfig
+from engrax.train.saver import Saver, first_line, steps_in, validation_loss
+
+T = TypeVar("T")
+ATTEMPTS = 100  # checkpoints that a training may remove under a reader before the reader gives up
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -82,92 +89,150 @@ def _key(entry: Any) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder; `config` sets how many of the newest and best are kept.
+    """The checkpoints of one run folder, written with a `config`, else only read.
 
-    Without a config they are only read, and a save in progress in another process is left alone.
+    Every restore verifies the digests of the checkpoint's files first (`integrity`).
     """
 
     def __init__(self, run_dir: epath.PathLike, config: CheckpointConfig | None = None):
-        import orbax.checkpoint as ocp
-        from absl import logging
-        from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
-
-        logging.set_verbosity(logging.ERROR)  # Orbax warns at every save without a validation loss
-        self._ocp = ocp
         self.directory = epath.Path(run_dir) / "checkpoints"
-        best = {"best_fn": _loss, "best_mode": "min"}
-        if config is None:
-            options = ocp.CheckpointManagerOptions(read_only=True, **best)
-        else:
-            policies = [keep.LatestN(max(config.keep_last, 1))]
-            if config.keep_best:
-                policies.append(
-                    keep.BestN(
-                        get_metric_fn=_loss, reverse=True, n=config.keep_best, keep_checkpoints_without_metrics=False
-                    )
-                )
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=keep.AnyPreservationPolicy(policies), cleanup_tmp_directories=True, **best
-            )
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"{self.directory} is a file, not a folder of checkpoints; restore the folder.")
-        with self._reading():
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Turns Orbax's errors for damaged files, of any type, into a UserError."""
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{self.directory} is damaged ({first_line(error)}); restore it.") from error
+        self.damaged: dict[int, str] = {}  # {step: what is wrong} of those that `read` skipped
+        self._sound: set[int] = set()
+        self._saver = None if config is None else Saver(self.directory, config)
 
     def save(self, step: int, state: Any, data_state: dict, metrics: dict[str, float] | None) -> None:
-        """Starts a save. Blocks only while arrays are copied to the host; a rename completes the write."""
-        args = self._ocp.args.Composite(
-            state=self._ocp.args.StandardSave(_not_empty(flatten(state))), data=self._ocp.args.JsonSave(data_state)
-        )
-        self._manager.save(step, args=args, metrics=metrics)
+        """Starts a save. Blocks only while arrays are copied to the host; a rename completes the write.
+
+        Raises UserError if the save before failed, Diverged if its state had a NaN.
+        """
+        self._saver.save(step, _not_empty(flatten(state)), data_state, metrics)
 
     def steps(self) -> list[int]:
-        """The steps that can be restored, ascending."""
-        return sorted(self._manager.all_steps())
+        """The steps of the complete checkpoints, ascending."""
+        return steps_in(self.directory)
 
     def resolve(self, step: int | str | None) -> int:
         """The step of the checkpoint None (newest), "best" or a number. Raises UserError if it does not exist."""
+        return self._candidates(step)[0]
+
+    def read(self, step: int | str | None, restore: Callable[[int], T], *, tell: bool = True) -> tuple[T, int]:
+        """(restore(step), step) of the newest checkpoint that is sound, or for "best" of the best.
+
+        `restore` may raise DamagedCheckpoint. Damaged checkpoints are skipped and noted in `damaged`; `tell`: also on
+        stderr. A checkpoint that the training removed meanwhile is gone: the next newest is read. Raises UserError if
+        none is sound, or if the one of a given step is not.
+        """
+        for _ in range(ATTEMPTS):
+            wanted = [s for s in self._candidates(step) if s not in self.damaged]
+            if not wanted:
+                break
+            try:
+                self.verify(wanted[0])
+                found = restore(wanted[0])
+            except UserError as error:
+                if not (self.directory / str(wanted[0])).exists():
+                    _say(f"checkpoint {wanted[0]} is gone: the training has removed it; the newest one is read")
+                elif isinstance(error, DamagedCheckpoint) and step in (None, "best"):
+                    self.damaged[wanted[0]] = error.reason
+                else:
+                    raise
+                continue
+            if tell:
+                for bad in self.damaged:
+                    _say(f"{self._told(bad)}; step {wanted[0]} is read instead")
+            return found, wanted[0]
+        told = "; ".join(self._told(bad) for bad in self.damaged) or "the training removes them too fast"
+        raise UserError(f"no checkpoint can be read: {told}; restore one, or train into another --run-dir.")
+
+    def _told(self, step: int) -> str:
+        return f"checkpoint {self.directory / str(step)} is damaged ({self.damaged[step]})"
+
+    def _candidates(self, step: int | str | None) -> list[int]:
+        """The steps for None (newest first), "best" (lowest validation loss first) or a number. Raises UserError if
+        there is none."""
         steps = self.steps()
         if not steps:
             raise UserError(f"{self.directory} holds no checkpoint; train the run first.")
         if step is None:
-            return steps[-1]
+            return steps[::-1]
         if step == "best":
-            with self._reading():
-                best = self._manager.best_step()
-            if best is None:
-                raise UserError(
-                    f"{self.directory} holds no checkpoint with a validation loss; name a step ({_listing(steps)})."
-                )
-            return best
+            return self._best(steps)
         if str(step) not in map(str, steps):
             raise UserError(
                 f"{self.directory} holds no checkpoint of step {short(step)} (there are: {_listing(steps)})."
             )
-        return int(step)
+        return [int(step)]
+
+    def _best(self, steps: list[int]) -> list[int]:
+        losses = {}
+        for step in steps:
+            folder = self.directory / str(step)
+            try:
+                if reason := integrity.unsound(folder, "metrics/"):
+                    self.damaged[step] = reason
+                elif (loss := validation_loss(folder)) is not None:
+                    losses[step] = loss
+            except OSError:
+                if folder.exists():
+                    raise
+        if not losses:
+            raise UserError(
+                f"{self.directory} holds no checkpoint with a validation loss; name a step ({_listing(steps)})."
+            )
+        return sorted(losses, key=lambda step: (losses[step], -step))
+
+    def verify(self, step: int) -> None:
+        """Raises DamagedCheckpoint if a file of the checkpoint is not what was written. All processes must call it."""
+        if step in self._sound:
+            return
+        folder = self.directory / str(step)
+        try:
+            reason = integrity.unsound(folder)
+            sealed = integrity.is_sealed(folder)
+        except OSError as error:
+            raise self.unsound(step, first_line(error)) from error
+        if reason:
+            raise self.unsound(step, reason)
+        if not sealed and folder.exists():
+            _say(f"checkpoint {folder} has no digests (an earlier engrax saved it), so it was not verified")
+        self._sound.add(step)
+
+    def unsound(self, step: int, reason: str) -> DamagedCheckpoint:
+        """The error that says what is wrong with a checkpoint."""
+        if not (self.directory / str(step)).exists():
+            reason = "it is gone: the training has removed it"
+        others = [s for s in self.steps() if s != step]
+        remedy = f"choose another step ({_listing(others)})" if others else "there is no other one"
+        error = DamagedCheckpoint(f"checkpoint {self.directory / str(step)} is damaged ({reason}); {remedy}.")
+        error.reason = reason
+        return error
+
+    def put_aside(self) -> None:
+        """Renames the damaged checkpoints: nothing reads them any more, and nothing is lost. For the writer alone."""
+        for step, reason in self.damaged.items():
+            target = self.directory / f"{step}.damaged"
+            while target.exists():
+                target = target.parent / f"{target.name}+"
+            print(f"checkpoint {self.directory / str(step)} is damaged ({reason}); it is now {target}", file=sys.stderr)
+            (self.directory / str(step)).rename(target)
 
     def restore(self, like: Any, step: int) -> tuple[Any, dict]:
         """(state, data position) of a step; `like` is a tree of ShapeDtypeStructs with shardings of any mesh.
 
-        Raises UserError naming the first parameter whose name or shape differs.
+        Raises UserError naming the first parameter whose name or shape differs, DamagedCheckpoint for a damaged file.
         """
+        import orbax.checkpoint as ocp
+
         wanted = _not_empty(flatten(like))
         self._check(wanted, step)
-        args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(wanted), data=self._ocp.args.JsonRestore())
-        found = self._read(self._manager, step, args)
-        if not isinstance(found["data"], dict):
-            raise self._damaged(step, f"its position in the data is {short(found['data'])}")
-        return unflatten(found["state"], like), found["data"]
+        found = self._read(ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(wanted), step)
+        try:
+            position = read_json(self.directory / str(step) / "data" / "metadata")
+        except UserError as error:
+            raise self.unsound(step, first_line(error)) from error
+        return unflatten(found, like), position
 
     def restore_params(self, like: Any, step: int) -> Any:
         """The parameters alone."""
@@ -175,33 +240,34 @@ class Checkpoints:
 
     def restore_parts(self, like: dict[str, Any], step: int) -> dict[str, Any]:
         """Parts of the state alone: {"params": ..., "opt_state": ...} for example."""
+        import orbax.checkpoint as ocp
+
         wanted = flatten(like)
         self._check(wanted, step)
-        ocp = self._ocp
-        args = ocp.args.PyTreeRestore(
-            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-        )
-        handlers, options = {"state": ocp.PyTreeCheckpointHandler()}, ocp.CheckpointManagerOptions(read_only=True)
-        with ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options) as manager:
-            found = self._read(manager, step, ocp.args.Composite(state=args))
-        return unflatten(found["state"], like)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+        return unflatten(self._read(ocp.PyTreeCheckpointHandler(), args, step), like)
 
-    def _read(self, manager: Any, step: int, args: Any) -> Any:
+    def _read(self, handler: Any, args: Any, step: int) -> Any:
         with _quiet():
             try:
-                return manager.restore(step, args=args)
+                return self._restored(handler, args, step)
             except Exception as error:  # of many types, by what is damaged
                 reason = first_line(error)
+            del handler, args
             gc.collect()  # collects interrupted reads while their messages are silenced
-        raise self._damaged(step, reason)
+        raise self.unsound(step, reason)
 
-    def _damaged(self, step: int, reason: str) -> UserError:
-        earlier = [s for s in self.steps() if s < step]
-        remedy = f"delete it to go on from step {earlier[-1]}" if earlier else "there is no earlier one"
-        return UserError(f"checkpoint {self.directory / str(step)} is damaged ({reason}); {remedy}.")
+    def _restored(self, handler: Any, args: Any, step: int) -> Any:
+        import orbax.checkpoint as ocp
+
+        with ocp.Checkpointer(handler) as checkpointer:
+            return checkpointer.restore(self.directory / str(step) / "state", args=args)
 
     def _check(self, wanted: dict[str, Any], step: int) -> None:
-        """Raises UserError if an array is missing, has another shape or type, or has chunks larger than itself."""
+        """Raises UserError if the checkpoint is damaged, or an array is missing, has another shape or type, or has
+        chunks larger than itself."""
+        self.verify(step)
         stored = self._stored(list(wanted), step)
         for name in sorted(wanted, key=lambda name: not name.startswith("params.")):
             leaf = wanted[name]
@@ -216,7 +282,7 @@ class Checkpoints:
                     f"the config wants {np.dtype(leaf.dtype)}{list(leaf.shape)}; it belongs to another config."
                 )
             if len(chunks) != len(shape) or any(part > max(size, 1) for part, size in zip(chunks, shape)):
-                raise self._damaged(step, f"{name} has the shape {list(shape)} and chunks of {short(chunks)}")
+                raise self.unsound(step, f"{name} has the shape {list(shape)} and chunks of {short(chunks)}")
 
     def _stored(self, names: list[str], step: int) -> dict[str, tuple[list[int], np.dtype, list[int]] | None]:
         """{name: (shape, dtype, chunk shape)} from each array's own file, None without one. No values are read. Orbax
@@ -235,43 +301,42 @@ class Checkpoints:
                 for name, entry in found.items()
             }
         except Exception as error:  # of many types, by what is damaged
-            raise self._damaged(step, f"no readable metadata: {first_line(error)}") from error
+            raise self.unsound(step, f"no readable metadata: {first_line(error)}") from error
 
     def delete_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps."""
-        for later in [s for s in self.steps() if s > step]:
-            self._manager.delete(later)
+        self._saver.wait()
+        if jax.process_index() == 0:
+            for later in [s for s in self.steps() if s > step]:
+                self._saver.remove(later)
 
     def wait(self) -> None:
-        """Blocks until the save in progress is committed."""
-        self._manager.wait_until_finished()
+        """Blocks until the save in progress is complete. Raises UserError if it failed."""
+        self._saver.wait()
 
     def close(self) -> None:
-        """Waits, then releases the manager's threads."""
-        self._manager.close()
-
-
-def first_line(error: Exception) -> str:
-    """An error's message, cut to part of a line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        """Waits, then releases the threads."""
+        if self._saver is not None:
+            self._saver.close()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps tracebacks off stderr for reads that another read's failure interrupted. The failure itself is raised."""
-    old = sys.excepthook, sys.unraisablehook
-    sys.excepthook, sys.unraisablehook = (lambda *_: None), (lambda _: None)
+    tasks = logging.getLogger("asyncio")
+    old = sys.excepthook, sys.unraisablehook, tasks.disabled
+    sys.excepthook, sys.unraisablehook, tasks.disabled = (lambda *_: None), (lambda _: None), True
     try:
         yield
     finally:
-        sys.excepthook, sys.unraisablehook = old
+        sys.excepthook, sys.unraisablehook, tasks.disabled = old
 
 
-def _loss(metrics: dict[str, float]) -> float:
-    loss = metrics.get("validation_loss") if isinstance(metrics, dict) else metrics
-    if not isinstance(loss, float):
-        raise UserError(f"the validation loss of a checkpoint is {short(loss)}, not a number; restore its metrics.")
-    return loss if math.isfinite(loss) else math.inf
+@functools.cache
+def _say(sentence: str) -> None:
+    """Prints a sentence once, in one process."""
+    if jax.process_index() == 0:
+        print(sentence, file=sys.stderr)
 
 
 def _listing(steps: list[int]) -> str:

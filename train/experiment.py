@@ -52,6 +52,7 @@ class CheckpointConfig:
     every: int = 200  # steps between checkpoints; 0 = only after the last step
     keep_last: int = 2  # newest checkpoints kept
     keep_best: int = 1  # checkpoints kept for the lowest validation loss
+    when_full: Literal["go_on", "stop"] = "go_on"  # a full disk: train on and save when there is room, or stop
 
     def __post_init__(self):
         require_at_least("checkpoint", self, every=0, keep_last=1, keep_best=0)

@@ -28,10 +28,10 @@ import jax
 from etils import epath
 
 from engrax.errors import Diverged, UserError
-from engrax.files import expect, read_json, refuse_links, short, write_atomically
+from engrax.files import expect, read_json, refuse_links, write_atomically
 from engrax.train import experiment as experiments
-from engrax.train import guards, metrics, run_lock, runs
-from engrax.train.checkpoint import Checkpoints, first_line
+from engrax.train import guards, metrics, resume, run_lock, runs
+from engrax.train.checkpoint import Checkpoints, DamagedCheckpoint
 from engrax.train.distributed import StopSignal
 from engrax.train.experiment import Experiment
 from engrax.train.fit import refuse_what_does_not_fit
@@ -72,7 +72,8 @@ def train(
     trainer = check(experiment, run_dir)
     experiment = trainer.experiment
     trainer.check_validation()
-    saved = _latest_step(run_dir)
+    earlier = resume.find(run_dir)
+    saved = earlier.step
     # Errors are raised before anything is written.
     begins_at, params = (None, None) if saved else _earlier_params(trainer, run_dir)
     with contextlib.ExitStack() as stack:
@@ -88,16 +89,20 @@ def train(
                 refuse_leaks(trainer, state["params"], first, source)
             if main:
                 stack.enter_context(run_lock.held(run_dir))
-                if _latest_step(run_dir) != saved:
+                if Checkpoints(run_dir).steps() != earlier.steps:
                     raise UserError(f"another process has trained {run_dir} in the meantime; start again.")
 
         run = runs.prepare(run_dir, experiment, saved, source, before_writing=begin)
+        digest = run.environment["data_digest"]
+        if saved:
+            state, saved = earlier.restore(trainer.stored_state(), data, digest)
+            state = trainer.with_guard(state, data.statistics)
+            if main:
+                earlier.checkpoints.put_aside()
         checkpoints = Checkpoints(run.directory, experiment.checkpoint)
         stack.callback(checkpoints.close)  # waits for the save in progress
         if main and begins_at is not None:
             write_atomically(run.directory / BEGINS_AT, json.dumps({"step": begins_at}) + "\n")
-        if saved:
-            state = _restore(trainer, checkpoints, data, saved)
         for warning in experiment.data.warnings() if main else ():
             _warn(warning)
         if main and programs:
@@ -112,9 +117,11 @@ def train(
         tokens = experiment.batch_size * experiment.data.seq_len
         bar = metrics.Progress(saved, experiment.steps, tokens, clock, active=main and progress)
         stack.callback(bar.close)
+        ours = run_lock.Mark(run.directory / "config.json") if main else None
         watchdog = Watchdog(experiment.guard.watchdog, run.directory / f"hung_{jax.process_index()}.txt")
         flat = guards.FlatLoss(experiment)
-        loop = Loop(trainer, checkpoints, writer, bar, clock, watchdog, flat, saved=saved)
+        about = dict(saved=saved, data_digest=digest, ours=ours)
+        loop = Loop(trainer, checkpoints, writer, bar, clock, watchdog, flat, **about)
         with jax.set_mesh(trainer.mesh), StopSignal() as stop, watchdog:
             step, state = loop.run(state, data, saved, stop, first)
             loop.save(step, state, data)
@@ -154,6 +161,8 @@ class Loop:
     latest: dict[str, float] = dataclasses.field(default_factory=dict)
     validated: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
     saved: int = 0
+    data_digest: str | None = None  # of the training data
+    ours: run_lock.Mark | None = None  # in the process that writes: the run folder's config.json
     _window: tuple[int, float] | None = None  # (step, seconds) of the last logged step, for tokens per second
     _state: Any = None
     _blocked: float | None = None  # seconds that a save blocked the loop, until they are logged
@@ -258,6 +267,8 @@ class Loop:
                 self._window = (step, now)
             if self._blocked is not None:
                 row["save_blocked_seconds"], self._blocked = self._blocked, None
+            if self.ours is not None:
+                self.ours.check(step)
             self.writer.write(step, row | validated)
 
     def rewind(self, bad: guards.Rewind, data: guards.Guarded) -> int:
@@ -268,16 +279,21 @@ class Loop:
         self.watchdog.rest()
         self._state = None  # makes room on the device
         self.checkpoints.wait()
-        earlier = [step for step in self.checkpoints.steps() if step < bad.first]
-        if not earlier:
+        for back in [step for step in self.checkpoints.steps()[::-1] if step < bad.first]:
+            try:
+                like = self.trainer.stored_state()
+                state = resume.restore(self.checkpoints, like, data, self.data_digest, back)
+                break
+            except DamagedCheckpoint as error:
+                _warn(str(error))
+        else:
             raise Diverged(
                 f"{bad.told}, and no checkpoint from before step {bad.first} is left to go back to; save more often "
                 "(--checkpoint.every, --checkpoint.keep-last), or resume with --guard.action skip."
             )
-        back = earlier[-1]
         _warn(f"{bad.told}; back to step {back}, without the batches of steps {bad.first} to {bad.step}")
         self.checkpoints.delete_after(back)  # they have learnt from dropped batches
-        self._state = _restore(self.trainer, self.checkpoints, data, back)
+        self._state = self.trainer.with_guard(state, data.statistics)
         self.writer.go_back(back)
         self.saved, self._window = back, (back, self.clock.seconds())
         return back
@@ -293,10 +309,12 @@ class Loop:
     def save(self, step: int, state: Any, data: Any) -> None:
         """Saves the state after `step`, once."""
         if step != self.saved and step > 0:
+            if self.ours is not None:
+                self.ours.check(step)
             loss = {k: v for k, v in self.validated.get(step, {}).items() if k == "validation_loss"}
             data.statistics = jax.device_get(state["guard"]) if "guard" in state else None
             stored, began = {name: part for name, part in state.items() if name != "guard"}, time.monotonic()
-            self.checkpoints.save(step, stored, data.get_state(), loss or None)
+            self.checkpoints.save(step, stored, resume.position(data, self.data_digest), loss or None)
             self.saved, self._blocked = step, time.monotonic() - began
 
 
@@ -308,39 +326,6 @@ def _warn(sentence: str) -> None:
 
 def _due(step: int, every: int, last: int) -> bool:
     return bool(every and step % every == 0) or step == last
-
-
-def _latest_step(run_dir: epath.Path) -> int:
-    """The newest checkpoint's step, 0 without a checkpoint."""
-    if not (run_dir / "checkpoints").exists():
-        return 0
-    checkpoints = Checkpoints(run_dir)
-    steps = checkpoints.steps()
-    checkpoints.close()
-    return steps[-1] if steps else 0
-
-
-def _restore(trainer: Trainer, checkpoints: Checkpoints, data: Any, saved: int) -> Any:
-    """The state of the newest checkpoint. Moves the data to its position."""
-    state, position = checkpoints.restore(trainer.stored_state(), saved)
-    try:
-        _refuse_senseless(position)
-        data.set_state(position)
-    except Exception as error:
-        raise UserError(
-            f"the position in the data of checkpoint {saved} in {checkpoints.directory} makes no sense "
-            f"({first_line(error)}); delete that checkpoint to go on from an earlier one."
-        ) from error
-    return trainer.with_guard(state, data.statistics)
-
-
-def _refuse_senseless(position: Any) -> None:
-    """Raises ValueError if a number in a data position is not a valid count."""
-    if isinstance(position, (dict, list)):
-        for part in position.values() if isinstance(position, dict) else position:
-            _refuse_senseless(part)
-    elif isinstance(position, (int, float)) and not 0 <= position < 1 << 53:
-        raise ValueError(f"{short(position)} is no position")
 
 
 def _earlier_params(trainer: Trainer, run_dir: epath.Path) -> tuple[int | None, Any]:
@@ -357,13 +342,12 @@ def _earlier_params(trainer: Trainer, run_dir: epath.Path) -> tuple[int | None, 
     begun = run_dir / BEGINS_AT
     refuse_links(directory)
     at = expect(read_json(begun).get("step"), int, f"{begun}: step") if begun.exists() else None
-    earlier = Checkpoints(directory)
+    earlier, like = Checkpoints(directory), trainer.abstract_state()["params"]
     try:
-        step = earlier.resolve(at)
-        like = trainer.abstract_state()["params"]
-        return step, runs.evaluated_params(earlier, runs.read_optimizer(directory), like, step)
+        found, step = earlier.read(
+            at, lambda step: runs.evaluated_params(earlier, runs.read_optimizer(directory), like, step)
+        )
+        return step, found
     except UserError as error:
         hint = f" This run started from it ({begun}); start again in another --run-dir." if begun.exists() else ""
         raise UserError(f"start_from={given}: {error}{hint}") from None
-    finally:
-        earlier.close()

@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from engrax.errors import UserError
-from engrax.files import read_text, short, write_atomically
+from engrax.files import is_full, read_text, short, write_atomically
 from engrax.train.experiment import LogConfig
 
 
@@ -30,6 +30,7 @@ class MetricsWriter:
         cut_after(self.path, resumed_at)
         self._remote = "://" in str(self.path)
         self._text = self.path.read_text() if self._remote and self.path.exists() else ""
+        self._waiting: list[str] = []  # lines for which the disk had no room
         if config.wandb != "off":
             self._wandb = _start_wandb(run_dir, config, settings)
         if config.tensorboard:
@@ -44,8 +45,7 @@ class MetricsWriter:
             self._text += line + "\n"
             self.path.write_text(self._text)
         else:
-            with self.path.open("a") as file:
-                file.write(line + "\n")
+            self._append(line + "\n")
         if self._wandb:
             self._wandb.log(values, step=step)
         if self._tensorboard:
@@ -58,8 +58,26 @@ class MetricsWriter:
             cut_after(self.path, step)
             self._text = self.path.read_text() if self._remote and self.path.exists() else ""
 
+    def _append(self, line: str) -> None:
+        """Appends a line. While the disk is full, lines wait for a later call and no part of a line is left."""
+        self._waiting.append(line)
+        size = os.path.getsize(self.path) if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(self._waiting))
+            self._waiting.clear()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            if size:
+                os.truncate(self.path, size)
+            if len(self._waiting) == 1:
+                print(f"the disk is full: {self.path} goes on when there is room", file=sys.stderr)
+
     def close(self) -> None:
         """Flushes and closes the logs."""
+        if self.active and self._waiting:
+            print(f"the disk is full: {self.path} lacks the last {len(self._waiting)} logged steps", file=sys.stderr)
         if self.active and self._wandb:
             self._wandb.finish()
         if self.active and self._tensorboard:

@@ -1,9 +1,11 @@
-"""One process writes a run folder at a time. Meanwhile a file has its host and its process number."""
+"""One process writes a run folder at a time. Meanwhile a file has its host, its process number and its start."""
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,17 @@ def held(directory: Any) -> Iterator[None]:
         path.write_text(json.dumps(mine))
     else:
         directory.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # the lock of an ended process
-        try:
-            with open(path, "x") as file:
-                json.dump(mine, file)
-        except FileExistsError:  # another process was faster
+        with _alone(directory):  # two processes must not both take over an ended one's lock
             refuse_other(directory)
-            raise UserError(f"another process has just begun to write {directory}; try again.") from None
+            if path.exists():
+                print(f"taking over {directory} from process {_ended(path)}, which has ended", file=sys.stderr)
+                path.unlink()
+            try:
+                with open(path, "x") as file:
+                    json.dump(mine, file)
+            except FileExistsError:  # a process of another host was faster
+                refuse_other(directory)
+                raise UserError(f"another process has just begun to write {directory}; try again.") from None
     try:
         yield
     finally:
@@ -44,6 +50,42 @@ def held(directory: Any) -> Iterator[None]:
         for place in missing:
             if place.exists() and not any(place.iterdir()):
                 place.rmdir()
+
+
+@contextlib.contextmanager
+def _alone(directory: Any) -> Iterator[None]:
+    """Waits until no other process of this host is in this block. The system lets go of it when a process ends."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without such locks: the exclusive creation remains
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _ended(path: Any) -> Any:
+    return files.read_json(path).get("process")
+
+
+class Mark:
+    """Notices when a run folder is removed, or given to another run, while it is written."""
+
+    def __init__(self, config: Any):
+        """`config` is the folder's config.json."""
+        self._path, self._text = config, config.read_text()
+
+    def check(self, step: int) -> None:
+        """Raises UserError if the file is gone or another's."""
+        try:
+            what = None if self._path.read_text() == self._text else "is another run's now"
+        except (FileNotFoundError, NotADirectoryError):
+            what = "is gone"
+        if what:
+            raise UserError(
+                f"{self._path} {what}; the training stopped at step {step} and wrote nothing more. Train in another "
+                "--run-dir, or restore the file and train again."
+            )
 
 
 def refuse_other(directory: Any) -> None:

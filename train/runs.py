@@ -55,22 +55,22 @@ class Run:
     def load(self, step: int | str | None = None, *, mesh: Mesh | None = None) -> tuple[nnx.Module, int]:
         """(the model with a checkpoint's parameters, its step); step None = newest, "best" = lowest validation loss.
 
+        Damaged checkpoints are skipped and named on stderr; one with a given step raises UserError.
         The parameters are on the default device, or with a `mesh` on its devices, sharded by the run's ZeRO stage.
         """
         keep_compiled_programs()
         checkpoints = Checkpoints(self.directory)
-        try:
-            number = checkpoints.resolve(step)
-            model = nnx.eval_shape(lambda: models.build(self.experiment.model, rngs=nnx.Rngs(self.experiment.seed)))
-            params = nnx.state(model, nnx.Param)
-            like = jax.tree.map(
-                lambda p, where: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=where),
-                params,
-                self._shardings(params, mesh),
-            )
-            nnx.update(model, evaluated_params(checkpoints, self.experiment.optimizer, like, number))
-        finally:
-            checkpoints.close()
+        checkpoints.resolve(step)  # raises before anything is built
+        model = nnx.eval_shape(lambda: models.build(self.experiment.model, rngs=nnx.Rngs(self.experiment.seed)))
+        params = nnx.state(model, nnx.Param)
+        like = jax.tree.map(
+            lambda p, where: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=where),
+            params,
+            self._shardings(params, mesh),
+        )
+        optimizer = self.experiment.optimizer
+        found, number = checkpoints.read(step, lambda step: evaluated_params(checkpoints, optimizer, like, step))
+        nnx.update(model, found)
         return model, number
 
     def _shardings(self, params: Any, mesh: Mesh | None) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import secrets
 import shutil
@@ -25,6 +26,7 @@ from engrax.models.language_model import LanguageModel, LanguageModelConfig
 from engrax.models.model import ModelConfig
 
 ParamPath = tuple[Any, ...]  # of a parameter in a model: ("blocks", 0, "mixer", "q", "kernel")
+SUMS = "SHA256SUMS"  # in an exported folder
 ROWS = 4096  # rows of an embedding that are compared at a time
 FREE_FIELDS = ("remat", "lora", "frozen")  # model fields that change neither its function nor the tensors
 FREE_MIXER_FIELDS = ("capacity", "window")  # mixer fields that do not change tensors
@@ -236,7 +238,8 @@ def merge(model: LanguageModel) -> LanguageModel:
 
 def export(model: LanguageModel, folder: str | Path, *, like: str | Path) -> None:
     """Writes the parameters in the format of the folder `like`: the same files, names, dtypes and shapes, config.json
-    and tokenizer included. Adapters are merged first. `like` may be a folder written by `describe_source`.
+    and tokenizer included, and SHA256SUMS. Adapters are merged first. `like` may be a folder written by
+    `describe_source`.
 
     Buffers are omitted, also from the index. Raises UserError if `folder` is not empty or `like` is another model.
     """
@@ -258,6 +261,16 @@ def export(model: LanguageModel, folder: str | Path, *, like: str | Path) -> Non
         _copy_descriptions(like, written)
         if index:
             (written / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _write_sums(written)
+
+
+def _write_sums(folder: Path) -> None:
+    """SHA-256 of the files in a folder, as `sha256sum -c` reads it."""
+    lines = []
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    (folder / SUMS).write_text("".join(lines))
 
 
 def check_export(folder: str | Path) -> None:

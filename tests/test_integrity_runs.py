@@ -1,0 +1,295 @@
+"""Damaged, contested and full run folders, with real trainings: nothing silent, no traceback, the run goes on."""
+
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import pytest
+
+import engrax
+from engrax.errors import UserError
+from engrax.tests import damaged_checkpoints as damaged
+from engrax.tests.experiments import small
+from engrax.train import CheckpointConfig, metrics, run_lock, runs
+from engrax.train import experiment as experiments
+from engrax.train.checkpoint import Checkpoints
+from engrax.train.loop import train
+from engrax.train.trainer import Trainer
+
+# Writes the checkpoints of steps 4 and 8 of an untrained model, on as many devices as there are.
+WRITE = """
+import sys, jax, jax.numpy as jnp
+from engrax.tests.experiments import small
+from engrax.train import CheckpointConfig, ParallelConfig
+from engrax.train.checkpoint import Checkpoints
+from engrax.train.trainer import Trainer
+parallel = ParallelConfig(data=2, fsdp=4, zero=3) if jax.device_count() > 1 else ParallelConfig()
+trainer = Trainer(small(parallel=parallel))
+state, data = trainer.init_state(), trainer.loader("train")
+checkpoints = Checkpoints(sys.argv[1], CheckpointConfig(keep_last=2))
+for step in (4, 8):
+    for _ in range(4):
+        next(data)
+    state = jax.tree.map(lambda x: x + jnp.asarray(step, x.dtype), state)
+    checkpoints.save(step, state, {"position": data.get_state(), "data_digest": None}, {"validation_loss": 9.0 - step})
+checkpoints.close()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("devices", [1, 8])
+def test_every_damage_to_every_file(run_python, tmp_path, devices):
+    """Of one process's checkpoint, and of a sharded one (ZeRO 3 on 8 devices), restored on one device."""
+    run_dir = tmp_path / "run"
+    run_python(WRITE, devices=devices, args=[str(run_dir)])
+    trainer = Trainer(small())
+    like, data, wanted = trainer.abstract_state(), trainer.loader("train"), {}
+    state, position, _, _ = damaged.restored(run_dir, like, data)
+    wanted[8] = state, position
+    (run_dir / "checkpoints" / "8").rename(tmp_path / "8")
+    wanted[4] = damaged.restored(run_dir, like, data)[:2]
+    (tmp_path / "8").rename(run_dir / "checkpoints" / "8")
+    wrong, seen = [], 0
+    for path in damaged.files(run_dir / "checkpoints" / "8"):
+        for what, do, undo in damaged.damages(path):
+            do()
+            try:
+                found = damaged.verdict(run_dir, like, data, wanted)
+            except Exception as error:
+                found = repr(error)
+            undo()
+            seen += 1
+            wrong += [] if found == "noticed" else [(what, found)]
+    assert seen >= 150 and not wrong, (seen, wrong)
+    assert damaged.verdict(run_dir, like, data, wanted) == "harmless", "the damages were undone"
+
+
+def two_processes(run_dir, steps, *flags):
+    """A training by two processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "ENGRAX_DISTRIBUTED": "1", "ENGRAX_COORDINATOR": coordinator}
+    processes = [
+        subprocess.Popen(
+            command(run_dir, steps, *flags),
+            env=environment | {"ENGRAX_NUM_PROCESSES": "2", "ENGRAX_PROCESS_ID": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    return errors
+
+
+CONFIG = os.path.join(os.path.dirname(__file__), "constant_rate.py")
+TINY = (
+    *(CONFIG, "--batch-size", "4", "--data.seq-len", "32", "--model.dim", "32", "--model.repeat", "1"),
+    *("--eval.batches", "1", "--log.every", "1", "--checkpoint.every", "4"),
+)
+
+
+def command(run_dir, steps, *flags):
+    train = [sys.executable, "-m", "engrax.cli", "train", *TINY]
+    return [*train, "--steps", str(steps), "--run-dir", str(run_dir), *flags]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+def test_damages_through_the_command_line(tmp_path, processes):
+    """Ten damages: `engrax train` says which file is damaged, goes on from step 4 and ends; exit 0, no traceback."""
+    whole = tmp_path / "whole"
+    if processes == 2:
+        two_processes(whole, 8, "--parallel.fsdp", "2", "--parallel.zero", "3")
+    else:
+        subprocess.run(command(whole, 8), check=True, capture_output=True)
+    chance, files = random.Random(processes), damaged.files(whole / "checkpoints" / "8")
+    assert processes == 1 or any("process_1" in str(path) for path in files)
+    for trial in range(10):
+        run_dir = tmp_path / str(trial)
+        shutil.copytree(whole, run_dir)
+        path = run_dir / chance.choice(files).relative_to(whole)
+        what, do, _ = chance.choice(list(damaged.damages(path)))
+        do()
+        if processes == 2 and trial == 0:  # two processes notice it together
+            told = "".join(two_processes(run_dir, 8, "--parallel.fsdp", "2", "--parallel.zero", "3"))
+        else:
+            done = subprocess.run(command(run_dir, 8), capture_output=True, text=True)
+            told = done.stderr
+            assert done.returncode == 0, (what, told)
+        assert told.count("is damaged") == 1 and path.name in told and "at step 4" in told, (what, told)
+        assert "Traceback" not in told
+        assert (run_dir / "checkpoints" / "8").is_dir() and (run_dir / "checkpoints" / "8.damaged").is_dir()
+
+
+# One writer.
+
+
+def test_one_of_many_takes_over_the_lock_of_an_ended_process(tmp_path, capsys):
+    directory, held, refused = runs.folder(tmp_path), [], []
+    ended = {"host": socket.gethostname(), "process": 0, "started": 1}
+    (tmp_path / "lock.json").write_text(json.dumps(ended))
+    begin = threading.Barrier(8)
+
+    def take():
+        begin.wait()
+        try:
+            with run_lock.held(directory):
+                held.append(1)
+                time.sleep(0.3)
+        except UserError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) == 1 and len(refused) == 7 and all("is writing" in error for error in refused)
+    assert capsys.readouterr().err == f"taking over {directory} from process 0, which has ended\n"
+
+
+def test_a_folder_that_is_gone_or_anothers_is_noticed(tmp_path):
+    path = runs.folder(tmp_path) / "config.json"
+    path.write_text("{}")
+    mark = run_lock.Mark(path)
+    mark.check(3)
+    path.write_text("{ }")
+    with pytest.raises(UserError, match="config.json is another run's now; the training stopped at step 3"):
+        mark.check(3)
+    path.unlink()
+    with pytest.raises(UserError, match="config.json is gone; the training stopped at step 4"):
+        mark.check(4)
+
+
+@pytest.mark.deep
+def test_a_training_stops_when_its_folder_becomes_anothers(tmp_path, monkeypatch):
+    write = metrics.MetricsWriter.write
+
+    def and_remove(self, step, values):
+        write(self, step, values)
+        if step == 6:
+            (self.path.parent / "config.json").write_text("{}")
+
+    monkeypatch.setattr(metrics.MetricsWriter, "write", and_remove)
+    with pytest.raises(UserError, match="is another run's now; the training stopped at step 7"):
+        train(small(checkpoint=CheckpointConfig(every=4)), tmp_path / "run", progress=False)
+    assert Checkpoints(tmp_path / "run").steps() == [4]
+    assert metrics.read(tmp_path / "run")[-1]["step"] == 6
+    assert (tmp_path / "run" / "config.json").read_text() == "{}"
+
+
+@pytest.mark.long
+def test_a_second_training_is_refused_while_the_first_runs(tmp_path):
+    first = subprocess.Popen(command(tmp_path / "run", 100_000), stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.1)
+        second = subprocess.run(command(tmp_path / "run", 100_000), capture_output=True, text=True)
+        assert second.returncode == 2 and second.stderr.count("\n") == 1
+        assert f"process {first.pid} on {socket.gethostname()} is writing" in second.stderr
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    third = subprocess.run(command(tmp_path / "run", 8), capture_output=True, text=True)
+    assert f"taking over {tmp_path / 'run'} from process {first.pid}" in third.stderr
+
+
+# Readers beside a training.
+
+
+TEXTS = """
+import pathlib, sys
+from engrax.tests.run_folders import text_experiment
+from engrax.train import CheckpointConfig
+from engrax.train.loop import train
+folder = pathlib.Path(sys.argv[1])
+checkpoint = CheckpointConfig(every=1, keep_last=1, keep_best=0)
+train(text_experiment(folder, steps=100_000, checkpoint=checkpoint), folder / "run", progress=False)
+"""
+
+
+@pytest.mark.long
+def test_generating_a_hundred_times_while_every_step_replaces_the_checkpoint(tmp_path, capfd):
+    """A hundred times from Python, and three times from the command line."""
+    run_dir, seen = tmp_path / "run", set()
+    training = subprocess.Popen([sys.executable, "-c", TEXTS, str(tmp_path)], stderr=subprocess.DEVNULL)
+    generate = [sys.executable, "-m", "engrax.cli", "generate", str(run_dir), "--prompt", "hello", "--tokens", "2"]
+    try:
+        deadline = time.monotonic() + 240
+        while not (run_dir / "checkpoints").exists() or not Checkpoints(run_dir).steps():
+            assert time.monotonic() < deadline and training.poll() is None
+            time.sleep(0.1)
+        for _ in range(100):
+            assert engrax.generate(run_dir, "hello", tokens=1)
+            seen.add(Checkpoints(run_dir).steps()[-1])
+        for _ in range(3):
+            done = subprocess.run(generate, capture_output=True, text=True)
+            assert done.returncode == 0 and "damaged" not in done.stderr, done.stderr
+        assert training.poll() is None
+    finally:
+        training.kill()
+        training.wait()
+    told = capfd.readouterr().err
+    assert "damaged" not in told and len(seen) > 20, (len(seen), told)
+    print(f"{told.count('is gone')} of them went while they were read; {len(seen)} different ones were the newest")
+
+
+# A full disk.
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_small_disk_that_fills_up(tmp_path, capsys):
+    """Nothing is lost: the run goes on, and saves once there is room; its losses are those of a run that had room."""
+    disk, filler = tmp_path / "disk", tmp_path / "disk" / "filler"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    write = metrics.MetricsWriter.write
+
+    def and_fill(self, step, values):
+        write(self, step, values)
+        if step == 6:
+            with open(filler, "wb", buffering=0) as file:
+                try:
+                    while file.write(bytes(512)):
+                        pass
+                except OSError:
+                    pass
+        elif step == 14:
+            filler.unlink()
+
+    try:
+        experiment = experiments.replace(small(checkpoint=CheckpointConfig(every=4, keep_best=0)), {"steps": 20})
+        train(experiment, tmp_path / "room", progress=False)
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(metrics.MetricsWriter, "write", and_fill)
+            capsys.readouterr()
+            assert train(experiment, disk / "run", progress=False).finished
+        told = capsys.readouterr().err
+        full = [line for line in told.splitlines() if "disk is full" in line]
+        assert 2 <= len(full) <= 4 and "step 8 was not saved" in told and "Traceback" not in told, told
+        assert Checkpoints(disk / "run").steps() == [16, 20]
+        rows = [metrics.read(folder) for folder in (disk / "run", tmp_path / "room")]
+        assert [[row["loss"] for row in run] for run in rows][0] == [row["loss"] for row in rows[1]]
+        like = Trainer(experiment).abstract_state()
+        states = [Checkpoints(folder).restore(like, 20)[0] for folder in (disk / "run", tmp_path / "room")]
+        assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), *states)))
+        assert re.search("metrics.jsonl goes on", told)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
