@@ -12,10 +12,10 @@ from engrax.errors import Diverged, UserError
 from engrax.flags import override
 from engrax.tests.experiments import tiny
 from engrax.tests.faults import FAULTS, GUARD, Faulty, Rows, experiment, identity_of, same
-from engrax.train import CheckpointConfig, GuardConfig, guards, metrics
+from engrax.train import CheckpointConfig, GuardConfig, guards, metrics, resume
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.distributed import StopSignal
-from engrax.train.loop import Loop, _restore
+from engrax.train.loop import Loop
 from engrax.train.watchdog import HUNG, Watchdog
 
 VERDICTS = {"forward": "not_finite", "gradient": "not_finite", "memory": "memory_not_finite", "spike": "gradient_spike"}
@@ -73,7 +73,9 @@ def run(trainer, folder, faults, *, steps=10, **fields):
     own.__dict__.update(parts, validate=lambda *_: {"validation_loss": 1.0}, diagnose=lambda _: {})
     data, checkpoints = guards.Guarded(Rows(faults), guard), Checkpoints(folder, settings.checkpoint)
     saved = max(checkpoints.steps(), default=0)
-    state = _restore(own, checkpoints, data, saved) if saved else jax.device_put(trainer.begin, own.state_shardings)
+    state = jax.device_put(trainer.begin, own.state_shardings)
+    if saved:
+        state = own.with_guard(resume.restore(checkpoints, own.stored_state(), data, None, saved), data.statistics)
     clock = metrics.Clock()
     bar = metrics.Progress(saved, steps, 1, clock, active=False)
     writer = metrics.MetricsWriter(epath.Path(folder), settings.log, resumed_at=saved, settings={})
