@@ -98,7 +98,9 @@ def compare_runs(paths: Sequence[epath.PathLike], folder: epath.PathLike | None 
     return found
 
 
-def table(comparison: Any, rows: list[Row], head: dict[str, Any], text: str) -> JudgedTable:
+def table(
+    comparison: Comparison | finished_runs.Finished, rows: list[Row], head: dict[str, Any], text: str
+) -> JudgedTable:
     """Judges the rows of one task; `text` says how they came about."""
     lines, claims = verdicts.judge(comparison, rows)
     data = head | verdicts.to_dict(lines, claims) | {"grids": {row.name: _grid(row) for row in rows}}

@@ -20,7 +20,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from engrax.evals.comparison import Claim, Comparison, Row, kind
+from engrax.evals import scoring
+from engrax.evals.comparison import Claim, Comparison, Row
+from engrax.evals.finished_runs import Finished
 
 DRAWS = 4000
 LEVEL = 0.05  # largest chance of a wrong verdict in a table of equal experiments
@@ -117,13 +119,13 @@ def _interval(value: float, sample: Float[np.ndarray, " draws"], level: float = 
     return Interval(value, float(low), float(high))
 
 
-def judge(comparison: Comparison, rows: list[Row]) -> tuple[list[TableRow], list[ClaimVerdict]]:
+def judge(comparison: Comparison | Finished, rows: list[Row]) -> tuple[list[TableRow], list[ClaimVerdict]]:
     """The rows of the table, in the comparison's order, and the verdicts on the claims.
 
     Only rows of LEAST_SEEDS seeds or more have verdicts, and only if the comparison's first experiment is one of them.
     """
     drawn = Bootstrap(rows)
-    higher_is_better = kind(comparison) == "task"
+    higher_is_better = scoring.kind_of(next(iter(comparison.experiments.values()))) == "task"
     whole = {row.name for row in rows if _sound(row) == len(row.scores)}
     enough = {row.name for row in rows if len(row.scores) >= LEAST_SEEDS}
     first = next(iter(comparison.experiments))
