@@ -318,6 +318,7 @@ def test_the_stability_gap_has_intervals_over_rows():
     assert found["min_accuracy"]["high"] == pytest.approx(0.2 + half, abs=0.02)
 
 
+@pytest.mark.deep
 def test_a_run_on_a_stream_reports_its_stability_gap(tmp_path, monkeypatch):
     e = experiment(own=STREAM, checkpoint=CheckpointConfig(every=4, keep_last=3))
     folder = write_run(tmp_path / "run", e)
