@@ -193,7 +193,8 @@ class Loop:
             batch = next(data) if first is None else first
             first = None
             values = self._step(batch, drop=data.dropped(step) is not None)
-            self.watchdog.alive()
+            if values:  # a step is compiled
+                self.watchdog.alive()
             if pending is not None:
                 self.log(*pending, data)
             pending = (step, values, self._seconds_if_done(values))
@@ -242,7 +243,8 @@ class Loop:
         """
         experiment = self.trainer.experiment
         row = {name: float(value) for name, value in jax.device_get(values).items()}
-        self.watchdog.alive()
+        if row:
+            self.watchdog.alive()
         dropped = data.dropped(step) if not row else None
         verdict = "sound" if dropped else guards.verdict_of(row)
         now = self.clock.seconds() if ended is None else ended

@@ -41,11 +41,12 @@ class Watchdog:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Watches nothing in the `with` block, which may take long."""
-        self._deadline = None
+        watched, self._deadline = self._deadline is not None, None
         try:
             yield
         finally:
-            self.alive()
+            if watched:
+                self.alive()
 
     def rest(self) -> None:
         """Watches nothing until the next `alive()`."""
