@@ -107,8 +107,9 @@ class Saver:
             if not self._nan.done():
                 self._nan.set_result(_find_nan(floats))
         except Exception as error:  # of many types
-            self._nan.cancel()
             self._failed(error, last=False)
+        finally:
+            self._nan.cancel()  # no effect on a result; after Ctrl-C the thread does not wait for one
 
     def wait(self) -> None:
         """Blocks until the save in progress is complete. Raises UserError if it failed, also for a full disk."""
@@ -187,8 +188,9 @@ class Saver:
 
 @jax.jit
 def _find_nan(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    # A maximum is NaN if any element is, and compiles to faster code than a search.
-    return {name: jnp.isnan(jnp.max(array)) for name, array in arrays.items()}
+    # A sum of magnitudes is NaN only if an element is (infinities stay infinite), and is faster than a search. A
+    # maximum over several devices may lose a NaN.
+    return {name: jnp.isnan(jnp.sum(jnp.abs(array))) for name, array in arrays.items()}
 
 
 def first_line(error: BaseException) -> str:
