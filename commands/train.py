@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from engrax.commands.common import find_config, is_main, parser_of, split_help
+from engrax.errors import Exit
 from engrax.flags import filled, override
 
 EXAMPLE = "engrax train quickstart --run-dir runs/quickstart --steps 500 --model.mixers.0.heads 8"
@@ -38,7 +39,9 @@ def run(args: list[str]) -> int:
     result = train(experiment, run_dir, source=source.path)
     if result.finished and is_main():
         print(f"finished step {result.step}: {result.run_dir} (next: engrax evaluate {result.run_dir})")
-    return 130 if result.interrupted else 0
+    if result.finished:
+        return Exit.FINISHED
+    return Exit.INTERRUPTED if result.interrupted else Exit.STOPPED
 
 
 def _on_these_devices(experiment: Any) -> Any:
