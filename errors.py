@@ -41,6 +41,12 @@ class Damaged(UserError):
     exit_code = Exit.DAMAGED
 
 
+class PeerLost(UserError):
+    """Another process of a training cannot be reached."""
+
+    exit_code = Exit.PEER_LOST
+
+
 class Diverged(UserError):
     """The loss or gradient of a training became non-finite."""
 

@@ -1,10 +1,24 @@
 """The commands of the command line, one file each: `EXAMPLE` for its help, and `run(arguments)`, which returns its exit
 code."""
 
-from engrax.commands import bench, check, compare, compile, describe, evaluate, export, generate, list, tokenize, train
+from engrax.commands import (
+    bench,
+    check,
+    compare,
+    compile,
+    describe,
+    evaluate,
+    export,
+    generate,
+    launch,
+    list,
+    tokenize,
+    train,
+)
 
 MODULES = (
     train,
+    launch,
     evaluate,
     generate,
     export,

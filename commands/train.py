@@ -1,6 +1,7 @@
 """`engrax train`: trains a config, or resumes a run."""
 
 import dataclasses
+import os
 import sys
 from typing import Any
 
@@ -12,7 +13,17 @@ EXAMPLE = "engrax train quickstart --run-dir runs/quickstart --steps 500 --model
 
 
 def run(args: list[str]) -> int:
-    """Runs the command and returns its exit code."""
+    """Runs the command and returns its exit code. An error in one of several processes ends all of them."""
+    if os.environ.get("ENGRAX_DISTRIBUTED") != "1":
+        return _train(args)
+    from engrax.train import distributed
+
+    distributed.start()
+    with distributed.together():
+        return _train(args)
+
+
+def _train(args: list[str]) -> int:
     parser = parser_of(
         "train",
         EXAMPLE,
@@ -24,9 +35,6 @@ def run(args: list[str]) -> int:
     parser.add_argument("--run-dir", type=filled, help="the run folder (default: runs/CONFIG)")
     parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers a run's own mixers")
     known, rest = split_help(parser, args, EXAMPLE)
-    from engrax.train import distributed
-
-    distributed.start()
     from engrax import plugins, train
 
     for path in known.plugin:

@@ -7,7 +7,7 @@
 # end with an error (a host was restarted, the network failed, the slice was preempted) it waits for the slice to be
 # READY and starts them again: the run folder in the bucket makes that a resumption. What would end the same way again
 # is not tried again: exit codes 2 (refused), 3 (no sound checkpoint) and 4 (diverged). Variables: RETRIES (default 20),
-# WAIT (seconds between tries, default 60).
+# WAIT (seconds between tries, default 60). Every host keeps the output of its process in engrax/logs.
 set -euo pipefail
 
 if [ $# -lt 3 ]; then
@@ -49,7 +49,7 @@ sh launch/venv.sh .venv tpu'
 
 # The lock makes a new process wait for one that a broken connection left behind, and that still holds the chips.
 train() {
-    on_all_hosts "cd engrax && ENGRAX_DISTRIBUTED=1 flock --wait 600 .venv/lock .venv/bin/engrax train$(printf ' %q' "$@")"
+    on_all_hosts "cd engrax && ENGRAX_DISTRIBUTED=1 flock --wait 600 .venv/lock .venv/bin/engrax launch$(printf ' %q' "$@" --restarts 0)"
 }
 
 installed=

@@ -27,8 +27,8 @@ from etils import epath
 
 from engrax.errors import Diverged, UserError
 from engrax.files import expect, read_json, refuse_links, short, write_atomically
+from engrax.train import agreement, metrics, run_lock, runs
 from engrax.train import experiment as experiments
-from engrax.train import metrics, run_lock, runs
 from engrax.train.checkpoint import Checkpoints, first_line
 from engrax.train.distributed import StopSignal
 from engrax.train.experiment import Experiment
@@ -67,9 +67,9 @@ def train(
     run_dir, programs = runs.folder(run_dir), keep_compiled_programs()
     main = jax.process_index() == 0
     trainer = check(experiment, run_dir)
-    experiment = trainer.experiment
+    experiment, saved = trainer.experiment, _latest_step(run_dir)
+    agreement.check_experiment(experiment, run_dir, saved, source)
     trainer.check_validation()
-    saved = _latest_step(run_dir)
     # Errors are raised before anything is written.
     begins_at, params = (None, None) if saved else _earlier_params(trainer, run_dir)
     with contextlib.ExitStack() as stack:
@@ -85,8 +85,8 @@ def train(
                 refuse_leaks(trainer, state["params"], first, source)
             if main:
                 stack.enter_context(run_lock.held(run_dir))
-                if _latest_step(run_dir) != saved:
-                    raise UserError(f"another process has trained {run_dir} in the meantime; start again.")
+            if _latest_step(run_dir) != saved:  # in all processes: Orbax has barriers here
+                raise UserError(f"another process has trained {run_dir} in the meantime; start again.")
 
         run = runs.prepare(run_dir, experiment, saved, source, before_writing=begin)
         checkpoints = Checkpoints(run.directory, experiment.checkpoint)
