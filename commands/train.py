@@ -27,7 +27,8 @@ def _train(args: list[str]) -> int:
     parser = parser_of(
         "train",
         EXAMPLE,
-        "Trains a config, resuming the run that the folder holds. Any field is a flag: --optimizer.learning-rate 1e-3.",
+        "Trains a config, resuming the run that the folder holds. Any field is a flag: --optimizer.learning-rate 1e-3. "
+        "Exit codes: " + ", ".join(f"{code.value} {code.name.lower()}" for code in Exit) + " (docs/machines.md).",
     )
     parser.add_argument(
         "config", type=filled, help="a name that `engrax list` shows, a .py file with config(), or a run to resume"
