@@ -23,33 +23,33 @@ from collections.abc import Sequence
 
 from engrax import interrupts
 from engrax.commands import COMMANDS, EXAMPLES
-from engrax.errors import UserError
+from engrax.errors import Exit, UserError
 from engrax.registry import did_you_mean
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 for a broken law, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Runs one command and returns its exit code (`engrax.errors.Exit`)."""
     args = list(sys.argv[1:] if args is None else args)
     with interrupts.handled() as interrupted:
         try:
             return _run(args)
         except KeyboardInterrupt as error:
-            return _fail(error, 130)
+            return _fail(error, Exit.INTERRUPTED)
         except BrokenPipeError:  # the reader of the output, for example `head`, has stopped
             sys.stdout = None
             return 0
         except Exception as error:
             if interrupted:  # inside an import, a library may turn Ctrl-C into its own error
-                return _fail(KeyboardInterrupt(), 130)
+                return _fail(KeyboardInterrupt(), Exit.INTERRUPTED)
             # OSError: a full disk, a folder without write permission, a file in place of a folder
             if isinstance(error, (UserError, OSError)):
-                return _fail(error, 2)
+                return _fail(error, getattr(error, "exit_code", Exit.REFUSED))
             raise
 
 
 def _fail(error: BaseException, code: int) -> int:
     """Prints the error as one line without control characters: names from others' files may have some."""
-    line = " ".join(str(error).split()) or ("interrupted" if code == 130 else type(error).__name__)
+    line = " ".join(str(error).split()) or ("interrupted" if code == Exit.INTERRUPTED else type(error).__name__)
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     print(f"engrax: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
     return code

@@ -11,6 +11,7 @@ from engrax.commands import (
     export,
     frontier,
     generate,
+    launch,
     list,
     sweep,
     tokenize,
@@ -19,6 +20,7 @@ from engrax.commands import (
 
 MODULES = (
     train,
+    launch,
     evaluate,
     generate,
     export,

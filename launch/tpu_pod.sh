@@ -5,8 +5,9 @@
 #
 # Copies this checkout (as git knows it) to every host, installs it there, and starts one process per host. When they
 # end with an error (a host was restarted, the network failed, the slice was preempted) it waits for the slice to be
-# READY and starts them again: the run folder in the bucket makes that a resumption. A user's mistake (exit code 2) is
-# not tried again. Variables: RETRIES (default 20), WAIT (seconds between tries, default 60).
+# READY and starts them again: the run folder in the bucket makes that a resumption. What would end the same way again
+# is not tried again: exit codes 2 (refused), 3 (no sound checkpoint) and 4 (diverged). Variables: RETRIES (default 20),
+# WAIT (seconds between tries, default 60). Every host keeps the output of its process in engrax/logs.
 set -euo pipefail
 
 if [ $# -lt 3 ]; then
@@ -25,8 +26,8 @@ checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 tries="${RETRIES:-20}"
 wait="${WAIT:-60}"
 
-log="$(mktemp)"
-trap 'rm -f "$log" "$log.tar.gz"' EXIT
+archive="$(mktemp)"
+trap 'rm -f "$archive" "$archive.tar.gz"' EXIT
 
 tpu() { gcloud compute tpus tpu-vm "$1" "$name" --zone="$zone" "${@:2}"; }
 on_all_hosts() { tpu ssh --worker=all --command="$1"; }
@@ -35,11 +36,10 @@ state() { tpu describe --format='value(state)' 2>/dev/null || echo UNKNOWN; }
 existing() { while IFS= read -r -d '' file; do if [ -f "$file" ]; then printf '%s\0' "$file"; fi; done; }
 
 install() {
-    local archive=$log.tar.gz
     # What git knows, as it stands in the working tree: uncommitted changes are part of an experiment.
     (cd "$checkout" && git ls-files -z --cached --others --exclude-standard | existing |
-        tar --null --files-from=- -czf "$archive") &&
-        gcloud compute tpus tpu-vm scp "$archive" "$name:engrax.tar.gz" --zone="$zone" --worker=all &&
+        tar --null --files-from=- -czf "$archive.tar.gz") &&
+        gcloud compute tpus tpu-vm scp "$archive.tar.gz" "$name:engrax.tar.gz" --zone="$zone" --worker=all &&
         on_all_hosts 'set -e
 mkdir -p engrax && tar -xzf engrax.tar.gz -C engrax && cd engrax
 # The images of older TPU VMs have Python 3.10.
@@ -49,7 +49,7 @@ sh launch/venv.sh .venv tpu'
 
 # The lock makes a new process wait for one that a broken connection left behind, and that still holds the chips.
 train() {
-    on_all_hosts "cd engrax && ENGRAX_DISTRIBUTED=1 flock --wait 600 .venv/lock .venv/bin/engrax train$(printf ' %q' "$@")"
+    on_all_hosts "cd engrax && ENGRAX_DISTRIBUTED=1 flock --wait 600 .venv/lock .venv/bin/engrax launch$(printf ' %q' "$@" --restarts 0)"
 }
 
 installed=
@@ -66,14 +66,10 @@ for ((try = 1; try <= tries; try++)); do
         installed=yes
     fi
     code=0
-    train "$@" 2>&1 | tee "$log" || code=${PIPESTATUS[0]}
-    # A host that was told to stop (maintenance) has saved and ended without an error, before the last step.
-    if [ "$code" = 0 ] && grep -q "stopped at step" "$log"; then
-        code=stopped
-    fi
+    train "$@" || code=$?
     case $code in
         0) exit 0 ;;
-        2) echo "engrax refused the command (see above); not trying again." >&2; exit 2 ;;
+        2 | 3 | 4) echo "exit code $code (see above): it would end the same way again; not trying." >&2; exit "$code" ;;
         *) echo "try $try of $tries: training ended early ($code); resuming in $wait s." >&2; sleep "$wait" ;;
     esac
 done

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from engrax import cli, evals
-from engrax.errors import CannotRun, UserError
+from engrax.errors import CannotRun, Damaged, Diverged, UserError
 from engrax.evals import Comparison, trials
 from engrax.pallas_kernels import available, linear_attention
 from engrax.tests.experiments import tiny
@@ -210,11 +210,15 @@ def test_which_signal_stopped_a_training():
         assert stop.asked and stop.number == number
 
 
-def test_an_interrupted_training_exits_with_130(tmp_path, monkeypatch, capsys):
-    for interrupted, code in ((True, 130), (False, 0)):
-        result = loop.Result(runs.folder(tmp_path), 3, False, {}, interrupted)
+def test_the_exit_code_tells_how_a_training_ended(tmp_path, monkeypatch, capsys):
+    for finished, interrupted, code in ((False, True, 130), (False, False, 143), (True, False, 0)):
+        result = loop.Result(runs.folder(tmp_path), 3, finished, {}, interrupted)
         monkeypatch.setattr(loop, "train", lambda *args, result=result, **kwargs: result)
         assert cli.main(["train", "quickstart", "--run-dir", str(tmp_path)]) == code
+    for error, code in ((Diverged("not finite"), 4), (Damaged("no sound checkpoint"), 3), (UserError("a mistake"), 2)):
+        monkeypatch.setattr(loop, "train", lambda *args, error=error, **kwargs: (_ for _ in ()).throw(error))
+        assert cli.main(["train", "quickstart", "--run-dir", str(tmp_path)]) == code
+        assert capsys.readouterr().err == f"engrax: {error}\n"
 
 
 def test_the_public_calls_refuse_alike(tmp_path):

@@ -8,7 +8,7 @@ import jax
 import pytest
 from etils import epath
 
-from engrax.errors import Diverged, UserError
+from engrax.errors import Diverged, Exit, UserError
 from engrax.flags import override
 from engrax.tests.experiments import tiny
 from engrax.tests.faults import FAULTS, GUARD, Faulty, Rows, experiment, identity_of, same
@@ -16,7 +16,7 @@ from engrax.train import CheckpointConfig, GuardConfig, guards, metrics, resume
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.distributed import StopSignal
 from engrax.train.loop import Loop
-from engrax.train.watchdog import HUNG, Watchdog
+from engrax.train.watchdog import Watchdog
 
 VERDICTS = {"forward": "not_finite", "gradient": "not_finite", "memory": "memory_not_finite", "spike": "gradient_spike"}
 
@@ -205,7 +205,7 @@ with Watchdog(0.4, epath.Path("stacks.txt")) as dog:
 
 def test_a_step_that_hangs_ends_the_process(run_python, tmp_path):
     began = time.monotonic()
-    assert run_python(HANG, devices=1, returncode=HUNG) == "steps done\n"
+    assert run_python(HANG, devices=1, returncode=Exit.HUNG) == "steps done\n"
     assert time.monotonic() - began < 50
     for stacks in ((tmp_path / "stacks.txt").read_text(), run_python.last.stderr):
         assert "in hang" in stacks and "engrax-watchdog" in stacks or "Thread" in stacks

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from engrax.errors import DamagedCheckpoint, Diverged, UserError
+from engrax.errors import Damaged, Diverged, UserError
 from engrax.tests import damaged_checkpoints as damaged
 from engrax.train import CheckpointConfig, checkpoint, integrity, metrics, resume, saver
 from engrax.train.checkpoint import Checkpoints
@@ -139,9 +139,9 @@ def test_readers_say_so_and_rename_nothing(run, capsys):
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "8 is damaged (state/manifest.ocdbt" in told and "step 4 is read instead" in told
     assert reader.steps() == [4, 8]
-    with pytest.raises(DamagedCheckpoint, match="choose another step .4"):
+    with pytest.raises(Damaged, match="choose another step .4"):
         Checkpoints(run).read(8, lambda step: step)
-    with pytest.raises(DamagedCheckpoint, match="manifest"):
+    with pytest.raises(Damaged, match="manifest"):
         Checkpoints(run).restore(LIKE, 8)
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from engrax.commands import launch
+from engrax.errors import Exit
+
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
 
@@ -22,9 +25,9 @@ TINY = (
     *("--eval.batches", "1", "--log.every", "1"),
 )
 
-# Starts two processes the way SLURM does on one node, and ends the other when one fails (--kill-on-bad-exit).
+# Starts two processes the way SLURM does on one node.
 SRUN = """#!{python}
-import os, socket, subprocess, sys, time
+import os, socket, subprocess, sys
 
 def free(port):
     with socket.socket() as probe:
@@ -39,15 +42,9 @@ for rank in range(2):
     slurm = dict(JOB_ID=job, STEP_NODELIST="localhost", NTASKS=2, PROCID=rank, LOCALID=rank, STEP_NUM_NODES=1)
     slurm = {{"SLURM_" + name: str(value) for name, value in slurm.items()}}
     processes.append(subprocess.Popen(words, env={{**os.environ, **slurm}}))
-while any(process.poll() is None for process in processes):
-    if any(process.poll() for process in processes):
-        for process in processes:
-            process.kill()
-    time.sleep(0.05)
 codes = [process.wait() for process in processes]
 print("srun: exit codes", *codes)
-own = [code for code in codes if code > 0]  # a negative one was killed here
-sys.exit(own[0] if own else max(map(abs, codes)))
+sys.exit(max(map(abs, codes)))
 """
 
 # Notes what it is asked; answers with the states of $STATES (then READY) and ends `train` with the codes of $CODES.
@@ -56,9 +53,9 @@ echo "$*" | tr '\\n' ' ' >>"$ASKED"; echo >>"$ASKED"
 case "$*" in
     *" scp "*) for word; do case $word in *.tar.gz) [ -f "$word" ] && cp "$word" "$ASKED.tar.gz" ;; esac; done ;;
     *describe*) state=$(head -n 1 "$STATES"); sed -i 1d "$STATES"; echo "${state:-READY}" ;;
-    *"engrax train"*)
+    *"engrax launch"*)
         code=$(head -n 1 "$CODES"); sed -i 1d "$CODES"
-        case $code in stopped) echo "stopped at step 3; resume with: ..."; exit 0 ;; *) exit "$code" ;; esac ;;
+        exit "$code" ;;
 esac
 """
 
@@ -152,10 +149,68 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    assert [process.returncode for process in processes] == [143, 143], errors
     step = max(losses(run_dir))
     assert step < 5000 and f"stopped at step {step}; resume with" in errors[0], errors
     assert [int(folder.name) for folder in (run_dir / "checkpoints").iterdir() if folder.name.isdigit()] == [step]
+
+
+@pytest.mark.parametrize(
+    "codes, wanted",
+    [([0, 0], 0), ([74, 2], 2), ([143, 143], 143), ([137, 74], 137), ([74, 74], 74), ([0, 74], 74), ([1, 4], 4)],
+)
+def test_the_exit_code_of_several_processes(codes, wanted):
+    assert launch.verdict(codes) == wanted
+
+
+# Notes its number, and ends as $CODES says: one code a line for every process of every start.
+PROGRAM = """
+import os, signal, sys
+at = int(os.environ["ENGRAX_PROCESS_ID"])
+starts = open(os.environ["NOTES"] + str(at), "a+")
+starts.write("x"), starts.flush(), starts.seek(0)
+code = int(os.environ["CODES"].split()[len(starts.read()) - 1].split(",")[at])
+print("native noise" if code else "fine")
+os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    "codes, restarts, code, starts",
+    [("-9,74 0,0", 3, 0, 2), ("2,2 0,0", 3, 2, 1), ("1,74 75,74 3,3", 3, 3, 3), ("-9,74 -9,74 0,0", 1, 137, 2)],
+)
+def test_all_are_started_again_after_a_death(tmp_path, monkeypatch, capsys, codes, restarts, code, starts):
+    """When a process dies, then all start again, but not after an end that a start would not change."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("CODES", codes)
+    monkeypatch.setenv("NOTES", str(tmp_path / "starts"))
+    monkeypatch.setattr(launch, "LONGEST_WAIT", 0.1)
+    command = [sys.executable, "-c", PROGRAM]
+    with launch.Stop() as stop:
+        assert launch._until_done(command, str(tmp_path / "run"), 2, restarts, False, stop) == code
+    assert [len((tmp_path / f"starts{number}").read_text()) for number in (0, 1)] == [starts, starts]
+    told = capsys.readouterr().err
+    assert told.count("launch: process 1 ") == starts and ("was killed by SIGKILL" in told) == ("-9" in codes)
+    assert (tmp_path / "run" / "logs" / "process_0.log").read_text().count("\n") == starts
+
+
+@pytest.mark.deep
+def test_two_processes_that_differ_refuse_together(shell, tmp_path):
+    """When one process has another seed and rate, then both refuse in one line before anything is written."""
+    different = script(
+        tmp_path / "bin" / "different",
+        '#!/bin/sh\n[ "$SLURM_PROCID" = 1 ] && set -- "$@" --seed 1 --optimizer.learning-rate 0.1\n'
+        f'exec "{sys.executable}" -m engrax.cli "$@"\n',
+    )
+    script(tmp_path / "bin" / "srun", SRUN.format(python=sys.executable))
+    begun, run_dir = time.monotonic(), tmp_path / "run"
+    words = ("bash", LAUNCH / "slurm.sbatch", *TINY, "--steps", "4", "--run-dir", run_dir)
+    finished = shell(*words, SLURM_SUBMIT_DIR=ROOT, ENGRAX=different)
+    assert finished.returncode == 2 and time.monotonic() - begun < 60
+    told = [line for line in finished.stderr.splitlines() if "engrax:" in line]
+    wanted = "the processes differ: process 1 in seed (1, not 0), optimizer.learning_rate (0.1, not 0.005)."
+    assert len(told) == 2 and all(wanted in line for line in told)
+    assert "Traceback" not in finished.stderr and not run_dir.exists()
 
 
 def test_slurm_hands_on_the_error(shell, tmp_path):
@@ -208,9 +263,9 @@ def of_kind(asked, text):
 
 
 def test_tpu_pod_resumes_until_the_run_is_done(tpu_pod, tmp_path):
-    finished, asked = tpu_pod([255, "stopped", 1, 0])
+    finished, asked = tpu_pod([255, 143, 1, 0])
     assert finished.returncode == 0, finished.stderr
-    training = of_kind(asked, "engrax train")
+    training = of_kind(asked, "engrax launch")
     assert len(training) == 4 and len(set(training)) == 1
     assert "--worker=all" in training[0] and "--zone=zone-a" in training[0]
     assert "ENGRAX_DISTRIBUTED=1" in training[0] and r"gs://bucket/a\ run" in training[0]
@@ -218,25 +273,25 @@ def test_tpu_pod_resumes_until_the_run_is_done(tpu_pod, tmp_path):
     with tarfile.open(tmp_path / "asked.tar.gz") as archive:
         copied = set(archive.getnames())
     assert {"setup.py", "launch/venv.sh", "train/loop.py"} <= copied and not any(".venv" in name for name in copied)
-    assert "stopped at step" in (ROOT / "train" / "loop.py").read_text(), "tpu_pod.sh looks for the loop's own words"
 
 
 def test_tpu_pod_waits_for_the_slice_and_installs_anew(tpu_pod):
     finished, asked = tpu_pod([255, 0], states=["READY", "PREEMPTED"])
     assert finished.returncode == 0, finished.stderr
-    assert len(of_kind(asked, " scp ")) == 2 and len(of_kind(asked, "engrax train")) == 2
+    assert len(of_kind(asked, " scp ")) == 2 and len(of_kind(asked, "engrax launch")) == 2
 
 
-def test_tpu_pod_does_not_repeat_a_mistake(tpu_pod):
-    finished, asked = tpu_pod([2, 0])
-    assert finished.returncode == 2
-    assert len(of_kind(asked, "engrax train")) == 1
+@pytest.mark.parametrize("code", [Exit.REFUSED, Exit.DAMAGED, Exit.DIVERGED])
+def test_tpu_pod_does_not_repeat_a_mistake(tpu_pod, code):
+    finished, asked = tpu_pod([int(code), 0])
+    assert finished.returncode == code
+    assert len(of_kind(asked, "engrax launch")) == 1
 
 
 def test_tpu_pod_gives_up(tpu_pod):
     finished, asked = tpu_pod([1] * 9)
     assert finished.returncode == 1 and "gave up" in finished.stderr
-    assert len(of_kind(asked, "engrax train")) == 5
+    assert len(of_kind(asked, "engrax launch")) == 5
 
 
 def test_tpu_pod_wants_a_bucket(tpu_pod):

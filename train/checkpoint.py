@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from engrax.errors import DamagedCheckpoint, UserError
+from engrax.errors import Damaged, UserError
 from engrax.files import read_json, short
 from engrax.train import integrity
 from engrax.train.experiment import CheckpointConfig
@@ -120,7 +120,7 @@ class Checkpoints:
     def read(self, step: int | str | None, restore: Callable[[int], T], *, tell: bool = True) -> tuple[T, int]:
         """(restore(step), step) of the newest checkpoint that is sound, or for "best" of the best.
 
-        `restore` may raise DamagedCheckpoint. Damaged checkpoints are skipped and noted in `damaged`; `tell`: also on
+        `restore` may raise Damaged. Damaged checkpoints are skipped and noted in `damaged`; `tell`: also on
         stderr. A checkpoint that the training removed meanwhile is gone: the next newest is read. Raises UserError if
         none is sound, or if the one of a given step is not.
         """
@@ -134,7 +134,7 @@ class Checkpoints:
             except UserError as error:
                 if not (self.directory / str(wanted[0])).exists():
                     _say(f"checkpoint {wanted[0]} is gone: the training has removed it; the newest one is read")
-                elif isinstance(error, DamagedCheckpoint) and step in (None, "best"):
+                elif isinstance(error, Damaged) and step in (None, "best"):
                     self.damaged[wanted[0]] = error.reason
                 else:
                     raise
@@ -144,7 +144,7 @@ class Checkpoints:
                     _say(f"{self._told(bad)}; step {wanted[0]} is read instead")
             return found, wanted[0]
         told = "; ".join(self._told(bad) for bad in self.damaged) or "the training removes them too fast"
-        raise UserError(f"no checkpoint can be read: {told}; restore one, or train into another --run-dir.")
+        raise Damaged(f"no checkpoint can be read: {told}; restore one, or train into another --run-dir.")
 
     def _told(self, step: int) -> str:
         return f"checkpoint {self.directory / str(step)} is damaged ({self.damaged[step]})"
@@ -184,7 +184,7 @@ class Checkpoints:
         return sorted(losses, key=lambda step: (losses[step], -step))
 
     def verify(self, step: int) -> None:
-        """Raises DamagedCheckpoint if a file of the checkpoint is not what was written. All processes must call it."""
+        """Raises Damaged if a file of the checkpoint is not what was written. All processes must call it."""
         if step in self._sound:
             return
         folder = self.directory / str(step)
@@ -199,13 +199,13 @@ class Checkpoints:
             _say(f"checkpoint {folder} has no digests (an earlier engrax saved it), so it was not verified")
         self._sound.add(step)
 
-    def unsound(self, step: int, reason: str) -> DamagedCheckpoint:
+    def unsound(self, step: int, reason: str) -> Damaged:
         """The error that says what is wrong with a checkpoint."""
         if not (self.directory / str(step)).exists():
             reason = "it is gone: the training has removed it"
         others = [s for s in self.steps() if s != step]
         remedy = f"choose another step ({_listing(others)})" if others else "there is no other one"
-        error = DamagedCheckpoint(f"checkpoint {self.directory / str(step)} is damaged ({reason}); {remedy}.")
+        error = Damaged(f"checkpoint {self.directory / str(step)} is damaged ({reason}); {remedy}.")
         error.reason = reason
         return error
 
@@ -221,7 +221,7 @@ class Checkpoints:
     def restore(self, like: Any, step: int) -> tuple[Any, dict]:
         """(state, data position) of a step; `like` is a tree of ShapeDtypeStructs with shardings of any mesh.
 
-        Raises UserError naming the first parameter whose name or shape differs, DamagedCheckpoint for a damaged file.
+        Raises UserError naming the first parameter whose name or shape differs, Damaged for a damaged file.
         """
         import orbax.checkpoint as ocp
 

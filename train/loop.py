@@ -29,9 +29,9 @@ from etils import epath
 
 from engrax.errors import Diverged, UserError
 from engrax.files import expect, read_json, refuse_links, write_atomically
+from engrax.train import agreement, guards, metrics, resume, run_lock, runs
 from engrax.train import experiment as experiments
-from engrax.train import guards, metrics, resume, run_lock, runs
-from engrax.train.checkpoint import Checkpoints, DamagedCheckpoint
+from engrax.train.checkpoint import Checkpoints, Damaged
 from engrax.train.distributed import StopSignal
 from engrax.train.experiment import Experiment
 from engrax.train.fit import refuse_what_does_not_fit
@@ -70,10 +70,10 @@ def train(
     run_dir, programs = runs.folder(run_dir), keep_compiled_programs()
     main = jax.process_index() == 0
     trainer = check(experiment, run_dir)
-    experiment = trainer.experiment
-    trainer.check_validation()
-    earlier = resume.find(run_dir)
+    experiment, earlier = trainer.experiment, resume.find(run_dir)
     saved = earlier.step
+    agreement.check_experiment(experiment, run_dir, saved, source)
+    trainer.check_validation()
     # Errors are raised before anything is written.
     begins_at, params = (None, None) if saved else _earlier_params(trainer, run_dir)
     with contextlib.ExitStack() as stack:
@@ -286,7 +286,7 @@ class Loop:
                 like = self.trainer.stored_state()
                 state = resume.restore(self.checkpoints, like, data, self.data_digest, back)
                 break
-            except DamagedCheckpoint as error:
+            except Damaged as error:
                 _warn(str(error))
         else:
             raise Diverged(

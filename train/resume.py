@@ -35,7 +35,7 @@ class Earlier:
 def restore(checkpoints: Checkpoints, like: Any, data: Any, digest: str | None, step: int) -> Any:
     """The state of a checkpoint. Moves the data to its position.
 
-    Raises DamagedCheckpoint if it is not sound, UserError if it belongs to other data.
+    Raises Damaged if it is not sound, UserError if it belongs to other data.
     """
     state, saved = checkpoints.restore(like, step)
     saved = saved if saved.keys() == _SAVED else {"position": saved, "data_digest": None}

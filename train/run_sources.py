@@ -41,6 +41,15 @@ def copy(directory: epath.Path, experiment: Experiment, source: epath.PathLike |
     files.write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
+def digest(experiment: Experiment, source: epath.PathLike | None) -> str:
+    """SHA-256 of the names and contents that `copy` would copy."""
+    contents = _user_files(experiment, source) | _tokenizers(experiment)
+    total = hashlib.sha256()
+    for name in sorted(contents):
+        total.update(f"{name} {hashlib.sha256(contents[name][0]).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
 def _user_files(experiment: Experiment, source: epath.PathLike | None) -> dict[str, tuple[bytes, dict[str, str]]]:
     """{name in RUN/source: (content, what it is)} of the Python files."""
     roles = {Path(source).resolve(): "config"} if source else {}

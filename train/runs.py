@@ -2,9 +2,9 @@
 
 It holds config.json (the experiment, with a format version), environment.json (versions, device, commit, data digest),
 metrics.jsonl, checkpoints/, evals/ and source/ (the user's files and the tokenizers, with their digests). A second
-stage also has start_from.json (the step of the first stage that it started from). During training there is also
-lock.json, after a hang hung_0.txt (where process 0 stood). Nothing in the folder is executed, and no name or link in it
-may lead outside.
+stage also has start_from.json (the step of the first stage that it started from), a launched one logs/. During training
+there is also lock.json, after a hang hung_0.txt (where process 0 stood). Nothing in the folder is executed, and no name
+or link in it may lead outside.
 """
 
 import dataclasses
@@ -26,14 +26,16 @@ from engrax import models
 from engrax.errors import UnknownName, UserError
 from engrax.files import expect, read_json, read_text, refuse_links, write_atomically
 from engrax.models import imported
+from engrax.train import agreement, run_lock, run_sources, sharding
 from engrax.train import experiment as experiments
-from engrax.train import run_lock, run_sources, sharding
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.experiment import Experiment, ParallelConfig
 from engrax.train.host import keep_compiled_programs
 from engrax.train.optimizers import base as optimizers
 from engrax.train.optimizers.base import OptimizerConfig
 from engrax.train.schedules.base import first_difference
+
+LOGS = "logs"  # in a run folder: what `engrax launch` keeps of the processes' output
 
 
 def folder(path: epath.PathLike) -> epath.Path:
@@ -163,6 +165,9 @@ def prepare(
     directory = folder(run_dir)
     experiment = experiments.with_absolute_paths(experiment)
     environment = _check_folder(directory, experiment, steps_done)
+    agreement.check(
+        {**environment["versions"], **{name: environment[name] for name in ("python", "commit", "data_digest")}}
+    )
     if experiment.init_from is not None and not (directory / "pretrained").exists():
         imported.check(experiment.init_from, imported.find_backbone(experiment.model)[0])
     before_writing()
@@ -194,7 +199,7 @@ def _check_folder(directory: epath.Path, experiment: Experiment, steps_done: int
                 f"the data of {directory} has changed since it was started; restore it, or train into another folder."
             )
         return environment
-    if directory.exists() and any(entry.name != run_lock.NAME for entry in directory.iterdir()):
+    if directory.exists() and any(entry.name not in (run_lock.NAME, LOGS) for entry in directory.iterdir()):
         raise UserError(f"{directory} is not empty and holds no run; choose another --run-dir.")
     return describe_environment(experiment)
 

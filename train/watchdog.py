@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 from etils import epath
 
-HUNG = 75  # exit code of a process whose step hung
+from engrax.errors import Exit
 
 
 class Watchdog:
     """Watches a `with` block that says `alive()` after every step; `seconds` without it, and the process ends.
 
-    The stacks of all threads go to stderr and to `path`, the exit code is `HUNG`. Nothing is watched before the first
+    The stacks of all threads go to stderr and to `path`, the exit code is `Exit.HUNG`. Nothing is watched before the first
     `alive()`, which the loop says after its first step is compiled. seconds: 0 = nothing is watched.
     """
 
@@ -73,4 +73,4 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(HUNG)  # the main thread hangs: nothing else would end it
+        os._exit(Exit.HUNG)  # the main thread hangs: nothing else would end it
