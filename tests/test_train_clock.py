@@ -59,6 +59,7 @@ def run(monkeypatch, tmp_path):
         train_step=time.spend(STEP, ({"params": None}, {"loss": jnp.float32(2), "grad_norm": jnp.float32(1)})),
         validate=time.spend(VALIDATION, {"validation_loss": 1.0}),
         diagnose=lambda params: {},
+        evaluated=lambda state: None,
     )
     checkpoints.save = time.spend(SAVE)
     clock = metrics.Clock()

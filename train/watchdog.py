@@ -17,8 +17,8 @@ from engrax.errors import Exit
 class Watchdog:
     """Watches a `with` block that says `alive()` after every step; `seconds` without it, and the process ends.
 
-    The stacks of all threads go to stderr and to `path`, the exit code is `Exit.HUNG`. Nothing is watched before the first
-    `alive()`, which the loop says after its first step is compiled. seconds: 0 = nothing is watched.
+    The stacks of all threads go to stderr and to `path`, the exit code is `Exit.HUNG`. Nothing is watched before the
+    first `alive()`, which the loop says after its first step is compiled. seconds: 0 = nothing is watched.
     """
 
     def __init__(self, seconds: float, path: epath.Path):
