@@ -44,8 +44,8 @@ class ShellState(NamedTuple):
 class TestTimeMixerBase(Mixer):
     """Base of the mixers with a test-time memory: x [B, T, D] -> y [B, T, D], ShellState.
 
-    The config has heads, head_dim, conv_width, persistent_tokens and `rule()`. A subclass defines `_add_memory`,
-    `_learned_matrices`, `_gates` and `_memory`.
+    The config has heads, head_dim, conv_width, output_gate, persistent_tokens and `rule()`. A subclass defines
+    `_add_memory`, `_learned_matrices`, `_gates` and `_memory`.
     """
 
     def __init__(self, config, dim: int, *, gates: int, rngs: nnx.Rngs, num_layers: int = 1):
@@ -62,7 +62,8 @@ class TestTimeMixerBase(Mixer):
                 role="initial memory",
             )
         self.norm = rms_norm(config.head_dim, rngs=rngs)
-        self.gate = projection(dim, inner, ("embed", "heads"), rngs=rngs)
+        if config.output_gate:
+            self.gate = projection(dim, inner, ("embed", "heads"), rngs=rngs)
         self.out = projection(inner, dim, ("heads", "embed"), rngs=rngs, scale=(2 * num_layers) ** -0.5)
 
     def _add_memory(self, rngs: nnx.Rngs) -> None:
@@ -193,7 +194,7 @@ class TestTimeMixerBase(Mixer):
 
     def _project_read(self, x_BTD, read_BTHK):
         y = self.norm(read_BTHK).reshape(*x_BTD.shape[:2], -1)
-        return self.out(y * jax.nn.silu(self.gate(x_BTD)))
+        return self.out(y * jax.nn.silu(self.gate(x_BTD)) if self.config.output_gate else y)
 
     def _state_dtype(self):
         return jnp.promote_types(self.qkv.kernel.dtype, jnp.float32)

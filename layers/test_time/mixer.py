@@ -73,6 +73,7 @@ class MemoryConfig(MixerConfig):
     chunk_size: int = 16  # tokens whose gradients are taken at one anchor
     reset_every: int = 0  # chunks after which the memory is reset; 0 = never
     conv_width: int = 4  # taps of the short convolution; 1 = none
+    output_gate: bool = True  # whether the read is gated by a projection of the input
     persistent_tokens: int = 0  # learned tokens written into the memory before every segment
     max_lr: float | None = None  # upper bound of theta / (1 - eta), per token; None: see `lr_bound`
     lr_init: float = 0.5  # theta at the start, as a fraction of that bound
@@ -227,12 +228,15 @@ class MemoryConfig(MixerConfig):
                 feature_degree=2,
             ),
             change(small, structure="factorised", loss="dot", retention="row_norm", optimizer="muon", reset_every=2),
-            change(small, target="residual", forgetting="head", gradient_at="decayed", feature_degree=2),
+            change(
+                small, target="residual", forgetting="head", gradient_at="decayed", feature_degree=2, output_gate=False
+            ),
         )
 
     def flops_per_token(self, dim: int, seq_len: int) -> float:
         inner, rule = self.heads * self.head_dim, self.rule()
-        project = 2 * dim * (5 * inner + self.heads * sum(self.gate_widths.values())) + 2 * self.conv_width * 3 * inner
+        widths = (4 + self.output_gate) * inner + self.heads * sum(self.gate_widths.values())
+        project = 2 * dim * widths + 2 * self.conv_width * 3 * inner
         if not rule.operation:
             return project + self.heads * self._flops_of_engine(rule, min(self.chunk_size, seq_len))
         memory = cost.flops(

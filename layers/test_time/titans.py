@@ -44,6 +44,7 @@ class TitansConfig(MixerConfig):
     depth: int = 2  # layers of the memory MLP, 1 (a matrix) to 4
     chunk_size: int = 16  # tokens whose gradients are taken at one anchor
     conv_width: int = 4  # taps of the short convolution; 1 = none
+    output_gate: bool = True  # whether the read is gated by a projection of the input
     persistent_tokens: int = 0  # learned tokens written into the memory before every segment
     max_lr: float | None = None  # upper bound of theta / (1 - eta), per token; None: see `lr_bound`
     lr_init: float = 0.5  # theta at the start, as a fraction of that bound
@@ -67,7 +68,7 @@ class TitansConfig(MixerConfig):
         small = cls(heads=2, head_dim=4, hidden=6, chunk_size=8, persistent_tokens=3)
         return (
             small,
-            dataclasses.replace(small, depth=1, persistent_tokens=0, conv_width=1),
+            dataclasses.replace(small, depth=1, persistent_tokens=0, conv_width=1, output_gate=False),
             dataclasses.replace(small, depth=4, momentum=False, forgetting=False, chunk_size=4),
             cls(),
         )
