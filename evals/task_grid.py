@@ -8,6 +8,7 @@ from typing import Any
 from engrax.data.config import DATASETS
 from engrax.data.continual import Continual
 from engrax.data.task import TaskConfig
+from engrax.data.task_mixture import TaskMixture
 from engrax.errors import UserError
 from engrax.models.block_style import BlockStyleConfig
 from engrax.models.segment_config import SegmentRecurrentConfig
@@ -42,14 +43,16 @@ def grids(
 ) -> list[Grid]:
     """The grids of the named tasks (none = the run's own), at row lengths and with fields of several values.
 
-    The run's own task has the run's settings, and other tasks its `vocab_size`. A field counts for the tasks that have
-    it. Without lengths, a task whose axes include the length has MULTIPLES of the training's, as far as they fit.
+    The run's own task, or each of its mixture, has the run's settings; other tasks have its `vocab_size`. A field counts
+    for the tasks that have it. Without lengths, a task whose axes include the length has MULTIPLES of the training's,
+    as far as they fit.
 
     Raises UserError for an unknown task or field, a value that fits nowhere, a length that the model cannot read, and
     a model with another vocabulary.
     """
     fields = fields or {}
-    bases = [_base(experiment, task) for task in tasks or (_own(experiment),)]
+    own = _own(experiment)
+    bases = [_base(experiment, own, task) for task in tasks or _default_tasks(experiment, own)]
     names = [base["type"].partition(":")[2] for base in bases]
     for name in names:
         if names.count(name) > 1:
@@ -66,28 +69,39 @@ def grids(
     return found
 
 
-def _own(experiment: Experiment) -> TaskConfig:
-    if not isinstance(experiment.data, TaskConfig):
+def _own(experiment: Experiment) -> dict[str, TaskConfig]:
+    """The tasks that the run was trained on, by name; of several with one name, the last."""
+    data = experiment.data
+    if isinstance(data, TaskMixture) and data.tokens == "separate":
+        raise UserError(
+            "the run was trained on a task_mixture with separate tokens, which a single task does not have; evaluate "
+            "it without tasks: --only sources."
+        )
+    tasks = data.tasks if isinstance(data, TaskMixture) else (data,)
+    return {task.registered_name: task for task in tasks if isinstance(task, TaskConfig)}
+
+
+def _default_tasks(experiment: Experiment, own: dict[str, TaskConfig]) -> list[str]:
+    if not own:
         raise UserError(
             f"the run was trained on {experiment.data.registered_name}, which is no generated task; name tasks, for "
             "example --tasks mqar."
         )
-    return experiment.data
+    return list(own)
 
 
-def _base(experiment: Experiment, task: str | TaskConfig) -> dict[str, Any]:
+def _base(experiment: Experiment, own: dict[str, TaskConfig], task: str | TaskConfig) -> dict[str, Any]:
     """A task's settings before anything varies, as `to_dict` writes them."""
-    own = experiment.data
     if isinstance(task, TaskConfig):
         return to_dict(task)
     known = [name for name, cls in DATASETS.items() if issubclass(cls, TaskConfig)]
     if task not in known:
         raise UserError(f"unknown task {task!r}{did_you_mean(task, known)} (known: {', '.join(known)}).")
-    if task == own.registered_name:
-        return to_dict(own)
+    if task in own:
+        return to_dict(own[task])
     base = to_dict(DATASETS[task]())
-    if "vocab_size" in base and isinstance(own, TaskConfig):
-        base["vocab_size"] = own.vocab_size
+    if "vocab_size" in base and own:
+        base["vocab_size"] = experiment.data.vocab_size
     return base
 
 

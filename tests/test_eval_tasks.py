@@ -13,7 +13,7 @@ from etils import epath
 from flax import nnx
 
 from engrax import cli, models
-from engrax.data import MQAR, Continual, ForgettingMQAR, Parity
+from engrax.data import MQAR, Continual, ForgettingMQAR, Parity, TaskMixture
 from engrax.errors import UserError
 from engrax.evals import Context, continual, evaluate, plots, scoring, task_cells, task_grid
 from engrax.evals.evaluators.tasks import TasksConfig, config_of
@@ -261,6 +261,18 @@ def test_a_run_on_text_is_refused(tmp_path, capsys):
     write_run(tmp_path / "run", text_experiment(tmp_path))
     assert "reads text through its tokenizer" in mistake(capsys, "evaluate", str(tmp_path / "run"), "--tasks", "mqar")
     assert "is no generated task; name tasks" in mistake(capsys, "evaluate", str(tmp_path / "run"), "--lengths", "64")
+
+
+def test_a_run_on_a_mixture_is_tried_on_its_tasks():
+    mixture = TaskMixture(tasks=(OWN, dataclasses.replace(OWN, num_pairs=1)), weights=(1, 1), seq_len=32)
+    e = dataclasses.replace(experiment((ATTENTION,)), data=mixture)
+    (grid,) = task_grid.grids(e, lengths=[24])
+    assert grid.cells == {(24,): mixture.tasks[1]}, "of two with one name, the last"
+    (other,) = task_grid.grids(e, ["induction"], lengths=[24])
+    assert other.cells[(24,)].vocab_size == OWN.vocab_size
+    apart = dataclasses.replace(e, data=dataclasses.replace(mixture, tokens="separate"))
+    with pytest.raises(UserError, match="separate tokens"):
+        task_grid.grids(apart, ["mqar"])
 
 
 def test_the_settings_of_a_task_are_the_run_s_or_take_its_vocabulary():
