@@ -43,9 +43,9 @@ def grids(
 ) -> list[Grid]:
     """The grids of the named tasks (none = the run's own), at row lengths and with fields of several values.
 
-    The run's own task, or each of its mixture, has the run's settings; other tasks have its `vocab_size`. A field counts
-    for the tasks that have it. Without lengths, a task whose axes include the length has MULTIPLES of the training's,
-    as far as they fit.
+    The run's own task, or each of its mixture, has the run's settings; other tasks have its `vocab_size`. A field
+    counts for the tasks that have it. Without lengths, a task whose axes include the length has MULTIPLES of the
+    training's, as far as they fit.
 
     Raises UserError for an unknown task or field, a value that fits nowhere, a length that the model cannot read, and
     a model with another vocabulary.
