@@ -7,6 +7,7 @@ from engrax.commands import (
     compare,
     compile,
     describe,
+    doctor,
     evaluate,
     export,
     frontier,
@@ -33,6 +34,7 @@ MODULES = (
     check,
     list,
     bench,
+    doctor,
 )  # as in the help
 COMMANDS = {module.__name__.rpartition(".")[2]: module.run for module in MODULES}
 EXAMPLES = [module.EXAMPLE for module in MODULES]
