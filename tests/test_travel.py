@@ -245,6 +245,20 @@ def test_a_lock_of_a_dead_process_is_taken_over(tmp_path):
             assert json.loads((run / "lock.json").read_text())["process"] == os.getpid()
 
 
+def test_the_same_job_started_elsewhere_takes_the_lock_over(tmp_path, monkeypatch, capsys):
+    run = runs.folder(tmp_path / "run")
+    run.mkdir()
+    (run / "lock.json").write_text(json.dumps({"host": "elsewhere", "process": 3, "started": 1, "job": "77"}))
+    for job in (None, "78"):
+        monkeypatch.setenv("SLURM_JOB_ID", job) if job else monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        with pytest.raises(UserError, match="process 3 on elsewhere is writing"):
+            run_lock.refuse_other(run)
+    monkeypatch.setenv("ENGRAX_JOB", "77")
+    with run_lock.held(run):
+        assert json.loads((run / "lock.json").read_text())["job"] == "77"
+    assert "taking over" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ['{"host": "elsewhere", "process": 3}', "{}", "", '{"host": 1, "process": "x"}'])
 def test_a_lock_of_another_host_or_nobody_is_named(tmp_path, text):
     (tmp_path / "lock.json").write_text(text)

@@ -18,14 +18,15 @@ NAME = "lock.json"
 
 @contextlib.contextmanager
 def held(directory: Any) -> Iterator[None]:
-    """Holds the lock of a run folder. It takes over the lock of an ended process of this host.
+    """Holds the lock of a run folder. It takes over the lock of an ended process of this host, and of an earlier start
+    of the same cluster job on another host: a scheduler runs a job once at a time.
 
     A missing folder is created, and removed again if nothing was written. Raises UserError if another process holds the
     lock.
     """
     path = directory / NAME
     missing = [place for place in (directory, *directory.parents) if not place.exists()]
-    mine = {"host": socket.gethostname(), "process": os.getpid(), "started": _started(os.getpid())}
+    mine = {"host": socket.gethostname(), "process": os.getpid(), "started": _started(os.getpid()), "job": _job()}
     refuse_other(directory)
     if "://" in str(path):  # a bucket cannot create a file exclusively: only this check is possible
         path.write_text(json.dumps(mine))
@@ -98,9 +99,18 @@ def refuse_other(directory: Any) -> None:
     host, process, started = (holder.get(name) for name in ("host", "process", "started"))
     if type(process) is not int or not isinstance(host, str):
         raise UserError(f"{path} names no host and process; {remedy}.")
-    if host == socket.gethostname() and not _runs(process, started):
+    if host == socket.gethostname():
+        over = not _runs(process, started)
+    else:
+        over = _job() is not None and holder.get("job") == _job()
+    if over:
         return
     raise UserError(f"process {process} on {host} is writing {directory}; wait for its end, or {remedy} ({path}).")
+
+
+def _job() -> str | None:
+    """The cluster job that this process belongs to; it keeps its name when the scheduler starts it again elsewhere."""
+    return os.environ.get("ENGRAX_JOB") or os.environ.get("SLURM_JOB_ID")
 
 
 def _runs(process: int, started: Any) -> bool:
