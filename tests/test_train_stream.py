@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import shutil
 import sys
 
@@ -18,6 +19,7 @@ from engrax.models import HMTConfig, LanguageModelConfig, RMTConfig
 from engrax.models.block_style import BlockStyleConfig
 from engrax.tests.experiments import tiny
 from engrax.train import AdamWConfig, CheckpointConfig, ConstantConfig, CosineConfig, loop, run_sources, runs
+from engrax.train import experiment as experiments
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.loop import train
 from engrax.train.trainer import Trainer, check
@@ -184,6 +186,8 @@ def test_the_memory_begins_with_the_earlier_stages_values(text, tmp_path):
     shapes = trainer.abstract_state()["params"]
     params = jax.tree.map(lambda p: jnp.arange(p.size, dtype=p.dtype).reshape(p.shape), shapes)
     earlier = Checkpoints(tmp_path / "first", CheckpointConfig())
+    written = {"experiment": experiments.to_dict(settings)}
+    (tmp_path / "first" / "config.json").write_text(json.dumps(written))
     earlier.save(3, {"params": params}, {}, None)
     earlier.close()
     state = trainer.init_state(loop._earlier_params(trainer, runs.folder(tmp_path / "second"))[1])

@@ -310,7 +310,7 @@ def test_a_run_goes_on_with_the_devices_that_are_here(made, tmp_path, capsys, mo
 
     def train(experiment, *args, **kwargs):
         given.append(experiment.parallel)
-        return loop.Result(runs.folder(args[0]), 4, False, {})
+        return loop.Result(runs.folder(args[0]), 4, True, {})
 
     monkeypatch.setattr(loop, "train", train)
     assert cli.main(["train", str(tmp_path / "run")]) == 0
