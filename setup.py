@@ -66,7 +66,7 @@ setup(
         " or (platform_system == 'Darwin' and platform_machine == 'arm64')",  # where it has wheels
         "etils[epath]>=1.12",
         "safetensors>=0.4.5",
-        "xxhash>=3.4",
+        "xxhash>=3.4.1",
         "scipy>=1.15",
         "jinja2>=3.1",
         "wandb>=0.25",

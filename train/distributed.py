@@ -121,7 +121,7 @@ def _tell(me: int, number: int, code: int, sentence: str) -> None:
     _heard(me, number)
 
 
-def _listen(me: int, number: int, ending: threading.Lock) -> None:
+def _listen(me: int, number: int, ending: Any) -> None:  # a threading.Lock, which is no type before Python 3.13
     """Waits for the first process that ends with an error, and ends this one."""
     told = None
     while told is None:
