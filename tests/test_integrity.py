@@ -191,6 +191,13 @@ def test_damaged_ones_are_put_aside_under_new_names(run, capsys):
     assert capsys.readouterr().err.count("is now") == 2
 
 
+def test_a_nan_is_found_in_every_type_and_a_large_number_is_none():
+    """The sum that finds it must not overflow: types of 8 bits have no infinity, only NaN."""
+    largest = {t: jnp.full(64, jnp.finfo(t).max, t) for t in ("float32", "bfloat16", "float16", "float8_e4m3fn")}
+    assert not any(saver._find_nan(largest).values())
+    assert all(saver._find_nan({name: x.at[5].set(jnp.nan) for name, x in largest.items()}).values())
+
+
 def test_a_nan_in_the_state_is_not_saved(run):
     state = state_at(12)
     state["memory"]["keys"] = state["memory"]["keys"].at[3, 4].set(jnp.nan)

@@ -189,8 +189,12 @@ class Saver:
 @jax.jit
 def _find_nan(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     # A sum of magnitudes is NaN only if an element is (infinities stay infinite), and is faster than a search. A
-    # maximum over several devices may lose a NaN.
-    return {name: jnp.isnan(jnp.sum(jnp.abs(array))) for name, array in arrays.items()}
+    # maximum over several devices may lose a NaN. Types of 8 bits have no infinity: their sum would overflow to NaN.
+    return {name: jnp.isnan(jnp.sum(jnp.abs(array), dtype=_wide(array.dtype))) for name, array in arrays.items()}
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def first_line(error: BaseException) -> str:
