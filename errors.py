@@ -63,3 +63,11 @@ def require_at_least(group: str, config: Any, **bounds: float) -> None:
     for name, bound in bounds.items():
         if getattr(config, name) < bound:
             raise UserError(f"{group}.{name}={getattr(config, name)} must be at least {bound}.")
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raises UserError for the first named field of `config` that is 0 or less; None is no number and passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{name}={value} must be above 0.")

@@ -69,6 +69,8 @@ class LanguageModelConfig(ModelConfig):
             )
         if not self.mixers:
             raise UserError("mixers is empty: a model needs at least one mixer in its pattern.")
+        if (self.mlp_hidden or 0) < 0:
+            raise UserError(f"mlp_hidden={self.mlp_hidden} must not be negative (0 = no MLPs).")
         for name in ("vocab_size", "dim", "repeat"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")

@@ -158,15 +158,6 @@ def decay_mask(params: Any) -> Any:
     return map_parameters(lambda variable: role_of(variable).decayed, params)
 
 
-def learning_rates(params: Any) -> Any:
-    """The learning-rate factor of every parameter, 1 for arrays that are not model parameters."""
-
-    def one(leaf):
-        return leaf.replace(role_of(leaf).learning_rate) if isinstance(leaf, nnx.Variable) else 1.0
-
-    return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
 def sharded_axis(variable: nnx.Variable, devices: int) -> int | None:
     """The axis along which a parameter is sharded: the first that `devices` divides, except the stacked layers'."""
     for i, (length, name) in enumerate(zip(variable.shape, axes_of(variable))):

@@ -13,7 +13,7 @@ from engrax.data import MQAR
 from engrax.data.text import CorpusConfig
 from engrax.errors import UnknownName, UserError
 from engrax.layers import MIXERS, AttentionConfig, TitansConfig
-from engrax.models import LanguageModelConfig
+from engrax.models import MODELS, LanguageModelConfig
 from engrax.registry import KINDS, Registry, find_registry
 from engrax.tests.experiments import tiny
 from engrax.train import AdamWConfig, CosineConfig, EvalConfig, LionConfig, SGDConfig, WSDConfig, loop
@@ -202,3 +202,18 @@ def test_every_public_name_exists(package):
     assert not missing and sorted(module.__all__) == sorted(set(module.__all__))
     if not package:
         assert {base for _, base in KINDS.values()} <= set(module.__all__)
+
+
+NUMBERS = [
+    pytest.param(registry, name, field.name, id=f"{registry.kind}-{name}-{field.name}")
+    for registry in (MIXERS, MODELS)
+    for name, cls in registry.items()
+    for field in dataclasses.fields(cls)
+    if isinstance(field.default, (int, float)) and not isinstance(field.default, bool)
+]
+
+
+@pytest.mark.parametrize("registry, name, field", NUMBERS)
+def test_a_negative_number_is_refused_by_its_name(registry, name, field):
+    with pytest.raises(UserError, match=field):
+        dataclasses.replace(registry[name].examples()[0], **{field: -4})

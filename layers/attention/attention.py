@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from engrax.errors import UserError
+from engrax.errors import UserError, require_positive
 from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import projection, rms_norm
 from engrax.layers.common.segments import last_segment_after, newest, starts_anew
@@ -99,6 +99,7 @@ class AttentionConfig(MixerConfig):
     qk_norm_eps: float | None = None  # eps of an RMSNorm over each head's query and key; None = no norm
 
     def __post_init__(self):
+        require_positive(self, "heads", "kv_heads", "head_dim", "capacity", "rope_base")
         if self.heads % (self.kv_heads or self.heads):
             raise UserError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}; choose a divisor.")
         if self.head_dim % 2 and self.rope_base is not None:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from engrax.errors import UserError
+from engrax.errors import UserError, require_positive
 from engrax.layers.common.modules import NORMS, projection
 from engrax.pallas_kernels import hopfield_energy, hopfield_retrieval
 from engrax.pallas_kernels.hopfield_retrieval.visibility import dense_mask
@@ -71,6 +71,7 @@ class AssociationConfig:
         for name in ("heads", "head_dim", "value_dim", "steps", "max_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        require_positive(self, "tolerance", "alpha")
         if self.gradient == "implicit" and self.steps is not None:
             raise UserError(f"gradient='implicit' needs steps=None, not steps={self.steps}.")
         if isinstance(self.beta, tuple) and len(self.beta) != self.heads:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from engrax.errors import UserError
+from engrax.errors import UserError, require_positive
 from engrax.layers.common.segments import last_segment_after
 from engrax.layers.hopfield.association import AssociationConfig, Hopfield, Norm
 from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
@@ -37,8 +37,7 @@ class HopfieldLayerConfig(AssociationConfig, MixerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.patterns < 1:
-            raise UserError(f"patterns={self.patterns} must be at least 1.")
+        require_positive(self, "patterns", "init_scale")
         if self.targets == "patterns" and self.value_dim not in (None, self.head_dim):
             raise UserError(f"targets='patterns' reads what is head_dim={self.head_dim} wide: leave value_dim out.")
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
-from engrax.errors import UserError
+from engrax.errors import UserError, require_positive
 from engrax.layers.attention.attention import masked_attention, rotate
 from engrax.layers.common.matrix_memory import Matrix, MatrixMemory, MatrixMemoryConfig, MatrixMemoryState
 from engrax.layers.common.segments import first_real_segment
@@ -40,6 +40,7 @@ class InfiniAttentionConfig(MatrixMemoryConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        require_positive(self, "rope_base")
         self.at_least_one("block")
         if self.values != (self.heads, self.head_dim):
             raise UserError(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from engrax.errors import UserError
+from engrax.errors import UserError, require_positive
 from engrax.layers.attention.attention import rotate
 from engrax.layers.common.matrix_memory import MatrixMemory, MatrixMemoryConfig
 from engrax.layers.mixer import MIXERS
@@ -30,6 +30,7 @@ class RetNetConfig(MatrixMemoryConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        require_positive(self, "rope_base")
         if self.rope_base is not None and self.head_dim % 2:
             raise UserError(
                 f"head_dim={self.head_dim} is odd; rotary positions need pairs of channels (or no rope_base)."

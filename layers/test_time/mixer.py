@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from engrax.errors import UserError
+from engrax.errors import UserError, require_positive
 from engrax.layers.common.segments import newest
 from engrax.layers.mixer import MIXERS, MixerConfig
 from engrax.layers.test_time import engine
@@ -98,6 +98,7 @@ class MemoryConfig(MixerConfig):
         for name in ("momentum_order", "reset_every", "persistent_tokens"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative.")
+        require_positive(self, "loss_power")
         if self.max_lr is not None and self.max_lr <= 0:
             raise UserError(f"max_lr={self.max_lr} must be positive; None chooses it.")
         for condition, reason in self._meaningless():

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from engrax.errors import UserError
+from engrax.errors import UserError, require_positive
 from engrax.layers.attention.attention import masked_attention, rotate
 from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import l2_normalise, projection, rms_norm
@@ -73,6 +73,7 @@ class MACConfig(MixerConfig):
     mode: str = "causal"  # causal | paper (leaks future tokens of the segment)
 
     def __post_init__(self):
+        require_positive(self, "rope_base")
         if self.chunk_size % self.memory.chunk_size:
             raise UserError(
                 f"chunk_size={self.chunk_size} of the segment is not a multiple of memory.chunk_size="
