@@ -79,7 +79,7 @@ def run(trainer, folder, faults, *, steps=10, **fields):
     clock = metrics.Clock()
     bar = metrics.Progress(saved, steps, 1, clock, active=False)
     writer = metrics.MetricsWriter(epath.Path(folder), settings.log, resumed_at=saved, settings={})
-    loop = Loop(own, checkpoints, writer, bar, clock, Watchdog(0, writer.path), guards.FlatLoss(settings), saved=saved)
+    loop = Loop(own, checkpoints, writer, bar, clock, Watchdog(0, writer.path), saved=saved)
     try:
         with StopSignal() as stop:
             _, state = loop.run(state, data, saved, stop)

@@ -66,8 +66,7 @@ def run(monkeypatch, tmp_path):
     tokens = experiment.batch_size * experiment.data.seq_len
     bar = metrics.Progress(0, experiment.steps, tokens, clock, active=False)
     writer = metrics.MetricsWriter(epath.Path(tmp_path), LogConfig(), resumed_at=0, settings={})
-    watchdog, flat = Watchdog(0, epath.Path(tmp_path)), guards.FlatLoss(experiment)
-    loop = Loop(trainer, checkpoints, writer, bar, clock, watchdog, flat)
+    loop = Loop(trainer, checkpoints, writer, bar, clock, Watchdog(0, epath.Path(tmp_path)))
     loop.run({"params": None}, guards.Guarded(Data(), experiment.guard), 0, StopSignal())
     return metrics.read(tmp_path), tokens, bar
 

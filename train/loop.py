@@ -119,9 +119,7 @@ def train(
         stack.callback(bar.close)
         ours = run_lock.Mark(run.directory / "config.json") if main else None
         watchdog = Watchdog(experiment.guard.watchdog, run.directory / f"hung_{jax.process_index()}.txt")
-        flat = guards.FlatLoss(experiment)
-        about = dict(saved=saved, data_digest=digest, ours=ours)
-        loop = Loop(trainer, checkpoints, writer, bar, clock, watchdog, flat, **about)
+        loop = Loop(trainer, checkpoints, writer, bar, clock, watchdog, saved, digest, ours)
         with jax.set_mesh(trainer.mesh), StopSignal() as stop, watchdog:
             step, state = loop.run(state, data, saved, stop, first)
             loop.save(step, state, data)
@@ -157,16 +155,18 @@ class Loop:
     bar: metrics.Progress
     clock: metrics.Clock  # started with the command
     watchdog: Watchdog
-    flat: guards.FlatLoss
-    latest: dict[str, float] = dataclasses.field(default_factory=dict)
-    validated: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
-    saved: int = 0
+    saved: int = 0  # the newest checkpoint's step
     data_digest: str | None = None  # of the training data
     ours: run_lock.Mark | None = None  # in the process that writes: the run folder's config.json
+    latest: dict[str, float] = dataclasses.field(default_factory=dict)
+    validated: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
     _window: tuple[int, float] | None = None  # (step, seconds) of the last logged step, for tokens per second
     _state: Any = None
     _blocked: float | None = None  # seconds that a save blocked the loop, until they are logged
     _stops: bool = False
+
+    def __post_init__(self):
+        self.flat = guards.FlatLoss(self.trainer.experiment)
 
     def run(self, state: Any, data: guards.Guarded, start: int, stop: StopSignal, first: Any = None) -> tuple[int, Any]:
         """Runs until the last step or a signal; returns (steps done, state). `first`: a batch already taken from
