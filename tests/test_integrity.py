@@ -191,6 +191,17 @@ def test_damaged_ones_are_put_aside_under_new_names(run, capsys):
     assert capsys.readouterr().err.count("is now") == 2
 
 
+def test_the_next_training_ends_a_removal_that_was_cut_off(run):
+    checkpoints = Checkpoints(run, CheckpointConfig())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(checkpoints.directory), "rmtree", lambda folder: None)  # killed at this moment
+        checkpoints._saver.remove(4)
+    checkpoints.close()
+    assert Checkpoints(run).steps() == [8] and len(list((run / "checkpoints").iterdir())) == 2
+    Checkpoints(run, CheckpointConfig()).close()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["8"]
+
+
 def test_a_nan_is_found_in_every_type_and_a_large_number_is_none():
     """The sum that finds it must not overflow: types of 8 bits have no infinity, only NaN."""
     largest = {t: jnp.full(64, jnp.finfo(t).max, t) for t in ("float32", "bfloat16", "float16", "float8_e4m3fn")}
