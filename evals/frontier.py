@@ -26,7 +26,7 @@ from engrax.evals.comparison import RATE, Row
 from engrax.evals.sweep import Score, Trial
 from engrax.evals.verdicts import Interval, Verdict
 from engrax.layers.mixer import MIXERS, MixerConfig
-from engrax.layers.sizing import sized
+from engrax.layers.sizing import OneSize, sized
 from engrax.models import LanguageModelConfig
 from engrax.registry import did_you_mean
 from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig, Experiment, LogConfig, cost, metrics
@@ -216,6 +216,8 @@ def _of_mixer(frontier: Frontier, name: str, plain: MixerConfig) -> tuple[list[C
     for size in frontier.sizes:
         try:
             mixer = sized(plain, dim, size)
+        except OneSize:
+            return [_cell(frontier.experiment, name, "only size", plain)], {}
         except UserError as error:
             why[f"{size} bytes"] = str(error)
             continue

@@ -20,6 +20,10 @@ DOUBLINGS = (-16, 8)  # the smallest and the largest factor, as powers of two
 NEAR = 1.5  # largest ratio of the found and the wanted bytes
 
 
+class OneSize(UserError):
+    """A mixer has one size of state only."""
+
+
 @functools.cache
 def state_bytes(config: MixerConfig, dim: int) -> int:
     """Bytes of the state of one sequence in one layer, caches and tails of convolutions included, in float32."""
@@ -31,12 +35,12 @@ def sized(config: MixerConfig, dim: int, target: int) -> MixerConfig:
     """The settings with a state nearest to `target` bytes in a layer of width `dim`.
 
     The state must not shrink as the factor of `scaled` grows; settings that the config refuses count as too small.
-    Raises UserError if the mixer has one size only, or none within a factor of `NEAR`.
+    Raises OneSize if the mixer has one size only, UserError if it has none within a factor of `NEAR`.
     """
     name = config.registered_name or type(config).__name__
     scale = _scale(config, dim)
     if scale is None:
-        raise UserError(
+        raise OneSize(
             f"{name} has one size of state only, {state_bytes(config, dim):,} bytes: none of its integer fields "
             "enlarges it; define `scaled` in its config."
         )

@@ -126,6 +126,23 @@ def test_a_run_goes_back_and_on_without_the_batches(trainer, tmp_path, without, 
     assert same(run(trainer, tmp_path, {}, action="rewind", drop=2, every=2)[0], without(6, 7))
 
 
+def test_a_way_back_deletes_later_checkpoints_and_passes_a_damaged_one(trainer, tmp_path, without, monkeypatch, capsys):
+    rewind, left = Loop.rewind, []
+
+    def damaged_before(loop, *args):
+        loop.checkpoints.wait()
+        next((tmp_path / "checkpoints" / "4" / "state").rglob("d/*")).write_bytes(b"")
+        back = rewind(loop, *args)
+        left.append(loop.checkpoints.steps())
+        return back
+
+    monkeypatch.setattr(Loop, "rewind", damaged_before)
+    state, _, _ = run(trainer, tmp_path, {7: "spike"}, action="rewind", drop=2, every=2)
+    told = capsys.readouterr().err
+    assert "checkpoints/4 is damaged" in told and "back to step 2, without the batches of steps 6 to 7" in told
+    assert left == [[2]] and same(state, without(6, 7))
+
+
 def test_what_a_bad_step_ends(trainer, tmp_path):
     """By choice, after too many in a row, or with no checkpoint to go back to; another try passes the batch."""
     with pytest.raises(
