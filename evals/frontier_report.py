@@ -124,7 +124,7 @@ def _head(settings: Frontier, found: Found, processes: int, command: str) -> dic
         "task": dataclasses.asdict(e.data) | {"type": task},
         "chance": e.data.chance,
         "dim": e.model.dim,
-        "layers": e.model.num_layers,
+        "layers": e.model.repeat,
         "steps": e.steps,
         "batch_size": e.batch_size,
         "sizes": list(settings.sizes),

@@ -113,6 +113,7 @@ def test_points_are_of_judged_seeds_at_the_best_rate(pretended, tmp_path):
     assert points["linear_attention", "4096 bytes"].verdict is None  # the baseline
     assert points["deltanet", "1024 bytes"].best and not points["gla", "4096 bytes"].best
     assert np.isnan(points["gla", "1024 bytes"].grid[0.03])
+    assert "2 layers of width" in found.markdown
     assert not found.missing and "Holm" in found.markdown and frontier_report.LOOK not in found.markdown
 
     # The files have the same numbers.

@@ -1,5 +1,6 @@
 """Many trials in one folder: several at once, a budget, what fails alone, and what is read instead of run again."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -82,6 +83,10 @@ def test_the_time_left_is_that_of_similar_trials(tmp_path, trained, capsys):
     assert account.seconds(Trial("b", tiny(2))) == 100
     account.ended(account.begin(), Score(np.ones(1), np.ones(1), seconds=200.0))
     assert account.seconds(account.open[0]) == 150
+    other = Trial("c", dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, dim=32)))
+    account.trials = [*account.trials, other]
+    account.scores["c"] = Score(np.ones(1), np.ones(1), seconds=900.0)
+    assert account.seconds(account.open[0]) == 150 and account.seconds(other) == 900, "those with its model"
 
 
 @pytest.mark.parametrize(
