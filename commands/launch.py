@@ -59,10 +59,11 @@ def run(args: list[str]) -> int:
         raise UserError(f"--processes {known.processes}: {why}.")
     run_dir = known.run_dir or _run_dir(known.config)
     command = [sys.executable, "-m", "engrax.cli", "train", known.config, *rest, "--run-dir", run_dir]
+    missing = [place for place in Path(run_dir).parents if not place.exists()]
     with Stop() as stop:
         code = _until_done(command, run_dir, known.processes, max(known.restarts, 0), joined, stop)
     if code == Exit.REFUSED:
-        _remove_if_nothing_else(Path(run_dir))
+        _remove_if_nothing_else(Path(run_dir), missing)
     return code
 
 
@@ -240,7 +241,11 @@ def _gpus() -> list[str]:
     return [str(n) for n, line in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
 
 
-def _remove_if_nothing_else(run_dir: Path) -> None:
-    """Removes a run folder that holds nothing but logs: the training was refused before it began."""
+def _remove_if_nothing_else(run_dir: Path, missing: list[Path]) -> None:
+    """Removes a run folder that holds nothing but logs, since the training was refused before its start; then its empty
+    parents of those that were `missing`."""
     if run_dir.is_dir() and [entry.name for entry in run_dir.iterdir()] == ["logs"]:
         shutil.rmtree(run_dir, ignore_errors=True)  # another launcher of the job may do the same
+    for place in missing:
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from engrax.commands import launch
-from engrax.errors import Exit
+from engrax.errors import Exit, UserError
+from engrax.train import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
@@ -170,14 +171,20 @@ at = int(os.environ["ENGRAX_PROCESS_ID"])
 starts = open(os.environ["NOTES"] + str(at), "a+")
 starts.write("x"), starts.flush(), starts.seek(0)
 code = int(os.environ["CODES"].split()[len(starts.read()) - 1].split(",")[at])
-print("native noise" if code else "fine")
+print("JAX distributed service detected fatal errors" if code == -6 else "native noise" if code else "fine")
 os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)
 """
 
 
 @pytest.mark.parametrize(
     "codes, restarts, code, starts",
-    [("-9,74 0,0", 3, 0, 2), ("2,2 0,0", 3, 2, 1), ("1,74 75,74 3,3", 3, 3, 3), ("-9,74 -9,74 0,0", 1, 137, 2)],
+    [
+        ("-9,74 0,0", 3, 0, 2),
+        ("-9,-6 0,0", 3, 0, 2),
+        ("2,2 0,0", 3, 2, 1),
+        ("1,74 75,74 3,3", 3, 3, 3),
+        ("-9,74 -9,74 0,0", 1, 137, 2),
+    ],
 )
 def test_all_are_started_again_after_a_death(tmp_path, monkeypatch, capsys, codes, restarts, code, starts):
     """When a process dies, then all start again, but not after an end that a start would not change."""
@@ -191,7 +198,21 @@ def test_all_are_started_again_after_a_death(tmp_path, monkeypatch, capsys, code
     assert [len((tmp_path / f"starts{number}").read_text()) for number in (0, 1)] == [starts, starts]
     told = capsys.readouterr().err
     assert told.count("launch: process 1 ") == starts and ("was killed by SIGKILL" in told) == ("-9" in codes)
+    assert ("process 1 lost another process" in told) == ("74" in codes or "-6" in codes)
     assert (tmp_path / "run" / "logs" / "process_0.log").read_text().count("\n") == starts
+
+
+def test_a_refused_launch_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "_until_done", lambda *args: (tmp_path / "runs/a/logs").mkdir(parents=True) or 2)
+    assert launch.run(["quickstart", "--run-dir", "runs/a"]) == 2 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seconds, told", [("1", "at least 2"), ("0", "at least 2"), ("x", "no whole number")])
+def test_a_heartbeat_that_makes_no_sense_is_refused(monkeypatch, seconds, told):
+    monkeypatch.setenv("ENGRAX_HEARTBEAT", seconds)
+    with pytest.raises(UserError, match=f"ENGRAX_HEARTBEAT.*{told}"):
+        distributed.heartbeat_seconds()
 
 
 @pytest.mark.deep
