@@ -10,7 +10,7 @@ class Exit(enum.IntEnum):
     FINISHED = 0
     FAILED = 1  # a bug, with a traceback; in `engrax check` a broken law
     REFUSED = 2  # a user's mistake, in one line
-    DAMAGED = 3  # no sound checkpoint to go on from
+    DAMAGED = 3  # no sound checkpoint to continue from
     DIVERGED = 4  # the loss or the gradient is not finite
     PEER_LOST = 74  # another process of the training ended, or cannot be reached
     HUNG = 75  # a step took too long

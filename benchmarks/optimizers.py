@@ -156,7 +156,7 @@ def bits_by_row(params, rows):
 
 def run(trainer, spiked: bool, steps: int, rate: float, factor: float, seed: int) -> dict:
     """One training: bits of every validation row (None if it diverged), loss of the last steps, processor time."""
-    begun = time.process_time()
+    started = time.process_time()
     drawn = np.zeros(steps, bool)
     drawn[np.random.default_rng(seed).choice(steps, round(SPIKED * steps) * spiked, replace=False)] = True
     data = batches("train", seed, steps, BATCH)
@@ -171,7 +171,7 @@ def run(trainer, spiked: bool, steps: int, rate: float, factor: float, seed: int
         "loss": float(np.mean(losses[-20:])) if sound else None,
         "bits": [round(b, 2) for b in bits] if sound else None,
         "bytes": (held["targets"] >= 0).sum(axis=-1).tolist(),
-        "processor_seconds": round(time.process_time() - begun, 1),
+        "processor_seconds": round(time.process_time() - started, 1),
     }
 
 

@@ -39,13 +39,13 @@ def measure(megabytes: int) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(folder, CheckpointConfig(keep_last=1, keep_best=0))
         for step in range(1, SAVES + 2):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             checkpoints.save(step, state, {"next_index": step}, None)
             blocked = time.perf_counter()
             checkpoints.wait()
             if step > 1:
-                found["blocked"].append(blocked - begun)
-                found["total"].append(time.perf_counter() - begun)
+                found["blocked"].append(blocked - started)
+                found["total"].append(time.perf_counter() - started)
             state = jax.tree.map(lambda x: x + jnp.float32(1), state)
             jax.block_until_ready(state)
         checkpoints.close()
@@ -53,12 +53,12 @@ def measure(megabytes: int) -> dict[str, list[float]]:
         if hasattr(reader, "verify"):
             from engrax.train import saver
 
-            begun = time.perf_counter()
+            started = time.perf_counter()
             reader.verify(SAVES + 1)
-            found["verify"] = [time.perf_counter() - begun]
-            begun = time.perf_counter()
+            found["verify"] = [time.perf_counter() - started]
+            started = time.perf_counter()
             jax.block_until_ready(saver._find_nan({f"params.{name}": leaf for name, leaf in state["params"].items()}))
-            found["find_nan"] = [time.perf_counter() - begun]
+            found["find_nan"] = [time.perf_counter() - started]
     return found
 
 

@@ -19,7 +19,7 @@ EXAMPLE = "engrax launch quickstart --processes 2 --run-dir runs/two --steps 100
 
 FINAL = (Exit.REFUSED, Exit.DAMAGED, Exit.DIVERGED, Exit.INTERRUPTED, Exit.STOPPED)  # a start would not change these
 GRACE_DEATH, GRACE = 5.0, 60.0  # seconds that the others have after the first end: a death, or any other
-LONGEST_WAIT, LASTED = 60.0, 600.0  # seconds before a start, at most; a round of so many begins the waits anew
+LONGEST_WAIT, LASTED = 60.0, 600.0  # seconds before a start, at most; a round of so many starts the waits again
 LOST = b"JAX distributed service detected fatal errors"  # what JAX writes before it ends a process that lost another
 WORDS = {
     Exit.FINISHED: "finished",
@@ -71,14 +71,14 @@ def _until_done(command: list[str], run_dir: str, processes: int, restarts: int,
     """Starts the processes until they end with a code that a start would not change."""
     waits = 0
     for start in range(restarts + 1):
-        begun = time.monotonic()
+        started = time.monotonic()
         group = Group(command, _logs(run_dir), _environments(processes, joined))
         code = group.wait(stop)
         if code == Exit.FINISHED or code in FINAL or stop.asked:
             return code
         if start == restarts:
             break
-        waits = 0 if time.monotonic() - begun > LASTED else waits
+        waits = 0 if time.monotonic() - started > LASTED else waits
         pause = min(2.0**waits, LONGEST_WAIT)
         waits += 1
         say(f"starting again in {pause:.0f} s (restart {start + 1} of {restarts})")
@@ -122,7 +122,7 @@ class Group:
     """The processes of one start; `environments` are their numbers and what is added to the environment of each."""
 
     def __init__(self, command: list[str], logs: Path, environments: dict[int, dict[str, str]]):
-        self.begun, self.several = time.monotonic(), len(environments) > 1
+        self.started, self.several = time.monotonic(), len(environments) > 1
         self.logs = {number: logs / f"process_{number}.log" for number in environments}
         self.processes, self._offsets, self._pumps = {}, {}, []
         logs.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ class Group:
         words = WORDS.get(code, f"ended with exit code {code}")
         if code < 0:
             words = "was ended here" if killed else f"was killed by {signal.Signals(-code).name}"
-        say(f"process {number} {words} after {time.monotonic() - self.begun:.0f} s")
+        say(f"process {number} {words} after {time.monotonic() - self.started:.0f} s")
         if killed and code < 0:
             return Exit.PEER_LOST
         return code if code >= 0 else 128 - code

@@ -64,7 +64,7 @@ def _on_these_devices(experiment: Any) -> Any:
         old = experiment.parallel
         print(
             f"trained with --parallel.data {old.data} --parallel.fsdp {old.fsdp}; on {jax.device_count()} device(s) it "
-            f"goes on with --parallel.data {parallel.data} --parallel.fsdp {parallel.fsdp}",
+            f"continues with --parallel.data {parallel.data} --parallel.fsdp {parallel.fsdp}",
             file=sys.stderr,
         )
     return dataclasses.replace(experiment, parallel=parallel)

@@ -115,7 +115,7 @@ def run(
 
     Raises UserError if no experiment has all its trials, or if a run in the folder is another experiment.
     """
-    begun, seeds = time.monotonic(), range(1, comparison.seeds + 1)
+    started, seeds = time.monotonic(), range(1, comparison.seeds + 1)
     parts = comparison.parts()
     keys = [(task, name) for task, part in parts.items() for name in part.experiments]
 
@@ -123,7 +123,7 @@ def run(
         return [_trial(*key, parts[key[0]].experiments[key[1]], *choice) for choice in chosen]
 
     def outcome(planned: dict[Any, list[Trial]], later: int) -> sweep.Outcome:
-        left = minutes if minutes is None else max(0.0, minutes - (time.monotonic() - begun) / 60)
+        left = minutes if minutes is None else max(0.0, minutes - (time.monotonic() - started) / 60)
         every = [trial for trials in planned.values() for trial in trials]
         return sweep.run(every, folder, processes=processes, minutes=left, progress=progress, later=later)
 

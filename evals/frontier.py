@@ -271,7 +271,7 @@ def run(
     table, left_out = cells(frontier)
     if not table:
         raise UserError("no mixer is left: " + "; ".join(f"{name}: {why}" for name, why in left_out.items()))
-    begun = time.monotonic()
+    started = time.monotonic()
     options: dict[str, Any] = dict(processes=processes, progress=progress)
     seeds = range(1, frontier.seeds + 1)
     grid = [cell.trial(rate, 0) for cell in table for rate in frontier.learning_rates]
@@ -279,7 +279,7 @@ def run(
     scores, missing = dict(outcome.scores), dict(outcome.missing)
     best = {cell.name: rate for cell in table if (rate := _best(cell, frontier.learning_rates, scores)) is not None}
     judged = [cell.trial(best[cell.name], seed) for cell in table if cell.name in best for seed in seeds]
-    left = None if minutes is None else max(0.0, minutes - (time.monotonic() - begun) / 60)
+    left = None if minutes is None else max(0.0, minutes - (time.monotonic() - started) / 60)
     outcome = sweep.run(judged, folder, minutes=left, **options)
     scores, missing = scores | outcome.scores, missing | outcome.missing
     reasons, points = {}, []

@@ -104,7 +104,7 @@ class Worker:
             if code < 0
             else f"ended with {code}: {(said or 'no word').splitlines()[-1]}"
         )
-        return f"its process {how}; the same command goes on with it ({log} has what it said)."
+        return f"its process {how}; the same command continues with it ({log} has what it said)."
 
     @property
     def alive(self) -> bool:

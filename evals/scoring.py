@@ -221,9 +221,9 @@ class Scorer:
         jax.block_until_ready(self._score(self.params, batches[0], mute=mute))  # compiles
         nats, right, seconds = [], [], 0.0
         for batch in batches:
-            begun = time.perf_counter()
+            started = time.perf_counter()
             loss, correct = jax.device_get(self._score(self.params, batch, mute=mute))
-            seconds += time.perf_counter() - begun
+            seconds += time.perf_counter() - started
             nats.append(loss[: self.rows])
             right.append(correct[: self.rows])
             tick(1)

@@ -11,7 +11,7 @@ interrupted trial continues from its last checkpoint, and a trial that diverges 
 - processes > 1: trials run in fresh processes (`engrax.evals.worker`), each with its share of the CPU's threads and of
   the devices. A process that dies loses its own trial alone. Ctrl-C ends all of them.
 - minutes: no trial begins after that time, nor one that would end after it, judged by the trials that ended; those that
-  have begun go on to their end. minutes=0 only reads what is there.
+  have begun continue to their end. minutes=0 only reads what is there.
 - Stages that depend on each other (a grid, then seeds at its best rate) are two calls; `later` is the number of trials
   of the calls to come, for the time left that is shown.
 """
@@ -137,7 +137,7 @@ class _Account:
         _refuse_senseless(processes, minutes)
         self.trials, self.processes, self.later = trials, processes, later
         self.say: Callable[[str], None] = _say if progress else lambda line: None
-        self.begun, self.minutes = time.monotonic(), minutes
+        self.started, self.minutes = time.monotonic(), minutes
         self.scores: dict[str, Score] = {}
         self.missing: dict[str, str] = {}
         self.late: list[str] = []  # the missing ones that the budget does not allow
@@ -154,7 +154,7 @@ class _Account:
         """The next trial that the budget allows; None if there is none. Trials that it does not allow are missing."""
         if self.minutes is None:
             return self.waiting.pop(0) if self.waiting else None
-        left = 60 * self.minutes - (time.monotonic() - self.begun)
+        left = 60 * self.minutes - (time.monotonic() - self.started)
         for trial in [trial for trial in self.waiting if self.seconds(trial) >= left]:
             self.waiting.remove(trial)
             self.open.remove(trial)

@@ -86,7 +86,7 @@ def score(experiment: Experiment, directory: epath.Path) -> Score:
 
     Raises Stopped or KeyboardInterrupt if a signal stopped the training.
     """
-    begun = time.perf_counter()
+    started = time.perf_counter()
     try:
         trained = loop.train(experiment, directory, progress=False)
         if not trained.finished:
@@ -95,7 +95,7 @@ def score(experiment: Experiment, directory: epath.Path) -> Score:
         found = measure(directory)
     except Diverged:
         found = Score(None, None)
-    found = dataclasses.replace(found, seconds=time.perf_counter() - begun)
+    found = dataclasses.replace(found, seconds=time.perf_counter() - started)
     written = directory / "evals" / WRITTEN
     written.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(written, json.dumps(_written(found)) + "\n")

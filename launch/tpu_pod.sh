@@ -57,7 +57,7 @@ for ((try = 1; try <= tries; try++)); do
     found=$(state)
     if [ "$found" != READY ]; then
         echo "try $try of $tries: $name is $found, not READY; looking again in $wait s." >&2
-        installed= # a slice made anew has empty disks
+        installed= # a slice created again has empty disks
         sleep "$wait"
         continue
     fi

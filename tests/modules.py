@@ -24,7 +24,7 @@ def build(config, dim=8):
 
 
 def compiled(function):
-    """`function(module, *arrays)` as one program, compiled anew in every call."""
+    """`function(module, *arrays)` as one program, compiled again in every call."""
 
     def call(module, *args):
         graphdef, params = nnx.split(module)

@@ -187,9 +187,9 @@ def test_ctrl_c_inside_an_import_that_swallows_it(tmp_path, monkeypatch, capsys,
         return 0
 
     monkeypatch.setitem(cli.COMMANDS, "list", command)
-    before, begun = signal.getsignal(signal.SIGINT), time.monotonic()
+    before, started = signal.getsignal(signal.SIGINT), time.monotonic()
     assert cli.main(["list"]) == 130
-    assert capsys.readouterr().err == "engrax: interrupted\n" and time.monotonic() - begun < 10
+    assert capsys.readouterr().err == "engrax: interrupted\n" and time.monotonic() - started < 10
     assert signal.getsignal(signal.SIGINT) is before
 
 

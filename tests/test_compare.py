@@ -1,4 +1,4 @@
-"""Fair comparisons: what may be compared, what the intervals and verdicts are, and that an interrupted one goes on."""
+"""Fair comparisons: what may be compared, the intervals and verdicts, and that an interrupted one continues."""
 
 import dataclasses
 import json

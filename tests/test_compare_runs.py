@@ -44,7 +44,7 @@ def pair(**fields) -> Comparison:
 
 
 def test_one_seed_is_a_look_without_verdicts(tmp_path, trained):
-    """When --seeds 1 is given, then the table and the plot have no verdict; three seeds go on from there."""
+    """When --seeds 1 is given, then the table and the plot have no verdict; three seeds continue from there."""
     look = engrax.compare(pair(claims=(evals.Claim("two", "one", "x"),)), tmp_path / "c", seeds=1)
     assert [line.verdict for line in look.lines] == [None, "no verdict"] and not look.claims
     assert look.lines[1].difference is None and "| no verdict |" in look.markdown and len(trained) == 8

@@ -160,7 +160,7 @@ def test_what_a_bad_step_ends(trainer, tmp_path):
 
 
 def test_statistics_survive_a_resume(trainer, tmp_path):
-    """A run that stops at step 8 and goes on has the state of one that does not, guards included."""
+    """A run that stops at step 8 and continues has the state of one that does not, guards included."""
     whole, _, _ = run(trainer, tmp_path / "whole", {6: "spike"})
     run(trainer, tmp_path / "parts", {6: "spike"}, steps=8)
     parts, _, loop = run(trainer, tmp_path / "parts", {6: "spike"})

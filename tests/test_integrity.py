@@ -267,7 +267,7 @@ def test_with_a_full_disk_the_run_goes_on_and_saves_when_there_is_room(run, monk
         assert checkpoints.steps() == [4, 8], "nothing was removed for what was not saved"
         checkpoints.close()
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and all("the disk is full" in line and "the run goes on" in line for line in told)
+    assert len(told) == 2 and all("the disk is full" in line and "the run continues" in line for line in told)
     assert checkpoints.steps() == [20] and not list((run / "checkpoints").glob("*tmp*"))
 
 

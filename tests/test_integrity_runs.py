@@ -1,4 +1,4 @@
-"""Damaged, contested and full run folders, with real trainings: nothing silent, no traceback, the run goes on."""
+"""Damaged, contested and full run folders, with real trainings: nothing silent, no traceback, the run continues."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def command(run_dir, steps, *flags):
 @pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_damages_through_the_command_line(tmp_path, processes):
-    """Ten damages: `engrax train` says which file is damaged, goes on from step 4 and ends; exit 0, no traceback."""
+    """Ten damages: `engrax train` says which file is damaged, continues from step 4 and ends; exit 0, no traceback."""
     whole = tmp_path / "whole"
     if processes == 2:
         two_processes(whole, 8, "--parallel.fsdp", "2", "--parallel.zero", "3")
@@ -254,7 +254,7 @@ def test_generating_a_hundred_times_while_every_step_replaces_the_checkpoint(tmp
 @pytest.mark.long
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_small_disk_that_fills_up(tmp_path, capsys):
-    """Nothing is lost: the run goes on, and saves once there is room; its losses are those of a run that had room."""
+    """Nothing is lost: the run continues, and saves once there is room; its losses are those of a run that had room."""
     disk, filler = tmp_path / "disk", tmp_path / "disk" / "filler"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True).returncode:

@@ -50,7 +50,7 @@ def reports(experiment, device):
 @pytest.mark.parametrize("config", configs.names())
 def test_the_table_of_every_shipped_config(config):
     wanted = json.loads(TABLE.read_text())
-    assert sorted(wanted) == configs.names(), "python tests/test_kernel_report.py writes the table anew"
+    assert sorted(wanted) == configs.names(), "python tests/test_kernel_report.py writes the table again"
     assert line_by_device(config) == wanted[config]
 
 

@@ -78,7 +78,7 @@ def test_decay_has_the_gradient_of_a_cumulative_sum():
 
 
 def test_sums_of_segments_let_no_rounding_of_a_gradient_pass(x64):
-    """Sums that begin anew at every boundary give the same products, and gradients that are 0 beyond it, exactly."""
+    """Sums that start again at every boundary give the same products, and gradients that are 0 beyond it, exactly."""
     g = jnp.asarray(GATES)
     decay = cumulative_decay(g, 0, segments=True)
     distance = difference(jax.tree.map(lambda x: x[:, None], decay), jax.tree.map(lambda x: x[None], decay))

@@ -19,7 +19,7 @@ from engrax.train import distributed
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
 
-# Attention alone compiles fastest; the scripts are what is tested. A constant rate lets a run go on for longer.
+# Attention alone compiles fastest; the scripts are what is tested. A constant rate lets a run continue for longer.
 CONFIG = ROOT / "tests" / "constant_rate.py"
 TINY = (
     *(str(CONFIG), "--batch-size", "4", "--data.seq-len", "32", "--model.dim", "32", "--model.repeat", "1"),
@@ -115,7 +115,7 @@ def test_two_slurm_processes_train_as_one(shell, tmp_path):
     wanted = losses(tmp_path / "local")
     assert losses(run_dir) == pytest.approx({step: wanted[step] for step in range(1, 5)}, rel=1e-5)
 
-    # What two processes saved, one process on one device goes on with.
+    # What two processes saved, one process on one device continues with.
     more = shell("bash", LAUNCH / "local.sh", *TINY, "--steps", "6", "--run-dir", run_dir)
     assert more.returncode == 0, more.stdout + more.stderr
     assert losses(run_dir) == pytest.approx(wanted, rel=1e-5)
@@ -224,10 +224,10 @@ def test_two_processes_that_differ_refuse_together(shell, tmp_path):
         f'exec "{sys.executable}" -m engrax.cli "$@"\n',
     )
     script(tmp_path / "bin" / "srun", SRUN.format(python=sys.executable))
-    begun, run_dir = time.monotonic(), tmp_path / "run"
+    started, run_dir = time.monotonic(), tmp_path / "run"
     words = ("bash", LAUNCH / "slurm.sbatch", *TINY, "--steps", "4", "--run-dir", run_dir)
     finished = shell(*words, SLURM_SUBMIT_DIR=ROOT, ENGRAX=different)
-    assert finished.returncode == 2 and time.monotonic() - begun < 60
+    assert finished.returncode == 2 and time.monotonic() - started < 60
     told = [line for line in finished.stderr.splitlines() if "engrax:" in line]
     wanted = "the processes differ: process 1 in seed (1, not 0), optimizer.learning_rate (0.1, not 0.005)."
     assert len(told) == 2 and all(wanted in line for line in told)

@@ -211,8 +211,8 @@ def test_the_average_of_schedule_free_is_evaluated(tmp_path):
         trainer.validate(state["params"], experiment.eval.batches)["validation_loss"], rel=1e-5
     )
     second = dataclasses.replace(experiment, start_from=str(tmp_path / "run"), optimizer=AdamWConfig())
-    _, begun = loop._earlier_params(Trainer(second), epath.Path(tmp_path / "other"))
-    np.testing.assert_array_equal(np.asarray(begun["embedding"][...]), x)
+    _, started = loop._earlier_params(Trainer(second), epath.Path(tmp_path / "other"))
+    np.testing.assert_array_equal(np.asarray(started["embedding"][...]), x)
 
 
 TRAINED = {

@@ -1,4 +1,4 @@
-"""Schedules: their values, what may change in a run that goes on, and functions that are no schedule."""
+"""Schedules: their values, what may change in a run that continues, and functions that are no schedule."""
 
 import dataclasses
 import math

@@ -166,12 +166,12 @@ def test_ctrl_c_ends_every_process(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "s")], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    begun = [tmp_path / "s" / "a" / str(i) / "metrics.jsonl" for i in range(2)]
+    started = [tmp_path / "s" / "a" / str(i) / "metrics.jsonl" for i in range(2)]
     deadline = time.monotonic() + 120
-    while not all(path.exists() and path.read_text() for path in begun) and time.monotonic() < deadline:
+    while not all(path.exists() and path.read_text() for path in started) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and out == "stopped; the same command continues from there.\n"
-    for path in begun:
+    for path in started:
         assert not (path.parent / "lock.json").exists() and list((path.parent / "checkpoints").iterdir())

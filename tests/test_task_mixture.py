@@ -202,7 +202,7 @@ def test_a_mixture_is_saved_and_told(capsys, tmp_path):
 
 @pytest.mark.deep
 def test_resume_to_the_bit_and_the_report(tmp_path):
-    """When a run is stopped inside the curriculum, then it goes on as if it had not been; the report has every task."""
+    """When a run is stopped inside the curriculum, then it continues as if it had not; the report has every task."""
     from engrax import evals
     from engrax.train import loop, metrics
 

@@ -102,7 +102,7 @@ def test_mac_is_its_equations(x64):
 
 @pytest.mark.long
 def test_mac_hands_its_choice_of_implementation_on(x64):
-    """Token by token and by chunks: rows that begin documents at, before and after segments, and go on anywhere."""
+    """Token by token and by chunks: rows that begin documents at, before and after segments, and continue anywhere."""
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 27, 8)))
     ids = jnp.asarray([[0] * 6 + [-2] * 2 + [1] * 8 + [2] * 11, [3] * 19 + [4] * 4 + [-1] * 4], jnp.int32)
     found = []

@@ -296,7 +296,7 @@ def test_replace_checks_types():
 
 @pytest.mark.deep
 def test_freed_memory_stays_mapped(run_python):
-    """When a CPU program with 128 MB of temporaries is called again, then their pages are not faulted in anew."""
+    """When a CPU program with 128 MB of temporaries is called again, then their pages are not faulted in again."""
     code = """
 import resource, statistics, sys
 import jax, jax.numpy as jnp

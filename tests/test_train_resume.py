@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or moved to other devices goes on with the same numbers."""
+"""A run that is killed, stopped or moved to other devices continues with the same numbers."""
 
 import json
 import os

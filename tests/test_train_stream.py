@@ -147,8 +147,8 @@ def test_a_second_stage_begins_with_the_first_ones_parameters(text, tmp_path):
 
 @pytest.mark.long
 def test_a_second_stage_that_lost_its_beginning_begins_with_the_same_parameters(text, tmp_path, monkeypatch):
-    """When it was killed before its first checkpoint and the first stage went on, then it begins where it had begun."""
-    # A constant rate, so that the first stage can go on.
+    """When it was killed before its first checkpoint and the first stage continued, then it starts where it did."""
+    # A constant rate, so that the first stage can continue.
     constant = AdamWConfig(learning_rate=1e-2, schedule=ConstantConfig(warmup_steps=1))
     first = experiment(text, steps=1, optimizer=constant, checkpoint=CheckpointConfig(every=1, keep_last=3))
     second = experiment(text, steps=1, optimizer=AdamWConfig(learning_rate=0.0), start_from=str(tmp_path / "first"))
@@ -162,10 +162,10 @@ def test_a_second_stage_that_lost_its_beginning_begins_with_the_same_parameters(
         train(second, tmp_path / "second", progress=False)
     train(dataclasses.replace(first, steps=2), tmp_path / "first", progress=False)
     train(second, tmp_path / "second", progress=False)
-    begun, on, found = (
+    started, on, found = (
         state_of(tmp_path / run, first, n)["params"] for run, n in (("first", 1), ("first", 2), ("second", 1))
     )
-    same = [all(map(np.array_equal, *map(jax.tree.leaves, (p, found)))) for p in (begun, on)]
+    same = [all(map(np.array_equal, *map(jax.tree.leaves, (p, found)))) for p in (started, on)]
     assert same == [True, False]
 
 

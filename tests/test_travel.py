@@ -315,7 +315,7 @@ def test_a_run_goes_on_with_the_devices_that_are_here(made, tmp_path, capsys, mo
     monkeypatch.setattr(loop, "train", train)
     assert cli.main(["train", str(tmp_path / "run")]) == 0
     assert (given[0].data, given[0].fsdp) == (-1, 1)
-    assert "goes on with --parallel.data -1 --parallel.fsdp 1" in capsys.readouterr().err
+    assert "continues with --parallel.data -1 --parallel.fsdp 1" in capsys.readouterr().err
     monkeypatch.undo()
     assert cli.main(["train", str(tmp_path / "run"), "--parallel.fsdp", "8"]) == 2
     assert "set --parallel.fsdp to a divisor" in capsys.readouterr().err

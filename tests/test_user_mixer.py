@@ -117,7 +117,7 @@ def test_a_mixer_in_a_file_of_the_users_own(tmp_path, run_python):
     assert "Traceback" not in run_python.last.stderr
     assert list(run.glob("evals/**/report.html"))
 
-    # And the run folder alone is enough to go on: its source, named, is the mixer.
+    # And the run folder alone is enough to continue: its source, named, is the mixer.
     out = run_python(command, devices=1, args=["train", run, "--plugin", run / "source" / "my_mixer.py"])
     assert "finished step 2" in out
 

@@ -341,9 +341,9 @@ def _earlier_params(trainer: Trainer, run_dir: epath.Path) -> tuple[int | None, 
     directory = runs.folder(given)
     if not (directory / "checkpoints").exists():
         raise UserError(f"start_from={given} holds no checkpoints; give the folder of a run that was trained.")
-    begun = run_dir / BEGINS_AT
+    started = run_dir / BEGINS_AT
     refuse_links(directory)
-    at = expect(read_json(begun).get("step"), int, f"{begun}: step") if begun.exists() else None
+    at = expect(read_json(started).get("step"), int, f"{started}: step") if started.exists() else None
     earlier, like = Checkpoints(directory), trainer.abstract_state()["params"]
     try:
         found, step = earlier.read(
@@ -351,5 +351,5 @@ def _earlier_params(trainer: Trainer, run_dir: epath.Path) -> tuple[int | None, 
         )
         return step, found
     except UserError as error:
-        hint = f" This run started from it ({begun}); start again in another --run-dir." if begun.exists() else ""
+        hint = f" This run started from it ({started}); start again in another --run-dir." if started.exists() else ""
         raise UserError(f"start_from={given}: {error}{hint}") from None

@@ -72,7 +72,7 @@ class MetricsWriter:
             if size:
                 os.truncate(self.path, size)
             if len(self._waiting) == 1:
-                print(f"the disk is full: {self.path} goes on when there is room", file=sys.stderr)
+                print(f"the disk is full: {self.path} continues when there is room", file=sys.stderr)
 
     def close(self) -> None:
         """Flushes and closes the logs."""

@@ -1,4 +1,4 @@
-"""Going on from the newest sound checkpoint of a run folder."""
+"""Resuming from the newest sound checkpoint of a run folder."""
 
 import dataclasses
 from typing import Any

@@ -143,8 +143,8 @@ class Saver:
             raise UserError(f"step {self._step} was not saved ({first_line(error)}); {there}.") from error
         sentence = f"the disk is full: step {self._step} was not saved in {self.directory}; {there}"
         if last or self.config.when_full == "stop" or jax.process_count() > 1:
-            raise UserError(f"{sentence}; make room, then train again to go on from there.") from error
-        print(f"{sentence}; the run goes on and saves when there is room", file=sys.stderr)
+            raise UserError(f"{sentence}; make room, then train again to continue from there.") from error
+        print(f"{sentence}; the run continues and saves when there is room", file=sys.stderr)
 
     def _refuse_nan(self) -> None:
         """Raises Diverged if an array of the state to save has a NaN."""
@@ -153,7 +153,7 @@ class Saver:
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             raise Diverged(
                 f"the state after step {self._step} has a NaN in {bad[0]}{more}, so it was not saved; train again to "
-                "go on from the last checkpoint, or in another --run-dir with a lower --optimizer.learning-rate."
+                "continue from the last checkpoint, or in another --run-dir with a lower --optimizer.learning-rate."
             )
 
     def _remove_old(self) -> None:

@@ -1,7 +1,7 @@
 """FRUGAL (arXiv 2411.07837): AdamW on a part of every matrix's gradient, signSGD on the rest.
 
 For `gap` steps, round down `density` in rows of a matrix [in, out], the weights of randomly drawn inputs (the paper's
-columns), are Adam's, whose moments and bias correction begin anew at every draw. The other rows take free_rate
+columns), are Adam's, whose moments and bias correction start again at every draw. The other rows take free_rate
 sign(g). The rows follow from the number of the step and `seed`, so that no index is stored: the state of a matrix has
 2 density in out numbers. Parameters that are no matrices are Adam's.
 """

@@ -1,7 +1,7 @@
 """GaLore (arXiv 2403.03507): Adam on gradients of matrices, projected to the leading singular vectors.
 
 For G [in, out] the shorter side is projected: R = P^T G, with P [in, rank] the left singular vectors of G if in <=
-out, else R = G P with the right ones. P is computed anew every `gap` steps; the moments are kept. The direction is
+out, else R = G P with the right ones. P is computed again every `gap` steps; the moments are kept. The direction is
 scale P Adam(R). Every layer of a stack has its own P. A matrix whose shorter side is at most `rank`, and all
 parameters that are no matrices, are Adam's.
 

@@ -1,7 +1,7 @@
 """Warmup, stable, decay in one branch: WSD-S (arXiv 2410.05192).
 
-A run is judged at several ends E. Before each the rate decays, and after it the run goes on from the decayed parameters
-at the peak. The decay from step S to E is linear in the inverse of the rate:
+A run is judged at several ends E. Before each the rate decays, and after it the run continues at the peak, from the
+decayed parameters. The decay from step S to E is linear in the inverse of the rate:
 
     1 / rate(t) = (1 - x) / peak + x / (final_fraction peak),  x = (t - S) / (E - S),  S = E - decay_fraction E
 """
@@ -20,7 +20,7 @@ from engrax.train.schedules.base import SCHEDULES, ScheduleConfig
 class WSDSConfig(ScheduleConfig):
     """Warmup, then the peak with a decay before every end; the last step is an end too.
 
-    To go on after the last step, add it to `ends` and give more steps.
+    To continue after the last step, add it to `ends` and give more steps.
     """
 
     ends: tuple[int, ...] = ()  # steps before the last at which a decay ends, ascending
