@@ -62,7 +62,7 @@ def unsound(folder: epath.Path, only: str = "", *, alone: bool = False) -> str |
     try:
         wanted = _parse(folder)
     except UserError:
-        return f"{NAME} is damaged or missing"
+        return f"{NAME} is missing or no list of digests"
     present = set(_names(folder)) - {NAME}
     if missing := sorted(wanted.keys() - present):
         return f"{missing[0]} is missing"
