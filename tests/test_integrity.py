@@ -114,7 +114,7 @@ def test_what_is_wrong_names_the_file(run):
         (folder / "state" / "_METADATA", lambda path: path.unlink(), "state/_METADATA is missing"),
         (folder / "data" / "metadata", lambda path: path.write_bytes(b""), "data/metadata has 0 bytes instead of"),
         (folder / "state" / "manifest.ocdbt", flip, "state/manifest.ocdbt differs from its digest"),
-        (folder / "digests.json", flip, "digests.json is damaged"),
+        (folder / "digests.json", flip, "digests.json is missing or no list of digests"),
         (folder / "digests.json", lambda path: path.unlink(), "digests.json is missing or no list of digests"),
     ):
         whole = path.read_bytes()
