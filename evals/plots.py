@@ -165,14 +165,17 @@ def lines(
         if not texts and min(ticks) > 0 and max(ticks) >= 4 * min(ticks):
             _log_axis(axis, min(ticks), max(ticks))
         colours = iter(SERIES * len(entries))
+        grey = [entry["value"][-1] for entry in entries if entry["kind"] == "reference"]
         for entry in entries:
             x, reference = [places[value] for value in entry["x"]], entry["kind"] == "reference"
             colour = GREY if reference else next(colours)
             style = {"model": "o-", "part": "o--", "reference": ":"}[entry["kind"]]
             if reference:
                 axis.plot(x, entry["value"], style, color=colour, linewidth=1.2)
-                axis.annotate(entry["name"], (x[-1], entry["value"][-1]), ha="right", fontsize=8.5, color=GREY,
-                              xytext=(-2, 2), textcoords="offset points")  # fmt: skip
+                end = entry["value"][-1]
+                below = any(0 < other - end < 0.05 for other in grey)  # the text of a line just above would cover it
+                axis.annotate(entry["name"], (x[-1], end), ha="right", va="top" if below else "bottom", fontsize=8.5,
+                              color=GREY, xytext=(-2, -2 if below else 2), textcoords="offset points")  # fmt: skip
                 continue
             axis.plot(x, entry["value"], style, color=colour, label=entry["name"], markersize=4)
             if None not in entry["low"]:
