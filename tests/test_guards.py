@@ -143,6 +143,28 @@ def test_a_way_back_deletes_later_checkpoints_and_passes_a_damaged_one(trainer, 
     assert left == [[2]] and same(state, without(6, 7))
 
 
+def test_a_second_way_back_verifies_the_checkpoint_again(trainer, tmp_path, without, monkeypatch, capsys):
+    """After the first way back, the position in checkpoint 4 changes: only the digest shows it. The second takes 2."""
+    rewind = Loop.rewind
+
+    def damaged_after(loop, *args):
+        back = rewind(loop, *args)
+        path = tmp_path / "checkpoints" / "4" / "data" / "metadata"
+        if back == 4:
+            whole = path.read_text()
+            path.write_text(whole.replace("4", "3"))
+            assert path.read_text() != whole
+        return back
+
+    monkeypatch.setattr(Loop, "rewind", damaged_after)
+    state, _, _ = run(trainer, tmp_path, {5: "spike", 6: "spike"}, action="rewind", every=2)
+    told = capsys.readouterr().err
+    assert "back to step 4, without the batches of steps 5 to 5" in told
+    assert "is damaged (data/metadata differs from its digest)" in told
+    assert "back to step 2, without the batches of steps 6 to 6" in told
+    assert same(state, without(5, 6))
+
+
 def test_what_a_bad_step_ends(trainer, tmp_path):
     """By choice, after too many in a row, or with no checkpoint to go back to; another try passes the batch."""
     with pytest.raises(

@@ -304,8 +304,9 @@ class Checkpoints:
             raise self.unsound(step, f"no readable metadata: {first_line(error)}") from error
 
     def delete_after(self, step: int) -> None:
-        """Deletes the checkpoints of later steps."""
+        """Deletes the checkpoints of later steps. What is read after this is verified again."""
         self._saver.wait()
+        self._sound.clear()
         if jax.process_index() == 0:
             for later in [s for s in self.steps() if s > step]:
                 self._saver.remove(later)
