@@ -1,7 +1,9 @@
 """Guards: a bad step changes nothing, and the loop skips it, goes back, or ends."""
 
 import dataclasses
+import errno
 import json
+import os
 import time
 
 import jax
@@ -12,7 +14,7 @@ from engrax.errors import Diverged, Exit, UserError
 from engrax.flags import override
 from engrax.tests.experiments import tiny
 from engrax.tests.faults import FAULTS, GUARD, Faulty, Rows, experiment, identity_of, same
-from engrax.train import CheckpointConfig, GuardConfig, guards, metrics, resume
+from engrax.train import CheckpointConfig, GuardConfig, guards, integrity, metrics, resume
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.distributed import StopSignal
 from engrax.train.loop import Loop
@@ -163,6 +165,21 @@ def test_a_second_way_back_verifies_the_checkpoint_again(trainer, tmp_path, with
     assert "is damaged (data/metadata differs from its digest)" in told
     assert "back to step 2, without the batches of steps 6 to 6" in told
     assert same(state, without(5, 6))
+
+
+def test_a_way_back_with_a_full_disk(trainer, tmp_path, without, monkeypatch, capsys):
+    """The save of step 4 finds no room. The run continues from step 2."""
+    seal = integrity.seal
+
+    def refuse(folder, **options):
+        if folder.name.startswith("4"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        seal(folder, **options)
+
+    monkeypatch.setattr(integrity, "seal", refuse)
+    state, _, _ = run(trainer, tmp_path, {5: "spike"}, action="rewind", every=2)
+    told = capsys.readouterr().err
+    assert "step 4 was not saved" in told and "back to step 2" in told and same(state, without(5))
 
 
 def test_what_a_bad_step_ends(trainer, tmp_path):

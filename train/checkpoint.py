@@ -311,9 +311,12 @@ class Checkpoints:
             for later in [s for s in self.steps() if s > step]:
                 self._saver.remove(later)
 
-    def wait(self) -> None:
-        """Blocks until the save in progress is complete. Raises UserError if it failed."""
-        self._saver.wait()
+    def wait(self, *, last: bool = True) -> None:
+        """Blocks until the save in progress is complete. Raises UserError if it failed.
+
+        `last`: no save follows, so a full disk is an error too; else `when_full` decides.
+        """
+        self._saver.wait(last=last)
 
     def close(self) -> None:
         """Waits, then releases the threads."""

@@ -280,7 +280,7 @@ class Loop:
         """
         self.watchdog.rest()
         self._state = None  # makes room on the device
-        self.checkpoints.wait()
+        self.checkpoints.wait(last=False)
         for back in [step for step in self.checkpoints.steps()[::-1] if step < bad.first]:
             try:
                 like = self.trainer.stored_state()

@@ -111,9 +111,9 @@ class Saver:
         finally:
             self._nan.cancel()  # no effect on a result; after Ctrl-C the thread does not wait for one
 
-    def wait(self) -> None:
-        """Blocks until the save in progress is complete. Raises UserError if it failed, also for a full disk."""
-        self._finish(last=True)
+    def wait(self, *, last: bool = True) -> None:
+        """Blocks until the save in progress is complete. Raises UserError if it failed, for a full disk if `last`."""
+        self._finish(last=last)
 
     def close(self) -> None:
         """Waits and releases the threads. A failure is printed, because another error may be on its way."""
