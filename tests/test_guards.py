@@ -14,7 +14,7 @@ from engrax.errors import Diverged, Exit, UserError
 from engrax.flags import override
 from engrax.tests.experiments import tiny
 from engrax.tests.faults import FAULTS, GUARD, Faulty, Rows, experiment, identity_of, same
-from engrax.train import CheckpointConfig, GuardConfig, guards, integrity, metrics, resume
+from engrax.train import CheckpointConfig, GuardConfig, guards, integrity, metrics, resume, run_lock
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.distributed import StopSignal
 from engrax.train.loop import Loop
@@ -180,6 +180,24 @@ def test_a_way_back_with_a_full_disk(trainer, tmp_path, without, monkeypatch, ca
     state, _, _ = run(trainer, tmp_path, {5: "spike"}, action="rewind", every=2)
     told = capsys.readouterr().err
     assert "step 4 was not saved" in told and "back to step 2" in told and same(state, without(5))
+
+
+def test_a_way_back_takes_nothing_from_a_folder_that_is_anothers(trainer, tmp_path, monkeypatch):
+    """It deletes no checkpoint and no line of the metrics. A save would stop as well."""
+    rewind, config = Loop.rewind, epath.Path(tmp_path) / "config.json"
+    config.write_text("{}")
+
+    def anothers(loop, bad, data):
+        loop.ours = run_lock.Mark(config)
+        config.write_text("{ }")
+        with pytest.raises(UserError, match="another run's now; the training stopped at step 9"):
+            loop.save(9, loop._state, data)
+        return rewind(loop, bad, data)
+
+    monkeypatch.setattr(Loop, "rewind", anothers)
+    with pytest.raises(UserError, match="another run's now; the training stopped at step 7"):
+        run(trainer, tmp_path, {7: "spike"}, action="rewind", drop=4, every=2)
+    assert Checkpoints(tmp_path).steps() == [2, 4, 6] and metrics.read(tmp_path)[-1]["step"] == 6
 
 
 def test_what_a_bad_step_ends(trainer, tmp_path):

@@ -269,8 +269,7 @@ class Loop:
                 self._window = (step, now)
             if self._blocked is not None:
                 row["save_blocked_seconds"], self._blocked = self._blocked, None
-            if self.ours is not None:
-                self.ours.check(step)
+            self._check_ours(step)
             self.writer.write(step, row | validated)
 
     def rewind(self, bad: guards.Rewind, data: guards.Guarded) -> int:
@@ -279,6 +278,7 @@ class Loop:
         Raises Diverged if there is none.
         """
         self.watchdog.rest()
+        self._check_ours(bad.step)
         self._state = None  # makes room on the device
         self.checkpoints.wait(last=False)
         for back in [step for step in self.checkpoints.steps()[::-1] if step < bad.first]:
@@ -300,6 +300,11 @@ class Loop:
         self.saved, self._window = back, (back, self.clock.seconds())
         return back
 
+    def _check_ours(self, step: int) -> None:
+        """Raises UserError if the run folder is gone or another's."""
+        if self.ours is not None:
+            self.ours.check(step)
+
     def validate(self, step: int, state: Any) -> None:
         """Validation loss and memory diagnostics after `step`."""
         params = self.trainer.evaluated(state)
@@ -311,8 +316,7 @@ class Loop:
     def save(self, step: int, state: Any, data: Any) -> None:
         """Saves the state after `step`, once."""
         if step != self.saved and step > 0:
-            if self.ours is not None:
-                self.ours.check(step)
+            self._check_ours(step)
             loss = {k: v for k, v in self.validated.get(step, {}).items() if k == "validation_loss"}
             data.statistics = jax.device_get(state["guard"]) if "guard" in state else None
             stored, began = {name: part for name, part in state.items() if name != "guard"}, time.monotonic()
