@@ -282,6 +282,23 @@ def test_a_full_disk_at_the_end_or_with_stop_is_an_error(run, monkeypatch, when_
     assert checkpoints.steps() == [4, 8]
 
 
+def test_a_disk_too_full_to_begin_the_last_save_is_an_error(run, monkeypatch, capsys):
+    """Before the thread starts. Earlier saves that fail so are told, and the run continues."""
+    checkpoints = Checkpoints(run, CheckpointConfig())
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(checkpoints._saver._checkpointer), "save", refuse)
+    for step in (12, 16):
+        checkpoints.save(step, state_at(step), {}, None)
+    with pytest.raises(UserError, match="disk is full: step 16 was not saved.*newest checkpoint is of step 8"):
+        checkpoints.wait()
+    checkpoints.close()
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "step 12 was not saved" in told and checkpoints.steps() == [4, 8]
+
+
 def test_metrics_wait_for_room(tmp_path, monkeypatch, capsys):
     writer = metrics.MetricsWriter(epath.Path(tmp_path), LogConfig(), resumed_at=0, settings={})
     writer.write(1, {"loss": 3.0})

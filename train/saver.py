@@ -49,6 +49,7 @@ class Saver:
     def __init__(self, directory: epath.Path, config: CheckpointConfig):
         self.directory, self.config = directory, config
         self._step = 0
+        self._refused: Exception | None = None  # what stopped the last save before its thread began
         self._nan: concurrent.futures.Future = concurrent.futures.Future()  # {array of the state to save: has a NaN}
         if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
@@ -106,8 +107,8 @@ class Saver:
             )
             if not self._nan.done():
                 self._nan.set_result(_find_nan(floats))
-        except Exception as error:  # of many types
-            self._failed(error, last=False)
+        except Exception as error:  # of many types; reported like an error of the thread, by the next save or wait
+            self._refused = error
         finally:
             self._nan.cancel()  # no effect on a result; after Ctrl-C the thread does not wait for one
 
@@ -124,8 +125,11 @@ class Saver:
         self._checkpointer.close()
 
     def _finish(self, *, last: bool) -> None:
+        refused, self._refused = self._refused, None
         try:
             self._checkpointer.wait_until_finished()
+            if refused is not None:
+                raise refused
         except Exception as error:  # of many types
             self._failed(error, last=last)
 
