@@ -135,11 +135,18 @@ def test_damages_through_the_command_line(tmp_path, processes):
 # One writer.
 
 
-def test_one_of_many_takes_over_the_lock_of_an_ended_process(tmp_path, capsys):
+def test_one_of_many_takes_over_the_lock_of_an_ended_process(tmp_path, monkeypatch, capsys):
     directory, held, refused = runs.folder(tmp_path), [], []
     ended = {"host": socket.gethostname(), "process": 0, "started": 1}
     (tmp_path / "lock.json").write_text(json.dumps(ended))
-    begin = threading.Barrier(8)
+    begin, ended_in = threading.Barrier(8), run_lock._ended
+
+    def slowly(path):  # between the look at the old lock and its removal
+        found = ended_in(path)
+        time.sleep(0.1)
+        return found
+
+    monkeypatch.setattr(run_lock, "_ended", slowly)
 
     def take():
         begin.wait()

@@ -27,8 +27,8 @@ def held(directory: Any) -> Iterator[None]:
     path = directory / NAME
     missing = [place for place in (directory, *directory.parents) if not place.exists()]
     mine = {"host": socket.gethostname(), "process": os.getpid(), "started": _started(os.getpid()), "job": _job()}
-    refuse_other(directory)
     if "://" in str(path):  # a bucket cannot create a file exclusively: only this check is possible
+        refuse_other(directory)
         path.write_text(json.dumps(mine))
     else:
         directory.mkdir(parents=True, exist_ok=True)
