@@ -287,7 +287,7 @@ class Loop:
                 state = resume.restore(self.checkpoints, like, data, self.data_digest, back)
                 break
             except Damaged as error:
-                _warn(str(error))
+                _warn(f"checkpoint {back} is damaged ({error.reason}); the one before is tried")
         else:
             raise Diverged(
                 f"{bad.told}, and no checkpoint from before step {bad.first} is left to go back to; save more often "
@@ -326,8 +326,9 @@ class Loop:
 
 @functools.cache
 def _warn(sentence: str) -> None:
-    """Prints a warning, once per process, even if it trains several times."""
-    print(f"warning: {sentence}", file=sys.stderr)
+    """Prints a warning once, in one process, even if it trains several times."""
+    if jax.process_index() == 0:
+        print(f"warning: {sentence}", file=sys.stderr)
 
 
 def _due(step: int, every: int, last: int) -> bool:
