@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import time
+import weakref
 
 import jax
 import pytest
@@ -84,10 +85,12 @@ def run(trainer, folder, faults, *, steps=10, **fields):
     loop = Loop(own, checkpoints, writer, bar, clock, Watchdog(0, writer.path), saved=saved)
     try:
         with StopSignal() as stop:
-            _, state = loop.run(state, data, saved, stop)
+            _, state = loop.run(state, data, saved, stop, None if saved else next(data))
     finally:
         checkpoints.close()
-    return jax.device_get(state), {row["step"]: row for row in metrics.read(folder)}, loop
+    rows = {row["step"]: row for row in metrics.read(folder)}
+    assert list(rows) == sorted(rows) and len(rows) == len(metrics.read(folder)), "a step is logged once, in its place"
+    return jax.device_get(state), rows, loop
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +132,17 @@ def test_a_run_goes_back_and_on_without_the_batches(trainer, tmp_path, without, 
 
 
 def test_a_way_back_deletes_later_checkpoints_and_passes_a_damaged_one(trainer, tmp_path, without, monkeypatch, capsys):
-    rewind, left = Loop.rewind, []
+    rewind, left, restore, freed = Loop.rewind, [], resume.restore, []
 
     def damaged_before(loop, *args):
         loop.checkpoints.wait()
+        array = weakref.ref(jax.tree.leaves(loop._state["params"])[0])
+
+        def and_look(*args):  # the state that is left makes room for the one that is read
+            freed.append(array() is None)
+            return restore(*args)
+
+        monkeypatch.setattr(resume, "restore", and_look)
         next((tmp_path / "checkpoints" / "4" / "state").rglob("d/*")).write_bytes(b"")
         back = rewind(loop, *args)
         left.append(loop.checkpoints.steps())
@@ -143,7 +153,7 @@ def test_a_way_back_deletes_later_checkpoints_and_passes_a_damaged_one(trainer, 
     told = capsys.readouterr().err
     assert told.count("\n") == 2 and "choose" not in told
     assert "checkpoint 4 is damaged" in told and "back to step 2, without the batches of steps 6 to 7" in told
-    assert left == [[2]] and same(state, without(6, 7))
+    assert left == [[2]] and freed == [True, True] and same(state, without(6, 7))
 
 
 def test_a_second_way_back_verifies_the_checkpoint_again(trainer, tmp_path, without, monkeypatch, capsys):
@@ -199,6 +209,12 @@ def test_a_way_back_takes_nothing_from_a_folder_that_is_anothers(trainer, tmp_pa
     with pytest.raises(UserError, match="another run's now; the training stopped at step 7"):
         run(trainer, tmp_path, {7: "spike"}, action="rewind", drop=4, every=2)
     assert Checkpoints(tmp_path).steps() == [2, 4, 6] and metrics.read(tmp_path)[-1]["step"] == 6
+
+
+def test_a_signal_at_a_bad_step_ends_the_run_where_it_went_back_to(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(StopSignal, "reached", lambda _, step: step == 7)
+    state, rows, loop = run(trainer, tmp_path, {7: "spike"}, action="rewind")
+    assert int(state["step"]) == loop.saved == max(rows) == 4
 
 
 def test_what_a_bad_step_ends(trainer, tmp_path):
