@@ -16,8 +16,8 @@ import pytest
 import engrax
 from engrax.errors import UserError
 from engrax.tests import damaged_checkpoints as damaged
-from engrax.tests.experiments import small
-from engrax.train import CheckpointConfig, metrics, run_lock, runs
+from engrax.tests.experiments import small, tiny
+from engrax.train import CheckpointConfig, loop, metrics, run_lock, runs
 from engrax.train import experiment as experiments
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.loop import train
@@ -177,6 +177,15 @@ def test_a_folder_that_is_gone_or_anothers_is_noticed(tmp_path):
     path.unlink()
     with pytest.raises(UserError, match="config.json is gone; the training stopped at step 4"):
         mark.check(4)
+
+
+def test_a_training_that_another_one_overtook_writes_nothing(tmp_path, monkeypatch):
+    """The other one saved and ended between this one's look at the checkpoints and its lock."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "4"
+    monkeypatch.setattr(loop, "refuse_leaks", lambda *_: checkpoint.mkdir(parents=True))
+    with pytest.raises(UserError, match="another process has trained .* in the meantime; start again"):
+        train(tiny(), tmp_path / "run", progress=False)
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == ["4", "checkpoints"]
 
 
 @pytest.mark.deep
