@@ -3,11 +3,14 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import time
 import weakref
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from etils import epath
 
@@ -43,6 +46,47 @@ def test_a_bad_step_is_the_identity(trainer):
         assert same(moved | {"step": 0}, before | {"step": 0}), fault
         assert same(found["end"], found["wanted"]), fault
         assert not same(found["end"]["params"], before["params"])
+
+
+def judged(config, losses, norms=None):
+    """The verdicts on the steps of a run, by their losses and gradient norms, and the statistics after them."""
+    state, verdicts = {"step": 0, **guards.fresh(config)}, []
+    for loss, norm in zip(losses, norms or [1.0] * len(losses)):
+        state, found = guards.settle(config, state, state, jnp.float32(loss), jnp.float32(norm))
+        verdicts.append(guards.VERDICTS[int(found["verdict"])])
+    return verdicts, state["guard"]
+
+
+def test_the_statistics_of_spikes():
+    """Mean and variance of the logarithms: of all sound steps up to the horizon, then exponential."""
+    config, rng = GuardConfig(action="skip", sigma=50.0, horizon=8, warmup=2), np.random.default_rng(0)
+    values = np.exp(rng.normal(size=(11, 2)))
+    logs, weights = np.log(values), np.full(8, 1 / 8)
+    for n in (8, 9, 10, 11):
+        if n > 8:
+            weights = np.append(weights * 7 / 8, 1 / 8)
+        _, found = judged(config, *values[:n].T.tolist())
+        mean = weights @ logs[:n]
+        np.testing.assert_allclose(found["mean"], mean, atol=1e-5)
+        np.testing.assert_allclose(found["variance"], weights @ (logs[:n] - mean) ** 2, atol=1e-5)
+    assert judged(config, [2.0, math.nan, 2.0])[1]["steps"] == 2, "only sound steps count"
+
+
+def test_what_is_a_spike():
+    """Three deviations above the mean, after the warmup. Small deviations and small values count as the least ones."""
+    config = GuardConfig(action="skip", sigma=3.0, horizon=8, warmup=4)
+    for before, value, found in (
+        ([2.0] * 3, 9.0, "sound"),  # the warmup
+        ([2.0] * 4, 9.0, "loss_spike"),
+        ([2.0] * 4, 0.01, "sound"),  # a low one
+        ([2.0] * 4, 2.0 * math.exp(2.9 * 0.02), "sound"),
+        ([2.0] * 4, 2.0 * math.exp(3.1 * 0.02), "loss_spike"),
+        ([2.0, 4.0] * 2, math.sqrt(8) * 2**1.45, "sound"),  # the deviation is half of log 2
+        ([2.0, 4.0] * 2, math.sqrt(8) * 2**1.55, "loss_spike"),
+        ([0.0, 1e-5] * 2, 0.0099, "sound"),
+    ):
+        assert judged(config, [*before, value])[0] == ["sound"] * len(before) + [found], (before, value)
+    assert judged(config, [2.0] * 5, [1.0] * 4 + [9.0])[0][-1] == "gradient_spike"
 
 
 DEEP = """
@@ -229,8 +273,9 @@ def test_what_a_bad_step_ends(trainer, tmp_path):
     faults = dict.fromkeys((5, 6, 7), "forward")
     with pytest.raises(Diverged, match="step 7 is not finite, after 2 bad steps in a row, as many as guard.limit"):
         run(trainer, tmp_path / "b", faults)
-    with pytest.raises(Diverged, match="step 3 is not finite, and no checkpoint from before step 3 is left"):
-        run(trainer, tmp_path / "c", {3: "forward"}, action="rewind")
+    for drop, first in ((1, 3), (5, 1)):
+        with pytest.raises(Diverged, match=f"step 3 is not finite, and no checkpoint from before step {first} is left"):
+            run(trainer, tmp_path / "c", {3: "forward"}, action="rewind", drop=drop)
 
 
 def test_statistics_survive_a_resume(trainer, tmp_path):
