@@ -226,6 +226,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_checkpoint_that_cannot_be_judged_is_kept(run, sealed):
+    """Its validation loss is damaged: it may be the best."""
+    if not sealed:
+        unseal(run / "checkpoints" / "4")
+    (run / "checkpoints" / "4" / "metrics" / "metrics").write_text('{"validation_loss": "low"}')
+    save(run, 12, 3.0, config=CheckpointConfig(keep_last=1, keep_best=0))
+    assert Checkpoints(run).steps() == [4, 12]
+
+
 def test_a_checkpoint_that_goes_under_a_reader_is_gone_and_the_next_is_read(run, capsys):
     reader = Checkpoints(run)
 
