@@ -179,6 +179,14 @@ def test_a_position_that_does_not_fit_the_data(run):
         resume.find(epath.Path(run)).restore(LIKE, Data(), "of other data")
 
 
+def test_a_position_that_is_no_count_is_damaged(run):
+    checkpoints = Checkpoints(run, CheckpointConfig(keep_last=5))
+    checkpoints.save(12, state_at(12), {"position": {"next_index": -1}, "data_digest": None}, None)
+    checkpoints.close()
+    _, _, step, found = damaged.restored(run, LIKE, Data())
+    assert step == 8 and "-1 is no position" in found[12]
+
+
 def test_damaged_ones_are_put_aside_under_new_names(run, capsys):
     for _ in range(2):
         flip(run / "checkpoints" / "8" / "state" / "_METADATA")

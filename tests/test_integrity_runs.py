@@ -166,6 +166,12 @@ def test_one_of_many_takes_over_the_lock_of_an_ended_process(tmp_path, monkeypat
     assert capsys.readouterr().err == f"taking over {directory} from process 0, which has ended\n"
 
 
+def test_a_lock_that_is_anothers_by_now_stays(tmp_path):
+    with run_lock.held(runs.folder(tmp_path)):
+        (tmp_path / "lock.json").write_text('{"host": "other", "process": 7}')
+    assert (tmp_path / "lock.json").exists()
+
+
 def test_a_folder_that_is_gone_or_anothers_is_noticed(tmp_path):
     path = runs.folder(tmp_path) / "config.json"
     path.write_text("{}")
