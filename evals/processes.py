@@ -41,7 +41,9 @@ def share(slot: int, processes: int, cpus: int, gpus: int, given: dict[str, str]
     found = {"NPROC": threads, "OMP_NUM_THREADS": threads, "XLA_FLAGS": flags}  # NPROC: the size of XLA's thread pools
     if gpus:
         names = given[CUDA].split(",") if given.get(CUDA) else [str(i) for i in range(gpus)]
-        own = names[slot * gpus // processes : (slot + 1) * gpus // processes] or [names[slot % gpus]]
+        own = names[slot * gpus // processes : (slot + 1) * gpus // processes]
+        if processes > gpus:  # in turn, so that no GPU has two processes more than another
+            own = [names[slot % gpus]]
         found |= {CUDA: ",".join(own), "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / -(-processes // gpus):.3f}"}
     return found
 
