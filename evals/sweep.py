@@ -16,7 +16,9 @@ interrupted trial continues from its last checkpoint, and a trial that diverges 
   of the calls to come, for the time left that is shown.
 """
 
+import collections
 import dataclasses
+import json
 import os
 import select
 import sys
@@ -24,7 +26,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 from etils import epath
 
 from engrax.errors import UserError
@@ -141,6 +142,8 @@ class _Account:
         self.scores: dict[str, Score] = {}
         self.missing: dict[str, str] = {}
         self.late: list[str] = []  # the missing ones that the budget does not allow
+        self._models: dict[str, str] = {}  # by trial: its model's fields as text, made once
+        self._took, self._known = collections.Counter(), collections.Counter()  # by model, None = all: seconds, trials
         self.open: list[Trial] = list(trials)  # waiting or running
         self.waiting: list[Trial] = []
         for trial in trials:
@@ -164,15 +167,24 @@ class _Account:
 
     def seconds(self, trial: Trial) -> float:
         """The time that a trial is expected to take: the mean of those with its model, else of all; 0 if unknown."""
-        ended = [(other, self.scores[other.name].seconds) for other in self.trials if other.name in self.scores]
-        model = trial.config.model
-        known = [seconds for other, seconds in ended if other.config.model == model] or [s for _, s in ended]
-        return float(np.mean(known)) if known else 0.0
+        model = self._model(trial)
+        return self._mean(model if self._known[model] else None)
+
+    def _mean(self, model: str | None) -> float:
+        return self._took[model] / max(self._known[model], 1)
+
+    def _model(self, trial: Trial) -> str:
+        if trial.name not in self._models:
+            self._models[trial.name] = json.dumps(experiments.to_dict(trial.config.model))
+        return self._models[trial.name]
 
     def ended(self, trial: Trial, score: Score) -> None:
         """Takes down a score and says it."""
         self.scores[trial.name] = score
         self.open.remove(trial)
+        for model in (self._model(trial), None):
+            self._took[model] += score.seconds
+            self._known[model] += 1
         result = "diverged" if score.sums is None else f"{score.mean:.4f}"
         self.say(f"{self._count()} {trial.name}: {result} ({self._left():.0f} min left)")
 
@@ -201,8 +213,7 @@ class _Account:
 
     def _left(self) -> float:
         """Minutes until all trials have ended, those of later calls too."""
-        mean = np.mean([score.seconds for score in self.scores.values()])
-        return (sum(map(self.seconds, self.open)) + self.later * mean) / self.processes / 60
+        return (sum(map(self.seconds, self.open)) + self.later * self._mean(None)) / self.processes / 60
 
 
 def _refuse_senseless(processes: int, minutes: float | None) -> None:

@@ -84,9 +84,19 @@ def test_the_time_left_is_that_of_similar_trials(tmp_path, trained, capsys):
     account.ended(account.begin(), Score(np.ones(1), np.ones(1), seconds=200.0))
     assert account.seconds(account.open[0]) == 150
     other = Trial("c", dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, dim=32)))
-    account.trials = [*account.trials, other]
-    account.scores["c"] = Score(np.ones(1), np.ones(1), seconds=900.0)
+    account.open.append(other)
+    account.ended(other, Score(np.ones(1), np.ones(1), seconds=900.0))
     assert account.seconds(account.open[0]) == 150 and account.seconds(other) == 900, "those with its model"
+
+
+def test_a_folder_of_many_trials_is_soon_read(tmp_path, monkeypatch):
+    """When 60 trials have ended, then their settings are worked out a few times each, not once for every other one."""
+    every = [Trial(f"a/{seed}", tiny(), {"seed": seed}) for seed in range(60)]
+    calls, replace = [], trials.experiments.replace
+    monkeypatch.setattr(trials.experiments, "replace", lambda *args: calls.append(None) or replace(*args))
+    monkeypatch.setattr(trials, "read", lambda *args: Score(np.ones(1), np.ones(1), seconds=60.0))
+    assert len(sweep.run(every, tmp_path, minutes=0, progress=False).scores) == 60
+    assert len(calls) < 4 * 60
 
 
 @pytest.mark.parametrize(
@@ -116,7 +126,7 @@ def test_every_process_has_its_share_of_the_machine():
         processes.share(i, processes_, 8, gpus, given)[processes.CUDA] for i in range(processes_)
     ]
     assert cuda(2, 4) == ["0,1", "2,3"] and cuda(2, 2, {processes.CUDA: "5,7"}) == ["5", "7"]
-    assert cuda(3, 1) == ["0", "0", "0"]
+    assert cuda(3, 1) == ["0", "0", "0"] and cuda(4, 2) == ["0", "1", "0", "1"], "as many on each"
     assert processes.share(0, 3, 8, 1, {})["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.300"
 
 
