@@ -46,6 +46,15 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that runs trials."""
     parser.add_argument("--processes", type=positive, default=1, help="trials at the same time (default: 1)")
     parser.add_argument("--minutes", type=minutes, help="begin no trial that would end later; run again to continue")
+    parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers mixers or data sets")
+
+
+def load_plugins(paths: list[str]) -> None:
+    """Runs the user's files, whose registrations stay."""
+    from engrax import plugins
+
+    for path in paths:
+        plugins.load(path)
 
 
 def tell_missing(missing: dict[str, str]) -> int:

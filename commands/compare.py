@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 
-from engrax.commands.common import add_running, parser_of, split_help, tell_missing
+from engrax.commands.common import add_running, load_plugins, parser_of, split_help, tell_missing
 from engrax.errors import UserError
 from engrax.flags import filled, override, positive
 
@@ -31,6 +31,7 @@ def run(args: list[str]) -> int:
     from engrax import configs, evals
     from engrax.train import runs
 
+    load_plugins(known.plugin)
     command = shlex.join(["engrax", "compare", *args])
     if (runs.folder(known.config) / "config.json").exists():
         if wrong := [arg for arg in rest if arg.startswith("-")]:

@@ -3,7 +3,7 @@
 import argparse
 import shlex
 
-from engrax.commands.common import parser_of
+from engrax.commands.common import add_running, load_plugins, parser_of
 from engrax.flags import filled, override, positive
 
 EXAMPLE = "engrax frontier mqar --mixers deltanet,gla,titans --minutes 60 --processes 2"
@@ -22,19 +22,15 @@ def run(args: list[str]) -> int:
     parser.add_argument("--mixers", metavar="NAMES", type=_names, help="with commas between (default: the preset's)")
     parser.add_argument("--preset", default="quick", help="quick (an hour of two cores) or full (default: quick)")
     parser.add_argument("--sizes", metavar="BYTES", type=_sizes, help="of a layer's state, with commas between")
-    parser.add_argument("--minutes", type=_minutes, help="no training begins that would end later (default: no limit)")
-    parser.add_argument("--processes", type=positive, default=1, help="trainings at once (default: 1)")
     parser.add_argument("--folder", type=filled, help="where runs and tables go (default: runs/frontier_TASK_PRESET)")
-    parser.add_argument("--plugin", action="append", default=[], help="a .py file that registers mixers or tasks")
+    add_running(parser)
     task = [] if args and not args[0].startswith("-") else ["mqar"]  # the value of a field's flag is no task
     known, rest = parser.parse_known_args(task + args)
     import dataclasses
 
     from engrax.evals import frontier, frontier_report
-    from engrax.plugins import load
 
-    for path in known.plugin:
-        load(path)
+    load_plugins(known.plugin)
     chosen = frontier.setting(known.task, known.mixers, known.preset)
     experiment = override(chosen.experiment, rest, f"engrax frontier {known.task}")
     chosen = dataclasses.replace(chosen, experiment=experiment, sizes=known.sizes or chosen.sizes)
@@ -61,11 +57,3 @@ def _names(text: str) -> list[str]:
 def _sizes(text: str) -> tuple[int, ...]:
     """Counts of bytes with commas between."""
     return tuple(positive(part) for part in _names(text))
-
-
-def _minutes(text: str) -> float:
-    """A time that is not negative; 0 trains nothing and tabulates what is there."""
-    minutes = float(text)
-    if not 0 <= minutes < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and below 1,000,000")
-    return minutes

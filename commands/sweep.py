@@ -3,7 +3,7 @@
 import shlex
 from typing import Any
 
-from engrax.commands.common import add_running, find_config, parser_of, split_help, tell_missing
+from engrax.commands.common import add_running, find_config, load_plugins, parser_of, split_help, tell_missing
 from engrax.errors import UserError
 from engrax.flags import filled, override, positive
 
@@ -29,6 +29,7 @@ def run(args: list[str]) -> int:
     known, rest = split_help(parser, args, EXAMPLE)
     from engrax.evals import search
 
+    load_plugins(known.plugin)
     source = find_config(known.config)
     prog = f"engrax sweep {known.config}"
     experiment = override(source.experiment, rest, prog)
@@ -41,7 +42,7 @@ def run(args: list[str]) -> int:
         seeds=known.seeds,
         processes=known.processes,
         minutes=known.minutes,
-        rerun=["engrax", "train", known.config, *rest],
+        rerun=["engrax", "train", known.config, *rest, *(word for path in known.plugin for word in ("--plugin", path))],
         command=shlex.join(["engrax", "sweep", *args]),
     )
     print(found.markdown)

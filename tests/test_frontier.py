@@ -155,7 +155,7 @@ def test_a_users_mixer_takes_part(pretended, tmp_path, capsys):
         (["--mixers", "prefix_linear_attention"], "no mixer is left"),
         (["--preset", "fast"], "unknown preset 'fast'"),
         (["--sizes", "0"], "at least 1"),
-        (["--minutes", "-1"], "at least 0"),
+        (["--minutes", "-1"], "must be a number of minutes, 0 or more"),
         (["--data.pairs", "3"], "no field --data.pairs"),
     ],
 )

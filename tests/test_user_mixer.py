@@ -122,6 +122,44 @@ def test_a_mixer_in_a_file_of_the_users_own(tmp_path, run_python):
     assert "finished step 2" in out
 
 
+COMPARISON = """
+
+def comparison():
+    from engrax.evals import Comparison
+
+    wide = dataclasses.replace(config().model, mixers=(RunningMeanConfig(width=8),))
+    experiments = {"narrow": config(), "wide": dataclasses.replace(config(), model=wide)}
+    return Comparison(experiments, (1e-3, 1e-2, 3e-2), seeds=1)
+"""
+
+
+@pytest.mark.deep
+def test_processes_find_a_mixer_in_a_file_of_the_users_own(tmp_path, run_python):
+    """When trials run in two processes, then these load the file of the mixer, imported, in the config or a plugin."""
+    (tmp_path / "my_mixer.py").write_text(MIXER)
+    (tmp_path / "my_config.py").write_text(CONFIG)
+    one_file = MIXER + CONFIG.replace("from my_mixer import RunningMeanConfig", "")
+    (tmp_path / "my_pair.py").write_text(one_file.replace("running_mean", "running_pair") + COMPARISON)
+    command = "import sys; from engrax import cli; sys.exit(cli.main(sys.argv[1:]))"
+    two = ["--processes", "2", "--steps", "2"]
+    grid = ["--grid", "optimizer.learning-rate=0.001,0.01", *two]
+
+    out = run_python(command, devices=1, args=["sweep", tmp_path / "my_config.py", *grid, "--folder", tmp_path / "s"])
+    assert out.count("1 of 1") == 2
+    out = run_python(command, devices=1, args=["compare", tmp_path / "my_pair.py", *two, "--folder", tmp_path / "c"])
+    assert "| narrow |" in out and "| wide |" in out
+
+    # A run that brought its mixer is swept and compared with that file named, as the error says.
+    run = tmp_path / "s" / "learning_rate=0.01" / "seed_0"
+    plugin = ["--plugin", run / "source" / "my_mixer.py"]
+    out = run_python(command, devices=1, args=["sweep", run, *grid, *plugin, "--folder", tmp_path / "again"])
+    assert out.count("1 of 1") == 2 and "--plugin" in out.split("Train it again:")[1].splitlines()[0]
+    out = run_python(
+        command, devices=1, args=["compare", run, tmp_path / "s" / "learning_rate=0.001" / "seed_0", *plugin]
+    )
+    assert "2 finished runs" in out
+
+
 @pytest.mark.deep
 def test_a_users_mixer_is_checked(tmp_path, run_python):
     (tmp_path / "my_mixer.py").write_text(textwrap.dedent(MIXER))
