@@ -10,7 +10,7 @@ import engrax
 from engrax import cli, evals
 from engrax.data import MQAR
 from engrax.errors import Diverged, UserError
-from engrax.evals import Comparison, trials
+from engrax.evals import Comparison, finished_runs, trials
 from engrax.evals.trials import Score
 from engrax.tests.test_compare import RATES, tiny
 from engrax.train import runs
@@ -106,3 +106,11 @@ def test_finished_runs_are_compared_as_they_are(tmp_path, trained, capsys):
     ):
         assert cli.main(["compare", *map(str, args)]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_runs_on_files_that_changed_are_not_compared(tmp_path):
+    """When two runs name the same data and their contents differ, then there is no comparison."""
+    one, two = (runs.Run(runs.folder(tmp_path / digest), tiny(), {"data_digest": digest}) for digest in "ab")
+    finished_runs._refuse_other_data(one, one)
+    with pytest.raises(UserError, match="differ in the content of the data: no comparison"):
+        finished_runs._refuse_other_data(one, two)

@@ -88,6 +88,21 @@ def test_an_oracle_scores_all_and_guesses_score_chance(task, guesses, parts):
         assert part.accuracy.low < task.chance < part.accuracy.high
 
 
+def test_an_answer_whose_loss_is_no_number_is_wrong(monkeypatch):
+    """When a right answer's loss is NaN, then it does not count as a hit, and there is no mean loss."""
+    score = scoring.Scorer.score
+
+    def broken(*args, **options):
+        found = score(*args, **options)
+        nats = np.array(found.nats)
+        nats[0] = np.nan
+        return dataclasses.replace(found, nats=nats)
+
+    monkeypatch.setattr(scoring.Scorer, "score", broken)
+    cell = cell_of(MQAR(seq_len=16, num_pairs=2, vocab_size=16), examples=20)
+    assert cell.nats is None and cell.hits[0] == 0 and cell.hits[1:] == cell.trials[1:]
+
+
 def test_strings_count_as_a_whole():
     """Of strings of 3 to 6 bits, guesses get all positions of one in 8, 16, 32 or 64."""
     guessed = cell_of(Parity(seq_len=6, shortest=3), (3, 5))

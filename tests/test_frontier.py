@@ -102,6 +102,13 @@ def test_cells_differ_in_their_mixer_alone():
         assert cell.experiment.data == table[0].experiment.data and cell.experiment.steps == table[0].experiment.steps
 
 
+def test_a_window_of_the_whole_row_is_no_size_of_its_own():
+    """When a size gives attention a window of the 64 tokens of a row, then only the cache of the whole row stands."""
+    table, left_out = frontier.cells(small(["attention"], sizes=(1024, 32768)))
+    assert [cell.size for cell in table] == ["1024 bytes", "whole row"]
+    assert "holds the whole row" in left_out["attention at 32768 bytes"]
+
+
 def test_points_are_of_judged_seeds_at_the_best_rate(pretended, tmp_path):
     settings = small(["linear_attention", "deltanet", "gla"])
     found = frontier_report.frontier(settings, tmp_path, command="engrax frontier")
