@@ -3,14 +3,14 @@
 import argparse
 import shlex
 
-from engrax.commands.common import add_running, load_plugins, parser_of
+from engrax.commands.common import add_running, load_plugins, parser_of, tell_missing
 from engrax.flags import filled, override, positive
 
 EXAMPLE = "engrax frontier mqar --mixers deltanet,gla,titans --minutes 60 --processes 2"
 
 
 def run(args: list[str]) -> int:
-    """Runs the command and returns its exit code."""
+    """Runs the command and returns its exit code: 1 if a training is missing."""
     parser = parser_of(
         "frontier",
         EXAMPLE,
@@ -43,7 +43,7 @@ def run(args: list[str]) -> int:
     )
     print(found.markdown)
     print(f"The table, its numbers, its plot and the page are in {found.directory}")
-    return 0
+    return tell_missing(found.missing)
 
 
 def _names(text: str) -> list[str]:

@@ -33,7 +33,6 @@ from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig
 from engrax.train import runs as run_folders
 
 HEADS, CONV_WIDTH, LAYERS = 2, 4, 2  # of every model
-JUDGED = 3  # seeds from which on a frontier has verdicts
 BASELINE = "linear_attention"  # of the verdicts: neither gates nor a delta rule
 
 
@@ -96,7 +95,7 @@ class Frontier:
     mixers: tuple[str, ...]
     sizes: tuple[int, ...]  # bytes of a layer's state
     learning_rates: tuple[float, ...]
-    seeds: int = JUDGED
+    seeds: int = verdicts.LEAST_SEEDS
 
     def __post_init__(self):
         for name in self.mixers:
@@ -352,7 +351,7 @@ def _judge(frontier: Frontier, points: list[Point], scores: dict[str, Score]) ->
     drawn = verdicts.Bootstrap(list(rows.values()))
     whole = {name for name, row in rows.items() if all(score.sums is not None for score in row.scores)}
     pairs = []
-    if frontier.seeds >= JUDGED:
+    if frontier.seeds >= verdicts.LEAST_SEEDS:
         bases = {p.cell.size: p.cell.name for p in points if p.cell.mixer == BASELINE}
         pairs = [(p.cell.name, bases[p.cell.size]) for p in points if p.cell.size in bases]
         pairs = [pair for pair in pairs if pair[0] != pair[1] and whole.issuperset(pair)]

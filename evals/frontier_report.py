@@ -11,9 +11,9 @@ from typing import Any
 from etils import epath
 
 from engrax.evals import frontier as core
-from engrax.evals import frontier_plot, report
+from engrax.evals import frontier_plot, report, verdicts
 from engrax.evals.evaluator import Evaluation, Figure, Table
-from engrax.evals.frontier import BASELINE, JUDGED, Found, Frontier, Point
+from engrax.evals.frontier import BASELINE, Found, Frontier, Point
 from engrax.files import write_atomically
 from engrax.train import runs
 from engrax.train.cost import quantity, size
@@ -136,7 +136,7 @@ def _head(settings: Frontier, found: Found, processes: int, command: str) -> dic
 
 
 def _table(settings: Frontier, found: Found) -> Table:
-    judged = settings.seeds >= JUDGED
+    judged = settings.seeds >= verdicts.LEAST_SEEDS
     columns = ["mixer", "state", "parameters", "learning rate", "recall", "tokens/s", "best at its bytes"]
     columns += [f"against {BASELINE}"] if judged else []
     rows = []
@@ -168,8 +168,8 @@ def _notes(settings: Frontier, head: dict[str, Any], found: Found) -> list[str]:
         + (f" {seeds[0]}" if len(seeds) == 1 else f"s {seeds[0]} to {seeds[-1]}")
         + "; 95 % intervals by bootstrap over seeds and rows.",
     ]
-    if len(seeds) < JUDGED:
-        notes.append(f"Fewer than {JUDGED} judged seeds: {LOOK}.")
+    if len(seeds) < verdicts.LEAST_SEEDS:
+        notes.append(f"Fewer than {verdicts.LEAST_SEEDS} judged seeds: {LOOK}.")
     else:
         notes.append("Verdicts are corrected for their number (Holm).")
     if any(point.at_edge for point in found.points):

@@ -83,7 +83,7 @@ def test_what_is_a_spike():
         ([2.0] * 4, 2.0 * math.exp(3.1 * 0.02), "loss_spike"),
         ([2.0, 4.0] * 2, math.sqrt(8) * 2**1.45, "sound"),  # the deviation is half of log 2
         ([2.0, 4.0] * 2, math.sqrt(8) * 2**1.55, "loss_spike"),
-        ([0.0, 1e-5] * 2, 0.0099, "sound"),
+        ([1e-4] * 4, 0.0099, "sound"),  # both count as 0.01
     ):
         assert judged(config, [*before, value])[0] == ["sound"] * len(before) + [found], (before, value)
     assert judged(config, [2.0] * 5, [1.0] * 4 + [9.0])[0][-1] == "gradient_spike"
