@@ -1,6 +1,7 @@
 """A user's own Python files: mixers, models and configs outside the package."""
 
 import ast
+import hashlib
 import importlib.util
 import os
 import sys
@@ -22,7 +23,8 @@ def load(path: Path | str) -> ModuleType:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no file {path}; give the path of a Python file.")
-    spec = importlib.util.spec_from_file_location(f"engrax_plugin_{path.stem}", path)
+    place = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]  # files of one name are modules of their own
+    spec = importlib.util.spec_from_file_location(f"engrax_plugin_{path.stem}_{place}", path)
     if spec is None:
         raise UserError(f"{path} is no Python file; its name must end in .py.")
     module = importlib.util.module_from_spec(spec)

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import datetime
 import io
 import json
 import math
@@ -12,6 +11,7 @@ from etils import epath
 
 from engrax.evals import frontier as core
 from engrax.evals import frontier_plot, report, verdicts
+from engrax.evals.comparison_report import head_of
 from engrax.evals.evaluator import Evaluation, Figure, Table
 from engrax.evals.frontier import BASELINE, Found, Frontier, Point
 from engrax.files import write_atomically
@@ -111,22 +111,14 @@ _COLUMNS += ("tokens_per_second", "best", "verdict", "seeds", "grid")
 def _head(settings: Frontier, found: Found, processes: int, command: str) -> dict[str, Any]:
     """The settings that the numbers depend on."""
     e = settings.experiment
-    here = runs.describe_environment(e)
     task = e.data.registered_name
     return {
         "title": f"Frontier on {task}: {e.data.seq_len} tokens, width {e.model.dim}, {e.steps:,} steps",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": command,
-        "device": here["device"],
-        "versions": here["versions"],
-        "commit": here["commit"],
-        "data_digest": here["data_digest"],
+        **head_of(e, command),
         "task": dataclasses.asdict(e.data) | {"type": task},
         "chance": e.data.chance,
         "dim": e.model.dim,
         "layers": e.model.repeat,
-        "steps": e.steps,
-        "batch_size": e.batch_size,
         "sizes": list(settings.sizes),
         "learning_rates": list(settings.learning_rates),
         "seeds": list(range(1, settings.seeds + 1)),

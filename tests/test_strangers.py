@@ -402,3 +402,13 @@ def test_a_config_of_the_wrong_shape_is_refused():
     ):
         with pytest.raises(UserError, match=told):
             experiments.from_dict(config | change)
+
+
+def test_files_of_one_name_are_modules_of_their_own(tmp_path):
+    """A class finds its own module again, as pickling and `inspect` do, after another file of the same name was run."""
+    modules = []
+    for folder in ("mine", "yours"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "memory.py").write_text("class Memory:\n    pass\n")
+        modules.append(plugins.load(tmp_path / folder / "memory.py"))
+    assert [sys.modules[module.Memory.__module__] for module in modules] == modules
