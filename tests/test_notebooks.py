@@ -6,11 +6,16 @@ The short setting takes at most 60 s on two cores; the limit here is thrice that
 import importlib.util
 import json
 import os
+import subprocess
 import sys
+import sysconfig
 import time
+import venv
 from pathlib import Path
 
 import pytest
+
+from engrax import plugins
 
 EXPECTED = {  # notebook: (what it prints, how many plots it draws, what it leaves beside itself)
     "01_quickstart": (["backend cpu", "one pass and two pieces differ"], 1, ["run/evals"]),
@@ -85,3 +90,30 @@ def test_notebook_runs(path, fast, limit, tmp_path, monkeypatch):
     assert [text for text in prints if text not in printed] == []
     assert sum("image/png" in output.get("data", {}) for output in outputs) == plots
     assert all((tmp_path / name).exists() for name in left)
+
+
+def test_the_first_cells_are_up_to_date():
+    """`python notebooks/first_cell.py` changes nothing."""
+    first_cell = plugins.load(NOTEBOOKS[0].parent / "first_cell.py")
+    for path in NOTEBOOKS:
+        notebook = json.loads(path.read_text())
+        assert first_cell.with_first_cell(path.name, json.loads(path.read_text())) == notebook, path.name
+        assert first_cell.REPOSITORY in "".join(notebook["cells"][1]["source"])
+
+
+@pytest.mark.deep
+def test_the_first_cell_installs_engrax_in_an_empty_folder(tmp_path):
+    """Given the repository as a path; the packages that engrax needs are there, engrax itself is not."""
+    venv.create(tmp_path / "env")
+    (packages,) = (tmp_path / "env").glob("lib/*/site-packages")
+    (packages / "needed.pth").write_text(sysconfig.get_path("purelib") + "\n")  # without engrax's own .pth file
+    python, empty = tmp_path / "env" / "bin" / "python", tmp_path / "empty"
+    empty.mkdir()
+    pip = {"PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}  # "0": no isolation, as pip reads it
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= pip | {"ENGRAX_REPOSITORY": str(NOTEBOOKS[0].parents[1]), "JAX_PLATFORMS": "cpu"}
+    missing = subprocess.run([python, "-c", "import engrax"], cwd=empty, env=environment, capture_output=True)
+    assert b"No module named 'engrax'" in missing.stderr
+    cell = "".join(json.loads(NOTEBOOKS[0].read_text())["cells"][1]["source"])
+    ran = subprocess.run([python, "-c", cell], cwd=empty, env=environment, capture_output=True, text=True)
+    assert "backend cpu" in ran.stdout, ran.stderr
