@@ -19,6 +19,11 @@ from engrax import plugins
 
 EXPECTED = {  # notebook: (what it prints, how many plots it draws, what it leaves beside itself)
     "01_quickstart": (["backend cpu", "one pass and two pieces differ"], 1, ["run/evals"]),
+    "02_your_own_memory": (
+        ["backend cpu", "causality", "stability", "all laws hold", "linear_attention", "my_memory"],
+        1,
+        ["my_memory.py", "runs/notebook_frontier/frontier.html"],
+    ),
     "05_hmt_long_documents": (
         [
             "backend cpu",
