@@ -189,16 +189,16 @@ def _rms_norm(weight, x, eps):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
 
 
-def _attend(q, k, v):
-    """Causal attention of q [T, H, K] to k and v [T, G, K], joined to [T, H K]."""
+def attend(q, k, v, window=None):
+    """Causal attention of q [T, H, K] to k and v [T, G, K], joined to [T, H K]; window: tokens seen, its own too."""
     T, H, K = q.shape
     out = np.zeros_like(q)
     for t in range(T):
         for h in range(H):
-            g = h * k.shape[1] // H
-            scores = k[: t + 1, g] @ q[t, h] / math.sqrt(K)
+            g, first = h * k.shape[1] // H, 0 if window is None else max(0, t + 1 - window)
+            scores = k[first : t + 1, g] @ q[t, h] / math.sqrt(K)
             weights = np.exp(scores - scores.max())
-            out[t, h] = weights / weights.sum() @ v[: t + 1, g]
+            out[t, h] = weights / weights.sum() @ v[first : t + 1, g]
     return out.reshape(T, H * K)
 
 
@@ -210,7 +210,7 @@ def _gpt2(c, w, tokens):
         h = f"{p}h.{i}."
         qkv = conv(f"{h}attn.c_attn", _layer_norm(w, f"{h}ln_1", x))
         q, k, v = (y.reshape(T, H, D // H) for y in np.split(qkv, 3, axis=1))
-        x = x + conv(f"{h}attn.c_proj", _attend(q, k, v))
+        x = x + conv(f"{h}attn.c_proj", attend(q, k, v))
         up = conv(f"{h}mlp.c_fc", _layer_norm(w, f"{h}ln_2", x))
         act = up / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
         x = x + conv(f"{h}mlp.c_proj", act)
@@ -227,7 +227,7 @@ def _opt(c, w, tokens):
         h = f"{p}layers.{i}."
         y = _layer_norm(w, f"{h}self_attn_layer_norm", x) if first else x
         q, k, v = (_affine(w, f"{h}self_attn.{n}_proj", y).reshape(T, H, D // H) for n in "qkv")
-        x = x + _affine(w, f"{h}self_attn.out_proj", _attend(q, k, v))
+        x = x + _affine(w, f"{h}self_attn.out_proj", attend(q, k, v))
         x = x if first else _layer_norm(w, f"{h}self_attn_layer_norm", x)
         y = _layer_norm(w, f"{h}final_layer_norm", x) if first else x
         x = x + _affine(w, f"{h}fc2", np.maximum(_affine(w, f"{h}fc1", y), 0))
@@ -235,6 +235,15 @@ def _opt(c, w, tokens):
     x = _layer_norm(w, f"{p}final_layer_norm", x) if first else x
     x = _affine(w, f"{p}project_out", x) if narrow else x
     return x @ w[f"{p}embed_tokens.weight"].T
+
+
+def _yarn(rope, K, theta, i):
+    """How far a pair of channels is slowed, 0 to 1 (arXiv 2309.00071)."""
+    turns = (rope["beta_fast"], rope["beta_slow"])
+    old = rope["original_max_position_embeddings"]
+    low, high = (K * math.log(old / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns)
+    low, high = max(math.floor(low), 0), min(math.ceil(high), K - 1)
+    return min(max((i - low) / (high - low), 0), 1)
 
 
 def _frequencies(c, K):
@@ -247,6 +256,11 @@ def _frequencies(c, K):
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "linear":
             f = f / rope["factor"]
+        if kind == "yarn":
+            slowed = _yarn(rope, K, theta, i)
+            f = f * (1 - slowed) + f / rope["factor"] * slowed
+        if kind == "longrope":  # tests read rows that are longer than the first context
+            f = f / rope["long_factor"][i]
         if kind == "llama3":
             wavelength, old = 2 * math.pi / f, rope["original_max_position_embeddings"]
             if wavelength > old / rope["low_freq_factor"]:
@@ -259,7 +273,7 @@ def _frequencies(c, K):
     return np.array(found)
 
 
-def _turn(x, frequencies):
+def turn(x, frequencies):
     """x [T, H, K] with the pairs (i, i + K/2) turned by position * frequency."""
     angle = np.arange(len(x))[:, None, None] * frequencies
     a, b = np.split(x, 2, axis=-1)
@@ -269,7 +283,9 @@ def _turn(x, frequencies):
 def _llama(c, w, tokens):
     T, D, eps = len(tokens), c["hidden_size"], c["rms_norm_eps"]
     K = c.get("head_dim", D // c["num_attention_heads"])
-    frequencies = _frequencies(c, K)
+    frequencies, magnitude = _frequencies(c, K), (c.get("rope_parameters") or {}).get("attention_factor", 1.0)
+    kind = "sliding_attention" if c["model_type"] == "mistral" else "full_attention"
+    kinds = c.get("layer_types") or [kind] * c["num_hidden_layers"]
     x = w["model.embed_tokens.weight"][tokens]
     for i in range(c["num_hidden_layers"]):
         h = f"model.layers.{i}."
@@ -277,7 +293,9 @@ def _llama(c, w, tokens):
         q, k, v = (_affine(w, f"{h}self_attn.{n}_proj", y).reshape(T, -1, K) for n in "qkv")
         if c["model_type"] == "qwen3":
             q, k = (_rms_norm(w[f"{h}self_attn.{n}_norm.weight"], z, eps) for n, z in (("q", q), ("k", k)))
-        x = x + _affine(w, f"{h}self_attn.o_proj", _attend(_turn(q, frequencies), _turn(k, frequencies), v))
+        q, k = (magnitude * turn(z, frequencies) for z in (q, k))
+        window = c["sliding_window"] if kinds[i] == "sliding_attention" else None
+        x = x + _affine(w, f"{h}self_attn.o_proj", attend(q, k, v, window))
         y = _rms_norm(w[f"{h}post_attention_layernorm.weight"], x, eps)
         gate = _affine(w, f"{h}mlp.gate_proj", y)
         x = x + _affine(w, f"{h}mlp.down_proj", gate / (1 + np.exp(-gate)) * _affine(w, f"{h}mlp.up_proj", y))
