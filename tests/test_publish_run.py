@@ -31,8 +31,8 @@ HYBRID = LanguageModelConfig(vocab_size=256, dim=16, mixers=(LINEAR, FULL), repe
 def text(tmp_path):
     (tmp_path / "texts").mkdir(exist_ok=True)
     lines = (f"def f{i}(x):\n    return x + {i * i}  # number {i}\n" for i in range(300))
-    (tmp_path / "texts" / "code.py").write_text("\n".join(lines))
-    return TextFolder(path=str(tmp_path / "texts"), include="*.py", seq_len=32, validation_fraction=0.2)
+    (tmp_path / "texts" / "code.txt").write_text("\n".join(lines))
+    return TextFolder(path=str(tmp_path / "texts"), seq_len=32, validation_fraction=0.2)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def prepared(tmp_path):
     "options, told",
     [
         (["--to", "llama"], "llama cannot express this model: its mixers titans would have to be attention"),
-        (["--to", "qwen3_5"], "unknown format 'qwen3_5'; did you mean 'qwen3_5_text'?"),
+        (["--to", "qwen35_text"], "unknown format 'qwen35_text'; did you mean 'qwen3_5_text'?"),
         (["--to", "safetensors", "--dtype", "float8"], "dtype='float8' is not one of float32, bfloat16, float16"),
         ([], "name a format with --to"),
     ],
@@ -142,6 +142,7 @@ def test_transformers_generates_the_text_of_a_trained_run(tmp_path):
     assert str(ours).removeprefix(prompt) == theirs and len(theirs) == tokens
 
 
+@pytest.mark.deep
 def test_a_titans_model_is_written_as_its_own(tmp_path):
     """When no published format has a mixer, then engrax's own lists every parameter under its name."""
     from engrax.models.imported import publish

@@ -13,11 +13,13 @@ from engrax.errors import UserError
 from engrax.layers import AttentionConfig, TitansConfig
 from engrax.models import imported
 from engrax.models.imported import publish
-from engrax.models.published import FORMATS, fit
+from engrax.models.published import FORMATS, Fields, fit, read
 from engrax.tests import published_numpy as oracle
+from engrax.tests import run_folders
 from engrax.tests.published_models import CONFIGS, GATED, GDN, NORMED, TOKENS, build, logits, model, parameters
 
-QUICK = ("qwen3_5", "olmo", "gated_deltanet_hybrid", "mamba2", "llama_longrope", "mom")
+QUICK = ("olmo", "gated_deltanet_hybrid", "mamba2")
+DEEP = ("qwen3_5", "qwen3_5_plain", "llama_longrope", "kda", "gsa", "mom_one")
 
 
 def publish_named(name, folder):
@@ -28,11 +30,13 @@ def publish_named(name, folder):
     return FORMATS[form], config, module
 
 
-def _marked(names):
-    return [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.deep]) for name in names]
+def _marked(later):
+    """All models: the quick ones, the deep ones, and the others, which are marked `later`."""
+    marks = {name: [] for name in QUICK} | {name: [pytest.mark.deep] for name in DEEP}
+    return [pytest.param(name, marks=marks.get(name, [later])) for name in CONFIGS]
 
 
-@pytest.mark.parametrize("name", _marked(CONFIGS))
+@pytest.mark.parametrize("name", _marked(pytest.mark.long))
 def test_a_plain_forward_pass_of_the_files_gives_the_logits(name, tmp_path):
     form, config, module = publish_named(name, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -41,7 +45,7 @@ def test_a_plain_forward_pass_of_the_files_gives_the_logits(name, tmp_path):
     np.testing.assert_allclose(logits(module, TOKENS[:1])[0], wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", _marked(pytest.mark.deep))
 def test_tensors_come_back_as_they_were(name, tmp_path):
     form, config, module = publish_named(name, tmp_path / "out")
     notes = fit(config, form).notes
@@ -140,8 +144,9 @@ def test_where_a_folder_has_two_layouts_the_single_file_counts(tmp_path, monkeyp
     assert parameters(imported.load(tmp_path / "out"))
 
 
-def test_olmo_as_transformers_saves_it_is_read(tmp_path):
-    """Norms under older names, and the joint convolution in three equal parts."""
+@pytest.mark.parametrize("older", [True, False])
+def test_olmo_as_transformers_saves_it_is_read(older, tmp_path):
+    """The joint convolution in three equal parts, and norms under older names unless the model was loaded before."""
     _, config, module = publish_named("olmo", tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     for i, kind in enumerate(json.loads((tmp_path / "out" / "config.json").read_text())["layer_types"]):
@@ -151,8 +156,10 @@ def test_olmo_as_transformers_saves_it_is_read(tmp_path):
             joined = np.concatenate([tensors[name] for name in names])
             third = -(-len(joined) // 3)
             tensors |= {n: joined[at * third : (at + 1) * third].copy() for at, n in enumerate(names)}
-            tensors[f"{layer}attention_layer_norm.weight"] = tensors.pop(f"{layer}input_layernorm.weight")
-        tensors[f"{layer}feedforward_layer_norm.weight"] = tensors.pop(f"{layer}post_attention_layernorm.weight")
+            if older:
+                tensors[f"{layer}attention_layer_norm.weight"] = tensors.pop(f"{layer}input_layernorm.weight")
+        if older:
+            tensors[f"{layer}feedforward_layer_norm.weight"] = tensors.pop(f"{layer}post_attention_layernorm.weight")
     save_file(tensors, tmp_path / "out" / "model.safetensors")
     back = parameters(imported.load(tmp_path / "out"))
     assert all(value.tobytes() == back[name].tobytes() for name, value in parameters(module).items())
@@ -168,6 +175,7 @@ def test_zeros_that_are_not_zero_are_refused(tmp_path):
         imported.load(tmp_path / "out")
 
 
+@pytest.mark.deep
 def test_a_pattern_may_be_repeated_inside_the_models_own(tmp_path):
     """When a model's pattern is twice the shortest one, then the same tensors belong to other parameters."""
     _, config, module = publish_named("qwen3_5", tmp_path / "out")
@@ -192,3 +200,16 @@ def test_bytes_are_a_tokenizer_of_256_tokens(tmp_path):
     np.testing.assert_array_equal(read.encode(text), np.frombuffer(text.encode(), np.uint8))
     assert set(ids) == {"bos_token_id", "eos_token_id", "pad_token_id"} and not any(ids.values())
     assert json.loads(files["tokenizer_config.json"])["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("name", ("qwen3_5", "olmo", "mamba2", "gated_deltanet_hybrid", "mom", "llama_yarn", "gsa"))
+def test_damaged_configs_are_named_in_one_sentence(name):
+    """When any field of a config.json is nonsense, then it is read, or refused in one line."""
+    form, config = CONFIGS[name]
+    whole = json.dumps(fit(config, FORMATS[form]).fields)
+    for what, changed in run_folders.damages(whole, 5):
+        fields = json.loads(changed)
+        try:
+            read(Fields(fields, "config.json") if isinstance(fields, dict) else Fields({}, "config.json"))
+        except UserError as error:
+            assert "\n" not in str(error), (what, str(error))

@@ -37,8 +37,8 @@ class Plan:
         layers = max((shape[0] for name, shape in shapes.items() if name.startswith("blocks.")), default=0)
         if layers > len(files.infos):  # each layer has its own tensors; a huge number would fill the memory
             raise UserError(f"{files.folder}: config.json asks for {layers} layers of {len(files.infos)} tensors.")
-        names = frozenset(files.infos)
-        self.pieces = form.pieces(_in_pattern_of(config, shapes), shapes, names)
+        stored = {name: info.shape for name, info in files.infos.items()}
+        self.pieces = form.pieces(_in_pattern_of(config, shapes), shapes, stored)
         self.tied = [f"{p}lm_head.weight" for p in ("", *form.prefixes) if "output_embedding" not in shapes]
         self.params: dict[str, dict[tuple[int, ...], list[Use]]] = {}
         for name, piece in self.pieces.items():

@@ -70,7 +70,8 @@ def differences(config: LanguageModelConfig, wanted: LanguageModelConfig) -> Ite
     given, other = plain_model(config), plain_model(wanted)
     yield from _differences(given, other, "")
     if config.num_layers != wanted.num_layers:
-        yield Difference("repeat", config.repeat, wanted.num_layers / len(config.mixers))
+        repeats = wanted.num_layers / len(config.mixers)
+        yield Difference("repeat", config.repeat, int(repeats) if repeats.is_integer() else repeats)
         return
     layers = list(wanted.mixers) * wanted.repeat
     places = [wanted.layout.place_of(i) for i in range(len(wanted.mixers))] * wanted.repeat

@@ -124,16 +124,16 @@ def _attention_fields(config: LanguageModelConfig) -> Any:
     return found if len(found) > 1 else next(iter(found), None)
 
 
-def _block(config, place: int, names, table: Callable) -> Table:
+def _block(config, place: int, stored, table: Callable) -> Table:
     mixer = config.mixers[place]
     norms = norm("layers.{}.attn_norm", "mixer_norm") | norm("layers.{}.mlp_norm", "mlp_norm")
-    return norms | gated_mlp("layers.{}.mlp") | _mixer(mixer, names, table)
+    return norms | gated_mlp("layers.{}.mlp") | _mixer(mixer, stored, table)
 
 
-def _mixer(mixer: MixerConfig, names, table: Callable) -> Table:
+def _mixer(mixer: MixerConfig, stored, table: Callable) -> Table:
     if type(mixer) is AttentionConfig:
         ours = {"q": "q", "k": "k", "v": "v", "o": "out"}
         maps = (linear(f"layers.{{}}.attn.{theirs}_proj", f"mixer.{name}") for theirs, name in ours.items())
         return {name: tensor for one in maps for name, tensor in one.items()}
-    is_fused = not any(name.endswith("attn.g_norm.weight") for name in names)
+    is_fused = not any(name.endswith("attn.g_norm.weight") for name in stored)
     return {f"layers.{{}}.attn.{name}": tensor for name, tensor in table(mixer, is_fused).items()}

@@ -54,7 +54,7 @@ def write(config: LanguageModelConfig) -> dict[str, Any]:
     }
 
 
-def block(config, place, names):
+def block(config, place, stored):
     return (
         norm("h.{}.ln_1", "mixer_norm")
         | linear("h.{}.attn.c_attn", "mixer.q", "mixer.k", "mixer.v", form="plain")

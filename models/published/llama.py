@@ -142,7 +142,7 @@ def self_attention(prefix: str = "layers.{}.self_attn") -> dict:
     )
 
 
-def _block(config, place, names):
+def _block(config, place, stored):
     norms = norm("layers.{}.input_layernorm", "mixer_norm") | norm("layers.{}.post_attention_layernorm", "mlp_norm")
     return norms | self_attention() | gated_mlp("layers.{}.mlp")
 

@@ -65,7 +65,7 @@ def write(config: LanguageModelConfig) -> dict[str, Any]:
     }
 
 
-def block(config, place, names) -> Table:
+def block(config, place, stored) -> Table:
     widths = config.mixers[place].widths
     q, k, v = (split("mixer.qkv", widths, at) for at in range(3))
     joined = ("mixer.gate", v, k, q, "mixer.decay.project")  # z, x, B, C, dt

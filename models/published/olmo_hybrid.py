@@ -15,7 +15,7 @@ from engrax.models.published.common import head_dim_of, of_kind, of_layers, qkv
 from engrax.models.published.fields import CAPACITY, EPS_NOTE, Fields
 from engrax.models.published.llama import rotary_fields, self_attention
 from engrax.models.published.qwen3_5 import KINDS, layer_types, read_eps, read_linear, silu, write_linear
-from engrax.models.published.tables import Format, Table, embeddings, gated_mlp, linear, norm, plain
+from engrax.models.published.tables import Format, Shapes, Table, embeddings, gated_mlp, linear, norm, plain
 
 NORM_EPS = 1e-5  # of the read of a linear layer, whatever config.json says
 PLACES = {KINDS[0]: "before", KINDS[1]: "branch"}
@@ -63,26 +63,25 @@ def write(config: LanguageModelConfig) -> dict[str, Any]:
     return written | rotary_fields(config, attention) | {"attention_bias": attention.bias == "all"}
 
 
-def block(config, place, names) -> Table:
-    is_saved = any(name.endswith("attention_layer_norm.weight") for name in names)  # by transformers itself
+def block(config, place, stored) -> Table:
+    older = any(name.endswith("attention_layer_norm.weight") for name in stored)
     mixer, prefix, mlp = config.mixers[place], "layers.{}", gated_mlp("layers.{}.mlp")
     if type(mixer) is AttentionConfig:
-        first = "feedforward_layer_norm" if is_saved else "post_attention_layernorm"
+        first = "feedforward_layer_norm" if older else "post_attention_layernorm"
         norms = norm(f"{prefix}.{first}", "mixer_norm") | norm(f"{prefix}.post_feedforward_layernorm", "mlp_norm")
         return norms | self_attention() | mlp
-    first, second = (
-        ("attention_layer_norm", "feedforward_layer_norm")
-        if is_saved
-        else ("input_layernorm", "post_attention_layernorm")
-    )
+    names = ("attention_layer_norm", "feedforward_layer_norm")
+    first, second = names if older else ("input_layernorm", "post_attention_layernorm")
     norms = norm(f"{prefix}.{first}", "mixer_norm") | norm(f"{prefix}.{second}", "mlp_norm")
-    return norms | _linear(mixer, is_saved) | mlp
+    return norms | _linear(mixer, stored) | mlp
 
 
-def _linear(mixer: GatedDeltaNetConfig, is_saved: bool) -> Table:
+def _linear(mixer: GatedDeltaNetConfig, stored: Shapes) -> Table:
     prefix, total = "layers.{}.linear_attn", sum(mixer.widths)
     third = -(-total // 3)
-    cuts = (third, third, total - 2 * third) if is_saved else mixer.widths
+    cut = [shape[:1] for name, shape in stored.items() if name.endswith("linear_attn.q_conv1d.weight")]
+    equal = (third,) in cut
+    cuts = (third, third, total - 2 * third) if equal else mixer.widths
     found = qkv(mixer, prefix=f"{prefix}.", taps_of=cuts)
     return (
         found

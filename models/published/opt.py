@@ -64,7 +64,7 @@ def write(config: LanguageModelConfig) -> dict[str, Any]:
     }
 
 
-def block(config, place, names):
+def block(config, place, stored):
     return (
         linear("layers.{}.self_attn.q_proj", "mixer.q")
         | linear("layers.{}.self_attn.k_proj", "mixer.k")

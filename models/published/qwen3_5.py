@@ -97,7 +97,7 @@ def write_linear(config: LanguageModelConfig) -> dict[str, Any]:
     }
 
 
-def block(config, place, names) -> Table:
+def block(config, place, stored) -> Table:
     mixer = config.mixers[place]
     shared = norm("layers.{}.input_layernorm", "mixer_norm", -1.0) | gated_mlp("layers.{}.mlp")
     shared |= norm("layers.{}.post_attention_layernorm", "mlp_norm", -1.0)

@@ -75,6 +75,7 @@ class Tensor:
         return self.form in ("plain", "matrix") and not self.group
 
 
+Shapes = dict[str, tuple[int, ...]]  # by name
 Table = dict[str, Tensor]  # by the tensor's name; "{}" in it is the number of the layer
 
 
@@ -136,31 +137,31 @@ class Format:
     read: Callable[[Fields], LanguageModelConfig]  # settings, from config.json
     write: Callable[[LanguageModelConfig], dict[str, Any]]  # config.json, from settings; `fit` finds what it cannot say
     outside: Table  # the tensors outside the layers
-    block: Callable[[LanguageModelConfig, int, frozenset[str]], Table]  # those of the layers at a position of the
-    # pattern, of parameters named from the block on; the set has the tensors of a folder that is read, else nothing
+    block: Callable[[LanguageModelConfig, int, Shapes], Table]  # those of the layers at a position of the
+    # pattern, of parameters named from the block on; Shapes: those of a folder that is read, else none
     prefixes: tuple[str, ...]  # of all names except the head's: the current one first, then older ones
     skipped: tuple[str, ...] = ()  # endings of the names of buffers, which are not parameters
     others: tuple[str, ...] = ()  # beginnings of the names of other parts of the same checkpoint
     notes: dict[str, str] = dataclasses.field(default_factory=dict)  # MIXER.SETTING -> what becomes of it
     caveat: str = ""  # what its library does wrong
 
-    def pieces(
-        self, config: LanguageModelConfig, shapes: dict[str, tuple[int, ...]], names: frozenset[str] = frozenset()
-    ) -> dict[str, "Piece"]:
-        """The tensors that a model's parameters need. names: those of a folder that is read."""
-        used = [prefix for prefix in self.prefixes if any(name.startswith(prefix) for name in names)]
-        prefix = max(used, key=len, default="") if names else self.prefixes[0]
+    def pieces(self, config: LanguageModelConfig, shapes: Shapes, stored: Shapes | None = None) -> dict[str, "Piece"]:
+        """The tensors that a model's parameters need. shapes: of the parameters; stored: of the tensors
+        of a folder that is read."""
+        stored = stored or {}
+        used = [prefix for prefix in self.prefixes if any(name.startswith(prefix) for name in stored)]
+        prefix = max(used, key=len, default="") if stored else self.prefixes[0]
         found = {}
-        for name, tensor, layer in self._entries(config, names):
+        for name, tensor, layer in self._entries(config, stored):
             if all(part.param is None or part.param in shapes for part in tensor.parts):  # else it has no such part
                 found[name if name.startswith("lm_head") else prefix + name] = Piece(tensor, layer, shapes)
         return found
 
-    def _entries(self, config, names) -> Iterator[tuple[str, Tensor, int | None]]:
+    def _entries(self, config, stored) -> Iterator[tuple[str, Tensor, int | None]]:
         for name, tensor in self.outside.items():
             yield name, tensor, None
         for place in range(len(config.mixers)):
-            for name, tensor in self.block(config, place, names).items():
+            for name, tensor in self.block(config, place, stored).items():
                 parts = (
                     part if part.param is None else part._replace(param=f"blocks.{place}.{part.param}")
                     for part in tensor.parts
