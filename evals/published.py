@@ -117,7 +117,12 @@ def _numbers(run: Run, step: int) -> Iterator[tuple[str, str]]:
     results = max(found, key=lambda results: str(results.get("date")))
     for evaluator, values in results.get("evaluations", {}).items():
         for name, value in values.items():
-            if isinstance(value, dict) and {"value", "low", "high"} <= set(value) and value["value"] is not None:
+            if (
+                name != "score"
+                and isinstance(value, dict)
+                and {"value", "low", "high"} <= set(value)
+                and value["value"] is not None
+            ):
                 interval = "" if value["low"] is None else f" (95 % interval {value['low']:.4f} to {value['high']:.4f})"
                 yield f"{evaluator}: {name.replace('_', ' ')}", f"{value['value']:.4f}{interval}"
 

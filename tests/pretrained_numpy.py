@@ -28,6 +28,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 5.0],
+}
 OPT = {
     "architectures": ["OPTForCausalLM"],
     "model_type": "opt",
@@ -67,6 +74,14 @@ CONFIGS = {  # name -> config.json; those of Llama's kin stand in both spellings
     "qwen2": LLAMA
     | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 1000000.0}
     | {"use_sliding_window": False, "sliding_window": 32, "max_window_layers": 28},
+    "mistral": LLAMA  # what transformers computes from other fields is left out: the factors of queries and keys
+    | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 7}
+    | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}
+    | {"max_position_embeddings": 64},
+    "qwen2_window": LLAMA
+    | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True}
+    | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+    | {"rope_parameters": LONGROPE},
     "qwen3": LLAMA
     | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 6, "tie_word_embeddings": True}
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
@@ -239,11 +254,22 @@ def _opt(c, w, tokens):
 
 def _yarn(rope, K, theta, i):
     """How far a pair of channels is slowed, 0 to 1 (arXiv 2309.00071)."""
-    turns = (rope["beta_fast"], rope["beta_slow"])
-    old = rope["original_max_position_embeddings"]
+    turns = (rope.get("beta_fast", 32), rope.get("beta_slow", 1))
+    old = rope.get("original_max_position_embeddings", 64)
     low, high = (K * math.log(old / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns)
     low, high = max(math.floor(low), 0), min(math.ceil(high), K - 1)
     return min(max((i - low) / (high - low), 0), 1)
+
+
+def _magnitude(c):
+    """The factor of rotated queries and keys."""
+    rope, longest = c.get("rope_parameters") or {}, c["max_position_embeddings"]
+    if "attention_factor" in rope:
+        return rope["attention_factor"]
+    if rope.get("rope_type") == "longrope":
+        old = rope["original_max_position_embeddings"]
+        return math.sqrt(1 + math.log(longest / old) / math.log(old))
+    return 0.1 * math.log(rope["factor"]) + 1 if rope.get("rope_type") == "yarn" else 1.0
 
 
 def _frequencies(c, K):
@@ -283,9 +309,9 @@ def turn(x, frequencies):
 def _llama(c, w, tokens):
     T, D, eps = len(tokens), c["hidden_size"], c["rms_norm_eps"]
     K = c.get("head_dim", D // c["num_attention_heads"])
-    frequencies, magnitude = _frequencies(c, K), (c.get("rope_parameters") or {}).get("attention_factor", 1.0)
-    kind = "sliding_attention" if c["model_type"] == "mistral" else "full_attention"
-    kinds = c.get("layer_types") or [kind] * c["num_hidden_layers"]
+    frequencies, magnitude = _frequencies(c, K), _magnitude(c)
+    first = {"mistral": 0, "qwen2": c.get("max_window_layers", 28)}.get(c["model_type"], 99)  # of the windows
+    kinds = c.get("layer_types") or [("full", "sliding")[i >= first] + "_attention" for i in range(99)]
     x = w["model.embed_tokens.weight"][tokens]
     for i in range(c["num_hidden_layers"]):
         h = f"model.layers.{i}."

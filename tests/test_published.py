@@ -77,6 +77,11 @@ def test_every_format_is_tried():
         ("llama", model(TitansConfig()), "its mixers titans would have to be attention"),
         ("llama", CONFIGS["gpt2"][1], "rope_theta=None"),
         ("gpt2", CONFIGS["llama"][1], "n_positions=0"),
+        (
+            "olmo_hybrid",
+            model(GDN, GATED),
+            "mixers.0.norm_eps=1e-06 .*; mixers.1.qk_norm='head' .*norm_places.1='before'",
+        ),
         ("gla", model(AttentionConfig()), "one of its mixers would have to be gla"),
         (
             "linear_attn",

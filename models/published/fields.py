@@ -197,32 +197,30 @@ class Fields:
         return RopeScaling("none" if kind == "default" else kind, **values)
 
     def _complete(self, kind: str, scaling: dict[str, Any]) -> None:
-        """Fills in what transformers computes from other fields."""
-        place = "original_max_position_embeddings"
-        longest = self._rest.get("max_position_embeddings")
-        if (original := self._rest.pop(place, None)) is not None:
-            scaling.setdefault(place, original)
-        if longest is not None and scaling.get(place) is None:
-            scaling[place] = longest
-        factor = scaling.get("factor")
-        if factor is None and longest is not None and scaling.get(place):
-            factor = self._sensible(longest, float, "max_position_embeddings") / self._sensible(
-                scaling[place], float, place
-            )
-        scales = [scaling.pop(name, None) for name in ("mscale", "mscale_all_dim")]
-        if kind == "longrope":
-            scaling.pop("factor", None)
-        elif factor is not None:
+        """Fills in what transformers computes from other fields: the first context, and the factor of the rotated
+        channels. `max_position_embeddings` must not have been taken."""
+
+        def number(name: str, value: Any) -> float:
+            return float(self._sensible(value, float, name))
+
+        place, longest = "original_max_position_embeddings", self._rest.get("max_position_embeddings")
+        original = self._rest.pop(place, None)
+        original = scaling.get(place) or original or longest
+        scaling[place] = original = number(place, original)
+        self.require(place, original > 1, "more than 1 token")
+        factor = scaling.pop("factor", None)
+        factor = number("max_position_embeddings", longest) / original if factor is None else number("factor", factor)
+        if kind == "yarn":
             scaling["factor"] = factor
-        if scaling.get("attention_factor") is None and factor is not None:
-            factor, original = self._sensible(factor, float, "factor"), self._sensible(scaling[place], float, place)
+        scales = [scaling.pop(name, None) for name in ("mscale", "mscale_all_dim")]
+        if scaling.get("attention_factor") is None:
             if kind == "longrope":
-                grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+                scaling["attention_factor"] = math.sqrt(1 + max(math.log(factor), 0) / math.log(original))
+            elif all(scales):
+                over, under = (_growth(factor, number("mscale", scale)) for scale in scales)
+                scaling["attention_factor"] = over / under
             else:
-                grown = _growth(factor, 1.0)
-                if all(scales):
-                    grown = _growth(factor, float(scales[0])) / _growth(factor, float(scales[1]))
-            scaling["attention_factor"] = grown
+                scaling["attention_factor"] = _growth(factor, 1.0)
 
 
 def _growth(factor: float, scale: float) -> float:

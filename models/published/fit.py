@@ -73,7 +73,7 @@ def differences(config: LanguageModelConfig, wanted: LanguageModelConfig) -> Ite
         repeats = wanted.num_layers / len(config.mixers)
         yield Difference("repeat", config.repeat, int(repeats) if repeats.is_integer() else repeats)
         return
-    layers = list(wanted.mixers) * wanted.repeat
+    layers, said = list(wanted.mixers) * wanted.repeat, []
     places = [wanted.layout.place_of(i) for i in range(len(wanted.mixers))] * wanted.repeat
     for i in range(config.num_layers):
         at = i % len(config.mixers)
@@ -81,9 +81,8 @@ def differences(config: LanguageModelConfig, wanted: LanguageModelConfig) -> Ite
         found = [difference._replace(mixer=name) for difference in _differences(*pair, f"mixers.{at}")]
         if config.layout.place_of(at) != places[i]:
             found.append(Difference(f"layout.norm_places.{at}", config.layout.place_of(at), places[i]))
-        yield from found
-        if found:  # the others of this pattern differ alike
-            return
+        yield from (difference for difference in found if difference not in said)
+        said += found
 
 
 def _differences(given: Any, wanted: Any, path: str) -> Iterator[Difference]:
