@@ -140,8 +140,8 @@ class LanguageModelConfig(ModelConfig):
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + MLP(norm(x)); or norm(x + mixer(x)), and alike; or x + norm(mixer(x)), and alike."""
 
-    def __init__(self, place: int, config: LanguageModelConfig, *, layer: Any, rngs: nnx.Rngs):
-        mixer, self.norm_place = config.mixers[place], config.layout.place_of(place)
+    def __init__(self, mixer: MixerConfig, config: LanguageModelConfig, *, place: int, layer: Any, rngs: nnx.Rngs):
+        self.norm_place = config.layout.place_of(place)
         self.mixer_norm = config.layout.build_norm(config.dim, rngs=rngs)
         self.mixer = as_mixer(mixer.build(config.dim, rngs=rngs, layer=layer, num_layers=config.num_layers))
         if config.mlp_width:
@@ -182,7 +182,7 @@ class LanguageModel(Model):
         layout, width = config.layout, config.layout.embed_dim or config.dim
         init, shape, axes = jax.nn.initializers.normal(width**-0.5), (config.vocab_size, width), ("vocab", "embed")
         self.embedding = nnx.Param(init(rngs.params(), shape), axes=axes, role="embedding")
-        self.blocks = nnx.List(self._stack(i, rngs) for i in range(len(config.mixers)))
+        self.blocks = nnx.List(self._stack(i, mixer, rngs) for i, mixer in enumerate(config.mixers))
         if layout.norm_place != "after":
             self.norm = layout.build_norm(config.dim, rngs=rngs)
         if layout.positions:
@@ -197,12 +197,12 @@ class LanguageModel(Model):
             lora.freeze(self, skip=("blocks",))  # blocks have marked their own; a wrapper may have added parts to them
         declare_roles(self)
 
-    def _stack(self, place: int, rngs: nnx.Rngs) -> Block:
+    def _stack(self, place: int, mixer: MixerConfig, rngs: nnx.Rngs) -> Block:
         """The blocks of one pattern position; every parameter has a leading axis [repeat]."""
         config = self.config
 
         def build(key, layer):
-            return Block(place, config, layer=layer, rngs=nnx.Rngs(key))
+            return Block(mixer, config, place=place, layer=layer, rngs=nnx.Rngs(key))
 
         keys = jax.random.split(rngs.params(), config.repeat)
         layers = place + len(config.mixers) * jnp.arange(config.repeat)
