@@ -49,6 +49,7 @@ __all__ = [
     "laws",
     "layers",
     "load",
+    "load_published",
     "models",
     "pallas_kernels",
     "register",
@@ -246,25 +247,42 @@ def session(run_or_model, *, rows=1, tokenizer=None, dtype=None, step=None, plug
     )
 
 
-def export(run, folder, *, step=None, plugins=()):
-    """Writes a run that began from a published checkpoint (`init_from`) back into its files' layout, into `folder`.
+def export(run, folder, *, to=None, step=None, dtype="float32", plugins=()):
+    """Writes a run into `folder` as a published format, and returns what is written in another way or left out.
 
-    Of a wrapping model (HMT, for example) only the backbone is written. Raises UserError if the run has no `init_from`.
+    `to`: a name of `engrax.models.published.FORMATS`, or "safetensors" for engrax's own names of tensors, which any
+    model has. Without it a run that began from a published checkpoint (`init_from`) is written back in the same files,
+    names and dtypes. `dtype`: float32, bfloat16 or float16, with `to`. Of a wrapping model (HMT, for example) only the
+    backbone is written, except as "safetensors". Raises UserError if the format cannot express the model, and names
+    why.
     """
     from engrax.models import imported
     from engrax.train import runs
 
     imported.check_export(folder)
     opened = _open(run, plugins, runs)
+    if to is not None:
+        from engrax.evals import published
+
+        return published.publish_run(opened, folder, to, step=step, dtype=dtype)
     source = opened.directory / "pretrained"
     if not source.exists():
         raise UserError(
-            f"{run} did not begin from a published checkpoint (--init-from): there is no layout to export to."
+            f"{run} did not begin from a published checkpoint (--init-from): there is no layout to export to; "
+            "name a format with --to (engrax describe says which fit)."
         )
     model, _ = opened.load(step)
     for part in imported.find_backbone(opened.experiment.model)[1]:
         model = getattr(model, part)
     imported.export(model, folder, like=str(source))
+    return ()
+
+
+def load_published(folder, *, dtype=None):
+    """The model of a folder in a published format, engrax's own included, with parameters in `dtype` (float32)."""
+    from engrax.evals import published
+
+    return published.load(folder, dtype)
 
 
 def _open(run, plugins, runs, data=None):

@@ -15,7 +15,8 @@ def run(args: list[str]) -> int:
     parser = parser_of(
         "describe",
         EXAMPLE,
-        "Prints what a config costs before any step: parameters, FLOPs, state bytes, optimizer bytes. With --device "
+        "Prints what a config costs before any step: parameters, FLOPs, state bytes, optimizer bytes. Then the formats "
+        "of its mixers for `engrax export --to`, and what would have to differ for them to fit. With --device "
         "also which implementation of every operation serves its training there, and why the others do not.",
     )
     parser.add_argument(
@@ -25,6 +26,7 @@ def run(args: list[str]) -> int:
     known, rest = split_help(parser, args, EXAMPLE)
     import jax
 
+    from engrax.evals import published
     from engrax.train import compile_report, cost, kernel_report
 
     device = None if known.device is None else kernel_report.find_device(known.device)
@@ -33,6 +35,7 @@ def run(args: list[str]) -> int:
     if about := experiment.data.about():
         print("\n" + "\n".join(f"{name:<17} {value}" for name, value in about))
     _print_splits(experiment.data)
+    print("\n" + published.format_fits(published.fits(experiment.model)))
     try:
         warnings = experiment.data.warnings()
     except UserError as error:  # the costs do not need the data

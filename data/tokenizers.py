@@ -116,6 +116,14 @@ class JsonTokenizer:
         counted = bytes_of_spans(spans, sizes)
         return Encoded(np.asarray(found.ids, np.int32), counted.astype(np.min_scalar_type(counted.max(initial=0))))
 
+    def name_of(self, index: int) -> str | None:
+        """The token of an id, as the file spells it."""
+        return self._tokenizer.id_to_token(index)
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json that adds no special tokens, as this tokenizer does."""
+        return self._tokenizer.to_str()
+
     def decode(self, ids) -> str:
         """Returns the text."""
         return self._tokenizer.decode(np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=False)

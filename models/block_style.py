@@ -1,6 +1,6 @@
 """The parts of a language model around its mixers: norms, MLPs, learned positions, embedding and head.
 
-The defaults are engrax's; the other settings reproduce published checkpoints (GPT-2, OPT, Llama, Qwen).
+The defaults are engrax's; the other settings reproduce published checkpoints (GPT-2, OPT, Llama, Qwen, OLMo).
 """
 
 import dataclasses
@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from engrax.errors import UserError
 from engrax.layers.common.modules import MLPS, NORMS
 
+Place = Literal["before", "after", "branch"]
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockStyleConfig:
@@ -21,7 +23,8 @@ class BlockStyleConfig:
 
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
     norm_eps: float = 1e-6  # added to the variance
-    norm_place: Literal["before", "after"] = "before"  # before each mixer and MLP, or after its sum with the residual
+    norm_place: Place = "before"  # of each mixer and MLP: before it, after its sum with the residual, on its branch
+    norm_places: tuple[Place, ...] = ()  # the same for every position of the pattern; () = norm_place everywhere
     mlp: Literal["gated", "plain"] = "gated"  # three projections or two
     activation: Literal["silu", "relu", "gelu", "gelu_tanh"] = "silu"  # of the MLP
     mlp_bias: bool = False  # the MLP's projections have biases
@@ -39,6 +42,10 @@ class BlockStyleConfig:
             )
         if (self.soft_cap is not None and self.soft_cap <= 0) or self.z_loss < 0:
             raise UserError(f"layout.soft_cap={self.soft_cap} must be above 0 and z_loss={self.z_loss} not negative.")
+
+    def place_of(self, position: int) -> Place:
+        """Where the norms of the blocks at a position of the pattern stand."""
+        return self.norm_places[position] if self.norm_places else self.norm_place
 
     def build_norm(self, dim: int, *, rngs: nnx.Rngs) -> nnx.Module:
         """A norm over the last axis."""

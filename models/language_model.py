@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from engrax.errors import UserError
 from engrax.layers import AttentionConfig, MixerConfig, TitansConfig
-from engrax.layers.attention.attention import RopeScaling
+from engrax.layers.attention.rope import RopeScaling
 from engrax.layers.common import lora
 from engrax.layers.common.lora import LoraConfig
 from engrax.layers.common.modules import projection
@@ -69,6 +69,10 @@ class LanguageModelConfig(ModelConfig):
             )
         if not self.mixers:
             raise UserError("mixers is empty: a model needs at least one mixer in its pattern.")
+        if len(self.layout.norm_places) not in (0, len(self.mixers)):
+            raise UserError(
+                f"layout.norm_places has {len(self.layout.norm_places)} entries for {len(self.mixers)} mixers."
+            )
         if (self.mlp_hidden or 0) < 0:
             raise UserError(f"mlp_hidden={self.mlp_hidden} must not be negative (0 = no MLPs).")
         for name in ("vocab_size", "dim", "repeat"):
@@ -92,7 +96,14 @@ class LanguageModelConfig(ModelConfig):
             qk_norm_eps=1e-6,
         )
         layout = BlockStyleConfig(
-            norm="layer", norm_eps=1e-5, mlp="plain", activation="gelu", mlp_bias=True, embed_dim=4, tied=False
+            norm="layer",
+            norm_eps=1e-5,
+            norm_place="branch",
+            mlp="plain",
+            activation="gelu",
+            mlp_bias=True,
+            embed_dim=4,
+            tied=False,
         )
         return (
             cls(vocab_size=16, mixers=(attention, titans), remat="full", **sizes),
@@ -127,10 +138,10 @@ class LanguageModelConfig(ModelConfig):
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + MLP(norm(x)); or norm(x + mixer(x)), then norm(x + MLP(x))."""
+    """x + mixer(norm(x)), then x + MLP(norm(x)); or norm(x + mixer(x)), and alike; or x + norm(mixer(x)), and alike."""
 
-    def __init__(self, mixer: MixerConfig, config: LanguageModelConfig, *, layer: Any, rngs: nnx.Rngs):
-        self.norm_place = config.layout.norm_place
+    def __init__(self, mixer: MixerConfig, config: LanguageModelConfig, *, place: int, layer: Any, rngs: nnx.Rngs):
+        self.norm_place = config.layout.place_of(place)
         self.mixer_norm = config.layout.build_norm(config.dim, rngs=rngs)
         self.mixer = as_mixer(mixer.build(config.dim, rngs=rngs, layer=layer, num_layers=config.num_layers))
         if config.mlp_width:
@@ -154,9 +165,11 @@ class Block(nnx.Module):
         """The residual stream after the block, and the mixer's output; mute: memory reads to remove."""
         x_BTD = split_rows(x_BTD)
         out = self.mixer.forward(self.mixer_input(x_BTD), state, segment_ids, collect=collect, mute=mute)
-        x_BTD = self._norm("after", self.mixer_norm, x_BTD + out.y.astype(x_BTD.dtype))
+        y_BTD = self._norm("branch", self.mixer_norm, out.y.astype(x_BTD.dtype))
+        x_BTD = self._norm("after", self.mixer_norm, x_BTD + y_BTD)
         if hasattr(self, "mlp"):
-            x_BTD = x_BTD + self.mlp(self._norm("before", self.mlp_norm, x_BTD))
+            y_BTD = self.mlp(self._norm("before", self.mlp_norm, x_BTD))
+            x_BTD = x_BTD + self._norm("branch", self.mlp_norm, y_BTD)
             x_BTD = self._norm("after", self.mlp_norm, x_BTD)
         return x_BTD, out
 
@@ -170,7 +183,7 @@ class LanguageModel(Model):
         init, shape, axes = jax.nn.initializers.normal(width**-0.5), (config.vocab_size, width), ("vocab", "embed")
         self.embedding = nnx.Param(init(rngs.params(), shape), axes=axes, role="embedding")
         self.blocks = nnx.List(self._stack(i, mixer, rngs) for i, mixer in enumerate(config.mixers))
-        if layout.norm_place == "before":
+        if layout.norm_place != "after":
             self.norm = layout.build_norm(config.dim, rngs=rngs)
         if layout.positions:
             self.positions = LearnedPositions(layout, config.dim, rngs=rngs)
@@ -189,7 +202,7 @@ class LanguageModel(Model):
         config = self.config
 
         def build(key, layer):
-            return Block(mixer, config, layer=layer, rngs=nnx.Rngs(key))
+            return Block(mixer, config, place=place, layer=layer, rngs=nnx.Rngs(key))
 
         keys = jax.random.split(rngs.params(), config.repeat)
         layers = place + len(config.mixers) * jnp.arange(config.repeat)

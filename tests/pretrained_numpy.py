@@ -28,6 +28,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 5.0],
+}
 OPT = {
     "architectures": ["OPTForCausalLM"],
     "model_type": "opt",
@@ -67,6 +74,14 @@ CONFIGS = {  # name -> config.json; those of Llama's kin stand in both spellings
     "qwen2": LLAMA
     | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 1000000.0}
     | {"use_sliding_window": False, "sliding_window": 32, "max_window_layers": 28},
+    "mistral": LLAMA  # what transformers computes from other fields is left out: the factors of queries and keys
+    | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 7}
+    | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}
+    | {"max_position_embeddings": 64},
+    "qwen2_window": LLAMA
+    | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True}
+    | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+    | {"rope_parameters": LONGROPE},
     "qwen3": LLAMA
     | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 6, "tie_word_embeddings": True}
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
@@ -189,16 +204,16 @@ def _rms_norm(weight, x, eps):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
 
 
-def _attend(q, k, v):
-    """Causal attention of q [T, H, K] to k and v [T, G, K], joined to [T, H K]."""
+def attend(q, k, v, window=None):
+    """Causal attention of q [T, H, K] to k and v [T, G, K], joined to [T, H K]; window: tokens seen, its own too."""
     T, H, K = q.shape
     out = np.zeros_like(q)
     for t in range(T):
         for h in range(H):
-            g = h * k.shape[1] // H
-            scores = k[: t + 1, g] @ q[t, h] / math.sqrt(K)
+            g, first = h * k.shape[1] // H, 0 if window is None else max(0, t + 1 - window)
+            scores = k[first : t + 1, g] @ q[t, h] / math.sqrt(K)
             weights = np.exp(scores - scores.max())
-            out[t, h] = weights / weights.sum() @ v[: t + 1, g]
+            out[t, h] = weights / weights.sum() @ v[first : t + 1, g]
     return out.reshape(T, H * K)
 
 
@@ -210,7 +225,7 @@ def _gpt2(c, w, tokens):
         h = f"{p}h.{i}."
         qkv = conv(f"{h}attn.c_attn", _layer_norm(w, f"{h}ln_1", x))
         q, k, v = (y.reshape(T, H, D // H) for y in np.split(qkv, 3, axis=1))
-        x = x + conv(f"{h}attn.c_proj", _attend(q, k, v))
+        x = x + conv(f"{h}attn.c_proj", attend(q, k, v))
         up = conv(f"{h}mlp.c_fc", _layer_norm(w, f"{h}ln_2", x))
         act = up / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
         x = x + conv(f"{h}mlp.c_proj", act)
@@ -227,7 +242,7 @@ def _opt(c, w, tokens):
         h = f"{p}layers.{i}."
         y = _layer_norm(w, f"{h}self_attn_layer_norm", x) if first else x
         q, k, v = (_affine(w, f"{h}self_attn.{n}_proj", y).reshape(T, H, D // H) for n in "qkv")
-        x = x + _affine(w, f"{h}self_attn.out_proj", _attend(q, k, v))
+        x = x + _affine(w, f"{h}self_attn.out_proj", attend(q, k, v))
         x = x if first else _layer_norm(w, f"{h}self_attn_layer_norm", x)
         y = _layer_norm(w, f"{h}final_layer_norm", x) if first else x
         x = x + _affine(w, f"{h}fc2", np.maximum(_affine(w, f"{h}fc1", y), 0))
@@ -235,6 +250,26 @@ def _opt(c, w, tokens):
     x = _layer_norm(w, f"{p}final_layer_norm", x) if first else x
     x = _affine(w, f"{p}project_out", x) if narrow else x
     return x @ w[f"{p}embed_tokens.weight"].T
+
+
+def _yarn(rope, K, theta, i):
+    """How far a pair of channels is slowed, 0 to 1 (arXiv 2309.00071)."""
+    turns = (rope.get("beta_fast", 32), rope.get("beta_slow", 1))
+    old = rope.get("original_max_position_embeddings", 64)
+    low, high = (K * math.log(old / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns)
+    low, high = max(math.floor(low), 0), min(math.ceil(high), K - 1)
+    return min(max((i - low) / (high - low), 0), 1)
+
+
+def _magnitude(c):
+    """The factor of rotated queries and keys."""
+    rope, longest = c.get("rope_parameters") or {}, c["max_position_embeddings"]
+    if "attention_factor" in rope:
+        return rope["attention_factor"]
+    if rope.get("rope_type") == "longrope":
+        old = rope["original_max_position_embeddings"]
+        return math.sqrt(1 + math.log(longest / old) / math.log(old))
+    return 0.1 * math.log(rope["factor"]) + 1 if rope.get("rope_type") == "yarn" else 1.0
 
 
 def _frequencies(c, K):
@@ -247,6 +282,11 @@ def _frequencies(c, K):
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "linear":
             f = f / rope["factor"]
+        if kind == "yarn":
+            slowed = _yarn(rope, K, theta, i)
+            f = f * (1 - slowed) + f / rope["factor"] * slowed
+        if kind == "longrope":  # tests read rows that are longer than the first context
+            f = f / rope["long_factor"][i]
         if kind == "llama3":
             wavelength, old = 2 * math.pi / f, rope["original_max_position_embeddings"]
             if wavelength > old / rope["low_freq_factor"]:
@@ -259,7 +299,7 @@ def _frequencies(c, K):
     return np.array(found)
 
 
-def _turn(x, frequencies):
+def turn(x, frequencies):
     """x [T, H, K] with the pairs (i, i + K/2) turned by position * frequency."""
     angle = np.arange(len(x))[:, None, None] * frequencies
     a, b = np.split(x, 2, axis=-1)
@@ -269,7 +309,9 @@ def _turn(x, frequencies):
 def _llama(c, w, tokens):
     T, D, eps = len(tokens), c["hidden_size"], c["rms_norm_eps"]
     K = c.get("head_dim", D // c["num_attention_heads"])
-    frequencies = _frequencies(c, K)
+    frequencies, magnitude = _frequencies(c, K), _magnitude(c)
+    first = {"mistral": 0, "qwen2": c.get("max_window_layers", 28)}.get(c["model_type"], 99)  # of the windows
+    kinds = c.get("layer_types") or [("full", "sliding")[i >= first] + "_attention" for i in range(99)]
     x = w["model.embed_tokens.weight"][tokens]
     for i in range(c["num_hidden_layers"]):
         h = f"model.layers.{i}."
@@ -277,7 +319,9 @@ def _llama(c, w, tokens):
         q, k, v = (_affine(w, f"{h}self_attn.{n}_proj", y).reshape(T, -1, K) for n in "qkv")
         if c["model_type"] == "qwen3":
             q, k = (_rms_norm(w[f"{h}self_attn.{n}_norm.weight"], z, eps) for n, z in (("q", q), ("k", k)))
-        x = x + _affine(w, f"{h}self_attn.o_proj", _attend(_turn(q, frequencies), _turn(k, frequencies), v))
+        q, k = (magnitude * turn(z, frequencies) for z in (q, k))
+        window = c["sliding_window"] if kinds[i] == "sliding_attention" else None
+        x = x + _affine(w, f"{h}self_attn.o_proj", attend(q, k, v, window))
         y = _rms_norm(w[f"{h}post_attention_layernorm.weight"], x, eps)
         gate = _affine(w, f"{h}mlp.gate_proj", y)
         x = x + _affine(w, f"{h}mlp.down_proj", gate / (1 + np.exp(-gate)) * _affine(w, f"{h}mlp.up_proj", y))

@@ -9,7 +9,7 @@ from flax import nnx
 from engrax.laws.gates import KEEPING, direction, extreme_gates
 from engrax.laws.subject import in_bfloat16
 from engrax.layers import DeltaNetConfig, GatedDeltaNetConfig, KDAConfig, MoMConfig, TitansConfig
-from engrax.layers.attention.attention import RopeScaling, rotate
+from engrax.layers.attention.rope import RopeScaling, rotate
 from engrax.layers.common.modules import l2_normalise
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from engrax.errors import UserError
 from engrax.layers import MIXERS, AttentionConfig, HopfieldConfig, TitansConfig
 from engrax.layers.attention import attention
-from engrax.layers.attention.attention import rotate
+from engrax.layers.attention.rope import rotate
 from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import l2_normalise, projection
 from engrax.layers.common.segments import first_real_segment, last_segment_after, select_rows, starts_anew

@@ -156,13 +156,13 @@ def test_generation_continues_a_prompt_and_learned_positions_end(checkpoint):
 @pytest.mark.parametrize(
     "name, fields, message",
     [
-        ("llama3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling kind 'yarn'"),
+        ("llama3", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling kind 'dynamic'"),
         ("llama3", {"rope_parameters": oracle.LLAMA3_ROPE | {"beta": 3}}, "has the field beta"),
         ("smollm", {"rope_scaling": {"type": "linear"}}, "lacks factor"),
         ("llama3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("llama3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
-        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen2", {"layer_types": 3 * ["sliding_attention"]}, "layer_types.*one of full_attention for each of 3"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layer_types"),
         ("smollm", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("smollm", {"rope_interleaved": True}, "rope_interleaved=True"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from engrax.layers import AttentionConfig
-from engrax.layers.attention.attention import rotate
+from engrax.layers.attention.rope import rotate
 from engrax.models import LanguageModelConfig
 from engrax.pallas_kernels import available, devices, dispatch, softmax_attention
 from engrax.pallas_kernels.dispatch import KERNELS_NEED_JAX, choose, explain, interpreted_kernels

@@ -11,7 +11,8 @@ from flax import nnx
 from engrax.errors import UserError
 from engrax.laws import LAWS, Breach, Subject
 from engrax.layers import AttentionConfig, MACConfig, MAGConfig, MALConfig, TitansConfig
-from engrax.layers.attention.attention import masked_attention, rotate
+from engrax.layers.attention.attention import masked_attention
+from engrax.layers.attention.rope import rotate
 from engrax.models import MODELS, ModelConfig
 from engrax.models.parameters import cast
 from engrax.pallas_kernels.dispatch import recorded_calls

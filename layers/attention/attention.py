@@ -1,7 +1,7 @@
 """Softmax attention: full or sliding window, grouped heads, rotary positions, and a cache of declared capacity.
 
-Its settings also cover the attention of published checkpoints: biases, normalised queries and keys, scaled rotary
-frequencies, no rotation.
+Its settings also cover the attention of published checkpoints: biases, normalised queries and keys, a gate, scaled
+rotary frequencies, rotation of a part of a head or none.
 
 Calls without a state, as in training, are the operation `softmax_attention`, which has kernels. Calls that continue a
 state attend to its cache under a mask, by `jax.nn.dot_product_attention`; with a window, long ones are cut into blocks,
@@ -9,17 +9,16 @@ which see themselves and the previous block.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from engrax.errors import UserError, require_positive
+from engrax.layers.attention.rope import RopeScaling, rotate
 from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import projection, rms_norm
 from engrax.layers.common.segments import last_segment_after, newest, starts_anew
@@ -46,39 +45,6 @@ class AttentionState(NamedTuple):
     last_segment: Int[Array, " B"]
 
 
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Scaling of rotary frequencies for rows longer than in pretraining."""
-
-    kind: Literal["none", "linear", "llama3"] = "none"  # linear: all slowed (arXiv 2306.15595); llama3: the slow ones
-    factor: float = 1.0  # a slowed frequency is divided by it
-    low_freq_factor: float = 1.0  # llama3: wavelengths above original_context / this are fully slowed
-    high_freq_factor: float = 4.0  # llama3: wavelengths below original_context / this do not change
-    original_context: int = 8192  # llama3: tokens of a row in pretraining
-
-    def __post_init__(self):
-        if self.factor <= 0 or self.original_context < 1:
-            raise UserError(
-                f"rope_scaling.factor={self.factor} must be positive and "
-                f"original_context={self.original_context} at least 1 token."
-            )
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise UserError(
-                f"rope_scaling.low_freq_factor={self.low_freq_factor} must lie between 0 and "
-                f"high_freq_factor={self.high_freq_factor}."
-            )
-
-    def apply(self, frequency: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-        """The scaled frequencies, radians per token."""
-        if self.kind == "none":
-            return frequency
-        kept = 0.0
-        if self.kind == "llama3":
-            turns = self.original_context * frequency / (2 * math.pi)  # in a row of pretraining
-            kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
-        return frequency * (kept + (1 - kept) / self.factor)
-
-
 @MIXERS.register("attention")
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig(MixerConfig):
@@ -96,15 +62,20 @@ class AttentionConfig(MixerConfig):
     persistent_tokens: int = 0  # learned tokens that every token attends to, also outside the window
     rope_scaling: RopeScaling = RopeScaling()
     bias: Literal["none", "qkv", "all"] = "none"  # projections with a bias
-    qk_norm_eps: float | None = None  # eps of an RMSNorm over each head's query and key; None = no norm
+    qk_norm_eps: float | None = None  # eps of an RMSNorm of queries and keys; None = no norm
+    qk_norm: Literal["head", "all"] = "head"  # over each head's query and key, or over all heads together
+    rope_fraction: float = 1.0  # share of a head's channels that are rotated, from the first on
+    output_gate: bool = False  # whether the read is multiplied by the sigmoid of a projection of the input
 
     def __post_init__(self):
         require_positive(self, "heads", "kv_heads", "head_dim", "capacity", "rope_base")
         if self.heads % (self.kv_heads or self.heads):
             raise UserError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}; choose a divisor.")
-        if self.head_dim % 2 and self.rope_base is not None:
+        if self.rope_base is not None and not (0 < self.rope_fraction <= 1 and self.rope_width):
+            raise UserError(f"rope_fraction={self.rope_fraction} must lie in (0, 1] and leave a pair of channels.")
+        if self.rope_base is not None and self.rope_width % 2:
             raise UserError(
-                f"head_dim={self.head_dim} is odd; rotary positions need pairs of channels, choose an even width."
+                f"head_dim={self.rope_width} is odd; rotary positions need pairs of channels, choose an even width."
             )
         if self.window is not None and self.window < 1:
             raise UserError(f"window={self.window} must be at least 1 token (None sees everything).")
@@ -112,6 +83,11 @@ class AttentionConfig(MixerConfig):
             raise UserError(f"conv_width={self.conv_width} must be at least 1 (1 = no convolution).")
         if self.persistent_tokens < 0:
             raise UserError(f"persistent_tokens={self.persistent_tokens} must not be negative.")
+
+    @property
+    def rope_width(self) -> int:
+        """The rotated channels of a head."""
+        return int(self.head_dim * self.rope_fraction)
 
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> "Attention":
         return Attention(self, dim, rngs=rngs, num_layers=num_layers)
@@ -131,6 +107,9 @@ class AttentionConfig(MixerConfig):
                 rope_scaling=RopeScaling("llama3", factor=8.0, original_context=16),
                 bias="all",
                 qk_norm_eps=1e-6,
+                qk_norm="all",
+                rope_fraction=0.7,
+                output_gate=True,
             ),
             cls(),
         )
@@ -141,45 +120,11 @@ class AttentionConfig(MixerConfig):
 
     def flops_per_token(self, dim: int, seq_len: int) -> float:
         groups = self.kv_heads or self.heads
-        project = 2 * dim * self.head_dim * (2 * self.heads + 2 * groups)
+        project = 2 * dim * self.head_dim * ((2 + self.output_gate) * self.heads + 2 * groups)
         if self.conv_width > 1:
             project += 2 * self.conv_width * self.head_dim * (self.heads + 2 * groups)
         seen = (seq_len + 1) / 2 if self.window is None else min(self.window, (seq_len + 1) / 2)
         return project + 4 * self.heads * self.head_dim * (seen + self.persistent_tokens)
-
-
-def rotate(
-    x_BTHK: Float[Array, "B T H K"],
-    position_BT: Int[Array, "B T"],
-    base: float,
-    scaling: RopeScaling = RopeScaling(),
-) -> Float[Array, "B T H K"]:
-    """Rotary embedding: channel pairs (i, i + K/2) turned by position * base^(-2i/K) radians, before the scaling."""
-    half = x_BTHK.shape[-1] // 2
-    dtype = jnp.promote_types(x_BTHK.dtype, jnp.float32)
-    angle = _angles(position_BT, scaling.apply(base ** (-np.arange(half) / half)), dtype)[..., None, :]
-    a, b = x_BTHK[..., :half].astype(dtype), x_BTHK[..., half:].astype(dtype)
-    turned = jnp.concatenate(
-        [a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], axis=-1
-    )
-    return turned.astype(x_BTHK.dtype)
-
-
-def _angles(position_BT: Int[Array, "B T"], frequency: Float[np.ndarray, " N"], dtype: Any) -> Float[Array, "B T N"]:
-    """position * frequency in radians, modulo 2 pi, as exact at a late position as at an early one.
-
-    A float32 product has an error of position * 6e-8. So frequencies are counted in units of 2^-32 turns, split into an
-    integer and a remainder. The product with the position is in uint32, which drops whole turns by overflow.
-    """
-    if dtype == jnp.float64:
-        return position_BT[..., None] * jnp.asarray(frequency, dtype)
-    units = frequency / (2 * math.pi) * 2.0**32  # 2^-32 turns per token
-    whole, rest = np.round(units), units - np.round(units)
-    whole, rest = np.mod(whole, 2.0**32).astype(np.uint32), rest.astype(np.float32)
-    position = position_BT[..., None]
-    drift = jnp.round(position.astype(dtype) * rest).astype(jnp.int32)  # below 2^30 for any position
-    turned = position.astype(jnp.uint32) * whole + drift.astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type(turned, jnp.int32).astype(dtype) * (2 * math.pi / 2**32)
 
 
 def masked_attention(
@@ -246,8 +191,8 @@ class Attention(Mixer):
         self.k = projection(dim, groups * config.head_dim, ("embed", "heads"), rngs=rngs, bias=bias)
         self.v = projection(dim, groups * config.head_dim, ("embed", "heads"), rngs=rngs, bias=bias)
         if config.qk_norm_eps is not None:
-            self.q_norm = rms_norm(config.head_dim, rngs=rngs, eps=config.qk_norm_eps)
-            self.k_norm = rms_norm(config.head_dim, rngs=rngs, eps=config.qk_norm_eps)
+            heads = (config.heads, groups) if config.qk_norm == "all" else (1, 1)
+            self.q_norm, self.k_norm = (rms_norm(n * config.head_dim, rngs=rngs, eps=config.qk_norm_eps) for n in heads)
         if config.conv_width > 1:
             self.conv = ShortConv((config.heads + 2 * groups) * config.head_dim, config.conv_width, rngs=rngs)
         self.out = projection(
@@ -258,6 +203,8 @@ class Attention(Mixer):
             scale=(2 * num_layers) ** -0.5,
             bias=config.bias == "all",
         )
+        if config.output_gate:
+            self.gate = projection(dim, config.heads * config.head_dim, ("embed", "heads"), rngs=rngs, bias=bias)
         if config.persistent_tokens:
             self.persistent = nnx.Param(
                 jax.random.normal(rngs.params(), (config.persistent_tokens, dim)),
@@ -306,7 +253,10 @@ class Attention(Mixer):
         plain_q, k, v, state = self._project(x_BTD, state, segment_ids)
         q = plain_q
         if c.rope_base is not None:
-            q, k = (rotate(y, position_BT, c.rope_base, c.rope_scaling) for y in (q, k))
+            length = c.capacity if c.window is None else None
+            q, k = (
+                rotate(y, position_BT, c.rope_base, c.rope_scaling, width=c.rope_width, length=length) for y in (q, k)
+            )
         lengths = None if segment_ids is None else row_lengths(ids)
         *slots, state = self._extend(state, k, v, ids, position_BT, given is None, lengths)
         if given is None:
@@ -316,7 +266,8 @@ class Attention(Mixer):
         y = mask_tokens(ids >= 0, y)
         if c.window is None:
             y = jnp.where((state.position <= c.capacity)[:, None, None, None], y, jnp.nan)
-        y = self.out(y.reshape(B, T, -1))
+        y = y.reshape(B, T, -1)
+        y = self.out(y * jax.nn.sigmoid(self.gate(x_BTD)) if c.output_gate else y)
         return (y if c.bias != "all" else mask_tokens(ids >= 0, y)), state
 
     def _attend_within(self, q, plain_q, k, v, segment_ids):
@@ -351,7 +302,7 @@ class Attention(Mixer):
         compared with the unrotated query."""
         x_1PD = self.persistent[...][None]
         k, v = (p(x_1PD).reshape(*x_1PD.shape[:2], -1, self.config.head_dim) for p in (self.k, self.v))
-        k = k if self.config.qk_norm_eps is None else self.k_norm(k)
+        k = self._normed(k, "k_norm")
         k, v = (jnp.broadcast_to(y.astype(plain_q.dtype), (len(plain_q), *y.shape[1:])) for y in (k, v))
         return attend(plain_q, k, v, jnp.ones((1, 1, k.shape[1]), bool), self.config.head_dim**-0.5)
 
@@ -367,9 +318,16 @@ class Attention(Mixer):
             widths = [q_k_v[0].shape[-1], q_k_v[0].shape[-1] + q_k_v[1].shape[-1]]
             q_k_v, state = jnp.split(mixed, widths, axis=-1), state._replace(tail=tail)
         q, k, v = (y.reshape(*x_BTD.shape[:2], -1, c.head_dim) for y in q_k_v)
-        if c.qk_norm_eps is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v, state
+        return self._normed(q, "q_norm"), self._normed(k, "k_norm"), v, state
+
+    def _normed(self, y: Float[Array, "B T H K"], name: str) -> Float[Array, "B T H K"]:
+        """Queries or keys after the norm of that name, if there is one."""
+        if self.config.qk_norm_eps is None:
+            return y
+        norm = getattr(self, name)
+        if self.config.qk_norm == "head":
+            return norm(y)
+        return norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
 
     def _extend(self, state: AttentionState, k, v, segment_ids, position_BT, fresh: bool, lengths=None):
         """Returns the keys, values, segments and positions to attend to [B, S, ...], and the state after the call.

@@ -10,16 +10,18 @@ from engrax.pallas_kernels.common.segments import row_lengths
 
 
 class ShortConv(nnx.Module):
-    """y_t = sum_{j<W} w_j * x_{t-j}, per channel (Titans section 4.4; width 4 in the field's models).
+    """y_t = sum_{j<W} w_j * x_{t-j} (+ b), per channel (Titans section 4.4; width 4 in the field's models).
 
     It never mixes segments: a tap in another segment, in padding, or before the row's start reads 0.
     """
 
-    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs, bias: bool = False):
         # All taps start equal, so combining a token with the previous one needs no tap to grow first.
         kernel = jax.random.normal(rngs.params(), (width, channels)) * width**-0.5
         self.kernel = nnx.Param(kernel, axes=("conv", "channels"), role="convolution")
         self.width = width
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(channels), axes=("channels",), role="bias")
 
     def init_tail(self, batch_size: int, dtype) -> Float[Array, "B tail C"]:
         """The W - 1 inputs before the row: zeros. The newest is last."""
@@ -53,6 +55,8 @@ class ShortConv(nnx.Module):
                     (jax.lax.slice_in_dim(ids, W - 1 - j, W - 1 - j + T, axis=1) == segment_ids)[..., None], past, 0
                 )
             y_BTC = y_BTC + kernel_WC[j] * past
+        if hasattr(self, "bias"):
+            y_BTC = y_BTC + self.bias[...].astype(y_BTC.dtype)
         lengths = None if segment_ids is None else row_lengths(segment_ids)
         tail = newest(padded, W - 1, lengths)
         if ids is not None:

@@ -58,7 +58,9 @@ class MatrixMemoryConfig(MixerConfig):
     value_dim: int | None = None  # value width of a head; None = head_dim
     chunk_size: int = 16  # tokens worked on at once; changes rounding and speed, not the result
     conv_width: int = 1  # taps of the short convolution on q, k and v; 1 = none
+    conv_bias: bool = False  # whether the convolution has a bias
     output_gate: bool = False  # whether the read is gated by a projection of the input
+    norm_eps: float = 1e-6  # added to the variance in the norm of the read
     implementation: str | None = None  # of the operation: reference | xla | ...; None = chosen by platform
 
     operation: ClassVar[Literal["linear", "delta"]] = "linear"  # what the mixer runs on: `OPERATIONS`
@@ -133,9 +135,10 @@ class MatrixMemory(Mixer):
         inner = config.widths[2]
         self.qkv = projection(dim, sum(config.widths), ("embed", "heads"), rngs=rngs, widths=config.widths)
         if config.conv_width > 1:
-            self.conv = ShortConv(sum(config.widths), config.conv_width, rngs=rngs)
+            self.conv = ShortConv(sum(config.widths), config.conv_width, rngs=rngs, bias=config.conv_bias)
         if self.norm_width != "none":
-            self.norm = rms_norm(config.values[1] if self.norm_width == "head" else inner, rngs=rngs)
+            width = config.values[1] if self.norm_width == "head" else inner
+            self.norm = rms_norm(width, rngs=rngs, eps=config.norm_eps)
         if config.output_gate:
             self.gate = projection(dim, inner, ("embed", "heads"), rngs=rngs)
         self.out = projection(inner, dim, ("heads", "embed"), rngs=rngs, scale=(2 * num_layers) ** -0.5)

@@ -130,8 +130,8 @@ ACTIVATIONS = {
 }
 
 
-def l2_normalise(x: Float[Array, "*B K"], eps: float = 1e-6) -> Float[Array, "*B K"]:
-    """(1 - m) x / sqrt(|x|^2 + eps^2) over the last axis, computed in float32 or wider, finite at 0 with its gradient.
+def l2_normalise(x: Float[Array, "*B K"], eps: float = 1e-12) -> Float[Array, "*B K"]:
+    """(1 - m) x / sqrt(|x|^2 + eps) over the last axis, computed in float32 or wider, finite at 0 with its gradient.
 
     The margin m is the largest relative error of rounding to x's dtype, so the rounded vector has a length of at most
     1. Delta rules and test-time memories stay bounded only for such keys.
@@ -139,7 +139,7 @@ def l2_normalise(x: Float[Array, "*B K"], eps: float = 1e-6) -> Float[Array, "*B
     wide_dtype = jnp.promote_types(x.dtype, jnp.float32)
     wide = x.astype(wide_dtype)
     margin = 4 * jnp.finfo(wide_dtype).eps + (jnp.finfo(x.dtype).eps / 2 if x.dtype != wide_dtype else 0)
-    return ((1 - margin) * wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + eps**2)).astype(x.dtype)
+    return ((1 - margin) * wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):

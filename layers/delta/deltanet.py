@@ -24,6 +24,7 @@ class DeltaNetConfig(MatrixMemoryConfig):
     """Settings of DeltaNet."""
 
     conv_width: int = 4  # taps of the short convolution on q, k and v; 1 = none
+    l2_eps: float = 1e-12  # added to the squared length of queries and keys, whose root they are divided by
     max_beta: float = 1.0  # upper bound of beta; up to 2 the memory may turn a key's value round (arXiv 2411.12537)
 
     operation: ClassVar = "delta"
@@ -59,7 +60,8 @@ class DeltaNet(MatrixMemory):
 
     def features(self, q_BTHK, k_BTHK, v_BTHV):
         q, k, v = (jax.nn.silu(y) for y in (q_BTHK, k_BTHK, v_BTHV))
-        return l2_normalise(q), l2_normalise(k), v
+        eps = self.config.l2_eps
+        return l2_normalise(q, eps), l2_normalise(k, eps), v
 
     def gate_projections(self):
         return {"beta": self.beta}

@@ -30,7 +30,8 @@ class GatedDeltaNetConfig(DeltaNetConfig):
 
     @classmethod
     def examples(cls) -> tuple["GatedDeltaNetConfig", ...]:
-        return cls(heads=2, value_heads=4, head_dim=4, value_dim=6, chunk_size=8), cls()
+        published = dict(conv_bias=True, norm_eps=1e-5, l2_eps=1e-6)
+        return cls(heads=2, value_heads=4, head_dim=4, value_dim=6, chunk_size=8, **published), cls()
 
     def gate_multiplies(self, dim: int) -> int:
         return 2 * dim * self.values[0]

@@ -5,7 +5,7 @@
 
 that is GLA whose keys are 1 - f. The lower bound b of the forget gate is learned per channel and starts at
 layer / layers. (Published models learn it for all layers together, as a cumulative softmax with that start, and hold
-the first layer's at 0, where it starts here at 1 %.)
+the first layer's at 0, where it starts here at 1 %.) Without it b = 0.
 """
 
 import dataclasses
@@ -27,6 +27,8 @@ LEAST_BOUND, MOST_BOUND = 0.01, 0.99  # a bound at the start: 0 and 1 have no lo
 class HGRN2Config(MatrixMemoryConfig):
     """Settings of HGRN2; a head's keys are its forget gates, so it has as many value heads."""
 
+    bounded: bool = True  # whether the forget gate has a lower bound
+
     def __post_init__(self):
         super().__post_init__()
         if self.values[0] != self.heads:
@@ -47,6 +49,8 @@ class HGRN2(MatrixMemory):
 
     def __init__(self, config: HGRN2Config, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1):
         super().__init__(config, dim, rngs=rngs, num_layers=num_layers)
+        if not config.bounded:
+            return
         start = jnp.clip(layer / num_layers, LEAST_BOUND, MOST_BOUND)
         bound = jnp.log(start) - jnp.log1p(-start)
         self.forget_bound = nnx.Param(
@@ -55,7 +59,11 @@ class HGRN2(MatrixMemory):
 
     def tokens(self, x_BTD, q_BTHK, k_BTHK, v_BTHV, place_BT):
         wide = self.wide_dtype()
-        bound, forget = self.forget_bound[...].astype(wide), k_BTHK.astype(wide)
+        forget = k_BTHK.astype(wide)
+        if not self.config.bounded:
+            k = jax.nn.sigmoid(-forget).astype(v_BTHV.dtype)
+            return jax.nn.silu(q_BTHK), k, v_BTHV, {"g": jax.nn.log_sigmoid(forget)}
+        bound = self.forget_bound[...].astype(wide)
         # In logarithms throughout: log(b + (1 - b) f) and 1 - f = (1 - b) sigmoid(-logit) lose no digits near 0 and 1.
         g = jnp.logaddexp(jax.nn.log_sigmoid(bound), jax.nn.log_sigmoid(-bound) + jax.nn.log_sigmoid(forget))
         k = jax.nn.sigmoid(-bound) * jax.nn.sigmoid(-forget)

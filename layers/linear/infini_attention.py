@@ -20,7 +20,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from engrax.errors import UserError, require_positive
-from engrax.layers.attention.attention import masked_attention, rotate
+from engrax.layers.attention.attention import masked_attention
+from engrax.layers.attention.rope import rotate
 from engrax.layers.common.matrix_memory import Matrix, MatrixMemory, MatrixMemoryConfig, MatrixMemoryState
 from engrax.layers.common.segments import first_real_segment
 from engrax.layers.linear.linear_attention import FEATURE_MAPS, divided, with_ones

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from engrax.errors import UserError, require_positive
-from engrax.layers.attention.attention import rotate
+from engrax.layers.attention.rope import rotate
 from engrax.layers.common.matrix_memory import MatrixMemory, MatrixMemoryConfig
 from engrax.layers.mixer import MIXERS
 

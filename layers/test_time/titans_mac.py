@@ -22,7 +22,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from engrax.errors import UserError, require_positive
-from engrax.layers.attention.attention import masked_attention, rotate
+from engrax.layers.attention.attention import masked_attention
+from engrax.layers.attention.rope import rotate
 from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import l2_normalise, projection, rms_norm
 from engrax.layers.common.segment_blocks import BlockIndex, block_index, conv_in_block

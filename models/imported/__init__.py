@@ -8,7 +8,6 @@ A folder holds config.json and model.safetensors, or model.safetensors.index.jso
 `engrax.data.tokenizers.load_tokenizer` reads its tokenizer.json.
 """
 
-from engrax.models.imported.architectures import read_config
 from engrax.models.imported.checkpoint import (
     check,
     check_export,
@@ -17,6 +16,7 @@ from engrax.models.imported.checkpoint import (
     find_backbone,
     load,
     merge,
+    read_config,
     read_params,
 )
 

@@ -17,123 +17,40 @@ from etils import epath
 from flax import nnx
 
 from engrax.errors import UserError
+from engrax.files import read_json
 from engrax.layers import AttentionConfig
 from engrax.layers.common import lora
 from engrax.layers.common.lora import LoraConfig
-from engrax.models.imported.architectures import Architecture, Fields, architecture, read_config
+from engrax.models import published
 from engrax.models.imported.files import DTYPES, HEADERS, INDEX, TensorFiles, refuse_link, write_file
+from engrax.models.imported.plan import Plan
 from engrax.models.language_model import LanguageModel, LanguageModelConfig
 from engrax.models.model import ModelConfig
+from engrax.models.published import Fields, Piece
+from engrax.models.published.fit import differences
 
 ParamPath = tuple[Any, ...]  # of a parameter in a model: ("blocks", 0, "mixer", "q", "kernel")
 SUMS = "SHA256SUMS"  # in an exported folder
-ROWS = 4096  # rows of an embedding that are compared at a time
-FREE_FIELDS = ("remat", "lora", "frozen")  # model fields that change neither its function nor the tensors
-FREE_MIXER_FIELDS = ("capacity", "window")  # mixer fields that do not change tensors
+FREE_MIXER_FIELDS = ("capacity", "window")  # fields of attention that do not change tensors
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Maps one tensor to parameters."""
-
-    tensor: str
-    layer: int | None  # index into the parameters' leading axis
-    params: tuple[str, ...]  # concatenated along their last axis
-    outputs_first: bool  # the tensor is [out, in], the parameter [in, out]
+def read_fields(folder: str | Path) -> Fields:
+    """The fields of a folder's config.json."""
+    path = refuse_link(Path(folder) / "config.json")
+    return Fields(read_json(path, "give the folder of a checkpoint"), path)
 
 
-class Plan:
-    """Maps the tensors of a folder to parts of a model's parameters. `shapes` maps parameter names to shapes.
+def read_config(folder: str | Path) -> LanguageModelConfig:
+    """The language model described by the config.json of a folder.
 
-    Raises UserError naming tensors that are missing, unknown, of the wrong shape, or not floats of at most 32 bits.
+    Raises UserError naming a field that is missing or has an unsupported value.
     """
-
-    def __init__(self, files: TensorFiles, arch: Architecture, shapes: dict[str, tuple[int, ...]]):
-        self.files, self.shapes = files, shapes
-        layers = max((shape[0] for name, shape in shapes.items() if name.startswith("blocks.")), default=0)
-        if layers > len(files.infos):  # each layer has its own tensors; a huge number would fill the memory
-            raise UserError(f"{files.folder}: config.json asks for {layers} layers of {len(files.infos)} tensors.")
-        prefix = next((p for p in arch.prefixes if any(name.startswith(p) for name in files.infos)), "")
-        self.pieces = {piece.tensor: piece for piece in _pieces(arch, prefix, shapes)}
-        self.tied = [f"{p}lm_head.weight" for p in ("", prefix) if "output_embedding" not in shapes]
-        self._check(arch)
-
-    def _check(self, arch: Architecture) -> None:
-        infos, folder = self.files.infos, self.files.folder
-        missing = [name for name in self.pieces if name not in infos]
-        if missing:
-            raise UserError(f"{folder} lacks the tensor{_several(missing)} that its config.json asks for.")
-        known = {*self.pieces, *self.tied}
-        unknown = [name for name in infos if name not in known and not name.endswith(arch.buffers or ("\0",))]
-        if unknown:
-            raise UserError(f"{folder} holds the tensor{_several(unknown)} unknown to the model of its config.json.")
-        for name in (*self.pieces, *(tied for tied in self.tied if tied in infos)):
-            shape = self.wanted_shape(self.pieces[name]) if name in self.pieces else self.shapes["embedding"]
-            if infos[name].shape != shape:
-                raise UserError(
-                    f"{folder}: tensor {name} has shape {list(infos[name].shape)}, config.json asks for {list(shape)}."
-                )
-            if infos[name].dtype not in DTYPES:
-                raise UserError(
-                    f"{folder}: tensor {name} is of dtype {infos[name].dtype}, which is not supported "
-                    f"(known: {', '.join(DTYPES)})."
-                )
-
-    def core(self, param: str, layer: int | None) -> tuple[int, ...]:
-        """The shape of one layer's part of a parameter."""
-        return self.shapes[param] if layer is None else self.shapes[param][1:]
-
-    def wanted_shape(self, piece: Piece) -> tuple[int, ...]:
-        """The shape of a tensor."""
-        cores = [self.core(param, piece.layer) for param in piece.params]
-        shape = (*cores[0][:-1], sum(core[-1] for core in cores))
-        return shape[::-1] if piece.outputs_first else shape
-
-    def check_tied(self) -> None:
-        """Raises UserError if the head stored with a tied embedding is a different matrix."""
-        table = next(p.tensor for p in self.pieces.values() if p.params == ("embedding",))
-        for name in self.tied:
-            rows = range(0, self.shapes["embedding"][0] if name in self.files.infos else 0, ROWS)
-            parts = [(slice(start, start + ROWS),) for start in rows]
-            if not all(np.array_equal(self.files.read(name, part), self.files.read(table, part)) for part in parts):
-                raise UserError(
-                    f"{self.files.folder}: config.json ties the head to the embedding, but {name} is not {table}."
-                )
-
-    def read(self, param: str, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-        """A slice of a parameter, read from its tensors."""
-        pieces = [piece for piece in self.pieces.values() if param in piece.params]
-        if pieces[0].layer is None:
-            return self._read_core(pieces[0], param, index).astype(dtype, copy=False)
-        layers = range(*index[0].indices(len(pieces)))
-        return np.stack([self._read_core(pieces[i], param, index[1:]).astype(dtype, copy=False) for i in layers])
-
-    def _read_core(self, piece: Piece, param: str, index: tuple[slice, ...]) -> np.ndarray:
-        widths = [self.core(name, piece.layer)[-1] for name in piece.params]
-        at = piece.params.index(param)
-        start, stop, _ = index[-1].indices(widths[at])
-        index = (*index[:-1], slice(start + sum(widths[:at]), stop + sum(widths[:at])))
-        value = self.files.read(piece.tensor, index[::-1] if piece.outputs_first else index)
-        return value.T if piece.outputs_first else value
+    return published.read(read_fields(folder))
 
 
-def _pieces(arch: Architecture, prefix: str, shapes: dict[str, tuple[int, ...]]) -> Iterator[Piece]:
-    """The tensors that the parameters need."""
-    for name, params in arch.tensors.items():
-        if not all(param in shapes for param in params):
-            continue  # for example a bias that this model does not have
-        flipped = arch.outputs_first and params[0].endswith(".kernel")
-        name = name if name.startswith("lm_head") else prefix + name
-        layers = range(shapes[params[0]][0]) if "{}" in name else (None,)
-        for layer in layers:
-            yield Piece(name.format(layer), layer, params, flipped)
-
-
-def _several(names: list[str]) -> str:
-    """` a`, or `s a, b and 7 more`."""
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
+def _plan(folder: str | Path, shapes: dict[str, tuple[int, ...]]) -> Plan:
+    """The plan of a folder for a model with parameters of these shapes."""
+    return Plan(TensorFiles(folder), published.find_format(read_fields(folder)), read_config(folder), shapes)
 
 
 def read_params(folder: str | Path, like: nnx.State, *, at: ParamPath = ()) -> dict[ParamPath, jax.Array]:
@@ -145,11 +62,11 @@ def read_params(folder: str | Path, like: nnx.State, *, at: ParamPath = ()) -> d
     """
     flat = {path: leaf for path, leaf in nnx.to_flat_state(like) if path[: len(at)] == at}
     named = {_name(path[len(at) :]): (path, leaf.get_value()) for path, leaf in flat.items()}
-    plan = Plan(TensorFiles(folder), architecture(Fields(Path(folder))), {n: v.shape for n, (_, v) in named.items()})
-    plan.check_tied()
+    plan = _plan(folder, {name: value.shape for name, (_, value) in named.items()})
+    plan.check_values()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     found = {}
-    for name in dict.fromkeys(param for piece in plan.pieces.values() for param in piece.params):
+    for name in plan.params:
         path, value = named[name]
 
         def part(index, name=name, dtype=value.dtype):
@@ -193,27 +110,21 @@ def check(folder: str | Path, config: LanguageModelConfig) -> None:
     """Raises UserError if the folder's tensors do not fit its config.json, or if `config` computes another function;
     names the first setting that differs."""
     wanted = read_config(folder)
-    config = dataclasses.replace(config, **{name: getattr(wanted, name) for name in FREE_FIELDS})
-    if len(config.mixers) == 1 and isinstance(config.mixers[0], AttentionConfig):
-        free = {name: getattr(wanted.mixers[0], name) for name in FREE_MIXER_FIELDS}
-        config = dataclasses.replace(config, mixers=(dataclasses.replace(config.mixers[0], **free),))
-    if (type(config), config) != (type(wanted), wanted):
-        raise UserError(f"{folder} holds another model: its {_difference(config, wanted)}; start from read_config.")
-    state = nnx.state(nnx.eval_shape(lambda: wanted.build(rngs=nnx.Rngs(0))), nnx.Param)
-    shapes = {_name(path): leaf.shape for path, leaf in nnx.to_flat_state(state)}
-    Plan(TensorFiles(folder), architecture(Fields(Path(folder))), shapes)
+    if difference := next(differences(_freed(config), _freed(wanted)), None):
+        path, given, other, _ = difference
+        raise UserError(
+            f"{folder} holds another model: its {path} is {other!r}, not {given!r}; start from read_config."
+        )
+    state = nnx.state(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))), nnx.Param)
+    _plan(folder, {_name(path): leaf.shape for path, leaf in nnx.to_flat_state(state)})
 
 
-def _difference(config: Any, wanted: Any, path: str = "config") -> str:
-    if type(config) is not type(wanted) or not dataclasses.is_dataclass(wanted):
-        return f"{path} is {wanted!r}, not {config!r}"
-    for field in dataclasses.fields(wanted):
-        a, b = getattr(config, field.name), getattr(wanted, field.name)
-        if a != b:
-            if isinstance(b, tuple) and isinstance(a, tuple) and len(a) == len(b) == 1:
-                return _difference(a[0], b[0], f"{field.name}.0")
-            return _difference(a, b, field.name)
-    return path
+def _freed(config: LanguageModelConfig) -> LanguageModelConfig:
+    """The config with the same value everywhere of settings that a model may change."""
+    free = {field.name: field.default for field in dataclasses.fields(AttentionConfig)}
+    free = {name: free[name] for name in FREE_MIXER_FIELDS}
+    mixers = (dataclasses.replace(m, **free) if isinstance(m, AttentionConfig) else m for m in config.mixers)
+    return dataclasses.replace(config, mixers=tuple(mixers))
 
 
 def find_backbone(config: ModelConfig) -> tuple[LanguageModelConfig, ParamPath]:
@@ -248,7 +159,7 @@ def export(model: LanguageModel, folder: str | Path, *, like: str | Path) -> Non
     check(like, model.config)
     model = merge(model) if model.config.lora.rank else model
     params = {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    plan = Plan(TensorFiles(like), architecture(Fields(like)), {name: value.shape for name, value in params.items()})
+    plan = _plan(like, {name: value.shape for name, value in params.items()})
     files: dict[str, list[str]] = {}
     for name, info in plan.files.infos.items():
         if name in plan.pieces or name in plan.tied:
@@ -261,10 +172,10 @@ def export(model: LanguageModel, folder: str | Path, *, like: str | Path) -> Non
         _copy_descriptions(like, written)
         if index:
             (written / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        _write_sums(written)
+        write_sums(written)
 
 
-def _write_sums(folder: Path) -> None:
+def write_sums(folder: Path) -> None:
     """SHA-256 of the files in a folder, as `sha256sum -c` reads it."""
     lines = []
     for path in sorted(folder.iterdir()):
@@ -287,13 +198,22 @@ def _tensor(plan: Plan, name: str, params: dict[str, jax.Array]) -> np.ndarray:
     dtype = jnp.dtype(DTYPES[plan.files.infos[name].dtype])
     if name in plan.tied:
         return np.asarray(params["embedding"]).astype(dtype)
-    piece = plan.pieces[name]
-    values = [params[param] for param in piece.params]
-    if piece.layer is not None:
-        layer = np.int32(piece.layer)  # an argument, not a constant: compiled once for all layers
-        values = [jax.lax.dynamic_index_in_dim(value, layer, keepdims=False) for value in values]
-    value = np.concatenate([np.asarray(value).astype(dtype) for value in values], axis=-1)
-    return value.T if piece.outputs_first else value
+    return tensor_of(plan.pieces[name], params).astype(dtype)
+
+
+def tensor_of(piece: Piece, params: dict[str, jax.Array]) -> np.ndarray:
+    """A tensor, in the parameters' dtype."""
+    parts = []
+    for part in piece.tensor.parts:
+        if part.param is None:
+            parts.append(np.zeros(piece.core(part), np.float32))
+            continue
+        value = params[part.param]
+        for at in piece.lead(part):
+            value = jax.lax.dynamic_index_in_dim(value, np.int32(at), keepdims=False)  # compiled once for all layers
+        value = np.asarray(value)
+        parts.append(value if part.columns is None else value[..., slice(*part.columns)])
+    return piece.tensor.pack(parts)
 
 
 def describe_source(folder: str | Path, target: epath.PathLike) -> None:

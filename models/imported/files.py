@@ -55,6 +55,8 @@ class TensorFiles:
 
     def _listed(self) -> dict[str, set[str] | None]:
         """{file: names listed in the index}, None for a file without an index."""
+        if (self.folder / SINGLE).is_file():  # it comes first where a folder has both layouts, as in transformers
+            return {SINGLE: None}
         index = refuse_link(self.folder / INDEX)
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
@@ -64,8 +66,6 @@ class TensorFiles:
             for name, file in weight_map.items():
                 files.setdefault(_tensor_file(file, f"{index}: weight_map"), set()).add(name)
             return files
-        if (self.folder / SINGLE).is_file():
-            return {SINGLE: None}
         raise UserError(
             f"{self.folder} holds neither {SINGLE} nor {INDEX}; give the folder of a checkpoint saved as safetensors."
         )
