@@ -12,7 +12,7 @@ from engrax.errors import UserError
 from engrax.files import expect, read_json
 from engrax.models import imported
 from engrax.models.imported import publish
-from engrax.models.imported.publish import Extras
+from engrax.models.imported.publish import NO_EXTRAS, Extras
 from engrax.models.model import ModelConfig
 from engrax.models.published import Format
 from engrax.train import experiment as experiments
@@ -37,7 +37,7 @@ def publish_run(run: Run, folder: Any, to: str, *, step: int | str | None = None
         notes = publish.check_fit(config, form)
         if path:
             notes.append(f"{run.experiment.model.registered_name}'s own parts are left out: its backbone is written")
-    tokenizer, files, ids = run.experiment.data.tokenizer, {}, dict.fromkeys(("bos_token_id", "eos_token_id"))
+    (files, ids), tokenizer = NO_EXTRAS, run.experiment.data.tokenizer
     if tokenizer is None:
         notes.append("the data is made of ids, so there is no tokenizer")
     else:
@@ -45,8 +45,7 @@ def publish_run(run: Run, folder: Any, to: str, *, step: int | str | None = None
     model, number = run.load(step)
     for part in path:
         model = getattr(model, part)
-    files["README.md"] = card(run, number, form, model, notes)
-    extras = Extras(files, {"pad_token_id": None} | ids)
+    extras = Extras(files | {"README.md": card(run, number, form, model, notes)}, ids)
     if form is None:
         publish.write_own(model, folder, experiments.to_dict(run.experiment.model), extras, dtype)
     else:

@@ -16,7 +16,8 @@ def read(fields: Fields, dim: int, eps: float) -> GSAConfig:
     fields.demand("num_kv_heads", heads)
     fields.demand("feature_map", "swish")
     fields.demand("use_norm", True)
-    fields.ignore("use_output_gate")  # the layer never uses it
+    fields.demand("use_short_conv", False)  # with it FLA applies SiLU twice
+    fields.ignore("conv_size", "use_output_gate")  # the layer never uses the gate
     misspelt = [fields.take(f"exapnd_{axis}", 1.0) for axis in "kv"]  # as FLA's constructor has it
     key, value = (share_of(fields, f"expand_{axis}", given, dim, heads) for axis, given in zip("kv", misspelt))
     return GSAConfig(
