@@ -24,6 +24,7 @@ from engrax.train.experiment import ParallelConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH = BATCH_AXES  # the mesh axes that split the batch
+AUTO = (AxisType.Auto,) * len(AXES)
 
 
 def make_mesh(
@@ -31,48 +32,63 @@ def make_mesh(
 ) -> Mesh:
     """The mesh of all devices, or of those `chosen`. Raises UserError if devices or batch do not divide."""
     devices = jax.device_count() if chosen is None else len(chosen)
-    data = devices // config.fsdp if config.data == -1 else config.data
-    if devices % config.fsdp:
+    shape = config.mesh_shape(devices)
+    for name in AXES[1:]:
+        if devices % getattr(config, name):
+            raise UserError(
+                f"parallel.{name}={getattr(config, name)} does not divide the {devices} devices here; set "
+                f"--parallel.{name} to a divisor of {devices}."
+            )
+    if math.prod(shape) != devices:
+        named = " x ".join(f"{name}={size}" for name, size in sizes(config, devices).items())
         raise UserError(
-            f"parallel.fsdp={config.fsdp} does not divide the {devices} devices here; set --parallel.fsdp to a divisor "
-            f"of {devices}."
+            f"a mesh of {named} needs {math.prod(shape)} devices, but {devices} are here; change "
+            f"{', '.join(f'--parallel.{name}' for name in AXES)} so that their product is the number of devices."
         )
-    if data * config.fsdp != devices:
+    parts = shape[0] * shape[1]
+    if batch_size % (parts * accumulate):
         raise UserError(
-            f"a mesh of data={data} x fsdp={config.fsdp} needs {data * config.fsdp} devices, but {devices} are here; "
-            "change --parallel.data and --parallel.fsdp so that their product is the number of devices."
+            f"batch_size={batch_size} does not divide over {parts} devices x {accumulate} microbatches; "
+            f"choose a multiple of {parts * accumulate}, or for a run begun elsewhere another number of devices."
         )
-    if batch_size % (devices * accumulate):
-        raise UserError(
-            f"batch_size={batch_size} does not divide over {devices} devices x {accumulate} microbatches; "
-            f"choose a multiple of {devices * accumulate}, or for a run begun elsewhere another number of devices."
-        )
-    shape, types = (data, config.fsdp, 1, 1), (AxisType.Auto,) * 4
     if chosen is None:
-        return jax.make_mesh(shape, AXES, axis_types=types)
-    return Mesh(np.asarray(chosen, object).reshape(shape), AXES, axis_types=types)
+        return jax.make_mesh(shape, AXES, axis_types=AUTO)
+    return Mesh(np.asarray(chosen, object).reshape(shape), AXES, axis_types=AUTO)
+
+
+def sizes(config: ParallelConfig, devices: int) -> dict[str, int]:
+    """{mesh axis: devices}, without `tensor` and `sequence` of one device."""
+    shape = zip(AXES, config.mesh_shape(devices))
+    return {name: size for name, size in shape if size > 1 or name in BATCH}
 
 
 def fitting(config: ParallelConfig, devices: int) -> ParallelConfig:
-    """The config, if its mesh has this number of devices; else one that has: `fsdp` becomes its largest divisor that
-    divides them, `data` takes the rest."""
-    data = devices // config.fsdp if config.data == -1 else config.data
-    if data * config.fsdp == devices:
+    """The config, if its mesh has this number of devices; else one that has: `tensor`, `sequence` and `fsdp`, in this
+    order, become their largest divisors that divide what the former leave, and `data` takes the rest."""
+    if math.prod(config.mesh_shape(devices)) == devices:
         return config
-    return dataclasses.replace(config, data=-1, fsdp=math.gcd(config.fsdp, devices))
+    left, found = devices, {}
+    for name in ("tensor", "sequence", "fsdp"):
+        found[name] = math.gcd(getattr(config, name), left)
+        left //= found[name]
+    return dataclasses.replace(config, data=-1, **found)
 
 
 def evaluation_mesh(config: ParallelConfig) -> Mesh | None:
     """A mesh like the training's on this process's devices, of any number; None if there is only one.
 
-    `fsdp` becomes its largest part that divides the devices; `data` takes the rest.
+    `fitting` tells its sizes. It splits no row, since one token at a time cannot be split.
     """
     devices = jax.local_devices()
     if len(devices) == 1:
         return None
-    fsdp = fitting(config, len(devices)).fsdp
-    shape = (len(devices) // fsdp, fsdp, 1, 1)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    config = fitting(dataclasses.replace(config, data=-1, sequence=1), len(devices))
+    return jax.make_mesh(config.mesh_shape(len(devices)), AXES, axis_types=AUTO, devices=devices)
+
+
+def splits(mesh: Mesh | AbstractMesh) -> int:
+    """The number of parts into which the mesh splits a batch's rows."""
+    return math.prod(mesh.shape[name] for name in BATCH)
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
@@ -87,7 +103,7 @@ def param_specs(params: Any, config: ParallelConfig, mesh: Mesh | AbstractMesh, 
     State of any shape that an optimizer keeps for a parameter, as a moment, projector or scale, lies in the parameter's
     variable and is sharded by its own shape. Other arrays are counters, and frozen parameters have no state.
     """
-    devices = int(np.prod([mesh.shape[a] for a in BATCH])) if config.zero >= stage else 1
+    devices = splits(mesh) if config.zero >= stage else 1
 
     def spec(leaf):
         if not isinstance(leaf, nnx.Variable):
