@@ -35,6 +35,7 @@ from engrax.models.contract import (
 from engrax.models.decoding import Opened, close_blocks, open_blocks, run_blocks
 from engrax.models.model import MODELS, ModelConfig
 from engrax.models.parameters import declare_roles, stack_axes
+from engrax.models.shares import look_up, run_mixer, run_mlp
 from engrax.pallas_kernels.grouped_matmul.api import PRODUCTS
 from engrax.registry import did_you_mean
 
@@ -153,10 +154,10 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], MixerOutput]:
         """The residual stream after the block, and the mixer's output; mute: memory reads to remove."""
         x_BTD = split_rows(x_BTD)
-        out = self.mixer.forward(self.mixer_input(x_BTD), state, segment_ids, collect=collect, mute=mute)
+        out = run_mixer(self.mixer, self.mixer_input(x_BTD), state, segment_ids, collect=collect, mute=mute)
         x_BTD = self._norm("after", self.mixer_norm, x_BTD + out.y.astype(x_BTD.dtype))
         if hasattr(self, "mlp"):
-            x_BTD = x_BTD + self.mlp(self._norm("before", self.mlp_norm, x_BTD))
+            x_BTD = x_BTD + run_mlp(self.mlp, self._norm("before", self.mlp_norm, x_BTD))
             x_BTD = self._norm("after", self.mlp_norm, x_BTD)
         return x_BTD, out
 
@@ -221,7 +222,7 @@ class LanguageModel(Model):
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The vectors of tokens."""
-        x_BTD = split_rows(self.embedding[...][tokens_BT])
+        x_BTD = split_rows(look_up(self.embedding[...], tokens_BT))
         return self.project_in(x_BTD) if hasattr(self, "project_in") else x_BTD
 
     def encode(
