@@ -26,6 +26,7 @@ from engrax.train.experiment import ParallelConfig
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH = BATCH_AXES  # the mesh axes that split the batch
 ZERO = ("data", "fsdp", "sequence")  # the mesh axes over which ZeRO shards: parameters are used whole along them
+HOST = "pinned_host"  # the kind of memory of the host that devices can read
 AUTO = (AxisType.Auto,) * len(AXES)
 
 
@@ -159,6 +160,42 @@ def memory_specs(memory: Any, axes: Any) -> Any:
 def named(specs: Any, mesh: Mesh) -> Any:
     """The NamedShardings of a tree of specs."""
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+
+def state_places(specs: dict[str, Any], shapes: dict[str, Any], mesh: Mesh, config: ParallelConfig) -> dict[str, Any]:
+    """The NamedShardings of a training state of these shapes; with `config.offload` the optimizer's arrays are in the
+    host's memory.
+
+    Raises UserError if the devices do not share that memory.
+    """
+    found = named({name: specs[name] for name in shapes}, mesh)
+    if config.offload == "none":
+        return found
+    device = mesh.devices.flat[0]
+    if HOST not in {memory.kind for memory in device.addressable_memories()}:
+        raise UserError(
+            f"parallel.offload={config.offload!r} needs devices that read the host's memory, and {device.device_kind} "
+            "does not; set parallel.offload none."
+        )
+
+    def move(place, array):  # counters stay
+        return place.with_memory_kind(HOST) if array.ndim else place
+
+    return found | {"opt_state": jax.tree.map(move, found["opt_state"], shapes["opt_state"])}
+
+
+def fetched(tree: Any, places: Any) -> Any:
+    """Arrays in a program, those in the host's memory moved to the devices'."""
+
+    def one(x, place):
+        return jax.device_put(x, place.with_memory_kind("device")) if place.memory_kind == HOST else x
+
+    return jax.tree.map(one, tree, places)
+
+
+def returned(tree: Any, places: Any) -> Any:
+    """The inverse of `fetched`."""
+    return jax.tree.map(lambda x, place: jax.device_put(x, place) if place.memory_kind == HOST else x, tree, places)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, rows: int) -> dict[str, jax.Array]:

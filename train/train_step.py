@@ -173,14 +173,16 @@ def labelled(batch: Batch) -> Array:
     return jnp.sum(batch["targets"] >= 0).astype(jnp.float32)
 
 
-def pjit_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: Mesh, specs: State) -> Callable:
+def pjit_step(
+    experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: Mesh, specs: State, places: State
+) -> Callable:
     """The jitted step(state, batch) -> (state, metrics) over global arrays; the state is donated."""
     rate = experiment.optimizer.rate(experiment.steps)
     loss = make(compiler_placement(specs["params"], mesh))
-    places = sharding.named(specs["grads"], mesh)
+    shards = sharding.named(specs["grads"], mesh)
 
     def shard(grads):
-        return jax.lax.with_sharding_constraint(grads, places) if experiment.parallel.zero >= 2 else grads
+        return jax.lax.with_sharding_constraint(grads, shards) if experiment.parallel.zero >= 2 else grads
 
     def step(state, batch):
         count, settings = jnp.maximum(labelled(batch), 1.0), experiment.optimizer
@@ -194,7 +196,7 @@ def pjit_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: 
         new, verdict = guards.settle(experiment.guard, state, new, sums.nats, norm)
         return new, _metrics(sums, norm, rate(updates_done(state))) | verdict
 
-    return _jit(step, mesh, specs)
+    return _jit(step, mesh, places)
 
 
 def updates_done(state: State) -> Array:
@@ -212,7 +214,9 @@ def _metrics(sums: Sums, norm: Array, learning_rate: Array) -> dict[str, Array]:
     return {"loss": sums.nats, "aux_loss": sums.aux, "grad_norm": norm, "learning_rate": learning_rate}
 
 
-def pmap_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: Mesh, specs: State) -> Callable:
+def pmap_step(
+    experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: Mesh, specs: State, places: State
+) -> Callable:
     """The same step as a per-device program with explicit collectives.
 
     A sharded parameter is gathered where the model uses it, and its gradient is reduce-scattered there. If a parameter
@@ -271,7 +275,7 @@ def pmap_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: 
     per_device = jax.shard_map(
         step, mesh=mesh, in_specs=(spec, PartitionSpec(axes)), out_specs=(spec, scalars), check_vma=False
     )
-    return _jit(per_device, mesh, specs)
+    return _jit(per_device, mesh, places)
 
 
 STRATEGIES = {"pjit": pjit_step, "pmap": pmap_step}
@@ -287,14 +291,14 @@ def _map(f: Callable, tree: Any, *specs: Any, is_leaf: Callable | None = None) -
     return jax.tree.unflatten(structure, [f(x, *s) for x, *s in zip(leaves, *map(_leaves, specs))])
 
 
-def _jit(step: Callable, mesh: Mesh, specs: State) -> Callable:
+def _jit(step: Callable, mesh: Mesh, places: State) -> Callable:
     """The step compiled for the mesh; the mesh is set while the step is traced, in every call."""
-    state = sharding.named({name: specs[name] for name in STATE if name in specs}, mesh)
     batch = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     scalar = NamedSharding(mesh, PartitionSpec())
 
     def on_mesh(state, batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step(state, batch)
+            new, metrics = step(sharding.fetched(state, places), batch)
+            return sharding.returned(new, places), metrics
 
-    return jax.jit(on_mesh, in_shardings=(state, batch), out_shardings=(state, scalar), donate_argnums=0)
+    return jax.jit(on_mesh, in_shardings=(places, batch), out_shardings=(places, scalar), donate_argnums=0)

@@ -105,7 +105,7 @@ class Trainer:
     @cached_property
     def state_shardings(self) -> dict[str, Any]:
         """NamedShardings of the training state."""
-        return sharding.named({k: self.specs[k] for k in train_step.STATE if k in self.specs}, self.mesh)
+        return sharding.state_places(self.specs, self._shapes, self.mesh, self.experiment.parallel)
 
     def _fresh_state(self) -> dict[str, Any]:
         model = models.build(self.experiment.model, rngs=nnx.Rngs(self.experiment.seed))
@@ -184,7 +184,7 @@ class Trainer:
         Guards that decide in the step add "verdict" (`guards.settle`).
         """
         strategy = train_step.STRATEGIES[self.experiment.parallel.strategy]
-        return strategy(self.experiment, self.make_loss, self.tx, self.mesh, self.specs)
+        return strategy(self.experiment, self.make_loss, self.tx, self.mesh, self.specs, self.state_shardings)
 
     def make_loss(self, place: Placement | None = None) -> Loss:
         """The loss of the experiment's model (`train_step.make_loss`)."""
