@@ -123,10 +123,9 @@ class Block(nnx.Module):
 
     def __init__(self, mixer: MixerConfig, config: LanguageModelConfig, *, layer: Any, rngs: nnx.Rngs):
         self.norm_place, policies = config.layout.norm_place, config.policies
-        # Policies of its layers by kind; None: the pattern's holds for all.
-        kinds = {"mixer": mixer.registered_name, "mlp": "mlp"}
-        own = {layer: policies.get(kind, policies[""]) for layer, kind in kinds.items()}
-        self.remat = own if len(policies) > 1 else None
+        # Remat policies of its layers; None: the pattern's holds for all.
+        own = [policies.get(kind, policies[""]) for kind in (mixer.registered_name, "mlp")]
+        self.mixer_remat, self.mlp_remat = own if len(policies) > 1 else (None, None)
         self.mixer_norm = config.layout.build_norm(config.dim, rngs=rngs)
         self.mixer = as_mixer(mixer.build(config.dim, rngs=rngs, layer=layer, num_layers=config.num_layers))
         if config.mlp_width:
@@ -158,19 +157,19 @@ class Block(nnx.Module):
             x_BTD = x_BTD + run_mlp(block.mlp, block._norm("before", block.mlp_norm, x_BTD))
             return block._norm("after", block.mlp_norm, x_BTD)
 
-        x_BTD, out = self._layer("mixer", mix, x_BTD, state, segment_ids)
-        return self._layer("mlp", mlp, x_BTD) if hasattr(self, "mlp") else x_BTD, out
+        x_BTD, out = self._layer(self.mixer_remat, mix, x_BTD, state, segment_ids)
+        return self._layer(self.mlp_remat, mlp, x_BTD) if hasattr(self, "mlp") else x_BTD, out
 
-    def _layer(self, layer: str, f: Callable, x_BTD: Float[Array, "B T D"], *args: Any) -> Any:
+    def _layer(self, policy: str | None, f: Callable, x_BTD: Float[Array, "B T D"], *args: Any) -> Any:
         """f(block, x, ...); where layers have their own remat policies, its parameters are gathered inside."""
-        if self.remat is None:
+        if policy is None:
             return f(self, x_BTD, *args)
         graphdef, params = nnx.split(self)
 
         def run(x_BTD, params, *args):
             return f(nnx.merge(graphdef, gathered(params)), x_BTD, *args)
 
-        return remat(self.remat[layer], run)(x_BTD, params, *args)
+        return remat(policy, run)(x_BTD, params, *args)
 
 
 class LanguageModel(Model):

@@ -39,8 +39,8 @@ def experiment(*families: str, parallel: dict[str, Any], accumulate: int = 1, **
 
 
 def run(e: Experiment, steps: int = 3, wide: bool = False) -> dict[str, Any]:
-    """{"losses", "held"}: the losses of the first steps, in float64 if `wide`, and the bytes of every leaf of the
-    state: [[all, on one device], ...] by part."""
+    """{"losses", "held", "kinds"}: the losses of the first steps, in float64 if `wide`; of the state, the bytes of
+    every leaf, [[all, on one device], ...] by part, and the memories in which the optimizer's part is afterwards."""
     e = dataclasses.replace(e, compute_dtype="float64") if wide else e
     trainer = Trainer(e, tuple(jax.devices()[: math.prod(e.parallel.mesh_shape(len(jax.devices())))]))
     state, data, losses = trainer.init_state(), trainer.loader("train"), []
@@ -51,7 +51,8 @@ def run(e: Experiment, steps: int = 3, wide: bool = False) -> dict[str, Any]:
     for _ in range(steps):
         state, values = trainer.train_step(state, trainer.put(next(data)))
         losses.append(float(values["loss"]))
-    return {"losses": losses, "held": held}
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state["opt_state"])}
+    return {"losses": losses, "held": held, "kinds": sorted(kinds)}
 
 
 def compiled(e: Experiment) -> Any:

@@ -81,9 +81,12 @@ class LogConfig:
     wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases
     wandb_project: str = "engrax"  # its project name
     tensorboard: bool = False  # event files in RUN/tensorboard
+    profile: str | None = None  # "100:3": a profiler trace of the 3 steps from 100, in RUN/profile
 
     def __post_init__(self):
         require_at_least("log", self, every=1)
+        if self.profile is not None and not re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,3}", self.profile):
+            raise UserError(f"log.profile={self.profile!r} must be FIRST:COUNT, such as 100:3 for steps 100 to 102.")
 
 
 MOST = 1 << 31  # limit of every number in a config: no array has such an axis, no generator such a seed
