@@ -43,7 +43,7 @@ class Speed:
 
     def __init__(self, experiment: Experiment, dtype: Any):
         self.device, self.devices = jax.local_devices()[0], jax.device_count()
-        self.needed, self.peak = _training_flops(experiment), _peak(self.device, jnp.dtype(dtype).itemsize)
+        self.needed, self.peak = _training_flops(experiment), _peak(self.device.device_kind, jnp.dtype(dtype).itemsize)
 
     def __call__(self, tokens_per_second: float) -> dict[str, float]:
         """{"mfu": needed FLOPs per second, without recomputation, over the peak of all devices, "device_memory_bytes":
@@ -62,8 +62,8 @@ def _training_flops(experiment: Experiment) -> float | None:
         return None
 
 
-def _peak(device: jax.Device, itemsize: int) -> float | None:
-    """Operations per second of a device; None if they are not known."""
-    if device.device_kind not in PEAKS:
+def _peak(kind: str, itemsize: int) -> float | None:
+    """Operations per second of a kind of device; None if they are not known."""
+    if kind not in PEAKS:
         return None
-    return PEAKS[device.device_kind][0] * (1.0 if itemsize <= 2 else FLOAT32_SHARE[device.platform])
+    return PEAKS[kind][0] * (1.0 if itemsize <= 2 else FLOAT32_SHARE["tpu" if kind.startswith("TPU") else "gpu"])

@@ -2,8 +2,8 @@
 
 The batch is split over `data` and `fsdp`; heads, hidden channels and vocabulary over `tensor` (`models.shares`). ZeRO
 (arXiv 1910.02054) is a setting: 0 keeps parameters and optimizer state whole along all other axes, 1 shards the
-optimizer state over them, 2 also the gradients, 3 also the parameters. A leaf is sharded along its first axis that the
-number of devices divides, never along the axis of stacked layers; otherwise it stays whole.
+optimizer state over them, 2 also the gradients, 3 also the parameters, over the batch's axes. A leaf is sharded along
+its first axis that the number of devices divides, never along the axis of stacked layers; otherwise it stays whole.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from engrax.train.experiment import ParallelConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH = BATCH_AXES  # the mesh axes that split the batch
-ZERO = ("data", "fsdp", "sequence")  # the mesh axes over which ZeRO shards: parameters are used whole along them
+ZERO = ("data", "fsdp", "sequence")  # the mesh axes over which ZeRO shards, parameters over BATCH alone
 HOST = "pinned_host"  # the kind of memory of the host that devices can read
 AUTO = (AxisType.Auto,) * len(AXES)
 
@@ -106,7 +106,8 @@ def param_specs(params: Any, config: ParallelConfig, mesh: Mesh | AbstractMesh, 
     State of any shape that an optimizer keeps for a parameter, as a moment, projector or scale, lies in the parameter's
     variable and is sharded by its own shape. Other arrays are counters, and frozen parameters have no state.
     """
-    devices = math.prod(mesh.shape[name] for name in ZERO) if config.zero >= stage else 1
+    over = BATCH if stage == 3 else ZERO
+    devices = math.prod(mesh.shape[name] for name in over) if config.zero >= stage else 1
     shares = mesh.shape["tensor"]
 
     def spec(leaf):
@@ -117,9 +118,9 @@ def param_specs(params: Any, config: ParallelConfig, mesh: Mesh | AbstractMesh, 
         same = len(axes_of(leaf)) == leaf.ndim  # else state of fewer axes than the parameter
         held = held_axis(leaf, shares) if shares > 1 and same else None
         axis = sharded_axis(leaf, devices, taken=held)
-        entries = ["tensor" if i == held else ZERO if i == axis else None for i in range(leaf.ndim)]
+        entries = ["tensor" if i == held else over if i == axis else None for i in range(leaf.ndim)]
         if devices > 1 and axis is None and held is not None and leaf.shape[held] % (shares * devices) == 0:
-            entries[held] = ("tensor", *ZERO)
+            entries[held] = ("tensor", *over)
         while entries and entries[-1] is None:
             entries.pop()
         return leaf.replace(PartitionSpec(*entries))
