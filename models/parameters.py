@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from engrax.errors import UserError
+from engrax.layers.common import modules
 
 LAYERS = "layers"  # the axis along which the blocks of a pattern position are stacked
-SHARED = ("heads", "mlp", "vocab")  # axes that tensor parallelism splits
+SHARED = (*modules.SHARED, "vocab")  # axes that tensor parallelism splits
 STACKS = (LAYERS, "memory")  # leading axes along which matrices are stacked: layers, and the memories of a mixture
 
 

@@ -259,9 +259,9 @@ def pmap_step(
     def step(state, batch):
         params, settings = state["params"], experiment.optimizer
         count = jnp.maximum(jax.lax.psum(labelled(batch), axes), 1.0)
-        early, late = (summed, lambda grads: grads) if zero == 2 else (lambda grads: grads, summed)
-        sums, grads, _ = accumulated_gradient(loss, params, batch, None, count, settings.accumulate, early)
-        grads = late(grads)
+        each = summed if zero == 2 else lambda grads: grads
+        sums, grads, _ = accumulated_gradient(loss, params, batch, None, count, settings.accumulate, each)
+        grads = grads if zero == 2 else summed(grads)
         grad_norm = norm(grads)
         mine = _map(own, params, held, owned)
         new, opt_state = apply_gradient(tx, state, mine, grads, grad_norm, settings.clip_norm)
