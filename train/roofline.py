@@ -25,7 +25,8 @@ def count(
 ) -> dict[str, Any]:
     """Returns {"flops": {...}, "bytes": ..., "not_available": {figure: reason}} of one step on one device."""
     p = experiment.parallel
-    devices = math.prod(p.mesh_shape(1)) if p.strategy == "pjit" else 1  # a per-device program calls with its own rows
+    # A per-device program calls with its own rows; devices that share heads (`models.shares`) with their own heads.
+    devices = math.prod(p.mesh_shape(1)) // p.tensor if p.strategy == "pjit" else 1
     products, missing = program_cost.products(program), {}
     try:
         in_kernels = kernel_flops(kernels, calls, devices)
