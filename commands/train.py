@@ -61,10 +61,12 @@ def _on_these_devices(experiment: Any) -> Any:
 
     parallel = sharding.fitting(experiment.parallel, jax.device_count())
     if parallel != experiment.parallel and is_main():
-        old = experiment.parallel
+        old, new = (
+            " ".join(f"--parallel.{name} {getattr(p, name)}" for name in sharding.sizes(p, 1))
+            for p in (experiment.parallel, parallel)
+        )
         print(
-            f"trained with --parallel.data {old.data} --parallel.fsdp {old.fsdp}; on {jax.device_count()} device(s) it "
-            f"continues with --parallel.data {parallel.data} --parallel.fsdp {parallel.fsdp}",
+            f"trained with {old}; on {jax.device_count()} device(s) it continues with {new}",
             file=sys.stderr,
         )
     return dataclasses.replace(experiment, parallel=parallel)

@@ -245,7 +245,8 @@ class Scorer:
         diagnostic per token is [rows, repeat, T] or, with a value per memory, [rows, repeat, T, M], NaN at padding.
         """
         rows = reported_rows(rows)
-        copies = 1 if self.mesh is None else self.mesh.size  # every device computes the same row, as kernels need one
+        # Every device computes the same row, as kernels need one.
+        copies = 1 if self.mesh is None else sharding.splits(self.mesh)
         taken = {name: np.repeat(array[:, None], copies, axis=1) for name, array in rows.arrays().items()}
         found = jax.device_get(self._report(self.params, taken))
         padding = rows.segment_ids < 0
@@ -260,7 +261,7 @@ class Scorer:
         if self.mesh is None:
             return batch
         rows = len(batch["tokens"])
-        missing = -rows % self.mesh.size
+        missing = -rows % sharding.splits(self.mesh)
         fill = ((0, missing), (0, 0))
         batch = {name: np.pad(array, fill, constant_values=_PADDING[name]) for name, array in batch.items()}
         return sharding.put_batch(batch, self.mesh, rows + missing)

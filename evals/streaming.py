@@ -167,7 +167,7 @@ def _placed(rows_NL: Int[np.ndarray, "N L"], mesh: Mesh | None) -> Any:
     """The rows on the devices: unchanged on one device, padded with the last row and split over several."""
     if mesh is None:
         return rows_NL
-    padded = np.pad(rows_NL, ((0, -len(rows_NL) % mesh.size), (0, 0)), mode="edge")
+    padded = np.pad(rows_NL, ((0, -len(rows_NL) % sharding.splits(mesh)), (0, 0)), mode="edge")
     return jax.device_put(padded, NamedSharding(mesh, PartitionSpec(sharding.BATCH)))
 
 

@@ -18,6 +18,7 @@ a layer uses them, not earlier (`gathering`, `gathered`).
 
 import contextvars
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -225,18 +226,20 @@ def padding_last(segment_ids: Int[Array, "B T"] | None) -> Iterator[None]:
 def split_rows(x: Float[Array, "B ..."] | Int[Array, "B ..."]) -> Array:
     """x with its rows split over the batch axes of the current mesh; x itself without a mesh, or if the axes do not
     divide its rows. Inside `jax.shard_map` the axes are manual and rows are already split."""
+    axes = row_axes(x.shape[0])
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+
+def row_axes(rows: int) -> tuple[str, ...]:
+    """The axes of the current mesh over which so many rows are split; () for none."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return x
+        return ()
     axes = tuple(
         name for name, kind in zip(mesh.axis_names, mesh.axis_types) if name in BATCH_AXES and kind == AxisType.Auto
     )
-    parts = 1
-    for name in axes:
-        parts *= mesh.shape[name]
-    if parts == 1 or x.shape[0] % parts:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+    parts = math.prod(mesh.shape[name] for name in axes)
+    return () if parts == 1 or rows % parts else axes
 
 
 _gather: contextvars.ContextVar[Callable[[nnx.Variable], Array] | None] = contextvars.ContextVar("gather", default=None)

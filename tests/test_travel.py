@@ -1,6 +1,7 @@
 """A run folder can move: it has its tokenizer and the user's files, knows its data by digest, and has one writer."""
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -295,11 +296,17 @@ def test_nothing_is_left_of_a_run_whose_writing_failed(tmp_path, monkeypatch):
         (dict(data=-1, fsdp=4), 6, (-1, 2)),
         (dict(data=8), 3, (-1, 1)),
         (dict(), 5, (-1, 1)),
+        (dict(data=1, tensor=4, sequence=2), 8, (1, 1, 4, 2)),
+        (dict(data=2, fsdp=2, tensor=4, sequence=2), 8, (-1, 1, 4, 2)),
+        (dict(fsdp=4, tensor=2), 12, (-1, 2, 2, 1)),
+        (dict(tensor=4), 2, (-1, 1, 2, 1)),
     ],
 )
 def test_a_mesh_that_fits_the_devices(parallel, devices, wanted):
     found = sharding.fitting(ParallelConfig(zero=3, **parallel), devices)
-    assert (found.data, found.fsdp, found.zero) == (*wanted, 3)
+    wanted += (1,) * (4 - len(wanted))
+    assert (found.data, found.fsdp, found.tensor, found.sequence, found.zero) == (*wanted, 3)
+    assert math.prod(found.mesh_shape(devices)) == devices
 
 
 def test_a_run_goes_on_with_the_devices_that_are_here(made, tmp_path, capsys, monkeypatch):

@@ -95,3 +95,30 @@ def test_temporaries_grow_with_layers_and_not_with_devices(programs):
     seven, eight, nine = (programs[f"8 pjit {n}"]["temporary"] for n in (7, 8, 9))
     assert eight == pytest.approx((seven + nine) / 2, rel=0.1)
     assert eight <= 1.3 * programs["2 pjit 8"]["temporary"]
+
+
+ACCUMULATED = """
+import dataclasses, json
+import jax, numpy as np
+from engrax.tests.layouts import collectives, compiled, experiment
+found = {}
+for strategy in ("pjit", "pmap"):
+    for zero in (1, 2):
+        e = experiment("attention", parallel=dict(data=4, zero=zero, strategy=strategy), accumulate=2, batch_size=8)
+        e = dataclasses.replace(e, model=dataclasses.replace(e.model, mlp_hidden=4096))
+        program = compiled(e)
+        scattered = sum(kind == "reduce-scatter" for kind, _ in collectives(program))
+        found[f"{strategy} {zero}"] = program.memory_analysis().temp_size_in_bytes, scattered
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.long
+def test_accumulated_gradients_are_sharded_by_zero_2(run_python):
+    """The MLPs' three matrices of two layers are nearly all parameters; each device holds a quarter of their sum."""
+    found = json.loads(run_python(ACCUMULATED, devices=4).splitlines()[-1])
+    matrices = 4 * 2 * 3 * 16 * 4096
+    for strategy in ("pjit", "pmap"):
+        one, two = found[f"{strategy} 1"][0], found[f"{strategy} 2"][0]
+        assert one - two > 0.5 * matrices, (strategy, one, two)
+    assert found["pmap 2"][1] >= found["pmap 1"][1] > 0

@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import math
 import re
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -40,9 +41,9 @@ def parse_mesh(text: str | None, parallel: ParallelConfig) -> ParallelConfig:
     open. Raises UserError for another text."""
     if text is None:
         return dataclasses.replace(parallel, data=1 if parallel.data == -1 else parallel.data)
-    sizes = dict(data=1, fsdp=1)
+    sizes = dict.fromkeys(sharding.AXES, 1)
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(data|fsdp)=([1-9]\d{0,4})\s*", part)
+        found = re.fullmatch(r"\s*(data|fsdp|tensor|sequence)=([1-9]\d{0,4})\s*", part)
         if not found:
             raise UserError(f"--mesh {text!r} is no mesh; write axes and their devices, such as data=2,fsdp=4.")
         sizes[found[1]] = int(found[2])
@@ -61,7 +62,7 @@ def compile_step(
     target = topologies.find(name)
     parallel = parse_mesh(mesh, experiment.parallel)
     experiment = for_target(dataclasses.replace(experiment, parallel=parallel), target)
-    found = topologies.topology_devices(target, parallel.data * parallel.fsdp)
+    found = topologies.topology_devices(target, math.prod(parallel.mesh_shape(1)))
     trainer = Trainer(experiment, tuple(found))
     begin = time.perf_counter()
     calls, traced = _trace(trainer, trainer.mesh)
@@ -121,7 +122,7 @@ def _head(experiment: Experiment, name: str, config: str | None) -> dict[str, An
         "format": FORMAT,
         "config": config,
         "device": name,
-        "mesh": {"data": p.data, "fsdp": p.fsdp},
+        "mesh": sharding.sizes(p, 1),
         "zero": p.zero,
         "strategy": p.strategy,
         "rows": experiment.batch_size,

@@ -1,5 +1,6 @@
 """The result of `engrax compile` as plain text, for a terminal."""
 
+import math
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -65,8 +66,9 @@ def command(words: Sequence[str], device: str, mesh: dict[str, int] | None = Non
 
 def _headline(result: dict[str, Any]) -> str:
     mesh = result["mesh"]
-    count = mesh["data"] * mesh["fsdp"]
-    devices = f"{count} device{'s' * (count > 1)} (data={mesh['data']}, fsdp={mesh['fsdp']}, ZeRO {result['zero']})"
+    count = math.prod(mesh.values())
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
+    devices = f"{count} device{'s' * (count > 1)} ({axes}, ZeRO {result['zero']})"
     rows = f"{result['rows']:,} rows of {result['seq_len']:,} tokens, {result['compute_dtype']}"
     seconds = ", ".join(f"{part} {value:.1f} s" for part, value in result["seconds"].items())
     return f"training step compiled for {result['device']}, {devices}: {rows}; {result['date']}; {seconds}"

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from engrax import models
 from engrax.models.parameters import cast
@@ -130,7 +130,8 @@ def step_memory(experiment: Experiment, device: devices.Device, count: int = 1) 
     model = nnx.eval_shape(lambda: models.build(experiment.model, rngs=nnx.Rngs(0)))
     params, dtype = nnx.state(model, nnx.Param), compute_dtype(experiment, device)
     held = _device_bytes(experiment, params, count)
-    rows, sharded = -(-experiment.batch_size // held["devices"]), held["devices"] > 1 and held["zero"] == 3
+    shape = experiment.parallel.mesh_shape(count)
+    rows, sharded = -(-experiment.batch_size // (shape[0] * shape[1])), held["devices"] > 1 and held["zero"] == 3
     arguments = held["parameter_bytes"] + held["optimizer_bytes"] + 4 + 3 * 4 * rows * experiment.data.seq_len
     if experiment.carry_memory:
         arguments += rows * state_bytes(experiment, model, dtype)["total"]
@@ -139,9 +140,8 @@ def step_memory(experiment: Experiment, device: devices.Device, count: int = 1) 
 
 
 def _mesh(config: ParallelConfig, devices: int) -> AbstractMesh:
-    """The config's mesh; if `data` is open, a mesh over `devices` devices, but at least `fsdp`."""
-    data = max(devices // config.fsdp, 1) if config.data == -1 else config.data
-    return AbstractMesh((data, config.fsdp, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+    """The config's mesh; if `data` is open, a mesh over `devices` devices, but at least those of the other axes."""
+    return AbstractMesh(config.mesh_shape(devices), sharding.AXES, axis_types=sharding.AUTO)
 
 
 def _sharded_bytes(tree: Any, specs: Any, mesh: AbstractMesh) -> int:

@@ -32,17 +32,21 @@ class ParallelConfig:
     strategy: Literal["pjit", "pmap"] = "pjit"  # compiler-placed or explicit collectives; the same numbers
     data: int = -1  # devices along the batch; -1 = all remaining devices
     fsdp: int = 1  # devices along the batch that also shard parameters (zero 3)
-    tensor: int = 1  # reserved
-    sequence: int = 1  # reserved
-    zero: Literal[0, 1, 3] = 0  # 0: all replicated; 1: optimizer state sharded; 3: parameters too
+    tensor: int = 1  # devices that split heads, hidden widths and vocabulary
+    sequence: int = 1  # devices that split the tokens of a row
+    zero: Literal[0, 1, 2, 3] = 0  # 1: optimizer state sharded; 2: gradients too; 3: parameters too; 0: nothing
+    offload: Literal["none", "optimizer"] = "none"  # optimizer: its state is in the host's memory between steps
 
     def __post_init__(self):
-        if self.tensor != 1 or self.sequence != 1:
-            raise UserError("parallel.tensor and parallel.sequence are reserved names; this version runs them at 1.")
-        if self.fsdp < 1 or self.data == 0 or self.data < -1:
-            raise UserError(
-                f"parallel.data={self.data} and parallel.fsdp={self.fsdp} must be at least 1 (data: or -1)."
-            )
+        require_at_least("parallel", self, fsdp=1, tensor=1, sequence=1)
+        if self.data == 0 or self.data < -1:
+            raise UserError(f"parallel.data={self.data} must be at least 1, or -1 for all remaining devices.")
+
+    def mesh_shape(self, devices: int) -> tuple[int, int, int, int]:
+        """Devices along data, fsdp, tensor and sequence. An open `data` takes what the others leave of `devices`, at
+        least 1."""
+        others = self.fsdp, self.tensor, self.sequence
+        return max(devices // math.prod(others), 1) if self.data == -1 else self.data, *others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +81,12 @@ class LogConfig:
     wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases
     wandb_project: str = "engrax"  # its project name
     tensorboard: bool = False  # event files in RUN/tensorboard
+    profile: str | None = None  # "100:3": a profiler trace of the 3 steps from 100, in RUN/profile
 
     def __post_init__(self):
         require_at_least("log", self, every=1)
+        if self.profile is not None and not re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,3}", self.profile):
+            raise UserError(f"log.profile={self.profile!r} must be FIRST:COUNT, such as 100:3 for steps 100 to 102.")
 
 
 MOST = 1 << 31  # limit of every number in a config: no array has such an axis, no generator such a seed

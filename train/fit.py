@@ -9,6 +9,7 @@ import numpy as np
 
 from engrax.errors import UserError
 from engrax.train.cost import size
+from engrax.train.sharding import splits
 from engrax.train.train_step import resolve_dtype
 from engrax.train.trainer import Trainer
 
@@ -44,7 +45,7 @@ def needed(trainer: Trainer) -> int:
     """The minimal bytes of one device for a step: the training state, and the inputs of the repeats of the model's
     blocks, which every remat policy keeps for the backward pass."""
     experiment, model = trainer.experiment, trainer.experiment.model
-    micro = experiment.batch_size // trainer.mesh.size // experiment.optimizer.accumulate
+    micro = experiment.batch_size // splits(trainer.mesh) // experiment.optimizer.accumulate
     values = micro * experiment.data.seq_len * getattr(model, "dim", 0) * getattr(model, "repeat", 1)
     state = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize

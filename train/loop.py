@@ -37,6 +37,8 @@ from engrax.train.experiment import Experiment
 from engrax.train.fit import refuse_what_does_not_fit
 from engrax.train.host import keep_compiled_programs, keep_freed_memory
 from engrax.train.probe import refuse_leaks
+from engrax.train.profile import Speed, Trace
+from engrax.train.train_step import resolve_dtype
 from engrax.train.trainer import Trainer
 from engrax.train.watchdog import Watchdog
 
@@ -166,7 +168,10 @@ class Loop:
     _stops: bool = False
 
     def __post_init__(self):
-        self.flat = guards.FlatLoss(self.trainer.experiment)
+        experiment = self.trainer.experiment
+        self.flat = guards.FlatLoss(experiment)
+        self.speed = Speed(experiment, resolve_dtype(experiment.compute_dtype))
+        self.trace = Trace(experiment, self.checkpoints.directory.parent)
 
     def run(self, state: Any, data: guards.Guarded, start: int, stop: StopSignal, first: Any = None) -> tuple[int, Any]:
         """Runs until the last step or a signal; returns (steps done, state). `first`: a batch already taken from
@@ -184,6 +189,7 @@ class Loop:
                 step = start
                 break
         self.watchdog.rest()
+        self.trace.close()
         return step, self._state
 
     def _run(self, data: guards.Guarded, start: int, stop: StopSignal, first: Any) -> int:
@@ -192,7 +198,9 @@ class Loop:
         for step in range(start + 1, experiment.steps + 1):
             batch = next(data) if first is None else first
             first = None
+            self.trace.before(step)
             values = self._step(batch, drop=data.dropped(step) is not None)
+            self.trace.after(step, values)
             if values:  # a step is compiled
                 self.watchdog.alive()
             if pending is not None:
@@ -263,9 +271,8 @@ class Loop:
         if step % experiment.log.every == 0 or step in (1, experiment.steps) or validated or dropped:
             before, then = self._window
             if step > before:
-                row["tokens_per_second"] = (
-                    (step - before) * experiment.batch_size * experiment.data.seq_len / (now - then)
-                )
+                rate = (step - before) * experiment.batch_size * experiment.data.seq_len / (now - then)
+                row |= {"tokens_per_second": rate} | self.speed(rate)
                 self._window = (step, now)
             if self._blocked is not None:
                 row["save_blocked_seconds"], self._blocked = self._blocked, None

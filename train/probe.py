@@ -41,7 +41,7 @@ def refuse_leaks(trainer: Trainer, params: Any, batch: dict[str, np.ndarray], so
 def _rows(trainer: Trainer, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and segment ids [R, T] for the probe, the same on every process: R divides over the devices, R >= 2, and
     row 0 has the most tokens."""
-    count = int(np.prod([trainer.mesh.shape[axis] for axis in sharding.BATCH]))
+    count = sharding.splits(trainer.mesh)
     count *= -(-2 // count)
     tokens, ids = batch["tokens"][:, :LENGTH], batch["segment_ids"][:, :LENGTH]
     order = np.argsort(-np.sum(ids >= 0, axis=1), kind="stable")

@@ -5,6 +5,7 @@ counted in the program. "Needed" FLOPs are three times those of the forward pass
 recomputation.
 """
 
+import math
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -24,7 +25,8 @@ def count(
 ) -> dict[str, Any]:
     """Returns {"flops": {...}, "bytes": ..., "not_available": {figure: reason}} of one step on one device."""
     p = experiment.parallel
-    devices = p.data * p.fsdp if p.strategy == "pjit" else 1  # a per-device program calls with its own rows
+    # A per-device program calls with its own rows; devices that share heads (`models.shares`) with their own heads.
+    devices = math.prod(p.mesh_shape(1)) // p.tensor if p.strategy == "pjit" else 1
     products, missing = program_cost.products(program), {}
     try:
         in_kernels = kernel_flops(kernels, calls, devices)
@@ -53,7 +55,7 @@ def needed_flops(experiment: Experiment) -> float | None:
         forward = float(experiment.model.flops_per_token(experiment.data.seq_len))
     except NotImplementedError:
         return None
-    devices = experiment.parallel.data * experiment.parallel.fsdp
+    devices = math.prod(experiment.parallel.mesh_shape(1))
     return 3 * forward * experiment.batch_size * experiment.data.seq_len / devices
 
 

@@ -114,6 +114,9 @@ class AttentionConfig(MixerConfig):
             cls(),
         )
 
+    def of_heads(self, shares: int) -> "AttentionConfig":
+        return self.with_heads_cut(shares, ("heads", "kv_heads"))
+
     def scaled(self, factor: float) -> "AttentionConfig":
         """With a window, which stands for the capacity where there is none, times the factor."""
         return dataclasses.replace(self, window=max(2, round((self.window or self.capacity) * factor)))
@@ -191,10 +194,13 @@ class Attention(Mixer):
         self.k = projection(dim, groups * config.head_dim, ("embed", "heads"), rngs=rngs, bias=bias)
         self.v = projection(dim, groups * config.head_dim, ("embed", "heads"), rngs=rngs, bias=bias)
         if config.qk_norm_eps is not None:
-            heads = (config.heads, groups) if config.qk_norm == "all" else (1, 1)
-            self.q_norm, self.k_norm = (rms_norm(n * config.head_dim, rngs=rngs, eps=config.qk_norm_eps) for n in heads)
+            heads, axis = ((config.heads, groups), "heads") if config.qk_norm == "all" else ((1, 1), "norm")
+            self.q_norm, self.k_norm = (
+                rms_norm(n * config.head_dim, rngs=rngs, eps=config.qk_norm_eps, axis=axis) for n in heads
+            )
         if config.conv_width > 1:
-            self.conv = ShortConv((config.heads + 2 * groups) * config.head_dim, config.conv_width, rngs=rngs)
+            widths = tuple(heads * config.head_dim for heads in (config.heads, groups, groups))
+            self.conv = ShortConv(sum(widths), config.conv_width, rngs=rngs, widths=widths)
         self.out = projection(
             config.heads * config.head_dim,
             dim,

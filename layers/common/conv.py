@@ -15,13 +15,22 @@ class ShortConv(nnx.Module):
     It never mixes segments: a tap in another segment, in padding, or before the row's start reads 0.
     """
 
-    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs, bias: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        widths: tuple[int, ...] | None = None,
+    ):
+        """widths: channels of the projections that lie side by side, as queries, keys and values; None = one."""
         # All taps start equal, so combining a token with the previous one needs no tap to grow first.
         kernel = jax.random.normal(rngs.params(), (width, channels)) * width**-0.5
-        self.kernel = nnx.Param(kernel, axes=("conv", "channels"), role="convolution")
+        self.kernel = nnx.Param(kernel, axes=("conv", "channels"), role="convolution", widths=widths or (channels,))
         self.width = width
         if bias:
-            self.bias = nnx.Param(jnp.zeros(channels), axes=("channels",), role="bias")
+            self.bias = nnx.Param(jnp.zeros(channels), axes=("channels",), role="bias", widths=widths or (channels,))
 
     def init_tail(self, batch_size: int, dtype) -> Float[Array, "B tail C"]:
         """The W - 1 inputs before the row: zeros. The newest is last."""
