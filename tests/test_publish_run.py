@@ -102,7 +102,11 @@ def test_what_is_left_out_is_said(tmp_path):
     """When a model wraps a language model, then its backbone is written alone; as safetensors nothing is left out."""
     attention = AttentionConfig(heads=2, head_dim=8, capacity=64)
     backbone = LanguageModelConfig(vocab_size=32, dim=16, mixers=(attention,), repeat=1, mlp_hidden=16)
-    train(tiny(model=HMTConfig(backbone=backbone, segment_length=8), steps=1), tmp_path / "run", progress=False)
+    train(
+        tiny(model=HMTConfig(backbone=backbone, segment_length=8, summary_tokens=4), steps=1),
+        tmp_path / "run",
+        progress=False,
+    )
     notes = engrax.export(tmp_path / "run", tmp_path / "out", to="llama")
     assert "hmt's own parts are left out: its backbone is written" in notes
     assert "the data is made of ids, so there is no tokenizer" in notes

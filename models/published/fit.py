@@ -116,7 +116,9 @@ def plain_mixer(mixer: MixerConfig) -> MixerConfig:
     if isinstance(mixer, AttentionConfig):
         changes = {"kv_heads": mixer.kv_heads or mixer.heads, "capacity": 4096}
         if mixer.rope_base is None:
-            changes |= {"rope_scaling": RopeScaling(), "rope_fraction": 1.0}
+            changes["rope_fraction"] = 1.0
+        if mixer.rope_base is None or mixer.rope_scaling.kind == "none":
+            changes["rope_scaling"] = RopeScaling()
         if mixer.qk_norm_eps is None:
             changes["qk_norm"] = "head"
     if isinstance(mixer, MatrixMemoryConfig):
