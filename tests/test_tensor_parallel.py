@@ -213,7 +213,8 @@ assert all(other == bits[0] for other in bits), "a checkpoint changed on its way
 run = open_run("run")
 mesh = sharding.evaluation_mesh(run.experiment.parallel)
 model, _ = run.load(mesh=mesh)
-assert mesh.shape["tensor"] == 2 and any("tensor" in x.sharding.spec for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+held = [x.sharding.spec for x in jax.tree.leaves(nnx.state(model, nnx.Param))]
+assert mesh.shape["tensor"] == 2 and any("tensor" in spec for spec in held)
 with sharding.use_mesh(mesh):
     written = sample(model, [[1, 2, 3], [4, 5, 6, 7]], tokens=12, temperature=0)
 assert written.tolist() == sample(run.load()[0], [[1, 2, 3], [4, 5, 6, 7]], tokens=12, temperature=0).tolist()
