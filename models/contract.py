@@ -18,6 +18,7 @@ a layer uses them, not earlier (`gathering`, `gathered`).
 
 import contextvars
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -29,6 +30,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
+from engrax.errors import UserError
+from engrax.layers.common import sequence
+from engrax.layers.mixer import Mixer, MixerOutput
 from engrax.models.tokens import as_tokens, taking_lists
 from engrax.pallas_kernels.common.segments import PADDING
 
@@ -196,6 +200,8 @@ def compact(segment_ids: Int[Array, "B T"] | None) -> Rows:
     """
     if segment_ids is None or segment_ids.shape[1] == 1 or segment_ids is _padding_last.get():
         return Rows(segment_ids, None, None)
+    if sequence.is_split():
+        raise ValueError("padding moves between devices: declare `padding_last` for rows split by parallel.sequence.")
     padding = segment_ids == PADDING
     kept = jnp.cumsum(~padding, axis=1, dtype=jnp.int32)
     behind = kept[:, -1:] + jnp.cumsum(padding, axis=1, dtype=jnp.int32)
@@ -222,21 +228,51 @@ def padding_last(segment_ids: Int[Array, "B T"] | None) -> Iterator[None]:
 # Placement of arrays on a mesh.
 
 
+def row_parts(rows: int) -> int:
+    """Into how many parts the batch axes of the current mesh split this number of rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else math.prod(mesh.shape[name] for name in _row_axes(mesh))
+    return 1 if rows % parts else parts
+
+
+def _row_axes(mesh) -> tuple[str, ...]:
+    """The batch axes that the compiler splits."""
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    return tuple(name for name, kind in kinds if name in BATCH_AXES and kind == AxisType.Auto)
+
+
 def split_rows(x: Float[Array, "B ..."] | Int[Array, "B ..."]) -> Array:
     """x with its rows split over the batch axes of the current mesh; x itself without a mesh, or if the axes do not
     divide its rows. Inside `jax.shard_map` the axes are manual and rows are already split."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if row_parts(x.shape[0]) == 1:
         return x
-    axes = tuple(
-        name for name, kind in zip(mesh.axis_names, mesh.axis_types) if name in BATCH_AXES and kind == AxisType.Auto
-    )
-    parts = 1
-    for name in axes:
-        parts *= mesh.shape[name]
-    if parts == 1 or x.shape[0] % parts:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(_row_axes(jax.sharding.get_abstract_mesh())))
+
+
+def forward_in_turn(
+    mixer: Mixer,
+    x_BTD: Float[Array, "B T D"],
+    state: Any,
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    mute: tuple[str, ...] = (),
+) -> MixerOutput:
+    """`mixer.forward` on the pieces of rows split over devices, one after the other (`sequence.in_turn`); as many rows
+    at once as the batch axes of the mesh split."""
+    rows = len(x_BTD)
+    if type(mixer).auxiliary_loss is not Mixer.auxiliary_loss:
+        raise UserError(
+            f"{type(mixer).__name__} has an auxiliary loss of whole rows, which parallel.sequence splits; set "
+            "--parallel.sequence 1."
+        )
+
+    def call(x, state, ids):
+        out = mixer.forward(x, state, ids, mute=mute)
+        return out.y, out.state
+
+    state = mixer.init_state(rows) if state is None else state
+    y, state = sequence.in_turn(call, x_BTD, state, segment_ids, rows // row_parts(rows))
+    return MixerOutput(y, state, no_loss(x_BTD), {})
 
 
 _gather: contextvars.ContextVar[Callable[[nnx.Variable], Array] | None] = contextvars.ContextVar("gather", default=None)

@@ -5,7 +5,7 @@ with depth. A named remat policy selects what the backward pass recomputes.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from engrax.errors import UserError
 from engrax.layers import AttentionConfig, MixerConfig, TitansConfig
 from engrax.layers.attention.attention import RopeScaling
-from engrax.layers.common import lora
+from engrax.layers.common import lora, sequence
 from engrax.layers.common.lora import LoraConfig
 from engrax.layers.common.modules import projection
 from engrax.layers.mixer import MixerOutput, as_mixer
@@ -27,6 +27,7 @@ from engrax.models.contract import (
     Model,
     Output,
     compact,
+    forward_in_turn,
     gathered,
     is_gathering,
     no_loss,
@@ -51,6 +52,8 @@ REMAT = {  # name -> values that the forward pass of a pattern saves for the bac
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig(ModelConfig):
     """Settings of a pattern language model; the number of blocks is repeat x len(mixers)."""
+
+    splits_rows: ClassVar[bool] = True
 
     vocab_size: int = 256  # tokens
     dim: int = 128  # model width
@@ -131,6 +134,7 @@ class Block(nnx.Module):
 
     def __init__(self, mixer: MixerConfig, config: LanguageModelConfig, *, layer: Any, rngs: nnx.Rngs):
         self.norm_place = config.layout.norm_place
+        self.composes = mixer.composes
         self.mixer_norm = config.layout.build_norm(config.dim, rngs=rngs)
         self.mixer = as_mixer(mixer.build(config.dim, rngs=rngs, layer=layer, num_layers=config.num_layers))
         if config.mlp_width:
@@ -153,7 +157,11 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], MixerOutput]:
         """The residual stream after the block, and the mixer's output; mute: memory reads to remove."""
         x_BTD = split_rows(x_BTD)
-        out = self.mixer.forward(self.mixer_input(x_BTD), state, segment_ids, collect=collect, mute=mute)
+        u_BTD = self.mixer_input(x_BTD)
+        if sequence.is_split() and not self.composes:
+            out = forward_in_turn(self.mixer, u_BTD, state, segment_ids, mute=mute)
+        else:
+            out = self.mixer.forward(u_BTD, state, segment_ids, collect=collect, mute=mute)
         x_BTD = self._norm("after", self.mixer_norm, x_BTD + out.y.astype(x_BTD.dtype))
         if hasattr(self, "mlp"):
             x_BTD = x_BTD + self.mlp(self._norm("before", self.mlp_norm, x_BTD))

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from engrax.errors import UserError
+from engrax.layers.common.sequence import SEQUENCE
 from engrax.models.contract import BATCH_AXES
 from engrax.models.parameters import sharded_axis
 from engrax.train.experiment import ParallelConfig
@@ -91,6 +92,11 @@ def splits(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[name] for name in BATCH)
 
 
+def batch_spec(mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The spec of arrays [B, T]: rows over the batch axes, and tokens over `sequence` if it has several devices."""
+    return PartitionSpec(BATCH, SEQUENCE) if mesh.shape[SEQUENCE] > 1 else PartitionSpec(BATCH)
+
+
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """Sets the mesh for a `with` block, as kernels need it; does nothing without a mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
@@ -141,8 +147,8 @@ def named(specs: Any, mesh: Mesh) -> Any:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, rows: int) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays with `rows` rows, split over the batch axes."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+    """This process's rows of a batch as global arrays with `rows` rows, split as `batch_spec` says."""
+    sharding = NamedSharding(mesh, batch_spec(mesh))
     return {k: jax.make_array_from_process_local_data(sharding, v, (rows, *v.shape[1:])) for k, v in batch.items()}
 
 

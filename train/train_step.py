@@ -19,6 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from engrax.layers.common import sequence
+from engrax.layers.common.sequence import SEQUENCE
 from engrax.models import contract
 from engrax.models.parameters import LAYERS, axes_of, cast, map_parameters
 from engrax.train import guards, sharding
@@ -70,6 +72,36 @@ def make_loss(graphdef: nnx.GraphDef, dtype: Any, place: "Placement | None" = No
     return loss
 
 
+def over_pieces(f: Callable[[Any, Batch, Any], tuple[Any, Any]], mesh: Mesh) -> Callable:
+    """f(params, batch, memory) -> (sums over tokens, memory) on rows whose tokens are split over the mesh axis
+    `sequence`: a per-device program along this axis, whose sums are added. Parameters and memory are whole on each device
+    of the axis, and the gradient is summed over it."""
+    if mesh.shape[SEQUENCE] == 1:
+        return f
+
+    def piece(params, batch, memory):
+        with sequence.pieces(SEQUENCE):
+            sums, memory = f(params, batch, memory)
+        return jax.lax.psum(sums, SEQUENCE), memory
+
+    specs = PartitionSpec(), PartitionSpec(None, SEQUENCE), PartitionSpec()
+    return jax.shard_map(piece, in_specs=specs, out_specs=PartitionSpec(), axis_names={SEQUENCE}, check_vma=False)
+
+
+def _loss_over_pieces(loss: Loss, mesh: Mesh) -> Loss:
+    def sums(params, batch, memory):
+        total, (sums, memory) = loss(params, batch, memory)
+        return (total, sums), memory
+
+    split = over_pieces(sums, mesh)
+
+    def whole(params, batch, memory):
+        (total, sums), memory = split(params, batch, memory)
+        return total, (sums, memory)
+
+    return whole
+
+
 class Placement(NamedTuple):
     """How sharded parameters are gathered: the spec of every parameter, and gather(value, axis) for a sharded one."""
 
@@ -109,13 +141,16 @@ def _stacked(variable: nnx.Variable) -> bool:
 def compiler_placement(specs: Any, mesh: Mesh) -> Placement:
     """Gathering by sharding constraints: whole in the forward pass; the gradient is sharded like the parameter."""
 
+    def on_mesh(spec):  # in the per-device program of `over_pieces`, the mesh is the current one
+        return spec if mesh.shape[SEQUENCE] > 1 else NamedSharding(mesh, spec)
+
     @partial(jax.custom_vjp, nondiff_argnums=(1,))
     def whole(value, axis):
-        return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, PartitionSpec()))
+        return jax.lax.with_sharding_constraint(value, on_mesh(PartitionSpec()))
 
     def bwd(axis, _, gradient):
         spec = PartitionSpec(*[None] * axis, sharding.BATCH)
-        return (jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, spec)),)
+        return (jax.lax.with_sharding_constraint(gradient, on_mesh(spec)),)
 
     whole.defvjp(lambda value, axis: (whole(value, axis), None), bwd)
     return Placement(specs, whole)
@@ -168,7 +203,7 @@ def labelled(batch: Batch) -> Array:
 def pjit_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: Mesh, specs: State) -> Callable:
     """The jitted step(state, batch) -> (state, metrics) over global arrays; the state is donated."""
     rate = experiment.optimizer.rate(experiment.steps)
-    loss = make(compiler_placement(specs["params"], mesh))
+    loss = _loss_over_pieces(make(compiler_placement(specs["params"], mesh)), mesh)
 
     def step(state, batch):
         count, settings = jnp.maximum(labelled(batch), 1.0), experiment.optimizer
@@ -272,7 +307,7 @@ def _map(f: Callable, tree: Any, *specs: Any, is_leaf: Callable | None = None) -
 def _jit(step: Callable, mesh: Mesh, specs: State) -> Callable:
     """The step compiled for the mesh; the mesh is set while the step is traced, in every call."""
     state = sharding.named({name: specs[name] for name in STATE if name in specs}, mesh)
-    batch = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    batch = NamedSharding(mesh, sharding.batch_spec(mesh))
     scalar = NamedSharding(mesh, PartitionSpec())
 
     def on_mesh(state, batch):

@@ -189,14 +189,18 @@ class Trainer:
         return train_step.make_loss(self.graphdef, self._dtype, place)
 
     def forward(self, f: Callable) -> Callable:
-        """f(model, batch) as a compiled call(params, batch); the model gathers a sharded parameter where it is used."""
+        """f(model, batch), sums over tokens, as a compiled call(params, batch); the model gathers a sharded parameter
+        where it is used."""
         place = train_step.compiler_placement(self.specs["params"], self.mesh)
+
+        def sums(params, batch, _):
+            model, gather = train_step.assemble(self.graphdef, cast(params, self._dtype), place)
+            with contract.gathering(gather):
+                return f(model, batch), None
 
         def call(params, batch):
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                model, gather = train_step.assemble(self.graphdef, cast(params, self._dtype), place)
-                with contract.gathering(gather):
-                    return f(model, batch)
+                return train_step.over_pieces(sums, self.mesh)(params, batch, None)[0]
 
         return jax.jit(call, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
@@ -289,7 +293,10 @@ class Trainer:
         return {name: float(right / count) for name, (count, right) in zip(names, sums) if count}
 
     def diagnose(self, params: Any) -> dict[str, float]:
-        """The mixers' scalar diagnostics on the first validation batch: {"memory/titans.lr_mean/0": ...} by repeat."""
+        """The mixers' scalar diagnostics on the first validation batch: {"memory/titans.lr_mean/0": ...} by repeat; {}
+        if tokens are split over devices, since they are of whole rows."""
+        if self.experiment.parallel.sequence > 1:
+            return {}
         with contextlib.closing(self.loader("validation")) as loader:
             report = jax.device_get(self.report_step(params, self.put(next(loader))))
         return {
@@ -316,6 +323,8 @@ def check(experiment: Experiment) -> None:
             f"optimizer {optimizer.registered_name} with {optimizer.moments} moments needs whole ones; choose "
             "parallel.strategy='pjit' or parallel.zero=0."
         )
+    if parallel.sequence > 1:
+        _check_split(experiment)
     if experiment.carry_memory:
         _check_carried(experiment)
     vocab = getattr(experiment.model, "vocab_size", None)
@@ -323,6 +332,32 @@ def check(experiment: Experiment) -> None:
         raise UserError(
             f"model.vocab_size={vocab} is smaller than the data's {experiment.data.vocab_size} tokens; "
             f"set --model.vocab-size {experiment.data.vocab_size}."
+        )
+
+
+def _check_split(experiment: Experiment) -> None:
+    """Raises UserError if the model or the data cannot split rows over devices."""
+    pieces, model, length = experiment.parallel.sequence, experiment.model, experiment.data.seq_len
+    if not model.splits_rows:
+        raise UserError(
+            f"parallel.sequence={pieces} splits rows over devices, and {model.registered_name} reads them in order, "
+            "segment by segment; set --parallel.sequence 1."
+        )
+    if "state_carry" in model.exempt_from:
+        raise UserError(
+            f"parallel.sequence={pieces} cuts rows, and the model forbids that ({model.exempt_from['state_carry']}); "
+            "set --parallel.sequence 1."
+        )
+    if length % pieces:
+        raise UserError(
+            f"data.seq_len={length} does not divide over parallel.sequence={pieces} devices; choose a multiple."
+        )
+    if experiment.parallel.strategy == "pmap":
+        raise UserError(f"parallel.sequence={pieces} needs parallel.strategy='pjit'; 'pmap' splits the batch alone.")
+    if jax.process_count() > 1 and jax.local_device_count() % pieces:
+        raise UserError(
+            f"parallel.sequence={pieces} does not divide the {jax.local_device_count()} devices of a process, and each "
+            "process reads whole rows; choose a divisor."
         )
 
 
