@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from engrax.errors import UserError
 from engrax.registry import Registry
 
 MIXERS = Registry("mixer", "engrax.layers")
@@ -39,7 +40,7 @@ class MixerConfig:
         dict[str, str]
     ] = {}  # {law or law.part: reason}; a test asserts that the exempt law really fails
     least_call: ClassVar[int] = 1  # tokens of a segment's start that one call must hold, if it has that many
-    composes: ClassVar[bool] = False  # on rows split over devices: True = its module does it; False = devices take turns
+    composes: ClassVar[bool] = False  # its module runs on rows split over devices; False = the devices take turns
     memory_reads: ClassVar[tuple[str, ...]] = ("read",)  # names of its memory reads; () = no memory
     state_fields: ClassVar[tuple[str, ...]] = (
         "head_dim",
@@ -75,6 +76,26 @@ class MixerConfig:
             elif field.name in names and value is not None:
                 changes[field.name] = max(2, 2 * round(value * factor / 2))
         return dataclasses.replace(self, **changes)
+
+    def of_heads(self, shares: int) -> "MixerConfig | None":
+        """The settings of one of `shares` devices that share the heads; None: the mixer cannot be cut by heads, because
+        these see each other or their number is in its equations.
+
+        A module that can is right with its config replaced by this one, and its parameters by those of its own heads:
+        sizes come from the config, and each projection back to the model's width adds up the devices' products.
+        """
+        return None
+
+    def with_heads_cut(self, shares: int, names: tuple[str, ...]) -> "MixerConfig":
+        """These settings with the fields in `names` divided by `shares`. Raises UserError if one does not divide."""
+        changes = {name: value for name in names if (value := getattr(self, name)) is not None}
+        for name, value in changes.items():
+            if value % shares:
+                raise UserError(
+                    f"{name}={value} of {self.registered_name} does not divide over parallel.tensor={shares} devices; "
+                    f"choose {name}={value + -value % shares}, or a smaller parallel.tensor."
+                )
+        return dataclasses.replace(self, **{name: value // shares for name, value in changes.items()})
 
     def flops_per_token(self, dim: int, seq_len: int) -> float:
         """Forward FLOPs per token of a row of `seq_len` tokens (a multiply-add is 2), including the memory update."""

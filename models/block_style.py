@@ -86,7 +86,8 @@ class LearnedPositions(nnx.Module):
         B, T, _ = x_BTD.shape
         if segment_ids is None and sequence.count() * T > self.config.positions:
             raise UserError(
-                f"{sequence.count() * T} tokens exceed the {self.config.positions} learned positions of the model; use shorter rows."
+                f"{sequence.count() * T} tokens exceed the {self.config.positions} learned positions of the model; use "
+                "shorter rows."
             )
         state = self.init_state(B) if state is None else state
         count, last = state.count[0], state.last_segment[0]

@@ -228,25 +228,23 @@ def padding_last(segment_ids: Int[Array, "B T"] | None) -> Iterator[None]:
 # Placement of arrays on a mesh.
 
 
-def row_parts(rows: int) -> int:
-    """Into how many parts the batch axes of the current mesh split this number of rows."""
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else math.prod(mesh.shape[name] for name in _row_axes(mesh))
-    return 1 if rows % parts else parts
-
-
-def _row_axes(mesh) -> tuple[str, ...]:
-    """The batch axes that the compiler splits."""
-    kinds = zip(mesh.axis_names, mesh.axis_types)
-    return tuple(name for name, kind in kinds if name in BATCH_AXES and kind == AxisType.Auto)
-
-
 def split_rows(x: Float[Array, "B ..."] | Int[Array, "B ..."]) -> Array:
     """x with its rows split over the batch axes of the current mesh; x itself without a mesh, or if the axes do not
     divide its rows. Inside `jax.shard_map` the axes are manual and rows are already split."""
-    if row_parts(x.shape[0]) == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(_row_axes(jax.sharding.get_abstract_mesh())))
+    axes = row_axes(x.shape[0])
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+
+def row_axes(rows: int) -> tuple[str, ...]:
+    """The axes of the current mesh over which so many rows are split; () for none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    axes = tuple(
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types) if name in BATCH_AXES and kind == AxisType.Auto
+    )
+    parts = math.prod(mesh.shape[name] for name in axes)
+    return () if parts == 1 or rows % parts else axes
 
 
 def forward_in_turn(
@@ -270,8 +268,10 @@ def forward_in_turn(
         out = mixer.forward(x, state, ids, mute=mute)
         return out.y, out.state
 
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape[name] for name in row_axes(rows))
     state = mixer.init_state(rows) if state is None else state
-    y, state = sequence.in_turn(call, x_BTD, state, segment_ids, rows // row_parts(rows))
+    y, state = sequence.in_turn(call, x_BTD, state, segment_ids, rows // parts)
     return MixerOutput(y, state, no_loss(x_BTD), {})
 
 

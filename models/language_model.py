@@ -5,12 +5,12 @@ with depth. A named remat policy selects what the backward pass recomputes.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import checkpoint_policies as policies
 from jaxtyping import Array, Float, Int
 
 from engrax.errors import UserError
@@ -22,30 +22,20 @@ from engrax.layers.common.modules import projection
 from engrax.layers.mixer import MixerOutput, as_mixer
 from engrax.models.block_style import BlockStyleConfig, LearnedPositions, without_place
 from engrax.models.contract import (
-    GATHERED,
     LinearHead,
     Model,
     Output,
     compact,
     forward_in_turn,
     gathered,
-    is_gathering,
     no_loss,
     split_rows,
 )
 from engrax.models.decoding import Opened, close_blocks, open_blocks, run_blocks
 from engrax.models.model import MODELS, ModelConfig
 from engrax.models.parameters import declare_roles, stack_axes
-from engrax.pallas_kernels.grouped_matmul.api import PRODUCTS
-from engrax.registry import did_you_mean
-
-REMAT = {  # name -> values that the forward pass of a pattern saves for the backward pass
-    "none": None,  # all: fastest
-    "dots": policies.save_from_both_policies(  # the results of projections
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCTS)
-    ),
-    "full": policies.nothing_saveable,  # only the pattern's input: smallest
-}
+from engrax.models.remat import parse, remat
+from engrax.models.shares import look_up, run_mixer, run_mlp
 
 
 @MODELS.register("language_model")
@@ -60,18 +50,15 @@ class LanguageModelConfig(ModelConfig):
     mixers: tuple[MixerConfig, ...] = (AttentionConfig(window=64), TitansConfig())  # one repeat of the pattern
     repeat: int = 2  # times the pattern is repeated
     mlp_hidden: int | None = None  # hidden width of the MLP; None = 8/3 dim rounded up to 16; 0 = no MLP
-    remat: str = "none"  # none | dots | full
+    remat: str = "none"  # none | dots | full | offload_dots | offload; by kind: "dots,titans=full,mlp=none"
     layout: BlockStyleConfig = BlockStyleConfig()  # norms, MLPs, learned positions, the head
     lora: LoraConfig = LoraConfig()  # adapters on the blocks' projections
     frozen: bool = False  # training changes only the adapters
 
     def __post_init__(self):
-        if self.remat not in REMAT:
-            raise UserError(
-                f"unknown remat {self.remat!r}{did_you_mean(self.remat, REMAT)} (known: {', '.join(REMAT)})."
-            )
         if not self.mixers:
             raise UserError("mixers is empty: a model needs at least one mixer in its pattern.")
+        _ = self.policies  # refuses unknown ones
         if (self.mlp_hidden or 0) < 0:
             raise UserError(f"mlp_hidden={self.mlp_hidden} must not be negative (0 = no MLPs).")
         for name in ("vocab_size", "dim", "repeat"):
@@ -108,6 +95,11 @@ class LanguageModelConfig(ModelConfig):
         return {law: reason for mixer in self.mixers for law, reason in mixer.exempt_from.items()}
 
     @property
+    def policies(self) -> dict[str, str]:
+        """{"": the remat policy of a repeat of the pattern, kind of layer: its own} (`engrax.models.remat`)."""
+        return parse(self.remat, (*(mixer.registered_name for mixer in self.mixers), "mlp"))
+
+    @property
     def num_layers(self) -> int:
         """Blocks in the whole network."""
         return self.repeat * len(self.mixers)
@@ -133,7 +125,11 @@ class Block(nnx.Module):
     """x + mixer(norm(x)), then x + MLP(norm(x)); or norm(x + mixer(x)), then norm(x + MLP(x))."""
 
     def __init__(self, mixer: MixerConfig, config: LanguageModelConfig, *, layer: Any, rngs: nnx.Rngs):
-        self.norm_place = config.layout.norm_place
+        self.norm_place, policies = config.layout.norm_place, config.policies
+        # Policies of its layers by kind; None: the pattern's holds for all.
+        kinds = {"mixer": mixer.registered_name, "mlp": "mlp"}
+        own = {layer: policies.get(kind, policies[""]) for layer, kind in kinds.items()}
+        self.remat = own if len(policies) > 1 else None
         self.composes = mixer.composes
         self.mixer_norm = config.layout.build_norm(config.dim, rngs=rngs)
         self.mixer = as_mixer(mixer.build(config.dim, rngs=rngs, layer=layer, num_layers=config.num_layers))
@@ -157,16 +153,32 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], MixerOutput]:
         """The residual stream after the block, and the mixer's output; mute: memory reads to remove."""
         x_BTD = split_rows(x_BTD)
-        u_BTD = self.mixer_input(x_BTD)
-        if sequence.is_split() and not self.composes:
-            out = forward_in_turn(self.mixer, u_BTD, state, segment_ids, mute=mute)
-        else:
-            out = self.mixer.forward(u_BTD, state, segment_ids, collect=collect, mute=mute)
-        x_BTD = self._norm("after", self.mixer_norm, x_BTD + out.y.astype(x_BTD.dtype))
-        if hasattr(self, "mlp"):
-            x_BTD = x_BTD + self.mlp(self._norm("before", self.mlp_norm, x_BTD))
-            x_BTD = self._norm("after", self.mlp_norm, x_BTD)
-        return x_BTD, out
+
+        def mix(block, x_BTD, state, segment_ids):
+            u_BTD = block.mixer_input(x_BTD)
+            if sequence.is_split() and not block.composes:
+                out = forward_in_turn(block.mixer, u_BTD, state, segment_ids, mute=mute)
+            else:
+                out = run_mixer(block.mixer, u_BTD, state, segment_ids, collect=collect, mute=mute)
+            return block._norm("after", block.mixer_norm, x_BTD + out.y.astype(x_BTD.dtype)), out
+
+        def mlp(block, x_BTD):
+            x_BTD = x_BTD + run_mlp(block.mlp, block._norm("before", block.mlp_norm, x_BTD))
+            return block._norm("after", block.mlp_norm, x_BTD)
+
+        x_BTD, out = self._layer("mixer", mix, x_BTD, state, segment_ids)
+        return self._layer("mlp", mlp, x_BTD) if hasattr(self, "mlp") else x_BTD, out
+
+    def _layer(self, layer: str, f: Callable, x_BTD: Float[Array, "B T D"], *args: Any) -> Any:
+        """f(block, x, ...); where layers have their own remat policies, its parameters are gathered inside."""
+        if self.remat is None:
+            return f(self, x_BTD, *args)
+        graphdef, params = nnx.split(self)
+
+        def run(x_BTD, params, *args):
+            return f(nnx.merge(graphdef, gathered(params)), x_BTD, *args)
+
+        return remat(self.remat[layer], run)(x_BTD, params, *args)
 
 
 class LanguageModel(Model):
@@ -229,7 +241,7 @@ class LanguageModel(Model):
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The vectors of tokens."""
-        x_BTD = split_rows(self.embedding[...][tokens_BT])
+        x_BTD = split_rows(look_up(self.embedding[...], tokens_BT))
         return self.project_in(x_BTD) if hasattr(self, "project_in") else x_BTD
 
     def encode(
@@ -256,7 +268,8 @@ class LanguageModel(Model):
                 collected |= {f"{label}.{key}": value for key, value in out.collected.items()}
             return x, (tuple(new), aux, collected)
 
-        x_BTD, (memory, aux, collected) = self._scan(body, x_BTD, memory, opened)
+        by_layer = len(self.config.policies) > 1
+        x_BTD, (memory, aux, collected) = self._scan(body, x_BTD, memory, opened, by_layer=by_layer)
         hidden_BTD = split_rows(without_place(self.norm(x_BTD) if hasattr(self, "norm") else x_BTD, lost))
         memory = (*memory, *place) if opened is None else opened._replace(blocks=memory, place=place)
         return Output(hidden_BTD, memory, jnp.sum(aux, axis=0), collected)
@@ -319,23 +332,21 @@ class LanguageModel(Model):
         states = self._scan(body, jnp.zeros(()), None)[1]
         return (*states, self.positions.init_state(batch_size)) if hasattr(self, "positions") else states
 
-    def _scan(self, body, x, memory, opened: Opened | None = None):
+    def _scan(self, body, x, memory, opened: Opened | None = None, *, by_layer: bool = False):
         """Runs `body(blocks, x, states) -> (x, outputs)` over the repeats. Outputs are stacked along a first axis,
-        except for the states of an opened memory."""
+        except for the states of an opened memory. by_layer: every layer gathers its parameters and has a remat policy.
+        """
         graphdefs, params = zip(*(nnx.split(block) for block in self.blocks))
 
         def step(x, xs):
             params, states = xs
-            params = gathered(params)
+            params = params if by_layer else gathered(params)
             states = (None,) * len(graphdefs) if states is None else states
             return body([nnx.merge(g, p) for g, p in zip(graphdefs, params)], x, states)
 
         if opened is not None:
             return run_blocks(step, x, opened)
-        policy = REMAT[self.config.remat]
-        if policy is None and is_gathering():  # gathered parameters are not kept for the backward pass
-            policy = policies.save_anything_except_these_names(GATHERED)
-        step = step if policy is None else jax.checkpoint(step, policy=policy, prevent_cse=False)
+        step = step if by_layer else remat(self.config.policies[""], step)
         return jax.lax.scan(step, x, (params, memory))
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 from engrax.errors import UserError
 
 LAYERS = "layers"  # the axis along which the blocks of a pattern position are stacked
+SHARED = ("heads", "mlp", "vocab")  # axes that tensor parallelism splits
 STACKS = (LAYERS, "memory")  # leading axes along which matrices are stacked: layers, and the memories of a mixture
 
 
@@ -158,12 +159,37 @@ def decay_mask(params: Any) -> Any:
     return map_parameters(lambda variable: role_of(variable).decayed, params)
 
 
-def sharded_axis(variable: nnx.Variable, devices: int) -> int | None:
-    """The axis along which a parameter is sharded: the first that `devices` divides, except the stacked layers'."""
+def sharded_axis(variable: nnx.Variable, devices: int, taken: int | None = None) -> int | None:
+    """The axis along which ZeRO shards a parameter: the first that `devices` divides, except the stacked layers' and
+    the one that tensor parallelism has `taken`."""
     for i, (length, name) in enumerate(zip(variable.shape, axes_of(variable))):
-        if devices > 1 and name != LAYERS and length and length % devices == 0:
+        if devices > 1 and name != LAYERS and i != taken and length and length % devices == 0:
             return i
     return None
+
+
+def parts_of(variable: nnx.Variable) -> tuple[int, ...]:
+    """The widths of the parts that lie side by side along a parameter's last axis, each cut by heads on its own."""
+    table = variable.get_metadata()
+    return table.get("parts") or table.get("widths") or variable.shape[-1:]
+
+
+def used_axis(variable: nnx.Variable) -> int | None:
+    """The axis of which every device uses its own heads, channels or vocabulary entries; None: all use all."""
+    axes = axes_of(variable)
+    names = axes[len(axes) - variable.ndim :]  # in a model's scan without the axis of layers
+    return next((i for i, name in enumerate(names) if name in (*SHARED, "channels")), None)
+
+
+def held_axis(variable: nnx.Variable, shares: int) -> int | None:
+    """The axis along which `shares` devices hold a parameter, or optimizer state of its shape: the axis they use. With
+    parts side by side it is the rows, of which each device exchanges its own for the columns of its heads. None: each
+    holds all, as of a convolution's taps, or if the length does not divide."""
+    axis = used_axis(variable)
+    if axis is None or "channels" in axes_of(variable):
+        return None
+    axis -= len(parts_of(variable)) > 1
+    return axis if axis >= 0 and variable.shape[axis] % shares == 0 else None
 
 
 def stack_axes(block: nnx.Module) -> None:

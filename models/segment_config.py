@@ -5,8 +5,9 @@ from typing import Any
 
 from engrax.errors import UserError
 from engrax.layers import AttentionConfig
-from engrax.models.language_model import REMAT, LanguageModelConfig
+from engrax.models.language_model import LanguageModelConfig
 from engrax.models.model import ModelConfig
+from engrax.models.remat import REMAT
 from engrax.registry import did_you_mean
 
 
@@ -17,12 +18,13 @@ class SegmentRecurrentConfig(ModelConfig):
     backbone: ModelConfig = LanguageModelConfig(mixers=(AttentionConfig(),))
     segment_length: int = 256  # L, tokens
     bptt_segments: int | None = None  # segments that gradients flow through; None = all of a call
-    remat: str = "none"  # none | dots | full: values that a segment's forward pass saves
+    remat: str = "none"  # none | dots | full | offload_dots: values that a segment's forward pass saves
 
     def __post_init__(self):
-        if self.remat not in REMAT:
+        known = [name for name in REMAT if name != "offload"]  # a segment's input is a memory, which may be large
+        if self.remat not in known:
             raise UserError(
-                f"unknown remat {self.remat!r}{did_you_mean(self.remat, REMAT)} (known: {', '.join(REMAT)})."
+                f"unknown remat {self.remat!r}{did_you_mean(self.remat, known)} (known: {', '.join(known)})."
             )
         self.at_least(1, "segment_length")
         if isinstance(self.backbone, SegmentRecurrentConfig):

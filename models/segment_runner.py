@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from engrax.layers.common.segments import last_segment_after, newest
-from engrax.models.language_model import REMAT
+from engrax.models.remat import REMAT
 from engrax.pallas_kernels.common.segments import FILLER, PADDING
 
 

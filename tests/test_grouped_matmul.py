@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engrax.models.language_model import REMAT
+from engrax.models.remat import REMAT
 from engrax.pallas_kernels import devices, dispatch, grouped_matmul
 from engrax.pallas_kernels.grouped_matmul import cost, grouping, xla
 from engrax.pallas_kernels.grouped_matmul.grouping import GroupedInputs, GroupedShapes

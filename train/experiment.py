@@ -34,7 +34,8 @@ class ParallelConfig:
     fsdp: int = 1  # devices along the batch that also shard parameters (zero 3)
     tensor: int = 1  # devices that split heads, hidden widths and vocabulary
     sequence: int = 1  # devices that split the tokens of a row
-    zero: Literal[0, 1, 3] = 0  # 0: all replicated; 1: optimizer state sharded; 3: parameters too
+    zero: Literal[0, 1, 2, 3] = 0  # 1: optimizer state sharded; 2: gradients too; 3: parameters too; 0: nothing
+    offload: Literal["none", "optimizer"] = "none"  # optimizer: its state is in the host's memory between steps
 
     def __post_init__(self):
         require_at_least("parallel", self, fsdp=1, tensor=1, sequence=1)

@@ -1,8 +1,9 @@
 """Placement of arrays: the mesh, and one PartitionSpec per leaf of the training state.
 
-The batch is split over `data` and `fsdp`. ZeRO (arXiv 1910.02054) is a setting: 0 replicates parameters and optimizer
-state, 1 shards the optimizer state over all batch devices, 3 also shards the parameters. A leaf is sharded along its
-first axis that the number of devices divides, never along the axis of stacked layers; otherwise it is replicated.
+The batch is split over `data` and `fsdp`; heads, hidden channels and vocabulary over `tensor` (`models.shares`). ZeRO
+(arXiv 1910.02054) is a setting: 0 keeps parameters and optimizer state whole along all other axes, 1 shards the
+optimizer state over them, 2 also the gradients, 3 also the parameters. A leaf is sharded along its first axis that the
+number of devices divides, never along the axis of stacked layers; otherwise it stays whole.
 """
 
 import contextlib
@@ -20,11 +21,13 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from engrax.errors import UserError
 from engrax.layers.common.sequence import SEQUENCE
 from engrax.models.contract import BATCH_AXES
-from engrax.models.parameters import sharded_axis
+from engrax.models.parameters import axes_of, held_axis, sharded_axis
 from engrax.train.experiment import ParallelConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH = BATCH_AXES  # the mesh axes that split the batch
+ZERO = ("data", "fsdp", "sequence")  # the mesh axes over which ZeRO shards: parameters are used whole along them
+HOST = "pinned_host"  # the kind of memory of the host that devices can read
 AUTO = (AxisType.Auto,) * len(AXES)
 
 
@@ -103,35 +106,54 @@ def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 
 
 def param_specs(params: Any, config: ParallelConfig, mesh: Mesh | AbstractMesh, *, stage: int) -> Any:
-    """One spec per array of parameters or optimizer state: sharded if `config.zero >= stage` (1: state, 3: parameters),
-    else replicated.
+    """One spec per array of parameters or optimizer state. Heads, hidden channels and vocabulary are split over
+    `tensor`; ZeRO shards another axis if `config.zero >= stage` (1: state, 2: gradients, 3: parameters).
 
     State of any shape that an optimizer keeps for a parameter, as a moment, projector or scale, lies in the parameter's
     variable and is sharded by its own shape. Other arrays are counters, and frozen parameters have no state.
     """
-    devices = splits(mesh) if config.zero >= stage else 1
+    devices = math.prod(mesh.shape[name] for name in ZERO) if config.zero >= stage else 1
+    shares = mesh.shape["tensor"]
 
     def spec(leaf):
         if not isinstance(leaf, nnx.Variable):
             return PartitionSpec()
         if not jax.tree.leaves(leaf):
             return leaf
-        axis = sharded_axis(leaf, devices)
-        return leaf.replace(PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, BATCH))
+        same = len(axes_of(leaf)) == leaf.ndim  # else state of fewer axes than the parameter
+        held = held_axis(leaf, shares) if shares > 1 and same else None
+        axis = sharded_axis(leaf, devices, taken=held)
+        entries = ["tensor" if i == held else ZERO if i == axis else None for i in range(leaf.ndim)]
+        if devices > 1 and axis is None and held is not None and leaf.shape[held] % (shares * devices) == 0:
+            entries[held] = ("tensor", *ZERO)
+        while entries and entries[-1] is None:
+            entries.pop()
+        return leaf.replace(PartitionSpec(*entries))
 
     return jax.tree.map(spec, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def zero_axis(spec: PartitionSpec) -> int | None:
+    """The axis that ZeRO shards."""
+    return next((i for i, entry in enumerate(spec) if isinstance(entry, tuple) and ZERO[0] in entry), None)
+
+
+def without_zero(spec: PartitionSpec) -> PartitionSpec:
+    """The spec of an array gathered over ZeRO's devices."""
+    return PartitionSpec(*(("tensor" if "tensor" in (entry or ()) else None) for entry in spec))
 
 
 def state_specs(
     tx: optax.GradientTransformation, params: Any, config: ParallelConfig, mesh: Mesh | AbstractMesh
 ) -> dict[str, Any]:
     """Specs of all leaves of the training state {"params", "opt_state", "step"}, and "moments": the spec of each
-    parameter's optimizer state."""
+    parameter's optimizer state, "grads": that of its gradient."""
     opt_state = jax.eval_shape(tx.init, params)
     return {
         "params": param_specs(params, config, mesh, stage=3),
         "opt_state": param_specs(opt_state, config, mesh, stage=1),
         "moments": param_specs(params, config, mesh, stage=1),
+        "grads": param_specs(params, config, mesh, stage=2),
         "step": PartitionSpec(),
     }
 
@@ -144,6 +166,42 @@ def memory_specs(memory: Any, axes: Any) -> Any:
 def named(specs: Any, mesh: Mesh) -> Any:
     """The NamedShardings of a tree of specs."""
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+
+def state_places(specs: dict[str, Any], shapes: dict[str, Any], mesh: Mesh, config: ParallelConfig) -> dict[str, Any]:
+    """The NamedShardings of a training state of these shapes; with `config.offload` the optimizer's arrays are in the
+    host's memory.
+
+    Raises UserError if the devices do not share that memory.
+    """
+    found = named({name: specs[name] for name in shapes}, mesh)
+    if config.offload == "none":
+        return found
+    device = mesh.devices.flat[0]
+    if HOST not in {memory.kind for memory in device.addressable_memories()}:
+        raise UserError(
+            f"parallel.offload={config.offload!r} needs devices that read the host's memory, and {device.device_kind} "
+            "does not; set parallel.offload none."
+        )
+
+    def move(place, array):  # counters stay
+        return place.with_memory_kind(HOST) if array.ndim else place
+
+    return found | {"opt_state": jax.tree.map(move, found["opt_state"], shapes["opt_state"])}
+
+
+def fetched(tree: Any, places: Any) -> Any:
+    """Arrays in a program, those in the host's memory moved to the devices'."""
+
+    def one(x, place):
+        return jax.device_put(x, place.with_memory_kind("device")) if place.memory_kind == HOST else x
+
+    return jax.tree.map(one, tree, places)
+
+
+def returned(tree: Any, places: Any) -> Any:
+    """The inverse of `fetched`."""
+    return jax.tree.map(lambda x, place: jax.device_put(x, place) if place.memory_kind == HOST else x, tree, places)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, rows: int) -> dict[str, jax.Array]:

@@ -74,8 +74,8 @@ def make_loss(graphdef: nnx.GraphDef, dtype: Any, place: "Placement | None" = No
 
 def over_pieces(f: Callable[[Any, Batch, Any], tuple[Any, Any]], mesh: Mesh) -> Callable:
     """f(params, batch, memory) -> (sums over tokens, memory) on rows whose tokens are split over the mesh axis
-    `sequence`: a per-device program along this axis, whose sums are added. Parameters and memory are whole on each device
-    of the axis, and the gradient is summed over it."""
+    `sequence`: a per-device program along this axis, whose sums are added. Parameters and memory are whole on each
+    device of the axis, and the gradient is summed over it."""
     if mesh.shape[SEQUENCE] == 1:
         return f
 
@@ -103,15 +103,15 @@ def _loss_over_pieces(loss: Loss, mesh: Mesh) -> Loss:
 
 
 class Placement(NamedTuple):
-    """How sharded parameters are gathered: the spec of every parameter, and gather(value, axis) for a sharded one."""
+    """How parameters that ZeRO shards are gathered: the spec of every parameter, and gather(value, its spec)."""
 
     specs: Any
-    gather: Callable[[Array, int], Array]
+    gather: Callable[[Array, PartitionSpec], Array]
 
     @property
     def shares(self) -> bool:
         """Whether any parameter is sharded."""
-        return any(spec != PartitionSpec() for spec in _leaves(self.specs))
+        return any(sharding.zero_axis(spec) is not None for spec in _leaves(self.specs))
 
 
 def assemble(graphdef: nnx.GraphDef, params: Any, place: Placement | None) -> tuple[Any, Gather | None]:
@@ -121,13 +121,13 @@ def assemble(graphdef: nnx.GraphDef, params: Any, place: Placement | None) -> tu
         return nnx.merge(graphdef, params), None
 
     def tag(variable, spec):
-        return variable.replace(variable.get_value(), shared_axis=len(spec) - 1 if len(spec) else None)
+        return variable.replace(variable.get_value(), shared=None if sharding.zero_axis(spec) is None else spec)
 
     def gather(variable):
-        axis, value, axes = variable.get_metadata().get("shared_axis"), variable.get_value(), axes_of(variable)
-        if axis is None:
+        spec, value, axes = variable.get_metadata().get("shared"), variable.get_value(), axes_of(variable)
+        if spec is None:
             return value
-        return place.gather(value, axis - 1 if _stacked(variable) and value.ndim < len(axes) else axis)
+        return place.gather(value, PartitionSpec(*spec[len(axes) - value.ndim :]))
 
     params = _map(tag, params, place.specs, is_leaf=lambda x: isinstance(x, nnx.Variable))
     whole = map_parameters(lambda v: v.get_value() if _stacked(v) else gather(v), params)
@@ -139,38 +139,50 @@ def _stacked(variable: nnx.Variable) -> bool:
 
 
 def compiler_placement(specs: Any, mesh: Mesh) -> Placement:
-    """Gathering by sharding constraints: whole in the forward pass; the gradient is sharded like the parameter."""
+    """Gathering by sharding constraints: whole in the forward pass, but for the axis of `tensor`; the gradient is
+    sharded like the parameter."""
 
-    def on_mesh(spec):  # in the per-device program of `over_pieces`, the mesh is the current one
-        return spec if mesh.shape[SEQUENCE] > 1 else NamedSharding(mesh, spec)
+    def on_mesh(spec):
+        if mesh.shape[SEQUENCE] == 1:
+            return NamedSharding(mesh, spec)
+        # The per-device program of `over_pieces` has its own mesh, where parameters are whole along this axis.
+        others = (tuple(n for n in x if n != SEQUENCE) if isinstance(x, tuple) else x for x in spec)
+        return PartitionSpec(*others)
 
     @partial(jax.custom_vjp, nondiff_argnums=(1,))
-    def whole(value, axis):
-        return jax.lax.with_sharding_constraint(value, on_mesh(PartitionSpec()))
+    def whole(value, spec):
+        return jax.lax.with_sharding_constraint(value, on_mesh(sharding.without_zero(spec)))
 
-    def bwd(axis, _, gradient):
-        spec = PartitionSpec(*[None] * axis, sharding.BATCH)
+    def bwd(spec, _, gradient):
         return (jax.lax.with_sharding_constraint(gradient, on_mesh(spec)),)
 
-    whole.defvjp(lambda value, axis: (whole(value, axis), None), bwd)
+    whole.defvjp(lambda value, spec: (whole(value, spec), None), bwd)
     return Placement(specs, whole)
 
 
 def explicit_placement(specs: Any) -> Placement:
     """Gathering inside a per-device program; its derivative is a reduce-scatter."""
-    return Placement(specs, lambda value, axis: jax.lax.all_gather(value, sharding.BATCH, axis=axis, tiled=True))
+
+    def whole(value, spec):
+        return jax.lax.all_gather(value, sharding.ZERO, axis=sharding.zero_axis(spec), tiled=True)
+
+    return Placement(specs, whole)
 
 
 def accumulated_gradient(
-    loss: Loss, params: Any, batch: Batch, memory: Any, count: Array, microbatches: int
+    loss: Loss, params: Any, batch: Batch, memory: Any, count: Array, microbatches: int, shard: Callable[[Any], Any]
 ) -> tuple[Sums, Any, Any]:
-    """(Sums / count, gradient of loss / count, memory), over microbatches in sequence."""
+    """(Sums / count, gradient of loss / count, memory), over microbatches in sequence; `shard` is applied to the
+    gradient of each."""
 
     def mean(params, batch):
         total, (sums, after) = loss(params, batch, memory)
         return total / count, (jax.tree.map(lambda x: x / count, sums), after)
 
-    gradient = jax.grad(mean, has_aux=True)
+    def gradient(params, batch):
+        grads, rest = jax.grad(mean, has_aux=True)(params, batch)
+        return shard(grads), rest
+
     if microbatches == 1:
         grads, (sums, after) = gradient(params, batch)
         return sums, grads, after
@@ -200,15 +212,21 @@ def labelled(batch: Batch) -> Array:
     return jnp.sum(batch["targets"] >= 0).astype(jnp.float32)
 
 
-def pjit_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: Mesh, specs: State) -> Callable:
+def pjit_step(
+    experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: Mesh, specs: State, places: State
+) -> Callable:
     """The jitted step(state, batch) -> (state, metrics) over global arrays; the state is donated."""
     rate = experiment.optimizer.rate(experiment.steps)
     loss = _loss_over_pieces(make(compiler_placement(specs["params"], mesh)), mesh)
+    shards = sharding.named(specs["grads"], mesh)
+
+    def shard(grads):
+        return jax.lax.with_sharding_constraint(grads, shards) if experiment.parallel.zero >= 2 else grads
 
     def step(state, batch):
         count, settings = jnp.maximum(labelled(batch), 1.0), experiment.optimizer
         sums, grads, memory = accumulated_gradient(
-            loss, state["params"], batch, state.get("memory"), count, settings.accumulate
+            loss, state["params"], batch, state.get("memory"), count, settings.accumulate, shard
         )
         norm = optax.tree.norm(grads)
         params, opt_state = apply_gradient(tx, state, state["params"], grads, norm, settings.clip_norm)
@@ -217,7 +235,7 @@ def pjit_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: 
         new, verdict = guards.settle(experiment.guard, state, new, sums.nats, norm)
         return new, _metrics(sums, norm, rate(updates_done(state))) | verdict
 
-    return _jit(step, mesh, specs)
+    return _jit(step, mesh, places)
 
 
 def updates_done(state: State) -> Array:
@@ -235,13 +253,16 @@ def _metrics(sums: Sums, norm: Array, learning_rate: Array) -> dict[str, Array]:
     return {"loss": sums.nats, "aux_loss": sums.aux, "grad_norm": norm, "learning_rate": learning_rate}
 
 
-def pmap_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: Mesh, specs: State) -> Callable:
+def pmap_step(
+    experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: Mesh, specs: State, places: State
+) -> Callable:
     """The same step as a per-device program with explicit collectives.
 
     A sharded parameter is gathered where the model uses it, and its gradient is reduce-scattered there. If a parameter
-    is replicated and its moments are sharded, its gradient is reduce-scattered and its new value gathered.
+    is replicated and its moments are sharded, its gradient is reduce-scattered (ZeRO 2: that of every microbatch) and
+    its new value gathered.
     """
-    rate, axes = experiment.optimizer.rate(experiment.steps), sharding.BATCH
+    rate, axes, zero = experiment.optimizer.rate(experiment.steps), sharding.ZERO, experiment.parallel.zero
     held, owned = specs["params"], specs["moments"]  # specs of each parameter and of its optimizer state
     loss = make(explicit_placement(held))
 
@@ -250,18 +271,22 @@ def pmap_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: 
             return grad
         if owned == PartitionSpec():
             return jax.lax.psum(grad, axes)
-        return jax.lax.psum_scatter(grad, axes, scatter_dimension=len(owned) - 1, tiled=True)
+        return jax.lax.psum_scatter(grad, axes, scatter_dimension=sharding.zero_axis(owned), tiled=True)
+
+    def summed(grads):
+        return _map(reduce, grads, held, owned)
 
     def own(x, held, owned):
         if held != PartitionSpec() or owned == PartitionSpec():
             return x
-        size = x.shape[len(owned) - 1] // mesh.size
-        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * size, size, axis=len(owned) - 1)
+        axis = sharding.zero_axis(owned)
+        size = x.shape[axis] // mesh.size
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * size, size, axis=axis)
 
     def gather(x, held, owned):
         if held != PartitionSpec() or owned == PartitionSpec():
             return x
-        return jax.lax.all_gather(x, axes, axis=len(owned) - 1, tiled=True)
+        return jax.lax.all_gather(x, axes, axis=sharding.zero_axis(owned), tiled=True)
 
     def norm(grads):
         whole, parts = 0.0, 0.0
@@ -273,8 +298,9 @@ def pmap_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: 
     def step(state, batch):
         params, settings = state["params"], experiment.optimizer
         count = jnp.maximum(jax.lax.psum(labelled(batch), axes), 1.0)
-        sums, grads, _ = accumulated_gradient(loss, params, batch, None, count, settings.accumulate)
-        grads = _map(reduce, grads, held, owned)
+        early, late = (summed, lambda grads: grads) if zero == 2 else (lambda grads: grads, summed)
+        sums, grads, _ = accumulated_gradient(loss, params, batch, None, count, settings.accumulate, early)
+        grads = late(grads)
         grad_norm = norm(grads)
         mine = _map(own, params, held, owned)
         new, opt_state = apply_gradient(tx, state, mine, grads, grad_norm, settings.clip_norm)
@@ -288,7 +314,7 @@ def pmap_step(experiment: Experiment, make: Callable[..., Loss], tx: Any, mesh: 
     per_device = jax.shard_map(
         step, mesh=mesh, in_specs=(spec, PartitionSpec(axes)), out_specs=(spec, scalars), check_vma=False
     )
-    return _jit(per_device, mesh, specs)
+    return _jit(per_device, mesh, places)
 
 
 STRATEGIES = {"pjit": pjit_step, "pmap": pmap_step}
@@ -304,14 +330,14 @@ def _map(f: Callable, tree: Any, *specs: Any, is_leaf: Callable | None = None) -
     return jax.tree.unflatten(structure, [f(x, *s) for x, *s in zip(leaves, *map(_leaves, specs))])
 
 
-def _jit(step: Callable, mesh: Mesh, specs: State) -> Callable:
+def _jit(step: Callable, mesh: Mesh, places: State) -> Callable:
     """The step compiled for the mesh; the mesh is set while the step is traced, in every call."""
-    state = sharding.named({name: specs[name] for name in STATE if name in specs}, mesh)
     batch = NamedSharding(mesh, sharding.batch_spec(mesh))
     scalar = NamedSharding(mesh, PartitionSpec())
 
     def on_mesh(state, batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step(state, batch)
+            new, metrics = step(sharding.fetched(state, places), batch)
+            return sharding.returned(new, places), metrics
 
-    return jax.jit(on_mesh, in_shardings=(state, batch), out_shardings=(state, scalar), donate_argnums=0)
+    return jax.jit(on_mesh, in_shardings=(places, batch), out_shardings=(places, scalar), donate_argnums=0)

@@ -20,8 +20,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from engrax import models
 from engrax.data.config import check_rows
 from engrax.errors import UserError
+from engrax.layers.mixer import MixerConfig
 from engrax.models import contract, imported
 from engrax.models.block_style import BlockStyleConfig
+from engrax.models.model import ModelConfig
 from engrax.models.parameters import cast
 from engrax.models.segment_config import SegmentRecurrentConfig
 from engrax.train import guards, sharding, train_step
@@ -103,7 +105,7 @@ class Trainer:
     @cached_property
     def state_shardings(self) -> dict[str, Any]:
         """NamedShardings of the training state."""
-        return sharding.named({k: self.specs[k] for k in train_step.STATE if k in self.specs}, self.mesh)
+        return sharding.state_places(self.specs, self._shapes, self.mesh, self.experiment.parallel)
 
     def _fresh_state(self) -> dict[str, Any]:
         model = models.build(self.experiment.model, rngs=nnx.Rngs(self.experiment.seed))
@@ -182,7 +184,7 @@ class Trainer:
         Guards that decide in the step add "verdict" (`guards.settle`).
         """
         strategy = train_step.STRATEGIES[self.experiment.parallel.strategy]
-        return strategy(self.experiment, self.make_loss, self.tx, self.mesh, self.specs)
+        return strategy(self.experiment, self.make_loss, self.tx, self.mesh, self.specs, self.state_shardings)
 
     def make_loss(self, place: Placement | None = None) -> Loss:
         """The loss of the experiment's model (`train_step.make_loss`)."""
@@ -323,6 +325,8 @@ def check(experiment: Experiment) -> None:
             f"optimizer {optimizer.registered_name} with {optimizer.moments} moments needs whole ones; choose "
             "parallel.strategy='pjit' or parallel.zero=0."
         )
+    if parallel.tensor > 1:
+        _check_shares(experiment)
     if parallel.sequence > 1:
         _check_split(experiment)
     if experiment.carry_memory:
@@ -333,6 +337,26 @@ def check(experiment: Experiment) -> None:
             f"model.vocab_size={vocab} is smaller than the data's {experiment.data.vocab_size} tokens; "
             f"set --model.vocab-size {experiment.data.vocab_size}."
         )
+
+
+def _check_shares(experiment: Experiment) -> None:
+    """Raises UserError if the strategy cannot share heads, or if heads, hidden channels or vocabulary do not divide."""
+    shares = experiment.parallel.tensor
+    if experiment.parallel.strategy == "pmap":
+        raise UserError(
+            f"parallel.strategy='pmap' splits rows alone and cannot share heads (parallel.tensor={shares}); choose "
+            "parallel.strategy='pjit' or parallel.tensor=1."
+        )
+    for part in nested_configs(experiment.model):
+        if isinstance(part, MixerConfig):
+            part.of_heads(shares)
+        for name, width in (("mlp_hidden", "mlp_width"), ("vocab_size", "vocab_size")):
+            size = getattr(part, width, 0)
+            if isinstance(part, ModelConfig) and size % shares:
+                raise UserError(
+                    f"{name}={size} of {part.registered_name} does not divide over parallel.tensor={shares} devices; "
+                    f"choose {name}={size + -size % shares}, or a smaller parallel.tensor."
+                )
 
 
 def _check_split(experiment: Experiment) -> None:
@@ -351,6 +375,11 @@ def _check_split(experiment: Experiment) -> None:
     if length % pieces:
         raise UserError(
             f"data.seq_len={length} does not divide over parallel.sequence={pieces} devices; choose a multiple."
+        )
+    if experiment.parallel.tensor > 1:
+        raise UserError(
+            f"parallel.sequence={pieces} and parallel.tensor={experiment.parallel.tensor} cannot be combined, since the "
+            "compiler ends the process on nested programs of both; set one of them to 1."
         )
     if experiment.parallel.strategy == "pmap":
         raise UserError(f"parallel.sequence={pieces} needs parallel.strategy='pjit'; 'pmap' splits the batch alone.")

@@ -138,6 +138,9 @@ class AttentionConfig(MixerConfig):
             cls(),
         )
 
+    def of_heads(self, shares: int) -> "AttentionConfig":
+        return self.with_heads_cut(shares, ("heads", "kv_heads"))
+
     def scaled(self, factor: float) -> "AttentionConfig":
         """With a window, which stands for the capacity where there is none, times the factor."""
         return dataclasses.replace(self, window=max(2, round((self.window or self.capacity) * factor)))
@@ -252,7 +255,8 @@ class Attention(Mixer):
             self.q_norm = rms_norm(config.head_dim, rngs=rngs, eps=config.qk_norm_eps)
             self.k_norm = rms_norm(config.head_dim, rngs=rngs, eps=config.qk_norm_eps)
         if config.conv_width > 1:
-            self.conv = ShortConv((config.heads + 2 * groups) * config.head_dim, config.conv_width, rngs=rngs)
+            widths = tuple(heads * config.head_dim for heads in (config.heads, groups, groups))
+            self.conv = ShortConv(sum(widths), config.conv_width, rngs=rngs, widths=widths)
         self.out = projection(
             config.heads * config.head_dim,
             dim,

@@ -16,10 +16,11 @@ class ShortConv(nnx.Module):
     It never mixes segments: a tap in another segment, in padding, or before the row's start reads 0.
     """
 
-    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs, widths: tuple[int, ...] | None = None):
+        """widths: channels of the projections that lie side by side, as queries, keys and values; None = one."""
         # All taps start equal, so combining a token with the previous one needs no tap to grow first.
         kernel = jax.random.normal(rngs.params(), (width, channels)) * width**-0.5
-        self.kernel = nnx.Param(kernel, axes=("conv", "channels"), role="convolution")
+        self.kernel = nnx.Param(kernel, axes=("conv", "channels"), role="convolution", widths=widths or (channels,))
         self.width = width
 
     def init_tail(self, batch_size: int, dtype) -> Float[Array, "B tail C"]:

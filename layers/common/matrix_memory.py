@@ -84,6 +84,9 @@ class MatrixMemoryConfig(MixerConfig):
         if getattr(self, name) < 1:
             raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
 
+    def of_heads(self, shares: int) -> "MatrixMemoryConfig":
+        return self.with_heads_cut(shares, ("heads", "value_heads"))
+
     @property
     def values(self) -> tuple[int, int]:
         """Value heads and the width of each."""
@@ -139,9 +142,11 @@ class MatrixMemory(Mixer):
         inner = config.widths[2]
         self.qkv = projection(dim, sum(config.widths), ("embed", "heads"), rngs=rngs, widths=config.widths)
         if config.conv_width > 1:
-            self.conv = ShortConv(sum(config.widths), config.conv_width, rngs=rngs)
-        if self.norm_width != "none":
-            self.norm = rms_norm(config.values[1] if self.norm_width == "head" else inner, rngs=rngs)
+            self.conv = ShortConv(sum(config.widths), config.conv_width, rngs=rngs, widths=config.widths)
+        if self.norm_width == "head":
+            self.norm = rms_norm(config.values[1], rngs=rngs)
+        if self.norm_width == "all":
+            self.norm = rms_norm(inner, rngs=rngs, axis="heads")
         if config.output_gate:
             self.gate = projection(dim, inner, ("embed", "heads"), rngs=rngs)
         self.out = projection(inner, dim, ("heads", "embed"), rngs=rngs, scale=(2 * num_layers) ** -0.5)

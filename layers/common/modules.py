@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from engrax.pallas_kernels.common.tensor import mean_of_shares, summed
+
 
 def _product(x: Float[Array, "*B I"], kernel: Float[Array, "I O"]) -> Float[Array, "*B O"]:
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
@@ -46,8 +48,13 @@ _matmul = _differentiable(_product, _product_bwd)
 _matmul_wide = _differentiable(_wide_product, _wide_product_bwd)
 
 
+SHARED = ("heads", "mlp")  # names of axes that are split where devices hold shares of a layer
+
+
 class Projection(nnx.Linear):
     """x W + b over the last axis. The product has the dtype of input and kernel, independent of the bias's dtype.
+
+    Where devices hold shares of heads or of hidden channels, the products from these to the model's width are summed.
 
     wide: the product stays in the accumulator's dtype, float32 or wider: for the gates of a memory.
     """
@@ -58,6 +65,7 @@ class Projection(nnx.Linear):
         kernel = self.kernel[...]
         dtype = jnp.promote_types(inputs.dtype, kernel.dtype)
         y = (_matmul_wide if self.wide else _matmul)(inputs.astype(dtype), kernel.astype(dtype))
+        y = summed(y) if (self.kernel.get_metadata().get("axes") or (None,))[-2:][0] in SHARED else y
         return y if self.bias is None else (y + self.bias[...]).astype(y.dtype)
 
 
@@ -71,12 +79,14 @@ def projection(
     bias: bool = False,
     wide: bool = False,
     widths: tuple[int, ...] | None = None,
+    parts: tuple[int, ...] | None = None,
 ) -> Projection:
     """A linear map whose kernel `[in, out]` carries the logical axis names `axes`.
 
     Initialised normal with standard deviation `scale / sqrt(in)`, a bias at zero. It computes in the dtype of its input
     and kernel; `wide`, for the gates of a memory, returns float32 or wider. `widths`: the outputs of maps that lie side
-    by side in one kernel, as queries, keys and values; None = one map.
+    by side in one kernel, as queries, keys and values; None = one map. `parts`: the same where optimizers take them as
+    one map, as the gates of a head; None = `widths`.
     """
     init = nnx.initializers.variance_scaling(scale**2, "fan_in", "normal")
     made = Projection(
@@ -84,7 +94,8 @@ def projection(
         out_features,
         use_bias=bias,
         kernel_init=init,
-        kernel_metadata={"axes": axes, "role": "matrix"} | ({"widths": widths} if widths else {}),
+        kernel_metadata={"axes": axes, "role": "matrix"}
+        | {name: value for name, value in {"widths": widths, "parts": parts}.items() if value},
         bias_metadata={"axes": axes[1:], "role": "bias"},
         rngs=rngs,
     )
@@ -96,10 +107,17 @@ _NORM = {"axes": ("norm",), "role": "norm"}
 
 
 class RMSNorm(nnx.RMSNorm):
-    """Flax's RMSNorm, with the dtype of its input although the scale is float32."""
+    """Flax's RMSNorm, with the dtype of its input although the scale is float32.
+
+    One over all heads takes the mean over all devices where these hold shares of the heads.
+    """
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return super().__call__(x).astype(x.dtype)
+        if self.scale.get_metadata()["axes"][-1] not in SHARED:
+            return super().__call__(x).astype(x.dtype)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean = mean_of_shares(jnp.mean(wide * wide, axis=-1, keepdims=True))
+        return (wide * (jax.lax.rsqrt(mean + self.epsilon) * self.scale[...])).astype(x.dtype)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -109,9 +127,9 @@ class LayerNorm(nnx.LayerNorm):
         return super().__call__(x).astype(x.dtype)
 
 
-def rms_norm(features: int, *, rngs: nnx.Rngs, eps: float = 1e-6) -> RMSNorm:
-    """RMSNorm over the last axis with a learned scale."""
-    return RMSNorm(features, epsilon=eps, scale_metadata=_NORM, rngs=rngs)
+def rms_norm(features: int, *, rngs: nnx.Rngs, eps: float = 1e-6, axis: str = "norm") -> RMSNorm:
+    """RMSNorm over the last axis with a learned scale; axis: its name, "heads" where it runs over all heads."""
+    return RMSNorm(features, epsilon=eps, scale_metadata={"axes": (axis,), "role": "norm"}, rngs=rngs)
 
 
 def layer_norm(features: int, *, rngs: nnx.Rngs, eps: float = 1e-5) -> LayerNorm:

@@ -119,7 +119,7 @@ def chain(step: Callable[[Any, Any], Any], start: Any, summary: Any, *, reverse:
 def segment_before(
     seen: Int[Array, " B"], last: Int[Array, " B"], tokens: Int[Array, " B"], segment: Int[Array, " B"]
 ) -> tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]]:
-    """The tokens so far of a row's last segment, and its id (-1: none), before this piece; and the tokens after the row.
+    """The tokens so far of a row's last segment and its id (-1: none), before this piece; and the tokens after the row.
 
     seen, last: the same before the row. tokens, segment: of the piece's last segment, -1 if it has no token.
     """

@@ -28,6 +28,10 @@ class LightningConfig(MatrixMemoryConfig):
         "trainability": "the published decays are fixed: stop-gradient on the place of the layer among the layers"
     }
 
+    def of_heads(self, shares: int) -> None:
+        """None: a head's decay follows from its place among all heads."""
+        return None
+
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> "Lightning":
         return Lightning(self, dim, rngs=rngs, layer=layer, num_layers=num_layers)
 

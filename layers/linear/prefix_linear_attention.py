@@ -41,6 +41,10 @@ class PrefixLinearAttentionConfig(BasedConfig):
         super().__post_init__()
         self.at_least_one("prefix")
 
+    def of_heads(self, shares: int) -> None:
+        """None: its state holds each head twice, for all tokens and for the prefix."""
+        return None
+
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> "PrefixLinearAttention":
         return PrefixLinearAttention(self, dim, rngs=rngs, num_layers=num_layers)
 

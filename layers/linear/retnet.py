@@ -36,6 +36,10 @@ class RetNetConfig(MatrixMemoryConfig):
                 f"head_dim={self.head_dim} is odd; rotary positions need pairs of channels (or no rope_base)."
             )
 
+    def of_heads(self, shares: int) -> None:
+        """None: a head's decay follows from its place among all heads."""
+        return None
+
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> "RetNet":
         return RetNet(self, dim, rngs=rngs, num_layers=num_layers)
 

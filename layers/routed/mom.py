@@ -104,6 +104,10 @@ class MoMConfig(MixerConfig):
         """Memories, the shared one included."""
         return self.memories + self.shared
 
+    def of_heads(self, shares: int) -> "MoMConfig | None":
+        base = self.base.of_heads(shares)
+        return None if base is None else dataclasses.replace(self, base=base)
+
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> "MoM":
         return MoM(self, dim, rngs=rngs, layer=layer, num_layers=num_layers)
 

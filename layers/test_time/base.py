@@ -52,8 +52,9 @@ class TestTimeMixerBase(Mixer):
         self.config = config
         inner = config.heads * config.head_dim
         self.qkv = projection(dim, 3 * inner, ("embed", "heads"), rngs=rngs, widths=(inner,) * 3)
-        self.conv = ShortConv(3 * inner, config.conv_width, rngs=rngs)
-        self.gates = projection(dim, gates, ("embed", "heads"), rngs=rngs, scale=0.1, wide=True)
+        self.conv = ShortConv(3 * inner, config.conv_width, rngs=rngs, widths=(inner,) * 3)
+        parts = (config.heads,) * (gates // config.heads)
+        self.gates = projection(dim, gates, ("embed", "heads"), rngs=rngs, scale=0.1, wide=True, parts=parts)
         self._add_memory(rngs)
         if config.persistent_tokens:
             self.persistent = nnx.Param(

@@ -209,6 +209,9 @@ class MemoryConfig(MixerConfig):
             implementation=self.implementation,
         )
 
+    def of_heads(self, shares: int) -> "MemoryConfig":
+        return self.with_heads_cut(shares, ("heads",))
+
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> "TestTimeMemory":
         return TestTimeMemory(self, dim, rngs=rngs, num_layers=num_layers)
 

@@ -60,6 +60,9 @@ class TitansConfig(MixerConfig):
             raise UserError(f"depth={self.depth} of the memory MLP must be 1 to 4.")
         _ = self.general  # refuses what it cannot mean
 
+    def of_heads(self, shares: int) -> "TitansConfig":
+        return self.with_heads_cut(shares, ("heads",))
+
     def build(self, dim: int, *, rngs: nnx.Rngs, layer: Any = 0, num_layers: int = 1) -> "Titans":
         return Titans(self.general, dim, rngs=rngs, num_layers=num_layers)
 

@@ -22,6 +22,7 @@ from engrax.layers.attention.attention import AttentionConfig
 from engrax.layers.common.modules import projection, rms_norm
 from engrax.layers.mixer import MIXERS, Mixer, MixerConfig, as_mixer
 from engrax.layers.test_time.titans import TitansConfig
+from engrax.pallas_kernels.common.tensor import to_shares
 
 
 class PairState(NamedTuple):
@@ -40,6 +41,10 @@ class _PairConfig(MixerConfig):
     def __post_init__(self):
         if self.attention.window is None:
             raise UserError("attention.window=None sees everything, and nothing is left to the memory; set a window.")
+
+    def of_heads(self, shares: int) -> "_PairConfig | None":
+        memory, attention = self.memory.of_heads(shares), self.attention.of_heads(shares)
+        return None if memory is None else dataclasses.replace(self, memory=memory, attention=attention)
 
     @property
     def exempt_from(self) -> dict[str, str]:
@@ -79,6 +84,7 @@ class MALConfig(_PairConfig):
 
 class _Pair(Mixer):
     def __init__(self, config: _PairConfig, dim: int, *, rngs: nnx.Rngs, layer: Any, num_layers: int):
+        self.config = config
         self.memory = as_mixer(config.memory.build(dim, rngs=rngs, layer=layer, num_layers=num_layers))
         self.attention = config.attention.build(dim, rngs=rngs, layer=layer, num_layers=num_layers)
         self.memory_norm = rms_norm(dim, rngs=rngs)
@@ -143,5 +149,6 @@ class MAL(_Pair):
         state = PairState(None, None) if state is None else state
         m, memory = self.memory(x_BTD, state.memory, segment_ids)
         m = x_BTD if "memory" in without else m
-        y, attention = self.attention(self.memory_norm(m).astype(x_BTD.dtype), state.attention, segment_ids)
+        m = to_shares(self.memory_norm(m).astype(x_BTD.dtype))
+        y, attention = self.attention(m, state.attention, segment_ids)
         return y, PairState(memory, attention)
