@@ -11,14 +11,12 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-from neural_memory import report_head  # noqa: E402
 
 LENGTHS, DEVICES = (2048, 16384, 131072), (1, 2, 4, 8)  # tokens of a row
 WIDTHS = {"f32": 4, "s32": 4, "u32": 4, "pred": 1, "bf16": 2, "f64": 8, "s64": 8}  # bytes
@@ -80,7 +78,11 @@ def main() -> None:
         for devices in DEVICES:
             rows.append(compiled(length, devices))
             print(json.dumps(rows[-1]), flush=True)
-    args.output.write_text(json.dumps(report_head() | {"rows": rows}, indent=1) + "\n")
+    import jax
+
+    command = shlex.join(["python", "benchmarks/sequence_parallel.py", *sys.argv[1:]])
+    head = {"command": command, "jax": jax.__version__, "compiled_for": jax.devices()[0].platform}
+    args.output.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

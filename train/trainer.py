@@ -378,8 +378,8 @@ def _check_split(experiment: Experiment) -> None:
         )
     if experiment.parallel.tensor > 1:
         raise UserError(
-            f"parallel.sequence={pieces} and parallel.tensor={experiment.parallel.tensor} cannot be combined, since the "
-            "compiler ends the process on nested programs of both; set one of them to 1."
+            f"parallel.sequence={pieces} and parallel.tensor={experiment.parallel.tensor} cannot be combined: XLA aborts "
+            "on nested programs of both; set one of them to 1."
         )
     if experiment.parallel.strategy == "pmap":
         raise UserError(f"parallel.sequence={pieces} needs parallel.strategy='pjit'; 'pmap' splits the batch alone.")
