@@ -328,7 +328,7 @@ def check(experiment: Experiment) -> None:
     if parallel.tensor > 1:
         _check_shares(experiment)
     if parallel.sequence > 1:
-        _check_split(experiment)
+        sharding.check_split(experiment)
     if experiment.carry_memory:
         _check_carried(experiment)
     vocab = getattr(experiment.model, "vocab_size", None)
@@ -357,37 +357,6 @@ def _check_shares(experiment: Experiment) -> None:
                     f"{name}={size} of {part.registered_name} does not divide over parallel.tensor={shares} devices; "
                     f"choose {name}={size + -size % shares}, or a smaller parallel.tensor."
                 )
-
-
-def _check_split(experiment: Experiment) -> None:
-    """Raises UserError if the model or the data cannot split rows over devices."""
-    pieces, model, length = experiment.parallel.sequence, experiment.model, experiment.data.seq_len
-    if not model.splits_rows:
-        raise UserError(
-            f"parallel.sequence={pieces} splits rows over devices, and {model.registered_name} reads them in order, "
-            "segment by segment; set --parallel.sequence 1."
-        )
-    if "state_carry" in model.exempt_from:
-        raise UserError(
-            f"parallel.sequence={pieces} cuts rows, and the model forbids that ({model.exempt_from['state_carry']}); "
-            "set --parallel.sequence 1."
-        )
-    if length % pieces:
-        raise UserError(
-            f"data.seq_len={length} does not divide over parallel.sequence={pieces} devices; choose a multiple."
-        )
-    if experiment.parallel.tensor > 1:
-        raise UserError(
-            f"parallel.sequence={pieces} and parallel.tensor={experiment.parallel.tensor} cannot be combined: XLA aborts "
-            "on nested programs of both; set one of them to 1."
-        )
-    if experiment.parallel.strategy == "pmap":
-        raise UserError(f"parallel.sequence={pieces} needs parallel.strategy='pjit'; 'pmap' splits the batch alone.")
-    if jax.process_count() > 1 and jax.local_device_count() % pieces:
-        raise UserError(
-            f"parallel.sequence={pieces} does not divide the {jax.local_device_count()} devices of a process, and each "
-            "process reads whole rows; choose a divisor."
-        )
 
 
 def _check_carried(experiment: Experiment) -> None:
