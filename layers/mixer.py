@@ -40,6 +40,7 @@ class MixerConfig:
         dict[str, str]
     ] = {}  # {law or law.part: reason}; a test asserts that the exempt law really fails
     least_call: ClassVar[int] = 1  # tokens of a segment's start that one call must hold, if it has that many
+    composes: ClassVar[bool] = False  # its module runs on rows split over devices; False = the devices take turns
     memory_reads: ClassVar[tuple[str, ...]] = ("read",)  # names of its memory reads; () = no memory
     state_fields: ClassVar[tuple[str, ...]] = (
         "head_dim",

@@ -12,7 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from engrax.errors import UserError
+from engrax.layers.common import sequence
+from engrax.layers.common.matrix_memory import positions_in_segment
 from engrax.layers.common.modules import MLPS, NORMS
+from engrax.layers.common.segments import last_segment_after
 
 Place = Literal["before", "after", "branch"]
 
@@ -88,24 +91,18 @@ class LearnedPositions(nnx.Module):
         `without_place` sets the model's outputs for those tokens to NaN.
         """
         B, T, _ = x_BTD.shape
-        if segment_ids is None and T > self.config.positions:
+        if segment_ids is None and sequence.count() * T > self.config.positions:
             raise UserError(
-                f"{T} tokens exceed the {self.config.positions} learned positions of the model; use shorter rows."
+                f"{sequence.count() * T} tokens exceed the {self.config.positions} learned positions of the model; use "
+                "shorter rows."
             )
         state = self.init_state(B) if state is None else state
         count, last = state.count[0], state.last_segment[0]
-        if segment_ids is None:
-            segment_ids = jnp.broadcast_to(jnp.maximum(last, 0)[:, None], (B, T))
-        highest = jax.lax.cummax(jnp.concatenate([last[:, None], segment_ids], axis=1), axis=1)  # padding is -1
-        real = segment_ids >= 0
-        seen = jnp.cumsum(real, axis=1, dtype=jnp.int32)
-        begins = real & (segment_ids != highest[:, :-1])
-        # Real tokens of the call before the token's segment; -count if the token continues the state's segment.
-        before = jax.lax.cummax(jnp.where(begins, seen - 1, -count[:, None]), axis=1)
-        places, end = seen - 1 - before, self.config.positions
+        places, count = positions_in_segment(count, last, segment_ids, T)  # -1 at padding
+        last = jnp.maximum(last, 0) if segment_ids is None else last_segment_after(last, segment_ids)
+        end = self.config.positions
         vectors = self.table[...][jnp.clip(places, 0, end - 1) + self.config.unused_positions]
-        after = PositionState((seen - before)[:, -1][None], highest[:, -1][None])
-        return x_BTD + vectors.astype(x_BTD.dtype), after, real & (places >= end)
+        return x_BTD + vectors.astype(x_BTD.dtype), PositionState(count[None], last[None]), places >= end
 
 
 def without_place(x_BTD: Float[Array, "B T D"], lost_BT: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:

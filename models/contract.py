@@ -30,6 +30,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
+from engrax.errors import UserError
+from engrax.layers.common import sequence
+from engrax.layers.mixer import Mixer, MixerOutput
 from engrax.models.tokens import as_tokens, taking_lists
 from engrax.pallas_kernels.common.segments import PADDING
 
@@ -197,6 +200,8 @@ def compact(segment_ids: Int[Array, "B T"] | None) -> Rows:
     """
     if segment_ids is None or segment_ids.shape[1] == 1 or segment_ids is _padding_last.get():
         return Rows(segment_ids, None, None)
+    if sequence.is_split():
+        raise ValueError("padding moves between devices: declare `padding_last` for rows split by parallel.sequence.")
     padding = segment_ids == PADDING
     kept = jnp.cumsum(~padding, axis=1, dtype=jnp.int32)
     behind = kept[:, -1:] + jnp.cumsum(padding, axis=1, dtype=jnp.int32)
@@ -240,6 +245,34 @@ def row_axes(rows: int) -> tuple[str, ...]:
     )
     parts = math.prod(mesh.shape[name] for name in axes)
     return () if parts == 1 or rows % parts else axes
+
+
+def forward_in_turn(
+    mixer: Mixer,
+    x_BTD: Float[Array, "B T D"],
+    state: Any,
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    mute: tuple[str, ...] = (),
+) -> MixerOutput:
+    """`mixer.forward` on the pieces of rows split over devices, one after the other (`sequence.in_turn`); as many rows
+    at once as the batch axes of the mesh split."""
+    rows = len(x_BTD)
+    if type(mixer).auxiliary_loss is not Mixer.auxiliary_loss:
+        raise UserError(
+            f"{type(mixer).__name__} has an auxiliary loss of whole rows, which parallel.sequence splits; set "
+            "--parallel.sequence 1."
+        )
+
+    def call(x, state, ids):
+        out = mixer.forward(x, state, ids, mute=mute)
+        return out.y, out.state
+
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape[name] for name in row_axes(rows))
+    state = mixer.init_state(rows) if state is None else state
+    y, state = sequence.in_turn(call, x_BTD, state, segment_ids, rows // parts)
+    return MixerOutput(y, state, no_loss(x_BTD), {})
 
 
 _gather: contextvars.ContextVar[Callable[[nnx.Variable], Array] | None] = contextvars.ContextVar("gather", default=None)

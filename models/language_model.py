@@ -6,7 +6,7 @@ with depth. A named remat policy selects what the backward pass recomputes.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from engrax.errors import UserError
 from engrax.layers import AttentionConfig, MixerConfig, TitansConfig
 from engrax.layers.attention.rope import RopeScaling
-from engrax.layers.common import lora
+from engrax.layers.common import lora, sequence
 from engrax.layers.common.lora import LoraConfig
 from engrax.layers.common.modules import projection
 from engrax.layers.mixer import MixerOutput, as_mixer
@@ -26,6 +26,7 @@ from engrax.models.contract import (
     Model,
     Output,
     compact,
+    forward_in_turn,
     gathered,
     no_loss,
     split_rows,
@@ -41,6 +42,8 @@ from engrax.models.shares import look_up, run_mixer, run_mlp
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig(ModelConfig):
     """Settings of a pattern language model; the number of blocks is repeat x len(mixers)."""
+
+    splits_rows: ClassVar[bool] = True
 
     vocab_size: int = 256  # tokens
     dim: int = 128  # model width
@@ -137,6 +140,7 @@ class Block(nnx.Module):
         # Remat policies of its layers; None: the pattern's holds for all.
         own = [policies.get(kind, policies[""]) for kind in (mixer.registered_name, "mlp")]
         self.mixer_remat, self.mlp_remat = own if len(policies) > 1 else (None, None)
+        self.composes = mixer.composes
         self.mixer_norm = config.layout.build_norm(config.dim, rngs=rngs)
         self.mixer = as_mixer(mixer.build(config.dim, rngs=rngs, layer=layer, num_layers=config.num_layers))
         if config.mlp_width:
@@ -161,7 +165,11 @@ class Block(nnx.Module):
         x_BTD = split_rows(x_BTD)
 
         def mix(block, x_BTD, state, segment_ids):
-            out = run_mixer(block.mixer, block.mixer_input(x_BTD), state, segment_ids, collect=collect, mute=mute)
+            u_BTD = block.mixer_input(x_BTD)
+            if sequence.is_split() and not block.composes:
+                out = forward_in_turn(block.mixer, u_BTD, state, segment_ids, mute=mute)
+            else:
+                out = run_mixer(block.mixer, u_BTD, state, segment_ids, collect=collect, mute=mute)
             y_BTD = block._norm("branch", block.mixer_norm, out.y.astype(x_BTD.dtype))
             return block._norm("after", block.mixer_norm, x_BTD + y_BTD), out
 

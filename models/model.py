@@ -22,6 +22,7 @@ class ModelConfig:
     registry: ClassVar[Registry] = MODELS
     registered_name: ClassVar[str] = ""
     exempt_from: ClassVar[dict[str, str]] = {}  # {law or law.part: reason}, as for mixers
+    splits_rows: ClassVar[bool] = False  # whether its module runs on rows split over devices (`parallel.sequence`)
 
     def build(self, *, rngs: nnx.Rngs) -> nnx.Module:
         """Returns the module with freshly initialised parameters."""

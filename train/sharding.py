@@ -19,9 +19,10 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from engrax.errors import UserError
+from engrax.layers.common.sequence import SEQUENCE
 from engrax.models.contract import BATCH_AXES
 from engrax.models.parameters import axes_of, held_axis, sharded_axis
-from engrax.train.experiment import ParallelConfig
+from engrax.train.experiment import Experiment, ParallelConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH = BATCH_AXES  # the mesh axes that split the batch
@@ -92,6 +93,42 @@ def evaluation_mesh(config: ParallelConfig) -> Mesh | None:
 def splits(mesh: Mesh | AbstractMesh) -> int:
     """The number of parts into which the mesh splits a batch's rows."""
     return math.prod(mesh.shape[name] for name in BATCH)
+
+
+def batch_spec(mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The spec of arrays [B, T]: rows over the batch axes, and tokens over `sequence` if it has several devices."""
+    return PartitionSpec(BATCH, SEQUENCE) if mesh.shape[SEQUENCE] > 1 else PartitionSpec(BATCH)
+
+
+def check_split(experiment: Experiment) -> None:
+    """Raises UserError if the model or the data cannot split rows over devices."""
+    pieces, model, length = experiment.parallel.sequence, experiment.model, experiment.data.seq_len
+    if not model.splits_rows:
+        raise UserError(
+            f"parallel.sequence={pieces} splits rows over devices, and {model.registered_name} reads them in order, "
+            "segment by segment; set --parallel.sequence 1."
+        )
+    if "state_carry" in model.exempt_from:
+        raise UserError(
+            f"parallel.sequence={pieces} cuts rows, and the model forbids that ({model.exempt_from['state_carry']}); "
+            "set --parallel.sequence 1."
+        )
+    if length % pieces:
+        raise UserError(
+            f"data.seq_len={length} does not divide over parallel.sequence={pieces} devices; choose a multiple."
+        )
+    if experiment.parallel.tensor > 1:
+        raise UserError(
+            f"parallel.sequence={pieces} and parallel.tensor={experiment.parallel.tensor} cannot be combined: XLA "
+            "aborts on nested programs of both; set one of them to 1."
+        )
+    if experiment.parallel.strategy == "pmap":
+        raise UserError(f"parallel.sequence={pieces} needs parallel.strategy='pjit'; 'pmap' splits the batch alone.")
+    if jax.process_count() > 1 and jax.local_device_count() % pieces:
+        raise UserError(
+            f"parallel.sequence={pieces} does not divide the {jax.local_device_count()} devices of a process, and each "
+            "process reads whole rows; choose a divisor."
+        )
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
@@ -200,8 +237,8 @@ def returned(tree: Any, places: Any) -> Any:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, rows: int) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays with `rows` rows, split over the batch axes."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+    """This process's rows of a batch as global arrays with `rows` rows, split as `batch_spec` says."""
+    sharding = NamedSharding(mesh, batch_spec(mesh))
     return {k: jax.make_array_from_process_local_data(sharding, v, (rows, *v.shape[1:])) for k, v in batch.items()}
 
 

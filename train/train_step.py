@@ -19,6 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from engrax.layers.common import sequence
+from engrax.layers.common.sequence import SEQUENCE
 from engrax.models import contract
 from engrax.models.parameters import LAYERS, axes_of, cast, map_parameters
 from engrax.train import guards, sharding
@@ -70,6 +72,36 @@ def make_loss(graphdef: nnx.GraphDef, dtype: Any, place: "Placement | None" = No
     return loss
 
 
+def over_pieces(f: Callable[[Any, Batch, Any], tuple[Any, Any]], mesh: Mesh) -> Callable:
+    """f(params, batch, memory) -> (sums over tokens, memory) on rows whose tokens are split over the mesh axis
+    `sequence`: a per-device program along this axis, whose sums are added. Parameters and memory are whole on each
+    device of the axis, and the gradient is summed over it."""
+    if mesh.shape[SEQUENCE] == 1:
+        return f
+
+    def piece(params, batch, memory):
+        with sequence.pieces(SEQUENCE):
+            sums, memory = f(params, batch, memory)
+        return jax.lax.psum(sums, SEQUENCE), memory
+
+    specs = PartitionSpec(), PartitionSpec(None, SEQUENCE), PartitionSpec()
+    return jax.shard_map(piece, in_specs=specs, out_specs=PartitionSpec(), axis_names={SEQUENCE}, check_vma=False)
+
+
+def _loss_over_pieces(loss: Loss, mesh: Mesh) -> Loss:
+    def sums(params, batch, memory):
+        total, (sums, memory) = loss(params, batch, memory)
+        return (total, sums), memory
+
+    split = over_pieces(sums, mesh)
+
+    def whole(params, batch, memory):
+        (total, sums), memory = split(params, batch, memory)
+        return total, (sums, memory)
+
+    return whole
+
+
 class Placement(NamedTuple):
     """How parameters that ZeRO shards are gathered: the spec of every parameter, and gather(value, its spec)."""
 
@@ -110,12 +142,19 @@ def compiler_placement(specs: Any, mesh: Mesh) -> Placement:
     """Gathering by sharding constraints: whole in the forward pass, but for the axis of `tensor`; the gradient is
     sharded like the parameter."""
 
+    def on_mesh(spec):
+        if mesh.shape[SEQUENCE] == 1:
+            return NamedSharding(mesh, spec)
+        # The per-device program of `over_pieces` has its own mesh, where parameters are whole along this axis.
+        others = (tuple(n for n in x if n != SEQUENCE) if isinstance(x, tuple) else x for x in spec)
+        return PartitionSpec(*others)
+
     @partial(jax.custom_vjp, nondiff_argnums=(1,))
     def whole(value, spec):
-        return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, sharding.without_zero(spec)))
+        return jax.lax.with_sharding_constraint(value, on_mesh(sharding.without_zero(spec)))
 
     def bwd(spec, _, gradient):
-        return (jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, spec)),)
+        return (jax.lax.with_sharding_constraint(gradient, on_mesh(spec)),)
 
     whole.defvjp(lambda value, spec: (whole(value, spec), None), bwd)
     return Placement(specs, whole)
@@ -178,7 +217,7 @@ def pjit_step(
 ) -> Callable:
     """The jitted step(state, batch) -> (state, metrics) over global arrays; the state is donated."""
     rate = experiment.optimizer.rate(experiment.steps)
-    loss = make(compiler_placement(specs["params"], mesh))
+    loss = _loss_over_pieces(make(compiler_placement(specs["params"], mesh)), mesh)
     shards = sharding.named(specs["grads"], mesh)
 
     def shard(grads):
@@ -293,7 +332,7 @@ def _map(f: Callable, tree: Any, *specs: Any, is_leaf: Callable | None = None) -
 
 def _jit(step: Callable, mesh: Mesh, places: State) -> Callable:
     """The step compiled for the mesh; the mesh is set while the step is traced, in every call."""
-    batch = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    batch = NamedSharding(mesh, sharding.batch_spec(mesh))
     scalar = NamedSharding(mesh, PartitionSpec())
 
     def on_mesh(state, batch):

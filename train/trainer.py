@@ -191,14 +191,18 @@ class Trainer:
         return train_step.make_loss(self.graphdef, self._dtype, place)
 
     def forward(self, f: Callable) -> Callable:
-        """f(model, batch) as a compiled call(params, batch); the model gathers a sharded parameter where it is used."""
+        """f(model, batch), sums over tokens, as a compiled call(params, batch); the model gathers a sharded parameter
+        where it is used."""
         place = train_step.compiler_placement(self.specs["params"], self.mesh)
+
+        def sums(params, batch, _):
+            model, gather = train_step.assemble(self.graphdef, cast(params, self._dtype), place)
+            with contract.gathering(gather):
+                return f(model, batch), None
 
         def call(params, batch):
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                model, gather = train_step.assemble(self.graphdef, cast(params, self._dtype), place)
-                with contract.gathering(gather):
-                    return f(model, batch)
+                return train_step.over_pieces(sums, self.mesh)(params, batch, None)[0]
 
         return jax.jit(call, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
@@ -291,7 +295,10 @@ class Trainer:
         return {name: float(right / count) for name, (count, right) in zip(names, sums) if count}
 
     def diagnose(self, params: Any) -> dict[str, float]:
-        """The mixers' scalar diagnostics on the first validation batch: {"memory/titans.lr_mean/0": ...} by repeat."""
+        """The mixers' scalar diagnostics on the first validation batch: {"memory/titans.lr_mean/0": ...} by repeat; {}
+        if tokens are split over devices, since they are of whole rows."""
+        if self.experiment.parallel.sequence > 1:
+            return {}
         with contextlib.closing(self.loader("validation")) as loader:
             report = jax.device_get(self.report_step(params, self.put(next(loader))))
         return {
@@ -320,6 +327,8 @@ def check(experiment: Experiment) -> None:
         )
     if parallel.tensor > 1:
         _check_shares(experiment)
+    if parallel.sequence > 1:
+        sharding.check_split(experiment)
     if experiment.carry_memory:
         _check_carried(experiment)
     vocab = getattr(experiment.model, "vocab_size", None)

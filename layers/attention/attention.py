@@ -18,7 +18,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from engrax.errors import UserError, require_positive
+from engrax.layers.attention.ring import attention_in_pieces
 from engrax.layers.attention.rope import RopeScaling, rotate
+from engrax.layers.common import sequence
 from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import projection, rms_norm
 from engrax.layers.common.segments import last_segment_after, newest, starts_anew
@@ -51,6 +53,7 @@ class AttentionConfig(MixerConfig):
     """Causal softmax attention with rotary positions (arXiv 2104.09864) and grouped heads (arXiv 2305.13245)."""
 
     memory_reads: ClassVar[tuple[str, ...]] = ()
+    composes: ClassVar[bool] = True
 
     heads: int = 4  # query heads
     kv_heads: int | None = None  # key/value heads, a divisor of heads; None = heads
@@ -245,17 +248,17 @@ class Attention(Mixer):
         Raises ValueError if T exceeds the capacity; a cache that overflows inside jit gives NaN for that row.
         """
         B, T, _ = x_BTD.shape
-        c = self.config
-        if c.window is None and T > c.capacity:
+        c, row = self.config, T * sequence.count()
+        if c.window is None and row > c.capacity:
             raise UserError(
-                f"{T} tokens exceed the attention cache's capacity={c.capacity}; raise `capacity` or set a `window`."
+                f"{row} tokens exceed the attention cache's capacity={c.capacity}; raise `capacity` or set a `window`."
             )
         given = state
         state = self.init_state(B) if given is None else given
         ids = segment_ids
         if ids is None:
             ids = jnp.broadcast_to(jnp.maximum(state.last_segment, 0)[:, None], (B, T))
-        position_BT = state.position[:, None] + jnp.arange(T)
+        position_BT = state.position[:, None] + sequence.index() * T + jnp.arange(T)
         plain_q, k, v, state = self._project(x_BTD, state, segment_ids)
         q = plain_q
         if c.rope_base is not None:
@@ -263,9 +266,12 @@ class Attention(Mixer):
             q, k = (
                 rotate(y, position_BT, c.rope_base, c.rope_scaling, width=c.rope_width, length=length) for y in (q, k)
             )
-        lengths = None if segment_ids is None else row_lengths(ids)
-        *slots, state = self._extend(state, k, v, ids, position_BT, given is None, lengths)
-        if given is None:
+        added = [sequence.whole(x) for x in (k, v, ids, position_BT)]
+        lengths = None if segment_ids is None else row_lengths(added[2])
+        *slots, state = self._extend(state, *added, given is None, lengths)
+        if sequence.is_split():
+            y = self._attend_in_pieces(q, plain_q, k, v, ids, given)
+        elif given is None:
             y = self._attend_within(q, plain_q, *slots[:2], segment_ids)  # in the cache's precision
         else:
             y = self._attend_to_cache(q, plain_q, ids, position_BT, slots)
@@ -282,6 +288,14 @@ class Attention(Mixer):
         if not self.config.persistent_tokens:
             return softmax_attention(q, k, v, **options)
         return merge_attention(softmax_attention_terms(q, k, v, **options), self._attend_to_persistent(plain_q))
+
+    def _attend_in_pieces(self, q, plain_q, k, v, ids, given: AttentionState | None):
+        """`_attend_within` or `_attend_to_cache` of rows split over devices."""
+        cache = None if given is None else (given.keys, given.values, given.segments)
+        parts = attention_in_pieces(q, k, v, ids, self.config.window, cache)
+        if self.config.persistent_tokens:
+            parts.append(self._attend_to_persistent(plain_q))
+        return merge_attention(*parts)
 
     def _attend_to_cache(self, q, plain_q, segment_ids, position_BT, slots):
         """The attention of tokens to the slots of `_extend` and to the persistent tokens; y [B, T, H, K]."""

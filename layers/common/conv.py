@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from engrax.layers.common.segments import first_real_segment, newest
+from engrax.layers.common import sequence
+from engrax.layers.common.segments import first_segment_of_row, newest
 from engrax.pallas_kernels.common.segments import row_lengths
 
 
@@ -45,17 +46,24 @@ class ShortConv(nnx.Module):
         """Returns the convolved tokens and the new tail.
 
         The given tail must belong to the segment of the row's first token (zeros for a new segment). The new tail holds
-        the last W - 1 inputs before the padding at the row's end, zero for inputs of other segments.
+        the last W - 1 inputs before the padding at the row's end, zero for inputs of other segments. Of a row split
+        over devices, both tails are the whole row's.
         """
         W, T = self.width, x_BTC.shape[1]
         kernel_WC = self.kernel[...]
         if segment_ids is not None:
             x_BTC = jnp.where((segment_ids >= 0)[..., None], x_BTC, 0)
-        padded = jnp.concatenate([tail_BWC.astype(x_BTC.dtype), x_BTC], axis=1)
+        before = tail_BWC.astype(x_BTC.dtype)
+        if sequence.is_split() and W > 1:
+            sequence.least_length(T, W - 1, f"a convolution of {W} taps")
+            before = sequence.before(x_BTC[:, T - W + 1 :], before)
+        padded = jnp.concatenate([before, x_BTC], axis=1)
         y_BTC = kernel_WC[0] * x_BTC
         ids = None
         if segment_ids is not None:
-            first = jnp.broadcast_to(first_real_segment(segment_ids)[:, None], (segment_ids.shape[0], W - 1))
+            first = jnp.broadcast_to(first_segment_of_row(segment_ids)[:, None], (segment_ids.shape[0], W - 1))
+            if sequence.is_split() and W > 1:
+                first = sequence.before(segment_ids[:, T - W + 1 :], first)
             ids = jnp.concatenate([first, segment_ids], axis=1)
         for j in range(1, W):
             past = jax.lax.slice_in_dim(padded, W - 1 - j, W - 1 - j + T, axis=1)
@@ -72,4 +80,7 @@ class ShortConv(nnx.Module):
             tail_ids = newest(ids, W - 1, lengths)
             last = jnp.max(ids, axis=1, keepdims=True)
             tail = jnp.where((tail_ids == last)[..., None], tail, 0)
+        if sequence.is_split():
+            held = jnp.ones(len(x_BTC), bool) if lengths is None else lengths > 0
+            tail = sequence.of_last(tail, held)
         return y_BTC, tail.astype(tail_BWC.dtype)

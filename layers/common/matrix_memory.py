@@ -18,16 +18,21 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from engrax.errors import UserError
+from engrax.layers.common import sequence
 from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import projection, rms_norm
 from engrax.layers.common.segments import last_segment_after, select_rows, starts_anew
+from engrax.layers.common.split_operation import DECAY, DELTA, split_operation
 from engrax.layers.mixer import Mixer, MixerConfig
 from engrax.pallas_kernels import gated_delta_rule, linear_attention
 from engrax.pallas_kernels.common.segments import mask_tokens
 from engrax.pallas_kernels.gated_delta_rule import cost as delta_cost
 from engrax.pallas_kernels.linear_attention import cost as linear_cost
 
-OPERATIONS = {"linear": (linear_attention, linear_cost.flops), "delta": (gated_delta_rule, delta_cost.flops)}
+OPERATIONS = {  # the operation, its FLOPs, and how it composes over the pieces of a row
+    "linear": (linear_attention, linear_cost.flops, DECAY),
+    "delta": (gated_delta_rule, delta_cost.flops, DELTA),
+}
 
 
 class MatrixMemoryState(NamedTuple):
@@ -64,6 +69,7 @@ class MatrixMemoryConfig(MixerConfig):
     implementation: str | None = None  # of the operation: reference | xla | ...; None = chosen by platform
 
     operation: ClassVar[Literal["linear", "delta"]] = "linear"  # what the mixer runs on: `OPERATIONS`
+    composes: ClassVar[bool] = True  # False for a module that combines tokens outside the convolution and the operation
     routable: ClassVar[bool] = False  # whether the module has `features` and `gates`, so that MoM can route to it
 
     def __post_init__(self):
@@ -217,9 +223,14 @@ class MatrixMemory(Mixer):
     def apply_once(self, q, k, v, terms, memory, segment_ids) -> tuple[Array, Array]:
         """One pass of the operation: (reads [B, T, HV, V], the matrices after the last token)."""
         c = self.config
-        op, _ = OPERATIONS[c.operation]
-        settings = dict(segment_ids=segment_ids, chunk_size=c.chunk_size, implementation=c.implementation)
-        return op(q, k, v, initial_state=memory, **terms, **settings)
+        op, _, transition = OPERATIONS[c.operation]
+        settings = dict(chunk_size=c.chunk_size, implementation=c.implementation)
+        if not sequence.is_split():
+            return op(q, k, v, initial_state=memory, segment_ids=segment_ids, **terms, **settings)
+        gates = {name: terms[name] for name in ("g", "beta") if name in terms}
+        settings |= {name: value for name, value in terms.items() if name not in gates}
+        inputs = dict(q=q, k=k, v=v) | gates
+        return split_operation(op, transition, inputs, memory, segment_ids, **settings)
 
     def project_read(self, x_BTD, read_BTHV) -> Float[Array, "B T D"]:
         """W_o (norm(read) * act(x W_gate)), each part where the mixer has it."""
@@ -277,6 +288,8 @@ def positions_in_segment(
 
     seen: tokens of the segment `last_segment` before the call. Padding is not counted; its position is -1.
     """
+    if sequence.is_split():
+        return _positions_in_piece(seen, last_segment, segment_ids, length)
     if segment_ids is None:
         return seen[:, None] + jnp.arange(length), seen + length
     real = segment_ids >= 0
@@ -285,3 +298,16 @@ def positions_in_segment(
     count = jnp.cumsum(real, axis=1, dtype=jnp.int32)
     outside = jax.lax.cummax(jnp.where(begins, count - 1, -seen[:, None]), axis=1)  # counted, but of other segments
     return jnp.where(real, count - 1 - outside, -1), count[:, -1] - outside[:, -1]
+
+
+def _positions_in_piece(seen, last_segment, segment_ids, length):
+    """`positions_in_segment` of rows split over devices."""
+    if segment_ids is None:
+        here = seen + sequence.index() * length
+        return here[:, None] + jnp.arange(length), seen + sequence.count() * length
+    with sequence.pieces(None):
+        _, tokens = positions_in_segment(jnp.zeros_like(seen), jnp.full_like(seen, -1), segment_ids, length)
+    last = jnp.max(segment_ids, axis=1)
+    seen, last_segment, after = sequence.segment_before(seen, last_segment, tokens, last)
+    with sequence.pieces(None):
+        return positions_in_segment(seen, last_segment, segment_ids, length)[0], after

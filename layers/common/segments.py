@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
+from engrax.layers.common import sequence
+
 
 def first_real_segment(segment_ids: Int[Array, "B T"]) -> Int[Array, " B"]:
     """The id of each row's first real token, -1 for a row without one."""
@@ -16,15 +18,25 @@ def first_real_segment(segment_ids: Int[Array, "B T"]) -> Int[Array, " B"]:
     return jnp.maximum(jnp.take_along_axis(segment_ids, first[:, None], axis=1)[:, 0], -1)
 
 
+def first_segment_of_row(segment_ids: Int[Array, "B T"]) -> Int[Array, " B"]:
+    """`first_real_segment` of rows that may be split over devices."""
+    first = first_real_segment(segment_ids)
+    if not sequence.is_split():
+        return first
+    none = jnp.iinfo(first.dtype).max
+    lowest = sequence.row_min(jnp.where(first < 0, none, first))
+    return jnp.where(lowest == none, -1, lowest)
+
+
 def starts_anew(last_segment: Int[Array, " B"], segment_ids: Int[Array, "B T"]) -> Bool[Array, " B"]:
     """True for rows whose first real token belongs to another segment than the state."""
-    first = first_real_segment(segment_ids)
+    first = first_segment_of_row(segment_ids)
     return (last_segment >= 0) & (first >= 0) & (first != last_segment)
 
 
 def last_segment_after(last_segment: Int[Array, " B"], segment_ids: Int[Array, "B T"]) -> Int[Array, " B"]:
     """The id of the last real token seen so far."""
-    return jnp.maximum(last_segment, segment_ids.max(axis=1))  # ids do not decrease, padding is -1
+    return jnp.maximum(last_segment, sequence.row_max(segment_ids.max(axis=1)))  # ids do not decrease, padding is -1
 
 
 def newest(

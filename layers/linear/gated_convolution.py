@@ -35,6 +35,7 @@ class GatedConvolutionConfig(MixerConfig):
     memory_reads: ClassVar[tuple[str, ...]] = ()  # a window of a few tokens, and no memory
 
     state_fields: ClassVar[tuple[str, ...]] = ("conv_width",)
+    composes: ClassVar[bool] = True
 
     expand: int = 2  # inner width / model width
     conv_width: int = 3  # taps

@@ -35,6 +35,7 @@ class InfiniAttentionConfig(MatrixMemoryConfig):
 
     memory_reads: ClassVar[tuple[str, ...]] = ("compressed",)
     state_fields: ClassVar[tuple[str, ...]] = ("head_dim", "block")
+    composes: ClassVar[bool] = False  # a block of its softmax may lie in two pieces
 
     block: int = 32  # tokens that attend to each other, the paper's segment length N
     rope_base: float = 10_000.0  # longest rotary wavelength / 2 pi, in tokens

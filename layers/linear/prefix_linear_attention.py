@@ -28,6 +28,8 @@ from engrax.layers.mixer import MIXERS
 class PrefixLinearAttentionConfig(BasedConfig):
     """Settings of prefix linear attention; head_dim is the feature dimension d of Based."""
 
+    composes: ClassVar[bool] = False  # a prefix may lie in two pieces
+
     prefix: int = 16  # tokens at the start of every segment, visible to all its tokens
 
     exempt_from: ClassVar[dict[str, str]] = {

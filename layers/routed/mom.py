@@ -19,18 +19,19 @@ weight is always 1, and only those losses train it.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from engrax.errors import UserError
+from engrax.layers.common import sequence
 from engrax.layers.common.gates import LowRank
 from engrax.layers.common.matrix_memory import MatrixMemoryConfig
 from engrax.layers.common.modules import projection
-from engrax.layers.common.segments import first_real_segment, last_segment_after, select_rows, starts_anew
+from engrax.layers.common.segments import first_segment_of_row, last_segment_after, select_rows, starts_anew
 from engrax.layers.delta.gated_deltanet import GatedDeltaNetConfig
 from engrax.layers.mixer import MIXERS, Mixer, MixerConfig
 from engrax.layers.routed.routing import (
@@ -71,6 +72,8 @@ class Call(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class MoMConfig(MixerConfig):
     """Settings of a mixture of memories."""
+
+    composes: ClassVar[bool] = True
 
     base: MixerConfig = GatedDeltaNetConfig()  # the rule of every memory: a mixer with a matrix memory
     memories: int = 4  # memories that the router chooses from
@@ -219,20 +222,22 @@ class MoM(Mixer):
             first = last = jnp.maximum(state.last_segment, 0)
             document = jnp.broadcast_to(first[:, None], x_BTD.shape[:2])
         else:
-            first, last = first_real_segment(segment_ids), last_segment_after(state.last_segment, segment_ids)
+            first, last = first_segment_of_row(segment_ids), last_segment_after(state.last_segment, segment_ids)
             state = select_rows(starts_anew(state.last_segment, segment_ids), self.init_state(B), state)
             document = segment_ids
         choice = self.route(x_BTD)
         memory, weight = self._with_shared(choice)
-        runs = lay_out(memory, document, first, memories=self.config.states, lead=state.tail.shape[2])
-        q, k, v, tail = self._project(x_BTD, state.tail if carries else None, runs)
+        ends = _documents_around(first, last, segment_ids)
+        runs = lay_out(memory, document, ends[0], memories=self.config.states, lead=state.tail.shape[2])
+        q, k, v, tail = self._project(x_BTD, state.tail if carries or sequence.is_split() else None, runs, ends)
         terms = self.base.gates(self._gate_logits(x_BTD, runs))
         packed = {"num_segments": self.config.states}
         if segment_ids is not None:
             packed["g"] = _forgetting(terms.get("g"), runs.begins, v)
+        packed |= {"keep": _kept(runs, ends)} if sequence.is_split() else {}
         read, memory = self.base.apply_operation(q, k, v, terms | packed, state, runs.memory)
-        if segment_ids is not None:
-            memory, tail = _of_last_document(runs, first, last, memory, tail)
+        if segment_ids is not None and not sequence.is_split():
+            memory = tuple(jnp.where(_kept(runs, ends)[..., None, None, None], m, 0) for m in memory)
         copies = combine(read.reshape(*read.shape[:2], -1), runs.places).reshape(*weight.shape, *read.shape[2:])
         mixed = jnp.einsum("BTJ,BTJHV->BTHV", weight.astype(read.dtype), copies)
         return Call(mixed, MoMState(memory, tail.astype(state.tail.dtype), last), choice, terms, runs)
@@ -245,7 +250,7 @@ class MoM(Mixer):
         memory = jnp.pad(choice.memory, at_end, constant_values=self.config.memories)
         return memory, jnp.pad(choice.weight, at_end, constant_values=1)
 
-    def _project(self, x_BTD, tail, runs: RoutedLayout):
+    def _project(self, x_BTD, tail, runs: RoutedLayout, ends):
         """q, k and v of all copies in their runs, convolved where the base says so, and every memory's new tail."""
         base = self.config.base
         q, kv = dispatch(self.query(x_BTD), runs.places), self._written(self.key_value, x_BTD, runs)
@@ -253,12 +258,13 @@ class MoM(Mixer):
         B, L, C = mixed.shape
         new = jnp.zeros((B, self.config.states, lead, C), mixed.dtype)
         if lead:
-            steps = jnp.arange(lead)
+            if sequence.is_split():
+                tail, new = _tails_around(tail.astype(mixed.dtype), _newest(mixed, runs, ends, lead), runs, ends)
             if tail is not None:
-                behind = runs.start[..., None] - lead + steps
+                behind = runs.start[..., None] - lead + jnp.arange(lead)
                 mixed = jax.vmap(lambda row, i, t: row.at[i].set(t))(mixed, behind, tail.astype(mixed.dtype))
-            newest = runs.end[..., None] - lead + steps
-            new = jax.vmap(lambda row, i: row[i])(mixed, newest)
+            if not sequence.is_split():
+                new = _newest(mixed, runs, ends, lead)
             mixed, _ = self.base.conv(mixed, jnp.zeros((B, lead, C), mixed.dtype), runs.convolved)
         parts = jnp.split(mixed, [base.widths[0], sum(base.widths[:2])], axis=-1)
         heads = (base.heads, base.heads, base.values[0])
@@ -303,14 +309,44 @@ def _forgetting(g, begins_BL, v_BLHV):
     return jnp.where(begins_BL.reshape(begins_BL.shape + (1,) * (g.ndim - 2)), -jnp.inf, g)
 
 
-def _of_last_document(runs: RoutedLayout, first_B, last_B, memory, tail_BNWC):
-    """Memories and tails, zero where they are not of the row's last document."""
-    at = jax.vmap(lambda row, i: row[i])
-    untouched = first_B < 0  # the row is all padding
-    document = jnp.where(runs.end > runs.start, at(runs.document, runs.end - 1), first_B[:, None])
-    keep = (document == last_B[:, None]) | untouched[:, None]
-    memory = tuple(jnp.where(keep[..., None, None, None], m, 0) for m in memory)
-    lead = tail_BNWC.shape[2]
-    document = at(runs.document, runs.end[..., None] - lead + jnp.arange(lead))
-    keep = (document == last_B[:, None, None]) | untouched[:, None, None]
-    return memory, jnp.where(keep[..., None], tail_BNWC, 0)
+def _documents_around(first_B, last_B, segment_ids):
+    """The document that the state before a call belongs to, and that of its last token; -1 if the row is all padding.
+
+    first, last: the same of the row, which may be split over devices.
+    """
+    if segment_ids is None or not sequence.is_split():
+        return first_B, jnp.where(first_B < 0, first_B, last_B)
+    own = jnp.max(segment_ids, axis=1)
+    before, _ = sequence.chain(jnp.maximum, first_B, own)
+    return before, jnp.maximum(before, own)
+
+
+def _kept(runs: RoutedLayout, ends) -> Bool[Array, "B N"]:
+    """Whether a memory after the call is of the last token's document; the others are zero."""
+    first, last = ends
+    document = jax.vmap(lambda row, i: row[i])(runs.document, runs.end - 1)
+    return jnp.where(runs.end > runs.start, document, first[:, None]) == last[:, None]
+
+
+def _newest(mixed_BLC, runs: RoutedLayout, ends, lead: int) -> Float[Array, "B N W C"]:
+    """The newest `lead` inputs of every run, zero for those of other documents than the last token's."""
+    at, index = jax.vmap(lambda row, i: row[i]), runs.end[..., None] - lead + jnp.arange(lead)
+    return jnp.where((at(runs.document, index) == ends[1][:, None, None])[..., None], at(mixed_BLC, index), 0)
+
+
+def _tails_around(tail_BNWC, own_BNWC, runs: RoutedLayout, ends):
+    """The tails before this piece of rows split over devices and those after the row.
+
+    tail: before the row. own: the newest inputs of this piece's runs, zero where a run is shorter.
+    """
+    lead = own_BNWC.shape[2]
+    count = jnp.minimum(runs.end - runs.start, lead)[..., None]
+    slot, same = jnp.arange(lead), ends[0] == ends[1]
+
+    def step(tail, piece):
+        own, count, same = piece
+        earlier = jnp.take_along_axis(tail, jnp.minimum(slot + count, lead - 1)[..., None], axis=2)
+        earlier = jnp.where((slot < lead - count)[..., None] & same[:, None, None, None], earlier, 0)
+        return earlier + own
+
+    return sequence.chain(step, tail_BNWC, (own_BNWC, count, same))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from engrax.layers.common import sequence
 from engrax.pallas_kernels.grouped_matmul.grouping import BLOCK
 
 
@@ -34,10 +35,14 @@ def loads(choice: Choice, real_BT: Bool[Array, "B T"]) -> tuple[Float[Array, "B 
     """Per row: the fraction of real tokens that chose each memory (sums to J), and the mean probabilities."""
     dtype, memories = choice.logits.dtype, choice.logits.shape[-1]
     real = real_BT[..., None].astype(dtype)
-    tokens = jnp.maximum(jnp.sum(real, axis=1), 1)
+    tokens = jnp.maximum(_sum_of_row(real), 1)
     chosen = jnp.sum(jax.nn.one_hot(choice.memory, memories, dtype=dtype), axis=2)
     probability = jnp.where(real_BT[..., None], jax.nn.softmax(choice.logits, axis=-1), 0)
-    return jnp.sum(real * chosen, axis=1) / tokens, jnp.sum(probability, axis=1) / tokens
+    return _sum_of_row(real * chosen) / tokens, _sum_of_row(probability) / tokens
+
+
+def _sum_of_row(x: Shaped[Array, "B T *D"]) -> Shaped[Array, "B *D"]:
+    return sequence.row_sum(jnp.sum(x, axis=1))
 
 
 def balance_loss(choice: Choice, real_BT: Bool[Array, "B T"]) -> Float[Array, " B"]:
@@ -52,7 +57,7 @@ def balance_loss(choice: Choice, real_BT: Bool[Array, "B T"]) -> Float[Array, " 
 def z_loss(choice: Choice, real_BT: Bool[Array, "B T"]) -> Float[Array, " B"]:
     """Mean square of log sum exp(logits) over every row's tokens (arXiv 2202.08906): keeps logits small."""
     squares = jnp.square(jax.nn.logsumexp(choice.logits, axis=-1))
-    return jnp.sum(jnp.where(real_BT, squares, 0), axis=1) / jnp.maximum(jnp.sum(real_BT, axis=1), 1)
+    return _sum_of_row(jnp.where(real_BT, squares, 0)) / jnp.maximum(_sum_of_row(real_BT), 1)
 
 
 class Places(NamedTuple):

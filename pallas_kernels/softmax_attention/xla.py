@@ -31,6 +31,13 @@ def softmax_attention_xla(form: AttentionForm, inputs: AttentionInputs) -> Outpu
 passes = Passes.of(softmax_attention_xla)
 
 
+def earlier_terms(form: AttentionForm, before: int | Array, queries: AttentionInputs, keys: AttentionInputs) -> Outputs:
+    """Returns the attention of queries to keys that all come before them, for `merge_attention`: key i is `before` - i
+    tokens before the first query. The q of `keys` is not used."""
+    run = _tiles if queries.q.shape[1] > TILE else _tile
+    return run(form._replace(log_sum=True), before, queries, keys)
+
+
 def _block_size(length: int) -> int:
     return _rounded_up(-(-length // BLOCKS), TILE)
 
