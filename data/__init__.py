@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from engrax.data.memorization import Memorization
     from engrax.data.mixture import Mixture
     from engrax.data.mqar import MQAR
+    from engrax.data.niah import (
+        NiahMultikey1,
+        NiahMultikey2,
+        NiahMultikey3,
+        NiahMultiquery,
+        NiahMultivalue,
+        NiahSingle1,
+        NiahSingle2,
+        NiahSingle3,
+    )
     from engrax.data.noisy_in_context_recall import NoisyInContextRecall
     from engrax.data.palindrome import Palindrome
     from engrax.data.parity import Parity
@@ -61,6 +71,14 @@ __all__ = [
     "Loader",
     "Memorization",
     "Mixture",
+    "NiahMultikey1",
+    "NiahMultikey2",
+    "NiahMultikey3",
+    "NiahMultiquery",
+    "NiahMultivalue",
+    "NiahSingle1",
+    "NiahSingle2",
+    "NiahSingle3",
     "NoisyInContextRecall",
     "Palindrome",
     "Parity",

@@ -1,0 +1,277 @@
+"""Tasks in words: oracle, sizes, statistics by definition, scoring rules, and what is asked of a model."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+from engrax import data
+from engrax.data import DATASETS, scoring_rules
+from engrax.data.haystack import NOISE, load_text, made_words, sentences
+from engrax.data.niah import DEPTHS, Needles
+from engrax.data.text_task import TextTask
+from engrax.errors import UserError
+
+CLASSES = {name: cls for name, cls in DATASETS.items() if issubclass(cls, TextTask)}
+NEEDLES = [name for name, cls in CLASSES.items() if issubclass(cls, Needles)]
+EACH = pytest.mark.parametrize("name", CLASSES)
+
+
+def build(name, **fields):
+    return CLASSES[name](**dict(seq_len=2048) | fields)
+
+
+def examples(task, count, split="validation"):
+    return [task.example(split, i) for i in range(count)]
+
+
+def assert_share(hits, expected):
+    """The share of true values is the expected one, within 5 standard errors."""
+    hits = np.asarray(hits)
+    assert abs(hits.mean() - expected) < 5 * np.sqrt(expected * (1 - expected) / hits.size) + 1e-12
+
+
+@pytest.fixture(scope="module")
+def words_tokenizer(tmp_path_factory):
+    """A byte-level BPE tokenizer of 600 tokens."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    found = tokenizers.Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    found.train_from_iterator([NOISE, " ".join(load_text(None).words[:5000])], trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    found.save(str(path))
+    return str(path)
+
+
+@EACH
+@pytest.mark.parametrize("tokens", ["bytes", "words"])
+def test_the_oracle_answers_everything(name, tokens, words_tokenizer):
+    """In tokens and in words; every answer has the tokens behind its question as labels, and a row is not exceeded."""
+    task = build(name, tokenizer_file=None if tokens == "bytes" else words_tokenizer)
+    rows, targets = task.generate("train", np.arange(6))
+    labelled = targets != -1
+    assert rows.shape == targets.shape == (6, 2048) and rows.dtype == targets.dtype == np.int32
+    assert (task.solve(rows) == targets)[labelled].all() and labelled.any(axis=1).all()
+    assert rows.max() < task.vocab_size and task.chance == 1 / task.vocab_size
+    np.testing.assert_array_equal(rows[:, 1:][labelled[:, :-1]], targets[labelled])
+    for i, example in enumerate(examples(task, 6, "train")):
+        turn = example.turns[-1]
+        written = targets[i][labelled[i]]
+        assert task.tokenizer.decode(written).endswith(turn.answer)
+        hits, trials = task.score(turn.answer, example, turn)
+        assert hits == trials >= 1 and task.score("", example, turn) == (0, trials)
+
+
+@EACH
+def test_the_haystack_is_as_large_as_fits(name, words_tokenizer):
+    for tokenizer in (None, words_tokenizer):
+        task = build(name, tokenizer_file=tokenizer)
+        for i in range(4):
+            assert -0.25 * 2048 < task._sized("validation", i, task._units)[2] <= (0 if i == 0 else 200)
+        assert task._sized("validation", 0, task._units + 1)[2] > 0
+
+
+@EACH
+def test_an_example_is_a_function_of_seed_split_and_index(name):
+    task = build(name)
+    tokens, targets = task.generate("train", np.arange(8))
+    some = np.array([7, 3, 3])
+    for got, want in zip(task.generate("train", some), (tokens, targets)):
+        np.testing.assert_array_equal(got, want[some])
+    for other in (dataclasses.replace(task, seed=1).generate("train", np.arange(8)), task.generate("validation", some)):
+        assert not (other[0][:3] == tokens[:3]).all(axis=1).any()
+    assert build(name, seed=1).digest() != task.digest() == build(name).digest()
+
+
+def test_other_processes_make_the_same_rows(run_python):
+    code = "from engrax.tests.test_needles import digests; import json; print(json.dumps(digests()))"
+    told = json.loads(run_python(code).strip().splitlines()[-1])
+    assert told == digests() and len(set(told.values())) == len(told)
+
+
+def digests():
+    return {name: build(name).digest() for name in CLASSES}
+
+
+# The needles.
+
+
+def facts(text):
+    return re.findall(r"One of the special magic (\w+) for (\S+) is: (\S+)\.(?=\s|$)", text)
+
+
+@pytest.mark.parametrize("name", NEEDLES)
+def test_needles_have_their_numbers_and_kinds(name):
+    task = build(name, seq_len=3000)
+    patterns = {
+        "numbers": r"[1-9]\d{6}",
+        "words": r"[a-z]+-[a-z]+",
+        "uuids": r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}",
+    }
+    singular = {"numbers": "number", "uuids": "uuid"}[task.value_kind]
+    for example in examples(task, 40):
+        found = facts(example.context)
+        (turn,) = example.turns
+        kinds, keys, values = zip(*found)
+        needles = task._keys * task.num_values
+        assert len(found) == needles + (task._units if task.haystack == "needle" else 0) - task_shrunk(task, example)
+        assert set(kinds) == {task.value_kind} and len(set(keys)) == len(found) / task.num_values
+        assert all(re.fullmatch(patterns[task.key_kind], key) for key in keys)
+        assert all(re.fullmatch(patterns[task.value_kind], value) for value in values)
+        count = task.num_queries * task.num_values
+        asked = re.search(r"for (.+?) mentioned", turn.question)[1].replace("and ", "").split(", ")
+        assert len(turn.references) == count and len(asked) == task.num_queries
+        assert {v for _, key, v in found if key in asked} == set(turn.references)
+        if count == 1:
+            assert f"\nWhat is the special magic {singular} for {asked[0]} mentioned" in turn.question
+            assert example.context.startswith(f"A special magic {singular} is hidden within the following text.")
+            assert turn.question.endswith(" mentioned in the provided text is")
+        else:
+            assert "\nWhat are all the special magic numbers for " in turn.question
+            assert example.context.startswith("Some special magic numbers are hidden within the following text.")
+            assert turn.question.endswith(" mentioned in the provided text are")
+            last = turn.references[-1]
+            assert turn.answer == f" {', '.join(turn.references[:-1])}, and {last}."
+
+
+def task_shrunk(task, example):
+    """Needles of a haystack that was made smaller for this example."""
+    if task.haystack != "needle":
+        return 0
+    return task._units + task._needles - len(facts(example.context))
+
+
+def test_needles_in_text_stand_between_sentences_at_one_of_forty_depths():
+    assert len(DEPTHS) == len(set(DEPTHS)) == 40 and DEPTHS[0] == 0 and DEPTHS[-1] == 100 and DEPTHS[1] == 3
+    task = build("niah_single_2", seq_len=4096)
+    places = []
+    for example in examples(task, 400):
+        text = example.context.partition("\n")[2]
+        before, needle, after = re.split(r"(One of the special magic numbers for \S+ is: \d+\.)", text)
+        assert not before or not after or before.endswith((". ", "? ", "! "))  # the text ends inside a sentence
+        first, whole = len(sentences(before.strip())), len(sentences(before + after.lstrip()))
+        places.append(first / whole)
+        assert first in {int(whole * depth / 100) for depth in DEPTHS}
+        assert example.depth == pytest.approx(len(before) / len(before + after), abs=0.01)
+        assert (before + after.lstrip()).startswith(load_text(None).piece(0, 5))
+    assert_share([place == 0 for place in places], 1 / 40)
+    assert_share([place == 1 for place in places], 1 / 40)
+    assert abs(np.mean(places) - 0.5) < 5 * 0.3 / 20
+
+
+def test_needles_between_paragraphs_stand_anywhere_but_last():
+    task = build("niah_single_1", seq_len=1024)
+    found = [example.context.partition("\n")[2].split("\n") for example in examples(task, 600)]
+    places = np.array([next(i for i, line in enumerate(lines) if line != NOISE) for lines in found])
+    units = np.array([len(lines) - 1 for lines in found])
+    most = np.bincount(units).argmax()
+    places = places[units == most]
+    for place in range(most):
+        assert_share(places == place, 1 / most)
+    assert all(line == NOISE for lines in found for line in lines if "special" not in line)
+
+
+def test_a_given_depth_is_kept():
+    for name, depth in (("niah_single_1", 50), ("niah_multikey_1", 100), ("niah_multikey_2", 0)):
+        for example in examples(build(name, depth=depth, seq_len=4096), 20):
+            assert example.depth == pytest.approx(depth / 100, abs=0.05)
+
+
+def test_training_text_begins_anywhere_and_a_folder_may_give_it(tmp_path):
+    begins = {e.context.partition("\n")[2][:12] for e in examples(build("niah_single_2", depth=50), 20, "train")}
+    assert len(begins) > 15
+    (tmp_path / "b.txt").write_text("Second file. ")
+    (tmp_path / "a.md").write_text("First  file.\n\nIt ends! ")
+    assert load_text(str(tmp_path)).piece(0, 8) == "First file. It ends! Second file. First file."
+    task = build("niah_single_2", haystack_path=str(tmp_path), depth=0)
+    digest = task.digest()
+    assert task.example("validation", 0).context.endswith(task._text.piece(0, task._units))
+    (tmp_path / "a.md").write_text("Another file. ")
+    assert build("niah_single_2", haystack_path=str(tmp_path), depth=0).digest() != digest
+
+
+def test_made_words_are_distinct_and_a_longer_list_begins_alike():
+    assert made_words(50) == made_words(3000)[:50] and len(set(made_words(3000))) == 3000
+    assert all(re.fullmatch("[a-z]{4,}", word) for word in made_words(3000))
+
+
+# Scoring.
+
+
+@pytest.mark.parametrize(
+    "output, references, every, any_",
+    [
+        (" 1234567.", ("1234567",), (1, 1), (1, 1)),
+        (" 12345678", ("1234567",), (1, 1), (1, 1)),  # containment: RULER counts it
+        (" 123456", ("1234567",), (0, 1), (0, 1)),
+        (" 7654321, and 1234567", ("1234567", "7654321"), (2, 2), (1, 1)),
+        (" 7654321", ("1234567", "7654321"), (1, 2), (1, 1)),
+        (" ABCDE", ("abcde", "x"), (1, 2), (1, 1)),
+        ("", ("a", "b", "c"), (0, 3), (0, 1)),
+    ],
+)
+def test_string_matches(output, references, every, any_):
+    assert scoring_rules.match_all(output, references) == every
+    assert scoring_rules.match_part(output, references) == any_
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    "name, fields, sentence",
+    [
+        ("niah_single_1", dict(seq_len=300), r"too short for niah_single_1: .* need \d+ tokens more; choose at least"),
+        ("niah_single_2", dict(haystack_path="nowhere"), "text folder nowhere does not exist"),
+        ("niah_single_2", dict(words_path="nowhere.txt"), "word list nowhere.txt does not exist"),
+        ("niah_single_1", dict(tokenizer_file="nowhere.json"), "tokenizer file nowhere.json does not exist"),
+        ("niah_single_1", dict(depth=101), "between 0 and 100 per cent, not 101"),
+        ("niah_multikey_1", dict(num_keys=41), "40 places for needles, and there are 41"),
+        ("niah_multivalue", dict(num_values=0), "num_values must be at least 1"),
+        ("niah_single_1", dict(answer_tokens=0), "answer_tokens must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_sentence(name, fields, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        build(name, **fields).check()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_digits_is_refused(tmp_path):
+    import tokenizers
+
+    letters = {letter: i for i, letter in enumerate(["?", *"abcdefghijklmnopqrstuvwxyz .\n"])}
+    found = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[], unk_token="?"))
+    found.save(str(tmp_path / "letters.json"))
+    with pytest.raises(UserError, match="does not know all of 0123456789"):
+        build("niah_single_1", tokenizer_file=str(tmp_path / "letters.json")).check()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no text"):
+        build("niah_single_2", haystack_path=str(tmp_path / "empty")).check()
+
+
+def test_what_seems_to_fit_is_drawn_again_until_it_does():
+    """At the least length of the first example, others with longer words do not fit as they are drawn first."""
+    with pytest.raises(UserError) as caught:
+        build("niah_single_1", seq_len=300).check()
+    least = int(re.search(r"at least (\d+)", str(caught.value))[1])
+    task = build("niah_single_1", seq_len=least)
+    assert any(task._sized("train", i, 1)[2] > 0 for i in range(50))
+    assert all(len(task._fitted("train", i)[1]) == 2 for i in range(50))
+    with pytest.raises(UserError):
+        build("niah_single_1", seq_len=least - 1).check()
+
+
+def test_the_page_describes_every_task(root):
+    page = (root / "docs" / "needles.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(CLASSES)
+    for name, cls in CLASSES.items():
+        assert cls.__doc__ and getattr(data, cls.__name__) is cls and cls.registered_name == name
+        assert set(cls.axes) <= {field.name for field in dataclasses.fields(cls)}
