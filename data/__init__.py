@@ -7,6 +7,7 @@ from engrax import lazy
 if TYPE_CHECKING:
     from engrax.data.associative_retrieval import AssociativeRetrieval
     from engrax.data.bit_patterns import BitPatterns
+    from engrax.data.common_words import CommonWords
     from engrax.data.compositional_mqar import CompositionalMQAR
     from engrax.data.compression import Compression
     from engrax.data.config import DATASETS, Batch, DataConfig, Loader
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from engrax.data.digits import load_digits
     from engrax.data.dyck import Dyck
     from engrax.data.forgetting_mqar import ForgettingMQAR
+    from engrax.data.frequent_words import FrequentWords
     from engrax.data.fuzzy_in_context_recall import FuzzyInContextRecall
     from engrax.data.in_context_recall import InContextRecall
     from engrax.data.induction import Induction
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from engrax.data.noisy_in_context_recall import NoisyInContextRecall
     from engrax.data.palindrome import Palindrome
     from engrax.data.parity import Parity
+    from engrax.data.passkey import Passkey
     from engrax.data.selective_copying import SelectiveCopying
     from engrax.data.set_disjointness import SetDisjointness
     from engrax.data.shuffle import Shuffle
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from engrax.data.text_folder import TextFolder
     from engrax.data.tfds_text import TfdsText
     from engrax.data.tokenizers import ByteTokenizer, JsonTokenizer
+    from engrax.data.variable_tracking import VariableTracking
 
 __all__ = [
     "DATASETS",
@@ -54,6 +58,7 @@ __all__ = [
     "Batch",
     "BitPatterns",
     "ByteTokenizer",
+    "CommonWords",
     "CompositionalMQAR",
     "Compression",
     "Continual",
@@ -62,6 +67,7 @@ __all__ = [
     "DataConfig",
     "Dyck",
     "ForgettingMQAR",
+    "FrequentWords",
     "FuzzyInContextRecall",
     "InContextRecall",
     "Induction",
@@ -82,6 +88,7 @@ __all__ = [
     "NoisyInContextRecall",
     "Palindrome",
     "Parity",
+    "Passkey",
     "SelectiveCopying",
     "SetDisjointness",
     "Shuffle",
@@ -90,6 +97,7 @@ __all__ = [
     "TaskMixture",
     "TextFolder",
     "TfdsText",
+    "VariableTracking",
     "load_digits",
 ]
 

@@ -34,6 +34,14 @@ class Draws:
         """A uniform item."""
         return items[self.below(len(items))]
 
+    def letters(self, alphabet: str, count: int) -> str:
+        """A word of uniform letters; they are digits of one number, so at most 13 of 26."""
+        number, word = self.bits(), ""
+        for _ in range(count):
+            number, place = divmod(number, len(alphabet))
+            word += alphabet[place]
+        return word
+
     def sample(self, count: int, size: int) -> list[int]:
         """`size` distinct integers of [0, count), in random order. Raises UserError if there are fewer."""
         require(size <= count, f"{size} distinct draws from {count} are not possible.")

@@ -1,5 +1,6 @@
 """Tasks in words: oracle, sizes, statistics by definition, scoring rules, and what is asked of a model."""
 
+import collections
 import dataclasses
 import json
 import re
@@ -16,11 +17,12 @@ from engrax.errors import UserError
 
 CLASSES = {name: cls for name, cls in DATASETS.items() if issubclass(cls, TextTask)}
 NEEDLES = [name for name, cls in CLASSES.items() if issubclass(cls, Needles)]
+LENGTH = 2400  # tokens of a row
 EACH = pytest.mark.parametrize("name", CLASSES)
 
 
 def build(name, **fields):
-    return CLASSES[name](**dict(seq_len=2048) | fields)
+    return CLASSES[name](**dict(seq_len=LENGTH) | fields)
 
 
 def examples(task, count, split="validation"):
@@ -51,13 +53,13 @@ def words_tokenizer(tmp_path_factory):
 
 
 @EACH
-@pytest.mark.parametrize("tokens", ["bytes", "words"])
+@pytest.mark.parametrize("tokens", ["bytes", pytest.param("words", marks=pytest.mark.deep)])
 def test_the_oracle_answers_everything(name, tokens, words_tokenizer):
     """In tokens and in words; every answer has the tokens behind its question as labels, and a row is not exceeded."""
     task = build(name, tokenizer_file=None if tokens == "bytes" else words_tokenizer)
     rows, targets = task.generate("train", np.arange(6))
     labelled = targets != -1
-    assert rows.shape == targets.shape == (6, 2048) and rows.dtype == targets.dtype == np.int32
+    assert rows.shape == targets.shape == (6, LENGTH) and rows.dtype == targets.dtype == np.int32
     assert (task.solve(rows) == targets)[labelled].all() and labelled.any(axis=1).all()
     assert rows.max() < task.vocab_size and task.chance == 1 / task.vocab_size
     np.testing.assert_array_equal(rows[:, 1:][labelled[:, :-1]], targets[labelled])
@@ -74,7 +76,7 @@ def test_the_haystack_is_as_large_as_fits(name, words_tokenizer):
     for tokenizer in (None, words_tokenizer):
         task = build(name, tokenizer_file=tokenizer)
         for i in range(4):
-            assert -0.25 * 2048 < task._sized("validation", i, task._units)[2] <= (0 if i == 0 else 200)
+            assert -0.25 * LENGTH < task._sized("validation", i, task._units)[2] <= (0 if i == 0 else 200)
         assert task._sized("validation", 0, task._units + 1)[2] > 0
 
 
@@ -202,6 +204,90 @@ def test_made_words_are_distinct_and_a_longer_list_begins_alike():
     assert all(re.fullmatch("[a-z]{4,}", word) for word in made_words(3000))
 
 
+# The other tasks of the family.
+
+
+def test_passkeys_are_stated_twice_at_any_letter():
+    task = build("passkey", seq_len=900)
+    keys, places = [], []
+    for example in examples(task, 400):
+        task_text, before, line, after, end = (example.context + example.turns[0].question).split("\n")
+        key = re.fullmatch(r"The pass key is (\d+)\. Remember it\. (\d+) is the pass key\.", line)
+        assert key[1] == key[2] == example.turns[0].references[0] and 1 <= int(key[1]) <= 50_000
+        assert end == "What is the pass key? The pass key is" and task_text.startswith("There is an important info")
+        assert (f"{NOISE} " * 9).startswith((before, after)) and len(before + after) > 500
+        keys.append(int(key[1]))
+        places.append(len(before) / len(before + after))
+        assert example.depth == pytest.approx(places[-1])
+    assert abs(np.mean(keys) - 25_000) < 5 * 14_434 / 20 and abs(np.mean(places) - 0.5) < 5 * 0.29 / 20
+    assert build("passkey", depth=25).example("validation", 0).depth == pytest.approx(0.25, abs=0.01)
+
+
+def test_variables_are_assigned_in_chains():
+    task = build("variable_tracking", num_chains=2, num_hops=3, seq_len=3000)
+    for example in examples(task, 30):
+        worked, text = example.context.split("\n\nMemorize and track")
+        lines = text.split("\n")[2:]
+        assigned = [line for line in lines if line != NOISE]
+        assert len(assigned) == 8 and lines[-1] == NOISE
+        starts = [re.fullmatch(r"VAR ([A-Z]{5}) = (\d{5})", line) for line in assigned]
+        assert sum(map(bool, starts)) == 2
+        (turn,) = example.turns
+        value = re.search(r"assigned the value (\d{5}) in the text above", turn.question)[1]
+        names, last = list(turn.references), None
+        assert len(set(names)) == 4 and "4 variables are assgined" in turn.question
+        for name in names:
+            line = f"VAR {name} = {value}" if last is None else f"VAR {name} = VAR {last} "
+            assert assigned.count(line) == 1
+            last = name
+        assert turn.answer == " ".join(names) + "\n"
+        assert re.search(r"assgined the value \d+, they are: ([A-Z]{3} ){3}[A-Z]{3}$", worked)
+        values = {start[2] for start in starts if start}
+        assert len(values) == 2 and value in values and 10_000 <= int(value) < 99_999
+    assert "Answer" not in build("variable_tracking", worked_example=False).example("train", 0).context
+
+
+@pytest.mark.parametrize("length, often, seldom, worked", [(3000, 6, 1, (3, 1, 20)), (8000, 30, 3, (10, 3, 40))])
+def test_common_words_occur_more_often(length, often, seldom, worked):
+    task = build("common_words", seq_len=length)
+    for example in examples(task, 5):
+        first, second = (
+            part.split("\n")[1] for part in example.context.split("Below is a numbered list of words.")[1:]
+        )
+        (turn,) = example.turns
+        for text, times, common in (
+            (second, (often, seldom), turn.references),
+            (
+                first,
+                worked[:2],
+                re.findall(r"\d+\. (\w+)", example.context.split("in the list are:")[1].split("\n")[0]),
+            ),
+        ):
+            words = re.findall(r"(\d+)\. (\w+)", text)
+            assert [int(number) for number, _ in words] == list(range(1, len(words) + 1))
+            counts = collections.Counter(word for _, word in words)
+            assert collections.Counter(counts.values()) == {times[0]: 10, times[1]: len(counts) - 10}
+            assert {word for word, count in counts.items() if count == times[0]} == set(common) and len(common) == 10
+        assert len(set(re.findall(r"[a-z]{4,}", first))) == worked[2]
+        assert turn.answer == " ".join(f"{i}. {word}" for i, word in enumerate(turn.references, 1)) + "\n"
+
+
+def test_frequent_words_have_zeta_counts():
+    """floor(n / (zeta(2) k^2)): 1000 words give 607 dots, then 151, 67, 37, 24, 16, ..."""
+    task = build("frequent_words", seq_len=8000)
+    assert task.counts(1000).tolist()[:6] == [607, 151, 67, 37, 24, 16] and len(task.counts(1000)) == 159
+    for example in examples(task, 5):
+        counts = collections.Counter(example.context.partition("coded words. ")[2].split())
+        ordered = counts.most_common(5)
+        assert ordered[0][0] == "..." and all(re.fullmatch("[a-z]{6}", word) for word in list(counts) if word != "...")
+        assert [word for word, _ in ordered[1:4]] == list(example.turns[0].references)
+        assert sorted(counts.values(), reverse=True) == [n for n in task.counts(task._units) if n]
+        assert ordered[3][1] > ordered[4][1]
+    for units in range(task.least_units, 400):
+        counts = task.counts(units)
+        assert counts[3] > counts[4]
+
+
 # Scoring.
 
 
@@ -222,6 +308,23 @@ def test_string_matches(output, references, every, any_):
     assert scoring_rules.match_part(output, references) == any_
 
 
+@pytest.mark.parametrize(
+    "output, right",
+    [
+        (" 123.", 1),
+        (" is 123", 1),
+        (" 0123", 1),
+        ("1234", 0),
+        (" 12 3", 0),
+        ("no idea", 0),
+        (" 7, then 123", 0),
+        ("", 0),
+    ],
+)
+def test_the_first_integer_counts(output, right):
+    assert scoring_rules.first_integer(output, ("123",)) == (right, 1)
+
+
 # Mistakes.
 
 
@@ -235,6 +338,13 @@ def test_string_matches(output, references, every, any_):
         ("niah_single_1", dict(depth=101), "between 0 and 100 per cent, not 101"),
         ("niah_multikey_1", dict(num_keys=41), "40 places for needles, and there are 41"),
         ("niah_multivalue", dict(num_values=0), "num_values must be at least 1"),
+        ("passkey", dict(depth=-1), "between 0 and 100 per cent, not -1"),
+        ("variable_tracking", dict(num_hops=0), "num_hops must be at least 1"),
+        ("variable_tracking", dict(seq_len=1024), "too short for variable_tracking"),
+        ("common_words", dict(num_common=0), "num_common must be at least 1"),
+        ("common_words", dict(words_path="nowhere.txt"), "word list nowhere.txt does not exist"),
+        ("frequent_words", dict(alpha=1.0), "alpha must lie above 1"),
+        ("frequent_words", dict(seq_len=600), "too short for frequent_words"),
         ("niah_single_1", dict(answer_tokens=0), "answer_tokens must be at least 1"),
     ],
 )
