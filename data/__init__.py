@@ -6,6 +6,7 @@ from engrax import lazy
 
 if TYPE_CHECKING:
     from engrax.data.associative_retrieval import AssociativeRetrieval
+    from engrax.data.babilong import Babilong
     from engrax.data.bit_patterns import BitPatterns
     from engrax.data.common_words import CommonWords
     from engrax.data.compositional_mqar import CompositionalMQAR
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from engrax.data.fuzzy_in_context_recall import FuzzyInContextRecall
     from engrax.data.in_context_recall import InContextRecall
     from engrax.data.induction import Induction
+    from engrax.data.key_values import KeyValues
     from engrax.data.knights_and_knaves import KnightsAndKnaves
     from engrax.data.latch import Latch
     from engrax.data.memorization import Memorization
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from engrax.data.palindrome import Palindrome
     from engrax.data.parity import Parity
     from engrax.data.passkey import Passkey
+    from engrax.data.recall_window import RecallWindow
+    from engrax.data.segment_order import SegmentOrder
     from engrax.data.selective_copying import SelectiveCopying
     from engrax.data.set_disjointness import SetDisjointness
     from engrax.data.shuffle import Shuffle
@@ -55,6 +59,7 @@ __all__ = [
     "DATASETS",
     "MQAR",
     "AssociativeRetrieval",
+    "Babilong",
     "Batch",
     "BitPatterns",
     "ByteTokenizer",
@@ -72,6 +77,7 @@ __all__ = [
     "InContextRecall",
     "Induction",
     "JsonTokenizer",
+    "KeyValues",
     "KnightsAndKnaves",
     "Latch",
     "Loader",
@@ -89,6 +95,8 @@ __all__ = [
     "Palindrome",
     "Parity",
     "Passkey",
+    "RecallWindow",
+    "SegmentOrder",
     "SelectiveCopying",
     "SetDisjointness",
     "Shuffle",

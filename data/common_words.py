@@ -59,7 +59,7 @@ class CommonWords(TextTask):
     def _sources(self):
         return self._words
 
-    def _build(self, draws, units, split):
+    def _build(self, draws, units, split, index):
         short, worked = self.seq_len < SHORT, ""
         question = _QUESTION.format(n=self.num_common)
         if self.worked_example:

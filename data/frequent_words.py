@@ -62,7 +62,7 @@ class FrequentWords(TextTask):
         ranks = np.arange(1, max((self.seq_len - 50) // 50, _ASKED + 2) + 1, dtype=float)
         return (units * self._share(ranks)).astype(int)
 
-    def _build(self, draws, units, split):
+    def _build(self, draws, units, split, index):
         counts, names = self.counts(units), {}
         while len(names) < len(counts):
             names[draws.letters(string.ascii_lowercase, _LETTERS)] = None

@@ -16,6 +16,7 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 SUFFIXES = (".txt", ".md", ".rst")  # also compressed
 MOST_BYTES = 8_000_000  # of a text folder that are read
 
+_END = re.compile(r"(?<=[.!?])(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\be\.g\.)(?<!\bi\.e\.) ")
 _ONSETS = "b bl br c cl cr d dr f fl fr g gl gr h j k l m n p pl pr qu r s sh sl sp st t th tr v w z".split()
 _VOWELS = "a e i o u ai ea ee oa oo ou".split()
 _CODAS = ["", "", "ck", "l", "m", "n", "nd", "r", "rn", "s", "st", "t"]
@@ -42,8 +43,9 @@ class Text:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text: each ends with a point, a question or an exclamation mark before a space."""
-    return re.split(r"(?<=[.!?]) ", text) if text else []
+    """The sentences of a text: each ends with a point, a question or an exclamation mark before a space, and the point
+    is not that of a few usual abbreviations."""
+    return _END.split(text) if text else []
 
 
 def load_text(path: str | None) -> Text:

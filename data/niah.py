@@ -103,9 +103,7 @@ class Needles(TextTask):
             return str(10**6 + draws.below(9 * 10**6))
         if kind == "words":
             return f"{draws.choice(self._words)}-{draws.choice(self._words)}"
-        digits = f"{draws.bits():016x}{draws.bits():016x}"
-        variant = "89ab"[int(digits[16], 16) % 4]  # version 4, RFC 4122
-        return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
+        return uuid(draws)
 
     def _distinct(self, draws: Draws, count: int, taken: set[str]) -> list[str]:
         found = []
@@ -116,7 +114,7 @@ class Needles(TextTask):
                 found.append(key)
         return found
 
-    def _build(self, draws: Draws, units: int, split: str) -> Example:
+    def _build(self, draws: Draws, units: int, split: str, index: int) -> Example:
         taken: set[str] = set()
         keys = self._distinct(draws, self._keys, taken)
         asked = draws.sample(self._keys, self.num_queries)
@@ -178,6 +176,13 @@ class Needles(TextTask):
         keys = re.split(r", and |, ", last[1] or last[2])
         facts = _FACT.findall(prompt)
         return f" {listed([value for asked in keys for key, value in facts if key == asked])}."
+
+
+def uuid(draws: Draws) -> str:
+    """A random UUID (version 4, RFC 4122)."""
+    digits = f"{draws.bits():016x}{draws.bits():016x}"
+    variant = "89ab"[int(digits[16], 16) % 4]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 @DATASETS.register("niah_single_1")

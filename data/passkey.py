@@ -42,7 +42,7 @@ class Passkey(TextTask):
             f"depth must lie between 0 and 100 per cent, not {self.depth}.",
         )
 
-    def _build(self, draws, units, split):
+    def _build(self, draws, units, split, index):
         key, place = 1 + draws.below(MOST), draws.below(units + 1)
         before = place if self.depth is None else int(units * self.depth / 100)
         garbage = " ".join([NOISE] * (units // len(NOISE) + 1))

@@ -88,7 +88,7 @@ class TextTask(TaskConfig):
         require(given is None or given >= 1, f"answer_tokens must be at least 1, not {given}.")
 
     @abc.abstractmethod
-    def _build(self, draws: Draws, units: int, split: str) -> Example:
+    def _build(self, draws: Draws, units: int, split: str, index: int) -> Example:
         """An example with `units` units of haystack. Draws whose number depends on `units` come last."""
 
     @abc.abstractmethod
@@ -152,7 +152,7 @@ class TextTask(TaskConfig):
 
     def _sized(self, split: str, index: int, units: int, attempt: int = 0) -> tuple[Example, list[np.ndarray], int]:
         """(an example, the tokens of its pieces, how many of them are too many)."""
-        example = self._build(Draws(self.seed, SPLITS.index(split), index, attempt), units, split)
+        example = self._build(Draws(self.seed, SPLITS.index(split), index, attempt), units, split, index)
         tokens = [self.tokenizer.encode(piece) for piece in example.pieces]
         used = sum(map(len, tokens[:-1])) + max(len(tokens[-1]), self.writes(example))
         return example, tokens, used - self.seq_len

@@ -50,7 +50,7 @@ class VariableTracking(TextTask):
         """Paragraphs of the smallest haystack: as many as a chain has lines."""
         return self.num_hops + 1
 
-    def _build(self, draws, units, split):
+    def _build(self, draws, units, split, index):
         worked = ""
         if self.worked_example:
             paragraph = len(self.tokenizer.encode(NOISE + "\n"))

@@ -2,14 +2,18 @@
 
 import collections
 import dataclasses
+import functools
 import json
+import pathlib
 import re
+import tempfile
 
 import numpy as np
 import pytest
 
 from engrax import data
 from engrax.data import DATASETS, scoring_rules
+from engrax.data.babilong import read_stories
 from engrax.data.haystack import NOISE, load_text, made_words, sentences
 from engrax.data.niah import DEPTHS, Needles
 from engrax.data.text_task import TextTask
@@ -19,10 +23,49 @@ CLASSES = {name: cls for name, cls in DATASETS.items() if issubclass(cls, TextTa
 NEEDLES = [name for name, cls in CLASSES.items() if issubclass(cls, Needles)]
 LENGTH = 2400  # tokens of a row
 EACH = pytest.mark.parametrize("name", CLASSES)
+DRAWN = pytest.mark.parametrize("name", [name for name in CLASSES if name != "recall_window"])  # it has only its file
+
+
+BABI = """1 Mary went to the kitchen.
+2 John moved to the garden.
+3 Where is Mary? \tkitchen\t1
+4 Mary journeyed to the office.
+5 Where is Mary? \toffice\t4
+6 Where is John? \tgarden\t2
+1 John travelled to the office.
+2 Where is John? \toffice\t1
+"""
+
+
+@functools.cache
+def files():
+    """A folder with stories of bAbI and a file of questions."""
+    folder = pathlib.Path(tempfile.mkdtemp())
+    for split in ("train", "test"):
+        (folder / f"qa1_single-supporting-fact_{split}.txt").write_text(BABI)
+    (folder / "qa8_lists-sets_train.txt").write_text("1 Mary took milk.\n2 What? \tmilk,apple\t1\n")
+    (folder / "qa8_lists-sets_test.txt").write_text("1 Mary took milk.\n2 What? \tmilk\t1\n")
+    (folder / "qa2_broken_train.txt").write_text("Mary went.\n")
+    (folder / "qa2_broken_test.txt").write_text("Mary went.\n")
+    text = " ".join(load_text(None).words[:900])
+    records = [
+        {
+            "text": f"{text[40 * i : 40 * i + 4000]} The size of {i} is Number-{i} here. {text[:4000]}.",
+            "value": f"number-{i}",
+        }
+        for i in range(30)
+    ] + [{"text": "nothing here", "value": "something"}]
+    lines = [json.dumps(record | {"question": f"The size of {i} is"}) for i, record in enumerate(records)]
+    (folder / "questions.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 def build(name, **fields):
-    return CLASSES[name](**dict(seq_len=LENGTH) | fields)
+    local = {
+        "babilong": lambda: {"babi_path": str(files())},
+        "recall_window": lambda: {"questions_path": str(files() / "questions.jsonl")},
+    }.get(name, dict)()
+    return CLASSES[name](**dict(seq_len=LENGTH) | local | fields)
 
 
 def examples(task, count, split="validation"):
@@ -71,7 +114,7 @@ def test_the_oracle_answers_everything(name, tokens, words_tokenizer):
         assert hits == trials >= 1 and task.score("", example, turn) == (0, trials)
 
 
-@EACH
+@DRAWN
 def test_the_haystack_is_as_large_as_fits(name, words_tokenizer):
     for tokenizer in (None, words_tokenizer):
         task = build(name, tokenizer_file=tokenizer)
@@ -80,7 +123,7 @@ def test_the_haystack_is_as_large_as_fits(name, words_tokenizer):
         assert task._sized("validation", 0, task._units + 1)[2] > 0
 
 
-@EACH
+@DRAWN
 def test_an_example_is_a_function_of_seed_split_and_index(name):
     task = build(name)
     tokens, targets = task.generate("train", np.arange(8))
@@ -288,6 +331,99 @@ def test_frequent_words_have_zeta_counts():
         assert counts[3] > counts[4]
 
 
+# Stories, segments, shared contexts, windows.
+
+
+def test_stories_have_the_facts_before_their_question():
+    found = read_stories(BABI, "file")
+    assert [story.question for story in found] == [
+        "Where is Mary?",
+        "Where is Mary?",
+        "Where is John?",
+        "Where is John?",
+    ]
+    assert [len(story.facts) for story in found] == [2, 3, 3, 1] and [s.support for s in found] == [0, 2, 1, 0]
+    assert [story.answer for story in found] == ["kitchen", "office", "garden", "office"]
+
+
+def test_facts_stand_in_order_between_sentences():
+    task = build("babilong", haystack_path=None)
+    assert task.labels == ("garden", "kitchen", "office") and task.guess == 1 / 3
+    stories, places = read_stories(BABI, "file"), []
+    for example in examples(task, 300):
+        (turn,) = example.turns
+        question = turn.question.removeprefix("\nQuestion: ").removesuffix("\nAnswer:")
+        found = re.findall(r"(?:Mary|John) (?:went|moved|journeyed|travelled) to the \w+\.", example.context)
+        (story,) = [s for s in stories if s.facts == tuple(found) and s.question == question]
+        assert turn.references == (story.answer,)
+        start = example.context.index(story.facts[story.support])
+        assert example.depth == pytest.approx(start / len(example.context), abs=0.01)
+        if len(story.facts) == 1:
+            places.append(example.depth)
+    assert abs(np.mean(places) - 0.5) < 5 * 0.3 / np.sqrt(len(places))
+    window = build("babilong", facts_from=60, facts_to=70, seq_len=8000)
+    inside = [0.58 < example.depth < 0.72 for example in examples(window, 30)]
+    assert sum(inside) >= 28  # a sentence may be longer than the window
+
+
+@pytest.mark.parametrize(
+    "output, right",
+    [
+        (" kitchen.", 1),
+        (" The Kitchen", 1),
+        (" kitchen or garden", 0),
+        (" garden.", 0),
+        (" kitchen. Not the garden.", 1),
+        ("", 0),
+        (" nowhere. kitchen", 0),
+        (" office kitchen", 1),  # the question names the office
+    ],
+)
+def test_only_the_target_may_be_named(output, right):
+    labels = ("kitchen", "garden", "office")
+    assert scoring_rules.only_label(output, "kitchen", "Where was Mary before the office?", labels) == (right, 1)
+
+
+@pytest.mark.parametrize("part, low, high", [(0, 20, 1 / 4), (1, 1 / 4, 1 / 3), (2, 1 / 3, 1 / 2), (3, 1 / 2, 1)])
+def test_segments_lie_in_their_range(part, low, high):
+    task = build("segment_order", distance=part)
+    letters = []
+    for example in examples(task, 100):
+        words = example.context.partition("\n")[2].split(" ")
+        a, b = (re.search(rf"Segment {x}: (.*)\n", example.turns[0].question)[1].split(" ") for x in "AB")
+        at = [next(i for i in range(len(words)) if words[i : i + 20] == segment) for segment in (a, b)]
+        letters.append(at[0] < at[1])
+        assert example.turns[0].answer == (" A" if at[0] < at[1] else " B")
+        assert (low if low >= 1 else low * len(words)) <= abs(at[0] - at[1]) <= high * len(words)
+    assert_share(letters, 0.5)
+
+
+def test_a_context_is_shared_by_its_questions():
+    for shared in ("turns", "requests"):
+        task = build("key_values", shared=shared, num_questions=4)
+        example = task.example("validation", 0)
+        pairs = json.loads(example.context.split("\n\n")[1])
+        keys = [re.search(r'Key: "(.*)"', turn.question)[1] for turn in example.turns]
+        assert len(set(keys)) == 4 and [turn.references for turn in example.turns] == [(pairs[key],) for key in keys]
+        assert len(pairs) == task._units and len(example.pieces) == 9
+
+
+def test_documents_are_cut_around_the_answer():
+    task = build("recall_window", seq_len=1000)
+    assert task.num_questions("validation") == 30
+    for example in examples(task, 10):
+        assert "number-" in example.context.lower() and abs(example.depth - 0.5) < 0.03
+        assert task.score(" it is NUMBER-3\nor so", example, example.turns[0])[0] == (
+            "number-3" in example.turns[0].answer
+        )
+        assert task.score(" no\n" + example.turns[0].answer, example, example.turns[0]) == (0, 1)
+    twice = build("recall_window", seq_len=1000, num_passes=2).example("validation", 3).context
+    half = len(twice) // 2 - 1
+    assert twice[:half] == twice[half + 2 :] and twice[half : half + 2] == ". "
+    whole = build("recall_window", seq_len=20_000).example("validation", 3).context
+    assert len(whole) > 8000 and not whole.endswith(".")
+
+
 # Scoring.
 
 
@@ -345,6 +481,17 @@ def test_the_first_integer_counts(output, right):
         ("common_words", dict(words_path="nowhere.txt"), "word list nowhere.txt does not exist"),
         ("frequent_words", dict(alpha=1.0), "alpha must lie above 1"),
         ("frequent_words", dict(seq_len=600), "too short for frequent_words"),
+        ("babilong", dict(babi_path="nowhere"), "babi_path='nowhere' is no folder"),
+        ("babilong", dict(question_type="qa3"), r"holds 0 files qa3_\*_train.txt"),
+        ("babilong", dict(question_type="qa8"), "are lists"),
+        ("babilong", dict(question_type="qa2"), "is no file of bAbI: 'Mary went.'"),
+        ("babilong", dict(seq_len=30), "no story of qa1 fits"),
+        ("babilong", dict(facts_from=50, facts_to=50), "must be ascending"),
+        ("recall_window", dict(questions_path="nowhere"), "question file 'nowhere' does not exist"),
+        ("recall_window", dict(answer_field="answer"), "line 1 has no field"),
+        ("segment_order", dict(distance=4), "None or 0 to 3, not 4"),
+        ("segment_order", dict(seq_len=500_000), "fewer than a row of 500000 tokens takes"),
+        ("key_values", dict(num_questions=0), "num_questions must be at least 1"),
         ("niah_single_1", dict(answer_tokens=0), "answer_tokens must be at least 1"),
     ],
 )
