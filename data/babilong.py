@@ -137,7 +137,7 @@ class Babilong(TextTask):
             )
         return found
 
-    def _sources(self):
+    def made_of(self):
         return self._text.manifest, *(hashlib.sha256(text.encode()).hexdigest() for text in self._files.values())
 
     def _background(self, draws: Draws, words: int) -> list[str]:

@@ -56,8 +56,8 @@ class CommonWords(TextTask):
     def _words(self) -> tuple[str, ...]:
         return load_words(self.words_path, max(self.seq_len // 4, 4 * self.num_common))
 
-    def _sources(self):
-        return self._words
+    def made_of(self):
+        return () if self.words_path is None else self._words
 
     def _build(self, draws, units, split, index):
         short, worked = self.seq_len < SHORT, ""

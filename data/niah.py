@@ -95,8 +95,9 @@ class Needles(TextTask):
     def _words(self) -> tuple[str, ...]:
         return load_words(self.words_path, 64)
 
-    def _sources(self):
-        return (self._text.manifest,) if self.haystack == "essay" else ()
+    def made_of(self):
+        text = (self._text.manifest,) if self.haystack == "essay" else ()
+        return text if self.words_path is None else (*text, *self._words)
 
     def _drawn(self, draws: Draws, kind: Kind) -> str:
         if kind == "numbers":

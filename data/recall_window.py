@@ -72,7 +72,7 @@ class RecallWindow(TextTask):
         """Questions of a split whose answers their documents contain."""
         return len(self._questions[split])
 
-    def _sources(self):
+    def made_of(self):
         return [hashlib.sha256(repr(questions).encode()).hexdigest() for questions in self._questions.values()]
 
     @property

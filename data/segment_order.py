@@ -55,7 +55,7 @@ class SegmentOrder(TextTask):
     def _text(self) -> Text:
         return load_text(self.haystack_path)
 
-    def _sources(self):
+    def made_of(self):
         return (self._text.manifest,)
 
     def _build(self, draws, units, split, index):

@@ -114,6 +114,11 @@ class TextTask(TaskConfig):
         """Expected accuracy of guessing one token of an answer uniformly among all tokens."""
         return 1.0 / self.vocab_size
 
+    def warnings(self) -> list[str]:
+        """None; raises UserError if no example can be made."""
+        self.check()
+        return []
+
     def check(self) -> None:
         """Raises UserError if the first example cannot be made: too short a row, a tokenizer without digits, a missing
         folder."""
@@ -212,7 +217,7 @@ class TextTask(TaskConfig):
         """One kind of label: the answer's tokens."""
         return TokenTypes(("answer",), np.where(batch["targets"] != IGNORE, 0, -1))
 
-    def _sources(self) -> Sequence[str]:
+    def made_of(self) -> Sequence[str]:
         """Digests of the texts that examples are made of."""
         return ()
 
@@ -220,7 +225,7 @@ class TextTask(TaskConfig):
         """Returns the SHA-256 of the fields, the tokenizer, the texts and the first examples; not of their paths."""
         fields = {name: v for name, v in dataclasses.asdict(self).items() if not name.endswith(("_path", "_file"))}
         manifest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-        manifest.update("\n".join((self.registered_name, self.tokenizer.manifest, *self._sources())).encode())
+        manifest.update("\n".join((self.registered_name, self.tokenizer.manifest, *self.made_of())).encode())
         for split in SPLITS:
             tokens, _ = self.generate(split, np.arange(min(16, self.num_examples(split))))
             manifest.update(tokens.astype("<i4").tobytes())

@@ -104,7 +104,10 @@ class Cells:
 
     def key(self, task: TaskConfig) -> str:
         """The name of a cell in the file: a digest of all that it depends on."""
-        return hashlib.sha256(json.dumps(self._same | {"task": to_dict(task)}, sort_keys=True).encode()).hexdigest()
+        same = self._same | {"task": to_dict(task)}
+        if isinstance(task, TextTask):  # the task's dict has only the paths of its texts
+            same["made_of"] = [task.tokenizer.manifest, *task.made_of()]
+        return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
     def find(self, task: TaskConfig) -> Cell | None:
         """The finished cell of these settings. Raises UserError if the file is damaged."""

@@ -9,7 +9,7 @@ from etils import epath
 from flax import nnx
 
 from engrax import models
-from engrax.data import MQAR, NiahMultivalue, NiahSingle1, NiahSingle2, TaskMixture
+from engrax.data import MQAR, KeyValues, NiahMultivalue, NiahSingle1, NiahSingle2, SegmentOrder, TaskMixture
 from engrax.errors import UserError
 from engrax.evals import Context, evaluate, needle_map, scoring, task_cells, task_grid, text_answers
 from engrax.evals.statistics import Estimate
@@ -78,6 +78,39 @@ def test_half_an_answer_counts_by_its_parts(monkeypatch):
     assert set(hits) == {2} and set(trials) == {4}
 
 
+@pytest.mark.parametrize("shared", ["turns", "requests"])
+def test_a_shared_context_is_read_once(shared, monkeypatch):
+    """In turns a question stands behind those before it and their right answers; else alone behind the context."""
+    task, fed, asked = KeyValues(seq_len=1500, num_questions=3, shared=shared), [], []
+    feed = Writer.feed
+    monkeypatch.setattr(Writer, "feed", lambda self, texts: fed.append(texts[0]) or feed(self, texts))
+    hits, trials = judged(task, lambda text: asked.append(text) or task.oracle(text), monkeypatch, examples=4)
+    assert (hits == 3).all() and (trials == 3).all() and (text_answers.of_oracle(task, 4) == 3).all()
+    example = task.example("validation", 0)
+    (first, second, third), context = example.turns, example.context
+    assert sum(text.startswith(context) for text in fed) == 1
+    before = (
+        context if shared == "requests" else context + first.question + first.answer + second.question + second.answer
+    )
+    assert asked[0] == context + first.question and before + third.question in asked
+    assert not judged(task, lambda text: "no", monkeypatch, examples=4)[0].any()
+
+
+@pytest.mark.deep
+def test_the_more_likely_choice_is_the_answer():
+    model = models.build(MODEL, rngs=nnx.Rngs(1))
+    task = SegmentOrder(seq_len=700, segment_words=6)
+    scorer = scoring.Scorer(dataclasses.replace(EXPERIMENT, data=task), model)
+    context = Context(runs.Run(epath.Path("run"), EXPERIMENT, {}), model, 1)
+    examples = [task.example("validation", i) for i in range(3)]
+    for example, (answer,) in zip(examples, text_answers._answers(context, scorer, task, examples)):
+        ids = task.tokenizer.encode(example.pieces[0] + " ").tolist()
+        logits = np.asarray(model.logits_of(ids + [0] * (700 - len(ids)))[0, len(ids) - 1])
+        assert answer == (" A" if logits[ord("A")] > logits[ord("B")] else " B")
+    hits, trials = text_answers.judged(context, scorer, task, np.full(60, True), lambda n: None)
+    assert trials.sum() == 60 and 10 < hits.sum() < 50 and task.guess == 0.5
+
+
 @pytest.mark.deep
 def test_what_is_written_is_the_most_likely_continuation():
     """Prompts of unequal lengths in one batch write what each writes alone, token by token over the whole row."""
@@ -114,6 +147,17 @@ def test_an_untrained_run_scores_nothing_and_the_folder_has_a_map(run):
     assert json.loads((results.directory / "results.json").read_text()) == results.data
     again = evaluate(run, **asked, progress=False)
     assert again.evaluations["tasks"]["reused_cells"] == 6
+
+
+def test_a_cell_of_other_texts_is_not_used(tmp_path):
+    model = models.build(MODEL, rngs=nnx.Rngs(0))
+    cells = task_cells.Cells(Context(runs.Run(epath.Path("run"), EXPERIMENT, {}), model, 1), model, 1, 20)
+    (tmp_path / "a.txt").write_text("One text. And a second sentence.")
+    task = NiahSingle2(seq_len=1024, haystack_path=str(tmp_path))
+    key = cells.key(task)
+    assert key == cells.key(dataclasses.replace(task)) != cells.key(dataclasses.replace(task, seed=1))
+    (tmp_path / "a.txt").write_text("Another text. And a second sentence.")
+    assert key != cells.key(dataclasses.replace(task))
 
 
 def cell_with(hits):
