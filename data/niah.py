@@ -107,7 +107,11 @@ class Needles(TextTask):
         return uuid(draws)
 
     def _distinct(self, draws: Draws, count: int, taken: set[str]) -> list[str]:
-        found = []
+        found, most = [], len(self._words) ** 2 // 2
+        require(
+            self.key_kind != "words" or count <= most,
+            f"{len(self._words)} words are too few for {count} keys; set words_path to a longer list.",
+        )
         while len(found) < count:
             key = self._drawn(draws, self.key_kind)
             if key not in taken:

@@ -15,6 +15,7 @@ from typing import ClassVar
 from engrax.data.config import DATASETS, require
 from engrax.data.haystack import Text, load_text
 from engrax.data.text_task import Example, TextTask, Turn
+from engrax.errors import UserError
 
 RANGES = ((0, 1 / 4), (1 / 4, 1 / 3), (1 / 3, 1 / 2), (1 / 2, 1))  # of the distance, in lengths of the text
 _TASK = "Read the following text.\n"
@@ -67,7 +68,7 @@ class SegmentOrder(TextTask):
         swapped = draws.below(2)
         low, high = (int(units * share) for share in RANGES[part])
         low, high = max(low + 1, self.segment_words), min(high, units - self.segment_words)
-        while True:
+        for _ in range(100):
             words = self._text.piece(draws.below(len(every) - units + 1), units).split(" ")
             apart = low + draws.below(high - low + 1)
             first = draws.below(units - self.segment_words - apart + 1)
@@ -75,6 +76,8 @@ class SegmentOrder(TextTask):
             text = " ".join(words)
             if all(text.count(segment) == 1 for segment in segments):
                 break
+        else:
+            raise UserError("the text repeats itself, so that segments have no order; set haystack_path to another.")
         a, b = segments[::-1] if swapped else segments
         answer = " B" if swapped else " A"
         turn = Turn(_QUESTION.format(a=a, b=b), answer, (answer,), (" A", " B"))

@@ -78,9 +78,7 @@ class TextTask(TaskConfig):
 
     seq_len: int = 1024  # tokens per row, those for the answer included
     tokenizer_file: str | None = None  # path of a Hugging Face tokenizer.json; None = bytes
-    answer_tokens: int | None = (
-        None  # tokens kept for the answer; None = the benchmark's, or the answer's if it is longer
-    )
+    answer_tokens: int | None = None  # tokens kept for the answer, at least its own; None = the benchmark's
 
     def __post_init__(self):
         super().__post_init__()
@@ -138,7 +136,7 @@ class TextTask(TaskConfig):
     def writes(self, example: Example) -> int:
         """Tokens that a model may write for an answer."""
         longest = max(len(self.tokenizer.encode(turn.answer)) for turn in example.turns)
-        return max(longest, self.free_tokens) if self.answer_tokens is None else self.answer_tokens
+        return max(longest, self.free_tokens if self.answer_tokens is None else self.answer_tokens)
 
     def _fitted(self, split: str, index: int) -> tuple[Example, list[np.ndarray]]:
         """An example that fits, and the tokens of its pieces. One whose words are too long for any haystack is drawn

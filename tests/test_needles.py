@@ -514,6 +514,15 @@ def test_a_tokenizer_without_digits_is_refused(tmp_path):
         build("niah_single_2", haystack_path=str(tmp_path / "empty")).check()
 
 
+def test_texts_that_do_not_do_are_refused(tmp_path):
+    (tmp_path / "again.txt").write_text("again and " * 3000)
+    with pytest.raises(UserError, match="the text repeats itself"):
+        build("segment_order", haystack_path=str(tmp_path / "again.txt")).check()
+    (tmp_path / "words.txt").write_text(" ".join(made_words(64)))
+    with pytest.raises(UserError, match="64 words are too few for"):
+        build("niah_multikey_2", words_path=str(tmp_path / "words.txt"), seq_len=400_000).check()
+
+
 def test_what_seems_to_fit_is_drawn_again_until_it_does():
     """At the least length of the first example, others with longer words do not fit as they are drawn first."""
     with pytest.raises(UserError) as caught:
