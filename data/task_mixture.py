@@ -133,6 +133,11 @@ class TaskMixture(DataConfig):
         """The tokens of all tasks."""
         return self._starts[-1] + self.tasks[-1].vocab_size
 
+    @property
+    def tokenizer(self):
+        """The tokenizer of tasks in words that share their tokens; else None."""
+        return self.tasks[0].tokenizer if self.tokens == "shared" else None
+
     def digest(self) -> str:
         """Returns the SHA-256 of the fields and of the tasks' digests."""
         manifest = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode())

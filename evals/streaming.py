@@ -106,6 +106,7 @@ def stream(
     Returns:
       unit: bits per byte.
       curve: the loss by position, as in results.json, through the carried memory and through one that is reset.
+      by_length: {"model", "reset"}: the loss of the documents' first tokens (`by_length`).
       quarters: the loss in each quarter; drift: fourth - second quarter, paired by document, with its 95 % interval.
       gain_over_reset: the same two, of the loss with the memory reset before every piece minus the carried memory's.
       state_bytes: of one document's memory, after the first piece and after the last.
@@ -148,6 +149,10 @@ def stream(
                 )
             ],
         },
+        "by_length": {
+            name: by_length(values, size, experiment.data.seq_len)
+            for name, values in (("model", bits), ("reset", reset))
+        },
         **quarters(bits, size),
         "gain_over_reset": quarters(reset - bits, size),
         "state_bytes": {"first": _bytes(early, few), "last": _bytes(late, few)},
@@ -185,6 +190,17 @@ def _read(reader: Stream, tokens_NL, targets_NL, mesh: Mesh | None, tick: Callab
         reset.append(np.asarray(reader(*piece, fresh)[0])[:rows])
         tick(1)
     return np.concatenate(nats, axis=1), np.concatenate(reset, axis=1), early, memory
+
+
+def by_length(bits: Float[np.ndarray, "N L"], size: Float[np.ndarray, "N L"], trained: int) -> list[dict[str, Any]]:
+    """The loss of the first tokens of the documents, of the training's length times 1, 2, 4, ... and of all: bits per
+    byte with an interval over documents, and perplexity per token."""
+    lengths = [trained << i for i in range(64) if trained << i < bits.shape[1]] + [bits.shape[1]]
+    return [
+        {"tokens": n, "multiple": n / trained, "perplexity": float(2 ** bits[:, :n].mean())}
+        | stats.mean(bits[:, :n], size[:, :n]).to_dict()
+        for n in lengths
+    ]
 
 
 def quarters(bits: Float[np.ndarray, "N L"], size: Float[np.ndarray, "N L"]) -> dict[str, Any]:

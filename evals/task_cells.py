@@ -18,8 +18,9 @@ from flax import nnx
 
 from engrax import models
 from engrax.data.task import TaskConfig
+from engrax.data.text_task import TextTask
 from engrax.errors import UserError
-from engrax.evals import scoring
+from engrax.evals import scoring, text_answers
 from engrax.evals import statistics as stats
 from engrax.evals.context import Context
 from engrax.evals.statistics import Estimate
@@ -53,7 +54,8 @@ class Diagnostic:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """The results of one setting. If the task counts whole rows, a hit is a row with all its labels right."""
+    """The results of one setting. If the task counts whole rows, a hit is a row with all its labels right; of a task in
+    words, what the task's own rule finds in the model's answer."""
 
     examples: int  # rows
     labels: int
@@ -102,7 +104,10 @@ class Cells:
 
     def key(self, task: TaskConfig) -> str:
         """The name of a cell in the file: a digest of all that it depends on."""
-        return hashlib.sha256(json.dumps(self._same | {"task": to_dict(task)}, sort_keys=True).encode()).hexdigest()
+        same = self._same | {"task": to_dict(task)}
+        if isinstance(task, TextTask):  # the task's dict has only the paths of its texts
+            same["made_of"] = [task.tokenizer.manifest, *task.made_of()]
+        return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
     def find(self, task: TaskConfig) -> Cell | None:
         """The finished cell of these settings. Raises UserError if the file is damaged."""
@@ -126,7 +131,8 @@ class Cells:
 
     def calls(self, task: TaskConfig) -> int:
         """Batches of a cell, and one for its diagnostics."""
-        return -(-self.examples // scoring.batch_rows(on(self.context.experiment, task))) + 1
+        calls = -(-self.examples // scoring.batch_rows(on(self.context.experiment, task))) + 1
+        return calls + (text_answers.calls(task, self.examples) if isinstance(task, TextTask) else 0)
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
@@ -167,7 +173,13 @@ def measure(
     finite = np.isfinite(nats)
     right = scores.right[:examples] & finite
     hits, trials = _counted(task, right, labelled)
-    solved, _ = _counted(task, (task.solve(rows.tokens) == rows.targets) & labelled, labelled)
+    slices, guess = _slices(task, rows, right), chance(task, labelled)
+    if isinstance(task, TextTask):
+        slices, guess = (Slice("exact match", len(hits), stats.proportion(hits, trials)),), task.guess
+        hits, trials = text_answers.judged(context, scorer, task, finite.all(axis=1), tick)
+        solved = text_answers.of_oracle(task, examples)
+    else:
+        solved, _ = _counted(task, (task.solve(rows.tokens) == rows.targets) & labelled, labelled)
     state = state_at(context.experiment, task.seq_len)
     reported = scorer.report(rows)
     tick(1)
@@ -179,10 +191,10 @@ def measure(
         accuracy=stats.proportion(hits, trials),
         label_accuracy=stats.proportion(right, labelled),
         nats=stats.mean(nats, labelled) if finite.all() else None,
-        chance=chance(task, labelled),
+        chance=guess,
         chance_in_context=getattr(task, "chance_in_context", None),
         oracle=float(solved.sum() / trials.sum()),
-        slices=_slices(task, rows, right),
+        slices=slices,
         tokens_per_second=scores.tokens_per_second,
         state_bytes=state["total"],
         state_bytes_by_mixer=tuple(state["by_mixer"].items()),

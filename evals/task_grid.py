@@ -9,11 +9,13 @@ from engrax.data.config import DATASETS
 from engrax.data.continual import Continual
 from engrax.data.task import TaskConfig
 from engrax.data.task_mixture import TaskMixture
+from engrax.data.text_task import TextTask
 from engrax.errors import UserError
 from engrax.models.block_style import BlockStyleConfig
 from engrax.models.segment_config import SegmentRecurrentConfig
 from engrax.registry import did_you_mean
 from engrax.train.experiment import Experiment, from_dict, nested_configs, to_dict
+from engrax.train.run_sources import tokenizer_files
 
 MULTIPLES = (1, 2, 4)  # of the training's row length, if no lengths are given
 LENGTH = "seq_len"
@@ -100,6 +102,8 @@ def _base(experiment: Experiment, own: dict[str, TaskConfig], task: str | TaskCo
     if task in own:
         return to_dict(own[task])
     base = to_dict(DATASETS[task]())
+    if issubclass(DATASETS[task], TextTask):
+        base["tokenizer_file"] = next(iter(tokenizer_files(experiment)), None)
     if "vocab_size" in base and own:
         base["vocab_size"] = experiment.data.vocab_size
     return base
@@ -114,7 +118,10 @@ def _grid(experiment: Experiment, base: dict[str, Any], lengths: Sequence[int], 
     for values in itertools.product(*varied.values()):
         try:
             cells[values] = _task(base, dict(zip(varied, values)))
+            if isinstance(cells[values], TextTask):
+                cells[values].check()
         except UserError as error:
+            cells.pop(values, None)
             refused[values] = str(error)
     if not given and cells:  # a default length need not fit
         varied[LENGTH] = tuple(length for length in varied[LENGTH] if any(length == values[0] for values in cells))
@@ -146,10 +153,16 @@ def _task(base: dict[str, Any], values: dict[str, Any]) -> TaskConfig:
 
 def _check_model(experiment: Experiment, grid: Grid) -> None:
     """Raises UserError if the run's model cannot read the grid's rows."""
-    if experiment.data.tokenizer is not None:
+    in_words = issubclass(DATASETS[grid.name], TextTask)
+    if in_words and experiment.data.tokenizer is None:
         raise UserError(
-            f"the run reads text through its tokenizer, and the tokens of {grid.name} are no text; tasks need a run "
-            "that was trained on a generated task."
+            f"{grid.name} is a task in words, and the run was trained on {experiment.data.registered_name}, whose "
+            "tokens are no text; evaluate a run that reads text."
+        )
+    if not in_words and experiment.data.tokenizer is not None:
+        raise UserError(
+            f"the run reads text through its tokenizer, and the tokens of {grid.name} are no text; such tasks "
+            "need a run that was trained on a generated task."
         )
     vocab = getattr(experiment.model, "vocab_size", None)
     most, what = _limit(experiment)

@@ -157,6 +157,15 @@ def test_streaming_in_pieces_is_one_long_pass(text_results, text_run):
     for line, values in zip(found["curve"]["curves"], (bits, reset), strict=True):
         for b in line["bins"]:
             assert b["value"] == pytest.approx(float(values[:, b["from"] : b["to"]].mean()), rel=1e-4)
+    for name, values in (("model", bits), ("reset", reset)):
+        points = found["by_length"][name]
+        assert [point["tokens"] for point in points] == [n for n in (64 << i for i in range(9)) if n < STREAMED] + [
+            STREAMED
+        ]
+        for point in points:
+            mean = float(values[:, : point["tokens"]].mean())
+            assert point["value"] == pytest.approx(mean, rel=1e-4) and point["multiple"] == point["tokens"] / 64
+            assert point["perplexity"] == pytest.approx(2**mean, rel=1e-3)
     quarters = bits.reshape(len(bits), 4, -1).mean(axis=(0, 2))
     assert [q["value"] for q in found["quarters"]] == pytest.approx(quarters.tolist(), rel=1e-4)
     assert found["drift"]["value"] == pytest.approx(quarters[3] - quarters[1], rel=1e-2, abs=1e-4)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from engrax.errors import UserError
 from engrax.evals import plots, streaming
 from engrax.evals.context import Context
-from engrax.evals.evaluator import Evaluation, EvaluatorConfig, Figure
+from engrax.evals.evaluator import Evaluation, EvaluatorConfig, Figure, Table
 from engrax.evals.evaluators.by_position import table
 from engrax.evals.words import interval, signed
 from engrax.registry import register
@@ -46,7 +46,7 @@ class StreamConfig(EvaluatorConfig):
             (name, signed(values["drift"])),
             ("  drift of the gain over a reset memory", signed(values["gain_over_reset"]["drift"])),
         ]
-        return Evaluation(values, [_figure(context, values)], summary)
+        return Evaluation(values, [_figure(context, values), _by_length(context, values)], summary)
 
 
 def _figure(context: Context, values: dict[str, Any]) -> Figure:
@@ -65,3 +65,42 @@ def _figure(context: Context, values: dict[str, Any]) -> Figure:
         f"{time['token']['ratio']:.2f} times (medians of alternating calls)."
     )
     return Figure("stream", "Long documents", caption, png, table(curve))
+
+
+def _by_length(context: Context, values: dict[str, Any]) -> Figure:
+    """The loss of the documents' first tokens, by their number."""
+    names = {"model": "model", "reset": f"memory reset every {streaming.PIECE} tokens"}
+    kinds = {"model": "model", "reset": "baseline"}
+    lines = [
+        {
+            "name": names[key],
+            "kind": kinds[key],
+            "bins": [{"from": p["tokens"] - 1, "to": p["tokens"]} | p for p in points],
+        }
+        for key, points in values["by_length"].items()
+    ]
+    heading, trained = "Perplexity by length", values["trained_length"]
+    marks = [(f"trained on {trained:,}", trained)]
+    labels = ("tokens read of every document", values["unit"])
+    png = plots.curves(context.title(heading), labels, lines, log_x=True, marks=marks)
+    rows = [
+        (
+            f"{a['tokens']:,}",
+            f"{a['multiple']:g}",
+            *(f"{p['value']:.4f}" for p in (a, b)),
+            *(f"{p['perplexity']:.3f}" for p in (a, b)),
+        )
+        for a, b in zip(*values["by_length"].values())
+    ]
+    head = (
+        "tokens",
+        "of the training's",
+        values["unit"],
+        "the same, memory reset",
+        "perplexity per token",
+        "memory reset",
+    )
+    caption = (
+        "The loss of all tokens up to a length. A model whose memory holds out past its training length keeps falling."
+    )
+    return Figure("perplexity_by_length", heading, caption, png, Table(head, rows))

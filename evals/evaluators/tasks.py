@@ -10,8 +10,9 @@ import numpy as np
 
 from engrax.data.continual import Continual
 from engrax.data.task import TaskConfig
+from engrax.data.text_task import TextTask
 from engrax.errors import UserError
-from engrax.evals import continual, plots, task_grid
+from engrax.evals import continual, needle_map, plots, task_grid
 from engrax.evals.context import Context
 from engrax.evals.evaluator import Evaluation, EvaluatorConfig, Figure, Table
 from engrax.evals.statistics import Estimate
@@ -71,6 +72,9 @@ class TasksConfig(EvaluatorConfig):
             if grid.name == Continual.registered_name:
                 values["tasks"][grid.name] |= {"stability_gap": gap, "no_stability_gap": why}
             figures += _figures(context, grid, cells, gap, why)
+            if (found_map := needle_map.of(grid, cells)) is not None:
+                values["tasks"][grid.name]["map"] = found_map
+                figures.append(needle_map.figure(context, grid, found_map))
             summary += [(_setting(context, grid, key), _line(cell)) for key, cell in cells.items()]
             summary += [(f"  {name}", text) for name, text in _metrics(gap)]
         if reused:
@@ -240,10 +244,13 @@ def _figures(
 def _caption(
     context: Context, grid: Grid, cells: dict[Values, Cell], gap: dict[str, Any] | None, why: str | None
 ) -> str:
-    examples, whole = next(iter(cells.values())).examples, next(iter(grid.cells.values())).whole_rows
+    examples, task = next(iter(cells.values())).examples, next(iter(grid.cells.values()))
+    counted = "A row is right only if all its labels are." if task.whole_rows else "Accuracy of the labelled positions."
+    if isinstance(task, TextTask):
+        counted = task.rule
     sentences = [
         f"{examples:,} rows per setting; the run was trained on rows of {context.experiment.data.seq_len:,} tokens.",
-        "A row is right only if all its labels are." if whole else "Accuracy of the labelled positions.",
+        counted,
         "Intervals are 95 % intervals over rows. The state is what one sequence holds after the row, caches up to its "
         "length; the peak is what the compiled pass over a batch holds, parameters included.",
     ]
