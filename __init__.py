@@ -233,17 +233,10 @@ def session(run_or_model, *, rows=1, tokenizer=None, dtype=None, step=None, plug
 
     if not isinstance(run_or_model, str) and not hasattr(run_or_model, "__fspath__"):
         return Session(run_or_model, tokenizer=tokenizer, rows=rows, dtype=dtype)
-    from engrax.train import runs, train_step
+    from engrax.train import runs
 
     opened = _open(run_or_model, plugins, runs, data)
-    model, number = opened.load(step)
-    return Session(
-        model,
-        tokenizer=opened.experiment.data.tokenizer if tokenizer is None else tokenizer,
-        rows=rows,
-        dtype=train_step.resolve_dtype(opened.experiment.compute_dtype if dtype is None else dtype),
-        name=f"step {number}",
-    )
+    return opened.session(step, rows=rows, tokenizer=tokenizer, dtype=dtype)
 
 
 def export(run, folder, *, step=None, plugins=()):
