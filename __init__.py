@@ -52,6 +52,8 @@ __all__ = [
     "models",
     "pallas_kernels",
     "register",
+    "reproduce",
+    "sample",
     "session",
     "sweep",
     "train",
@@ -186,6 +188,40 @@ def frontier(
     chosen = dataclasses.replace(chosen, experiment=changed, sizes=tuple(sizes or chosen.sizes))
     where = folder or f"runs/frontier_{task}_{preset}"
     return run(chosen, where, processes=processes, minutes=minutes, progress=progress)
+
+
+def reproduce(card, *, preset="quick", folder="runs/claims", docs=None, processes=1, minutes=None, progress=True):
+    """Tries the claim of a card; returns `engrax.evals.claim_report.Reproduced`, whose page is printed.
+
+    `card`: a name that `engrax reproduce` lists, or a .py file with `card()`. `preset`: quick (2 minutes of two cores)
+    or full. `folder`: where its runs and its page go; the same call continues. `docs`: another folder for the page.
+    `processes`, `minutes`: as for `engrax.sweep`.
+    """
+    from engrax import configs
+    from engrax.evals.claim_report import reproduce as run
+    from engrax.evals.claims import Options
+
+    found, name, title = configs.find_card(card)
+    options = Options(processes, minutes, progress, f"engrax reproduce {card} --preset {preset}")
+    return run(found, name, title, folder, preset=preset, options=options, docs=docs)
+
+
+def sample(folder="runs/sample"):
+    """Copies the trained run that comes with engrax (`configs/small_hybrid.py`) into `folder`; returns its path.
+
+    Raises UserError if the folder exists and is not empty.
+    """
+    import shutil
+    from pathlib import Path
+
+    from engrax.train import runs
+
+    target = runs.folder(folder)
+    runs.refuse_file(target)
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{folder} is not empty; choose another folder for the sample run.")
+    shutil.copytree(Path(__file__).parent / "configs" / "trained" / "small_hybrid", target, dirs_exist_ok=True)
+    return Path(target)
 
 
 def generate(

@@ -51,7 +51,11 @@ setup(
     python_requires=">=3.11",
     packages=["engrax", *(f"engrax.{package}" for package in PACKAGES)],
     package_dir={"engrax": "."},
-    package_data={"": ["*.jinja"], "engrax": ["py.typed"]},  # templates lie beside the modules that use them
+    package_data={  # templates lie beside the modules that use them; the trained run beside its config
+        "": ["*.jinja"],
+        "engrax": ["py.typed"],
+        "engrax.configs": ["trained/**/*"],
+    },
     include_package_data=False,  # with version control plugins about, it would sweep the checkout into the wheel
     cmdclass={"build_py": BuildPackage},
     install_requires=[

@@ -15,12 +15,15 @@ from engrax.commands import (
     harness,
     launch,
     list,
+    reproduce,
+    sample,
     sweep,
     tokenize,
     train,
 )
 
 MODULES = (
+    sample,
     train,
     launch,
     evaluate,
@@ -33,6 +36,7 @@ MODULES = (
     sweep,
     compare,
     frontier,
+    reproduce,
     check,
     list,
     bench,

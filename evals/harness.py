@@ -99,12 +99,12 @@ class EngraxLM(TemplateLM):
         """(log p of the continuation, whether it is the greedy one) of every (context, continuation)."""
         encoded = []
         for context, continuation in (request.args for request in requests):
-            pair = self._encode_pair(context, continuation) if context else (self._begin, self.tok_encode(continuation))
-            encoded.append(((context, continuation), *pair))
+            pair = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
+            encoded.append(((context, continuation), pair[0] or self._begin, pair[1]))
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
-        pairs = [self._cut(context, scored) for _, context, scored in requests]
+        pairs = [(self._newest(context, len(scored) - 1), scored) for _, context, scored in requests]
         with tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm) as bar:
             found = continuations(self.session, pairs, rows=self.rows, tick=bar.update)
         return [(each.total, bool(each.greedy.all())) for each in found]
@@ -154,18 +154,12 @@ class EngraxLM(TemplateLM):
         else:
             yield from map(make_disjoint_window, get_rolling_token_windows(ids, self._prefix, self.max_length, 1))
 
-    def _cut(self, context: Sequence[int], scored: list[int]) -> tuple[Sequence[int], list[int]]:
-        """The pair with a context that fits: its newest tokens, as the harness's other models do."""
-        if self.max_length is not None and len(scored) > self.max_length:
-            raise UserError(
-                f"a continuation has {len(scored)} tokens and exceeds the {self.max_length} that can be read."
-            )
-        return self._newest(context, len(scored) - 1), scored
-
     def _newest(self, context: Sequence[int], after: int) -> Sequence[int]:
-        """The last tokens of a context that fit before `after` tokens."""
+        """The last tokens of a context that fit before `after` tokens, as the harness's other models do."""
         if self.max_length is None or len(context) + after <= self.max_length:
             return context
+        if after >= self.max_length:
+            raise UserError(f"{after + 1} tokens after a context exceed the {self.max_length} that can be read.")
         log.warning("a context of %d tokens is cut: the model reads %d.", len(context), self.max_length)
         return context[len(context) + after - self.max_length :]
 

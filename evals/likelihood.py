@@ -43,6 +43,8 @@ def continuations(
     """
     if session.rows != 1:
         raise UserError(f"continuations are scored after a session of one row; this one has {session.rows}.")
+    if any(len(scored) and not len(context) for context, scored in pairs):
+        session.logits  # noqa: B018, raises if the session has read nothing
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))  # rows of a batch are about equally long
     found: dict[int, Likelihood] = {}
     for at in range(0, len(order), rows):

@@ -118,8 +118,8 @@ def test_a_uniform_byte_model_has_eight_bits_per_byte(harness, model, tasks):
 
 def test_log_likelihoods_are_those_of_the_model(harness, model):
     lm = harness.EngraxLM(session(model), batch_size=2)
-    pairs = [("ask", " answer"), ("ask ", "answer"), ("", "alone"), ("long " * 60, "x")]
-    whole = [("ask", " answer"), ("ask", " answer"), ("\n", "alone"), ("long " * 59 + "long", " x")]
+    pairs = [("ask", " answer"), ("ask ", "answer"), ("", "alone"), ("  ", "x"), ("long " * 60, "x")]
+    whole = [("ask", " answer"), ("ask", " answer"), ("\n", "alone"), ("\n", "  x"), ("long " * 59 + "long", " x")]
     for (logp, greedy), (context, scored) in zip(lm.loglikelihood(requests("loglikelihood", *pairs)), whole):
         nats, right = plain(model, list(context.encode()), list(scored.encode()))
         assert logp == pytest.approx(-nats.sum(), abs=1e-5) and greedy == right.all()
@@ -152,8 +152,10 @@ def test_a_cache_of_declared_capacity_is_read_in_windows(harness):
     ((cut, _),) = lm.loglikelihood(requests("loglikelihood", (text, "xy")))
     assert cut == pytest.approx(-plain(model, list(text[-15:].encode()), list(b"xy"))[0].sum(), abs=1e-5)
     assert len(lm.generate_until(requests("generate_until", (text, {"max_gen_toks": 9})))[0].encode()) >= 1
-    with pytest.raises(UserError, match="exceeds the 16"):
+    with pytest.raises(UserError, match="exceed the 16"):
         lm.loglikelihood(requests("loglikelihood", ("a", text)))
+    with pytest.raises(UserError, match="exceed the 16"):
+        lm.generate_until(requests("generate_until", (text, {"max_gen_toks": 16})))
 
 
 def test_runs_and_published_checkpoints_are_opened_by_name(harness, tmp_path, capsys):

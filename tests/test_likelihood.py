@@ -72,6 +72,8 @@ def test_a_session_is_continued_and_does_not_change(model):
 def test_what_cannot_be_scored_is_refused(model):
     with pytest.raises(UserError, match="one row"):
         continuations(Session(model, rows=2), [([1], [2])])
+    with pytest.raises(UserError, match="read nothing"):
+        continuations(Session(model), [([], [1])])
     with pytest.raises(UserError, match="token id 16"):
         continuations(Session(model), [([1], [16])])
     with pytest.raises(UserError, match="not numbers"):

@@ -1,6 +1,7 @@
-"""Mixers on recall at about the same state bytes: MQAR with 128 tokens and 16 pairs (arXiv 2312.04927).
+"""What mixers recall at about the same bytes of state: attention, states, windows, delta rules, mixtures.
 
-    engrax compare mqar_mixers
+    engrax reproduce mqar_mixers --preset full
+    engrax compare mqar_mixers --steps 1600          # with other settings
 
 Two layers of width 64 without MLPs, the same short convolution for all, states of 1960 to 2115 numbers a layer, tails
 of the convolution apart; mixtures hold as much in all their memories together. Attention has a window whose cache is as
@@ -8,11 +9,12 @@ large, and the whole row besides: the ceiling.
 
 A run takes a minute of one core. The vocabulary is small for that: with 256 tokens a gated delta rule had not begun to
 recall after 600 steps of 32 rows, with 64 it has. The tokens between the questions are drawn from all 64, keys among
-them, which is some noise for a memory that overwrites. docs/recall.md has the table.
+them, which is some noise for a memory that overwrites. docs/recall.md has a full run.
 """
 
+from engrax.configs.claims.forgetting_recall import RULE
 from engrax.data import MQAR
-from engrax.evals import Claim, Comparison
+from engrax.evals import Claim, Comparison, claims
 from engrax.layers import MIXERS
 from engrax.models import LanguageModelConfig
 from engrax.train import AdamWConfig, CheckpointConfig, CosineConfig, EvalConfig, Experiment, LogConfig
@@ -75,4 +77,19 @@ def comparison() -> Comparison:
             Claim("gated_deltanet", "mamba2", "arXiv 2412.06464: gated delta rule above Mamba-2 on recall"),
             Claim("mom of gla", "gla", "arXiv 2502.13685: a mixture above one memory; here at equal total state"),
         ),
+    )
+
+
+def card() -> claims.Card:
+    """The claims; the quick preset trains three mixers for 30 steps."""
+    few = ("linear_attention", "attention, all", "deltanet")
+    return claims.Card(
+        paper="arXiv 2312.04927 (Zoology): linear attention recalls less than attention. arXiv 2402.18668 (Based): "
+        "more than a window of its size. arXiv 2406.06484: a delta rule more than gates. arXiv 2412.06464: a gated "
+        "delta rule more than Mamba-2. arXiv 2502.13685: a mixture more than one memory.",
+        here="MQAR with 128 tokens and 16 pairs, two layers of width 64 without MLPs, states of 1960 to 2115 numbers a "
+        "layer, 800 steps of 16 rows (quick: 30 steps, three mixers).",
+        rule=RULE,
+        quick=claims.Compared(claims.part(comparison(), few, steps=30)),
+        full=claims.Compared(comparison()),
     )
