@@ -17,7 +17,7 @@ from etils import epath
 from engrax.errors import UserError
 from engrax.evals import plots, scoring, verdicts
 from engrax.evals.comparison import Comparison, Judged, grid_then_seeds, trial_of
-from engrax.evals.comparison_report import compare
+from engrax.evals.comparison_report import compare, how
 from engrax.evals.verdicts import Interval
 from engrax.files import read_json, write_atomically
 from engrax.train import cost, runs
@@ -206,7 +206,10 @@ class Measured:
             for name, x in zip(names, values)
         ]
         plot = plots.bars("Means and ranges over the judged seeds", self.unit, entries)
-        return Found(findings, _spread(by, head), {"Measured": plot}, {"by_seed": by, "rates": rates}, missing)
+        note = f"{how(self.learning_rates, self.seeds).capitalize()}. `*`: the best rate ends the grid."
+        return Found(
+            findings, f"{_spread(by, head)}\n{note}\n", {"Measured": plot}, {"by_seed": by, "rates": rates}, missing
+        )
 
 
 def _rates(one: Judged) -> dict[str, Any]:
@@ -233,10 +236,11 @@ def _spread(by: dict[str, list[dict[str, float]]], head: dict[str, dict[str, str
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     for name, each in by.items():
         values = [[found[measure] for found in each] for measure in first]
-        cells = [f"{np.mean(x):.3f} [{min(x):.3f}, {max(x):.3f}]" for x in values]
+        cells = [f"{np.mean(x):.3f}" + (f" [{min(x):.3f}, {max(x):.3f}]" if len(x) > 1 else "") for x in values]
         lines.append([name, *(head[name].values() if head else ()), *cells])
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return f"{table}\n\nMean over the judged seeds, with the lowest and the highest.\n"
+    several = len(next(iter(by.values()))) > 1
+    return table + ("\n\nMean over the judged seeds, with the lowest and the highest.\n" if several else "\n")
 
 
 def contrasted(

@@ -204,6 +204,7 @@ def test_measured_runs_are_a_preset(tmp_path, untrained):
     assert one.findings == again.findings and one.plots["Measured"].startswith(b"\x89PNG")
     assert [f.verdict for f in one.findings] == ["reproduced", "inconclusive"]
     assert one.findings[1].found.value == 2 and "0.001*" in one.text
+    assert "judged at the best with seeds 1 to 3" in one.text
     assert measured(epath.Path(tmp_path), dataclasses.replace(QUIET, minutes=0)).findings == one.findings
     with pytest.raises(UserError, match="no table yet"):
         measured(epath.Path(tmp_path / "other"), dataclasses.replace(QUIET, minutes=0))

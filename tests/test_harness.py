@@ -127,6 +127,16 @@ def test_log_likelihoods_are_those_of_the_model(harness, model):
         assert logp == pytest.approx(-plain(model, [10], list(text.encode()))[0].sum(), abs=1e-3)
 
 
+def test_answers_end_before_their_first_stop(harness, model):
+    lm = harness.EngraxLM(session(model), batch_size=2)
+    settings = {"do_sample": True, "temperature": 2.0, "max_gen_toks": 60}
+    (whole,) = lm.generate_until(requests("generate_until", ("Once", settings)))
+    stop = next(letter for letter in whole[1:] if letter.isascii() and letter not in whole[0])
+    later = next(letter for letter in reversed(whole) if letter.isascii())
+    (cut,) = lm.generate_until(requests("generate_until", ("Once", settings | {"until": [later, stop, "never"]})))
+    assert cut == whole[: min(whole.index(stop), whole.index(later))] and len(cut) < len(whole)
+
+
 def test_a_session_stands_before_every_request(harness, model):
     book = "It was read once, and is asked often. "
     fed, plain_lm = harness.EngraxLM(session(model).feed(book)), harness.EngraxLM(session(model))
