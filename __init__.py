@@ -53,6 +53,8 @@ __all__ = [
     "models",
     "pallas_kernels",
     "register",
+    "reproduce",
+    "sample",
     "session",
     "sweep",
     "train",
@@ -189,6 +191,40 @@ def frontier(
     return run(chosen, where, processes=processes, minutes=minutes, progress=progress)
 
 
+def reproduce(card, *, preset="quick", folder="runs/claims", docs=None, processes=1, minutes=None, progress=True):
+    """Tries the claim of a card; returns `engrax.evals.claim_report.Reproduced`, whose page is printed.
+
+    `card`: a name that `engrax reproduce` lists, or a .py file with `card()`. `preset`: quick (2 minutes of two cores)
+    or full. `folder`: where its runs and its page go; the same call continues. `docs`: another folder for the page.
+    `processes`, `minutes`: as for `engrax.sweep`.
+    """
+    from engrax import configs
+    from engrax.evals.claim_report import reproduce as run
+    from engrax.evals.claims import Options
+
+    found, name, title = configs.find_card(card)
+    options = Options(processes, minutes, progress, f"engrax reproduce {card} --preset {preset}")
+    return run(found, name, title, folder, preset=preset, options=options, docs=docs)
+
+
+def sample(folder="runs/sample"):
+    """Copies the trained run that comes with engrax (`configs/small_hybrid.py`) into `folder`; returns its path.
+
+    Raises UserError if the folder exists and is not empty.
+    """
+    import shutil
+    from pathlib import Path
+
+    from engrax.train import runs
+
+    target = runs.folder(folder)
+    runs.refuse_file(target)
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{folder} is not empty; choose another folder for the sample run.")
+    shutil.copytree(Path(__file__).parent / "configs" / "trained" / "small_hybrid", target, dirs_exist_ok=True)
+    return Path(target)
+
+
 def generate(
     run_or_model,
     prompt,
@@ -234,17 +270,10 @@ def session(run_or_model, *, rows=1, tokenizer=None, dtype=None, step=None, plug
 
     if not isinstance(run_or_model, str) and not hasattr(run_or_model, "__fspath__"):
         return Session(run_or_model, tokenizer=tokenizer, rows=rows, dtype=dtype)
-    from engrax.train import runs, train_step
+    from engrax.train import runs
 
     opened = _open(run_or_model, plugins, runs, data)
-    model, number = opened.load(step)
-    return Session(
-        model,
-        tokenizer=opened.experiment.data.tokenizer if tokenizer is None else tokenizer,
-        rows=rows,
-        dtype=train_step.resolve_dtype(opened.experiment.compute_dtype if dtype is None else dtype),
-        name=f"step {number}",
-    )
+    return opened.session(step, rows=rows, tokenizer=tokenizer, dtype=dtype)
 
 
 def export(run, folder, *, to=None, step=None, dtype="float32", plugins=()):

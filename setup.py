@@ -51,7 +51,11 @@ setup(
     python_requires=">=3.11",
     packages=["engrax", *(f"engrax.{package}" for package in PACKAGES)],
     package_dir={"engrax": "."},
-    package_data={"": ["*.jinja"], "engrax": ["py.typed"]},  # templates lie beside the modules that use them
+    package_data={  # templates lie beside the modules that use them; the trained run beside its config
+        "": ["*.jinja"],
+        "engrax": ["py.typed"],
+        "engrax.configs": ["trained/**/*"],
+    },
     include_package_data=False,  # with version control plugins about, it would sweep the checkout into the wheel
     cmdclass={"build_py": BuildPackage},
     install_requires=[
@@ -92,9 +96,13 @@ setup(
         "dev": ["ruff>=0.8", "build>=1.2"],
         "tensorboard": ["tensorboardX>=2.6.4"],
         "digits": ["scikit-learn>=1.5"],  # real images that it brings along, for the Hopfield notebook
+        "harness": ["lm_eval>=0.4.13"],  # lm-evaluation-harness, for `engrax harness`
         "cuda": ["jax[cuda13]>=0.10.2"],
         "cuda12": ["jax[cuda12]>=0.10.2"],  # for drivers older than 580
         "tpu": ["jax[tpu]>=0.10.2"],
     },
-    entry_points={"console_scripts": ["engrax = engrax.cli:main"]},
+    entry_points={
+        "console_scripts": ["engrax = engrax.cli:main"],
+        "lm_eval.models": ["engrax = engrax.evals.harness:EngraxLM"],  # read by versions of lm_eval after 0.4.13
+    },
 )

@@ -9,15 +9,15 @@ EXAMPLE = "engrax list"
 def run(args: list[str]) -> int:
     """Runs the command and returns its exit code."""
     parser_of(
-        "list", EXAMPLE, "Lists configs, comparisons and all that is registered: mixers, models, data sets, ..."
+        "list", EXAMPLE, "Lists configs, cards and all that is registered: mixers, models, data sets, ..."
     ).parse_args(args)
     from engrax import configs
 
     print("configs:")
     for name in configs.names():
         print(f"  {name:24} {configs.summary(name)}")
-    print("comparisons:")
-    for name in configs.comparison_names():
+    print("cards, claims of papers, for `engrax reproduce`:")
+    for name in configs.card_names():
         print(f"  {name:24} {configs.summary(name)}")
     for kind in KINDS:
         registry = find_registry(kind)

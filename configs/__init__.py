@@ -1,7 +1,8 @@
 """Experiments: one typed Python file each, whose docstring is a lab note and whose `config()` returns the Experiment.
 
-`comparisons/` holds comparisons of experiments, whose `comparison()` returns the Comparison. A user's own file outside
-the package works the same way: `engrax train path/to/config.py`, `engrax compare path/to/comparison.py`.
+`claims/` holds what papers claim, one file each: `card()` returns the Card and, where the claim is about a comparison
+of experiments, `comparison()` the Comparison of its full preset. A user's own file outside the package works the same
+way: `engrax train path/to/config.py`, `engrax compare path/to/comparison.py`, `engrax reproduce path/to/card.py`.
 """
 
 import ast
@@ -13,8 +14,11 @@ from typing import Any
 
 from engrax import evals, plugins
 from engrax.errors import UserError
+from engrax.evals.claims import Card
 from engrax.registry import did_you_mean
 from engrax.train import Experiment
+
+_CLAIMS = Path(__file__).parent / "claims"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +36,23 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg and not m.name.startswith("_"))
 
 
+def card_names() -> list[str]:
+    """The cards that come with engrax."""
+    return sorted(m.name for m in pkgutil.iter_modules([str(_CLAIMS)]))
+
+
 def comparison_names() -> list[str]:
-    """The comparisons that come with engrax."""
-    return sorted(m.name for m in pkgutil.iter_modules([str(Path(__path__[0]) / "comparisons")]))
+    """The comparisons that come with engrax: those of cards."""
+    return [name for name in card_names() if "def comparison(" in (_CLAIMS / f"{name}.py").read_text()]
 
 
 def summary(name: str) -> str:
-    """The first line of a config's or a comparison's docstring."""
-    folder = Path(__path__[0]) / ("comparisons" if name in comparison_names() else "")
-    text = (folder / f"{name}.py").read_text()
-    return (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
+    """The first line of a config's or a card's docstring."""
+    return _title((_CLAIMS if name in card_names() else _CLAIMS.parent) / f"{name}.py")
+
+
+def _title(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").strip().partition("\n")[0]
 
 
 def find(name: str) -> Source:
@@ -52,8 +63,14 @@ def find(name: str) -> Source:
 
 def find_comparison(name: str) -> "tuple[evals.Comparison, str]":
     """A comparison by name or by the path of a Python file, and its name. Raises UserError where there is none."""
-    path, found = _call(name, "comparison", evals.Comparison, comparison_names(), "engrax.configs.comparisons")
+    path, found = _call(name, "comparison", evals.Comparison, comparison_names(), "engrax.configs.claims")
     return found, path.stem if path else name
+
+
+def find_card(name: str) -> "tuple[Card, str, str]":
+    """(a card by name or by the path of a Python file, its name, its title). Raises UserError where there is none."""
+    path, found = _call(name, "card", Card, card_names(), "engrax.configs.claims")
+    return found, path.stem if path else name, _title(path or _CLAIMS / f"{name}.py")
 
 
 def _call(name: str, function: str, wanted: type, known: list[str], package: str) -> tuple[Path | None, Any]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from engrax import lazy
 
 if TYPE_CHECKING:
+    from engrax.evals.claims import Card
     from engrax.evals.comparison import Claim, Comparison
     from engrax.evals.comparison_report import ComparisonResult, compare, compare_runs
     from engrax.evals.context import Context
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from engrax.evals.frontier_report import FrontierResult
 
 __all__ = [
+    "Card",
     "Claim",
     "Comparison",
     "ComparisonResult",

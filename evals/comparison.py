@@ -9,7 +9,7 @@ one table per task. Each run has its own folder, so an interrupted comparison co
 import dataclasses
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -115,23 +115,68 @@ def run(
 
     Raises UserError if no experiment has all its trials, or if a run in the folder is another experiment.
     """
-    started, seeds = time.monotonic(), range(1, comparison.seeds + 1)
     parts = comparison.parts()
-    keys = [(task, name) for task, part in parts.items() for name in part.experiments]
+    experiments = {(task, name): e for task, part in parts.items() for name, e in part.experiments.items()}
+    options = dict(processes=processes, minutes=minutes, progress=progress)
+    judged = grid_then_seeds(experiments, comparison.learning_rates, comparison.seeds, folder, **options)
+    rows: dict[str, list[Row]] = {task: [] for task in parts}
+    for key, found in judged.found.items():
+        rows[key[0]].append(Row(key[1], found.rate, found.grid, found.scores, cost.costs(experiments[key])))
+    missing = {"/".join(filter(None, key)): judged.absent[key] for key in experiments if key in judged.absent}
+    if not any(rows.values()):
+        name, why = next(iter(missing.items()))
+        raise UserError(f"no experiment has all its trials, so there is no table yet; {name!r}: {why}.")
+    return Ran({task: found for task, found in rows.items() if found}, missing)
 
-    def trials(key: tuple[str, str], chosen: Iterable[tuple[float, int]]) -> list[Trial]:
-        return [_trial(*key, parts[key[0]].experiments[key[1]], *choice) for choice in chosen]
 
-    def outcome(planned: dict[Any, list[Trial]], later: int) -> sweep.Outcome:
+Key = tuple[str, str]  # an experiment's task, "" if it has no named one, and its name
+
+
+class Judged(NamedTuple):
+    """One experiment's trials."""
+
+    rate: float  # the best of the grid
+    grid: dict[float, float]  # learning rate -> score with seed 0, nan where it diverged
+    scores: tuple[Score, ...]  # one per judged seed
+    trials: tuple[Trial, ...]  # of the judged seeds
+
+
+class AllJudged(NamedTuple):
+    """The experiments whose trials are all there, and why the others are not."""
+
+    found: dict[Key, Judged]
+    absent: dict[Key, str]
+
+
+def grid_then_seeds(
+    experiments: dict[Key, Experiment],
+    rates: tuple[float, ...],
+    seeds: int,
+    folder: epath.PathLike,
+    *,
+    processes: int = 1,
+    minutes: float | None = None,
+    progress: bool = True,
+) -> AllJudged:
+    """Trains and scores every experiment at every rate with seed 0, then at its best rate with seeds 1 to `seeds`.
+
+    Raises UserError if a run in the folder is another experiment.
+    """
+    started = time.monotonic()
+
+    def trials(key: Key, chosen: Iterable[tuple[float, int]]) -> list[Trial]:
+        return [trial_of(*key, experiments[key], *choice) for choice in chosen]
+
+    def outcome(planned: dict[Key, list[Trial]], later: int) -> sweep.Outcome:
         left = minutes if minutes is None else max(0.0, minutes - (time.monotonic() - started) / 60)
         every = [trial for trials in planned.values() for trial in trials]
         return sweep.run(every, folder, processes=processes, minutes=left, progress=progress, later=later)
 
-    grid = {key: trials(key, ((rate, 0) for rate in comparison.learning_rates)) for key in keys}
-    found = outcome(grid, len(keys) * len(seeds))
+    grid = {key: trials(key, ((rate, 0) for rate in rates)) for key in experiments}
+    found = outcome(grid, len(experiments) * seeds)
     best, absent = {}, {}
     for key, planned in grid.items():
-        sign = 1 if kind(parts[key[0]]) == "task" else -1
+        sign = 1 if scoring.kind_of(experiments[key]) == "task" else -1
         sound = [t for t in planned if t.name in found.scores and found.scores[t.name].sums is not None]
         if why := _why(planned, found):
             absent[key] = why
@@ -139,9 +184,9 @@ def run(
             absent[key] = "it diverged at every learning rate of the grid; give lower ones"
         else:
             best[key] = max(sound, key=lambda trial: sign * found.scores[trial.name].mean).settings[RATE]
-    judged = {key: trials(key, ((rate, seed) for seed in seeds)) for key, rate in best.items()}
+    judged = {key: trials(key, ((rate, seed) for seed in range(1, seeds + 1))) for key, rate in best.items()}
     last = outcome(judged, 0)
-    rows: dict[str, list[Row]] = {task: [] for task in parts}
+    sound = {}
     for key, planned in judged.items():
         scores = tuple(last.scores[trial.name] for trial in planned if trial.name in last.scores)
         if why := _why(planned, last):
@@ -149,14 +194,9 @@ def run(
         elif all(score.sums is None for score in scores):
             absent[key] = f"it diverged with every judged seed at its best learning rate {best[key]:g}; give lower ones"
         else:
-            rates = {trial.settings[RATE]: found.scores[trial.name].mean for trial in grid[key]}
-            costs = cost.costs(parts[key[0]].experiments[key[1]])
-            rows[key[0]].append(Row(key[1], best[key], rates, scores, costs))
-    missing = {"/".join(filter(None, key)): absent[key] for key in keys if key in absent}
-    if not any(rows.values()):
-        name, why = next(iter(missing.items()))
-        raise UserError(f"no experiment has all its trials, so there is no table yet; {name!r}: {why}.")
-    return Ran({task: found for task, found in rows.items() if found}, missing)
+            by_rate = {trial.settings[RATE]: found.scores[trial.name].mean for trial in grid[key]}
+            sound[key] = Judged(best[key], by_rate, scores, tuple(planned))
+    return AllJudged(sound, absent)
 
 
 def _why(planned: list[Trial], outcome: sweep.Outcome) -> str | None:
@@ -165,7 +205,7 @@ def _why(planned: list[Trial], outcome: sweep.Outcome) -> str | None:
     return f"{len(lost)} of {len(planned)} trials are missing, {lost[0]}: {outcome.missing[lost[0]]}" if lost else None
 
 
-def _trial(task: str, name: str, experiment: Experiment, rate: float, seed: int) -> Trial:
+def trial_of(task: str, name: str, experiment: Experiment, rate: float, seed: int) -> Trial:
     """An experiment at one learning rate with one seed."""
     where = "/".join(folder_of(part) for part in (task, name) if part)
     return Trial(f"{where}/lr_{rate:g}_seed_{seed}", experiment, {RATE: rate, "seed": seed})

@@ -71,9 +71,8 @@ def compare(
     """
     ran = run(comparison, folder, processes=processes, minutes=minutes, progress=progress)
     parts = comparison.parts()
-    tables = {
-        task: table(parts[task], rows, _head(parts[task], command), how(parts[task])) for task, rows in ran.rows.items()
-    }
+    text = how(comparison.learning_rates, comparison.seeds)
+    tables = {task: table(parts[task], rows, _head(parts[task], command), text) for task, rows in ran.rows.items()}
     found = ComparisonResult(runs.folder(folder), tables, ran.missing)
     write(found)
     return found
@@ -129,11 +128,11 @@ def write(found: ComparisonResult) -> None:
         (found.directory / name).write_bytes(one.plot)
 
 
-def how(comparison: Comparison) -> str:
+def how(learning_rates: Sequence[float], seeds: int) -> str:
     """How the rows of a comparison came about."""
-    grid = ", ".join(f"{rate:g}" for rate in comparison.learning_rates)
-    seeds = "seed 1" if comparison.seeds == 1 else f"seeds 1 to {comparison.seeds}"
-    return f"learning rates {grid} with seed 0, judged at the best with {seeds}"
+    grid = ", ".join(f"{rate:g}" for rate in learning_rates)
+    judged = "seed 1" if seeds == 1 else f"seeds 1 to {seeds}"
+    return f"learning rates {grid} with seed 0, judged at the best with {judged}"
 
 
 def _grid(row: Row) -> dict[str, Any]:

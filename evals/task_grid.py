@@ -138,7 +138,7 @@ def _default_lengths(experiment: Experiment, base: dict[str, Any]) -> Values:
     cls = DATASETS[base["type"].partition(":")[2]]
     if LENGTH not in cls.axes and not issubclass(cls, Continual):
         return (base[LENGTH],)
-    most, _ = _limit(experiment)
+    most, _ = most_tokens(experiment.model)
     wanted = [experiment.data.seq_len * factor for factor in MULTIPLES]
     return tuple(length for length in wanted if most is None or length <= most) or (wanted[0],)
 
@@ -165,7 +165,7 @@ def _check_model(experiment: Experiment, grid: Grid) -> None:
             "need a run that was trained on a generated task."
         )
     vocab = getattr(experiment.model, "vocab_size", None)
-    most, what = _limit(experiment)
+    most, what = most_tokens(experiment.model)
     for task in grid.cells.values():
         if vocab is not None and task.vocab_size > vocab:
             hint = f"set its vocab_size to {vocab} or less" if grid.name != "continual" else "choose other tasks for it"
@@ -177,10 +177,10 @@ def _check_model(experiment: Experiment, grid: Grid) -> None:
             raise UserError(f"rows of {task.seq_len} tokens exceed {what}; choose lengths up to {most}.")
 
 
-def _limit(experiment: Experiment) -> tuple[int | None, str]:
-    """(the most tokens of a row that the model reads, what limits them); None = any number."""
+def most_tokens(model: Any) -> tuple[int | None, str]:
+    """(the most tokens of a row that a model of this config reads, what limits them); None = any number."""
     found = []
-    for part in nested_configs(experiment.model, skip=SegmentRecurrentConfig):  # these read segment by segment
+    for part in nested_configs(model, skip=SegmentRecurrentConfig):  # these read segment by segment
         if isinstance(part, BlockStyleConfig) and part.positions:
             found.append((part.positions, f"the model's {part.positions} learned positions"))
         if hasattr(part, "capacity") and getattr(part, "window", None) is None:

@@ -142,6 +142,10 @@ class Session:
         new.tokens_read = np.repeat(self.tokens_read, rows)
         return new
 
+    def release(self) -> tuple[Compiled, Float[jax.Array, "B V"], Any]:
+        """(the compiled functions, the logits, the memory), for a caller that donates them; the session ends."""
+        return self._compiled, self._logits, self._taken()
+
     def report(self) -> dict[str, Any]:
         """Tokens read by row, bytes of the state, and the means of the mixers' diagnostics for reading each row's most
         likely token next (the state does not change)."""

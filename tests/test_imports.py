@@ -38,6 +38,7 @@ FACES = {"__init__", "cli", "commands"}  # may import everything
 # Kernels know nothing of Flax; heavy or optional things are imported inside the function that needs them.
 FLAX = {"flax", "optax", "orbax", "grain"}
 LAZY = {"pyarrow", "array_record", "wandb", "tensorflow_datasets", "matplotlib", "tensorflow", "torch", "tensorboardX"}
+LAZY |= {"lm_eval"}
 
 LONGEST_FILE = 450  # lines
 FORBIDDEN_NNX = {"jit", "grad", "value_and_grad", "scan", "remat", "vmap"}  # slow, or tied to Flax's own tracing

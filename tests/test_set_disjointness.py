@@ -1,7 +1,6 @@
 """Set intersection: the rows are what the module says, and the oracle answers them all."""
 
 import dataclasses
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import pytest
 from flax import nnx
 
 from engrax import plugins
+from engrax.configs.claims import set_order
 from engrax.data import SetDisjointness
 from engrax.data.set_disjointness import ASK, SEP
 from engrax.errors import UserError
@@ -74,56 +74,17 @@ def test_what_does_not_fit_is_refused(fields, told):
         dataclasses.replace(TASK, **fields)
 
 
-@pytest.fixture(scope="module")
-def benchmark(root):
-    spec = importlib.util.spec_from_file_location("benchmarks_sets", root / "benchmarks" / "set_disjointness.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_benchmark_orders_its_rows_by_the_first_set(benchmark):
+def test_the_card_orders_its_rows_by_the_first_set():
     """Every size of the first set has rows of its own, of one length; all ways to read carry as many numbers."""
     for passes in (1, 2):
-        tokens, answers = benchmark.rows(passes, 3, "validation", 40)
-        assert tokens.shape == (len(benchmark.FIRST), 40, passes * (benchmark.TOTAL + 2))
-        for first, shown, answer in zip(benchmark.FIRST, tokens, answers):
+        mixture = set_order.rows(passes)
+        for first, task in zip(set_order.FIRST, mixture.tasks):
+            shown, targets = task.generate("validation", np.arange(40))
+            assert shown.shape == (40, passes * (set_order.TOTAL + 2)) and mixture.seq_len == shown.shape[1]
             assert np.all(np.argmax(shown == SEP, axis=1) == first)
-            assert np.all((shown == answer[:, None]).sum(axis=1) == 2 * passes)
-    assert len({benchmark.state_numbers(reading) for reading in benchmark.READINGS.values()}) == 1
-
-
-def test_the_benchmarks_rule_is_that_of_students_t(benchmark):
-    from scipy import stats
-
-    a, b = [0.3, 0.35, 0.42], [0.1, 0.05, 0.31, 0.2]
-    alone, between = benchmark.interval(a), benchmark.interval(a, b)
-    wanted = stats.ttest_1samp(a, 0).confidence_interval()
-    assert (alone["low"], alone["high"]) == pytest.approx((wanted.low, wanted.high))
-    wanted = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
-    assert (between["low"], between["high"]) == pytest.approx((wanted.low, wanted.high))
-    told = [benchmark.verdict({"low": low, "high": low + 1}) for low in (0.1, -0.5, -2.0)]
-    assert told == ["reproduced", "inconclusive", "contradicted"]
-
-
-def test_the_benchmark_judges_the_seeds_that_chose_no_rate(benchmark):
-    """Given readings whose accuracy falls with the first set's size or does not, the claims follow the judged seeds."""
-    n = len(benchmark.FIRST)
-    falling, level = np.linspace(0.9, 0.3, n), np.full(n, 0.6)
-    runs = {}
-    for name, line in zip(benchmark.READINGS, (falling, level, falling)):
-        judged = [{"seed": seed, "learning_rate": 1e-2, "accuracy": list(line + 0.001 * seed)} for seed in (1, 2, 3)]
-        runs[name] = [{"seed": 0, "learning_rate": 1e-2, "accuracy": list(1 - line)}, *judged]
-    judged = benchmark.judge(runs)
-    verdicts = {text: found["verdict"] for text, found in judged["claims"].items()}
-    assert verdicts == {
-        "the order matters when read once": "reproduced",
-        "it matters less: read twice": "reproduced",
-        "it matters less: prefix": "inconclusive",
-    }
-    assert (
-        judged["readings"]["read once"]["smaller_first"]["value"] > 0.7 and judged["readings"]["prefix"]["seeds"] == 3
-    )
+            assert np.all((shown == targets[:, -1:]).sum(axis=1) == 2 * passes)
+    matrices = [e.model.mixers[0].matrices for e in set_order.experiments().values()]
+    assert {sum(m.heads * m.key * m.value for m in each) for each in matrices} == {192}
 
 
 def test_a_factor_of_the_learning_rate_is_a_learning_rate(root):

@@ -26,7 +26,8 @@ from engrax import models
 from engrax.errors import UnknownName, UserError
 from engrax.files import expect, read_json, read_text, refuse_links, write_atomically
 from engrax.models import imported
-from engrax.train import agreement, run_lock, run_sources, sharding
+from engrax.models.session import Session
+from engrax.train import agreement, run_lock, run_sources, sharding, train_step
 from engrax.train import experiment as experiments
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.experiment import Experiment, ParallelConfig
@@ -74,6 +75,19 @@ class Run:
         found, number = checkpoints.read(step, lambda step: evaluated_params(checkpoints, optimizer, like, step))
         nnx.update(model, found)
         return model, number
+
+    def session(
+        self, step: int | str | None = None, *, rows: int = 1, tokenizer: Any = None, dtype: Any = None
+    ) -> Session:
+        """A session of a checkpoint's model, by default with the run's tokenizer and compute dtype."""
+        model, number = self.load(step)
+        return Session(
+            model,
+            tokenizer=self.experiment.data.tokenizer if tokenizer is None else tokenizer,
+            rows=rows,
+            dtype=train_step.resolve_dtype(self.experiment.compute_dtype if dtype is None else dtype),
+            name=f"step {number}",
+        )
 
     def _shardings(self, params: Any, mesh: Mesh | None) -> Any:
         """The sharding of each parameter."""
