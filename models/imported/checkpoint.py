@@ -20,6 +20,7 @@ from engrax.errors import UserError
 from engrax.layers import AttentionConfig
 from engrax.layers.common import lora
 from engrax.layers.common.lora import LoraConfig
+from engrax.models import handover
 from engrax.models.imported.architectures import Architecture, Fields, architecture, read_config
 from engrax.models.imported.files import DTYPES, HEADERS, INDEX, TensorFiles, refuse_link, write_file
 from engrax.models.language_model import LanguageModel, LanguageModelConfig
@@ -28,7 +29,7 @@ from engrax.models.model import ModelConfig
 ParamPath = tuple[Any, ...]  # of a parameter in a model: ("blocks", 0, "mixer", "q", "kernel")
 SUMS = "SHA256SUMS"  # in an exported folder
 ROWS = 4096  # rows of an embedding that are compared at a time
-FREE_FIELDS = ("remat", "lora", "frozen")  # model fields that change neither its function nor the tensors
+FREE_FIELDS = ("remat",)  # beside those of `handover.plain`: model fields that change no tensors
 FREE_MIXER_FIELDS = ("capacity", "window")  # mixer fields that do not change tensors
 
 
@@ -176,8 +177,16 @@ def load(
     model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(seed)))
     state = nnx.state(model, nnx.Param)
     like = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), state)
-    found = read_params(folder, like)
-    if config.lora.rank:
+    source = handover.plain(config, read_config(folder).vocab_size)
+    if config.layers or source.vocab_size != config.vocab_size:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {p: jax.ShapeDtypeStruct(v.shape, dtype, sharding=here) for p, v in nnx.to_flat_state(state)}
+        held = nnx.state(nnx.eval_shape(lambda: source.build(rngs=nnx.Rngs(seed))), nnx.Param)
+        held = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), held)
+        found = handover.hand_over(source, config, read_params(folder, held), wanted)
+    else:
+        found = read_params(folder, like)
+    if len(found) < len(nnx.to_flat_state(state)):
 
         def adapters():  # parameters that are not returned are never computed
             fresh = nnx.to_flat_state(nnx.state(config.build(rngs=nnx.Rngs(seed)), nnx.Param))
@@ -193,6 +202,7 @@ def check(folder: str | Path, config: LanguageModelConfig) -> None:
     """Raises UserError if the folder's tensors do not fit its config.json, or if `config` computes another function;
     names the first setting that differs."""
     wanted = read_config(folder)
+    config = handover.plain(config, min(config.vocab_size, wanted.vocab_size))
     config = dataclasses.replace(config, **{name: getattr(wanted, name) for name in FREE_FIELDS})
     if len(config.mixers) == 1 and isinstance(config.mixers[0], AttentionConfig):
         free = {name: getattr(wanted.mixers[0], name) for name in FREE_MIXER_FIELDS}
@@ -245,6 +255,11 @@ def export(model: LanguageModel, folder: str | Path, *, like: str | Path) -> Non
     """
     folder, like = Path(folder), Path(like)
     check_export(folder)
+    if model.config.layers:
+        raise UserError(
+            f"the model's layers differ from those of {like} (model.layers), which its format cannot express; the run "
+            "folder holds the model."
+        )
     check(like, model.config)
     model = merge(model) if model.config.lora.rank else model
     params = {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
