@@ -6,6 +6,7 @@ from engrax.commands import (
     check,
     compare,
     compile,
+    completion,
     describe,
     doctor,
     evaluate,
@@ -37,6 +38,7 @@ MODULES = (
     list,
     bench,
     doctor,
+    completion,
 )  # as in the help
 COMMANDS = {module.__name__.rpartition(".")[2]: module.run for module in MODULES}
 EXAMPLES = [module.EXAMPLE for module in MODULES]
