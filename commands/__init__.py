@@ -6,6 +6,7 @@ from engrax.commands import (
     check,
     compare,
     compile,
+    completion,
     describe,
     doctor,
     evaluate,
@@ -15,6 +16,7 @@ from engrax.commands import (
     harness,
     launch,
     list,
+    merge,
     reproduce,
     sample,
     sweep,
@@ -30,6 +32,7 @@ MODULES = (
     harness,
     generate,
     export,
+    merge,
     describe,
     compile,
     tokenize,
@@ -41,6 +44,7 @@ MODULES = (
     list,
     bench,
     doctor,
+    completion,
 )  # as in the help
 COMMANDS = {module.__name__.rpartition(".")[2]: module.run for module in MODULES}
 EXAMPLES = [module.EXAMPLE for module in MODULES]

@@ -14,6 +14,7 @@ from engrax.data.token_types import TokenTypes
 from engrax.data.tokenizers import ByteTokenizer
 from engrax.errors import UserError
 from engrax.evals import ngrams, scoring
+from engrax.models.layer_change import mixers_of
 from engrax.models.segment_config import SegmentRecurrentConfig
 from engrax.train import metrics
 from engrax.train.experiment import Experiment
@@ -161,10 +162,11 @@ class Context:
 
         name: "titans.lr_mean", or "titans3.lr_mean" if titans occurs twice in the pattern.
         """
-        mixers = [mixer.registered_name for mixer in getattr(self.experiment.model, "mixers", ())]
+        stacks = getattr(self.experiment.model, "stacks", ())
+        mixers = [stack.mixer.registered_name for stack in stacks]
         labels = [m if mixers.count(m) == 1 else f"{m}{i}" for i, m in enumerate(mixers)]
         mixer = name.split(".")[0]
-        return f"block {labels.index(mixer) + repeat * len(mixers) if mixer in labels else repeat}"
+        return f"block {stacks[labels.index(mixer)].layers[repeat] if mixer in labels else repeat}"
 
     @functools.cached_property
     def history(self) -> list[dict[str, Any]]:
@@ -178,5 +180,5 @@ def memory_names(experiment: Experiment) -> tuple[str, ...]:
     while isinstance(config, SegmentRecurrentConfig):
         names.append(config.registered_name)
         config = config.backbone
-    names += [mixer.registered_name for mixer in getattr(config, "mixers", ()) if mixer.memory_reads]
+    names += [mixer.registered_name for mixer in mixers_of(config) if mixer.memory_reads]
     return tuple(dict.fromkeys(names))

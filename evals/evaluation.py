@@ -130,7 +130,7 @@ def _run(chosen: list[EvaluatorConfig], context: Context, progress: bool) -> dic
     from tqdm import tqdm
 
     found: dict[str, Evaluation] = {}
-    with tqdm(total=0, unit="batch", disable=not progress, file=sys.stderr) as bar:
+    with tqdm(total=0, unit="batch", disable=None if progress else True, file=sys.stderr) as bar:  # None: no terminal
         context.bar = bar
         for i, config in enumerate(chosen, 1):
             bar.set_description(f"{config.registered_name} ({i}/{len(chosen)})")

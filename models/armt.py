@@ -80,24 +80,24 @@ class AssociativeLanguageModel(LanguageModel):
         self.key_dim = key_dim
         super().__init__(config, rngs=rngs)
 
-    def _stack(self, place, mixer, rngs):
-        """The blocks of one pattern position with their memories; every parameter has a leading axis [repeat]."""
-        block, dim, key_dim = super()._stack(place, mixer, rngs), self.config.dim, self.key_dim
+    def _stack(self, stack, rngs):
+        """The blocks of one stack with their memories; every parameter has a leading axis [repeat]."""
+        block, dim, key_dim = super()._stack(stack, rngs), self.config.dim, self.key_dim
 
         def build(key):
             return AssociativeMemory(dim, key_dim, rngs=nnx.Rngs(key))
 
-        keys = jax.random.split(rngs.params(), self.config.repeat)
+        keys = jax.random.split(rngs.params(), len(stack.layers))
         block.associative = nnx.eval_shape(lambda: build(jax.random.key(0)))
         nnx.update(block.associative, jax.vmap(lambda key: nnx.state(build(key), nnx.Param))(keys))
         stack_axes(block.associative)
         return block
 
     def init_associations(self, batch_size: int) -> tuple[Association, ...]:
-        """Empty memories: a tuple over the pattern, leaves [repeat, B, ...]."""
+        """Empty memories: a tuple over the stacks, leaves [repeat, B, ...]."""
 
-        def body(blocks, x, states):
-            return x, tuple(block.associative.init_state(batch_size) for block in blocks)
+        def body(places, blocks, x, states):
+            return x, (tuple(block.associative.init_state(batch_size) for block in blocks), x, {})
 
         return self._scan(body, jnp.zeros(()), None)[1]
 
@@ -105,14 +105,13 @@ class AssociativeLanguageModel(LanguageModel):
         """`encode`, with the memories of the documents `owner`; `made` are the memories after the suffix is written."""
         calls, closing = self._calls(call.collect, call.mute), call.closing
         x_BSD, states, place, _ = self._add_positions(x_BSD, state, ids)  # a segment never exceeds its positions
-        pattern = len(self.config.mixers)
-        states = (None,) * pattern if states is None else states
+        states = (None,) * len(self.blocks) if states is None else states
         reads = ids == owner[:, None]
         goes_on = ids[:, -1] == owner  # else a new document has started, and its memory is empty
 
-        def body(blocks, x, both):
+        def body(places, blocks, x, both):
             new, aux, collected = [], no_loss(x), {}
-            for (label, asked, without), block, state, memory in zip(calls, blocks, *both):
+            for (label, asked, without), block, (state, memory) in zip(calls[places], blocks, both):
                 x = x + block.associative.read(x, memory, reads)
                 x, out = block(x, state, ids, collect=asked, mute=without)
                 aux = aux + out.aux
@@ -121,11 +120,12 @@ class AssociativeLanguageModel(LanguageModel):
                     memory = select_rows(goes_on, memory, jax.tree.map(jnp.zeros_like, memory))
                     memory = block.associative.write(x[:, -closing:], memory)
                 new.append((out.state, memory))
-            return x, (tuple(zip(*new)), aux, collected)
+            return x, (tuple(new), aux, collected)
 
-        x_BSD, ((states, associations), aux, collected) = self._scan(body, x_BSD, (states, associations))
+        x_BSD, both, aux, collected = self._scan(body, x_BSD, tuple(zip(states, associations)))
+        states, associations = zip(*both)
         hidden = self.norm(x_BSD) if hasattr(self, "norm") else x_BSD
-        return Read(hidden, (*states, *place), associations, jnp.sum(aux, axis=0), collected)
+        return Read(hidden, (*states, *place), associations, aux, collected)
 
 
 class ARMT(SegmentRecurrent):

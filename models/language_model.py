@@ -1,7 +1,8 @@
 """A language model of repeated blocks: a pattern may combine any mixers.
 
 Blocks of one pattern position are stacked along a leading axis and run by `lax.scan`, so compile time does not grow
-with depth. A named remat policy selects what the backward pass recomputes.
+with depth. Layers that differ from the pattern (`layers`) split it: the repeats between them stay stacked and scanned.
+A named remat policy selects what the backward pass recomputes.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from engrax.models.contract import (
     split_rows,
 )
 from engrax.models.decoding import Opened, close_blocks, open_blocks, run_blocks
+from engrax.models.layer_change import LayerChange, Stack, changed_mixers, stretches_of
 from engrax.models.model import MODELS, ModelConfig
 from engrax.models.parameters import declare_roles, stack_axes
 from engrax.models.remat import parse, remat
@@ -52,8 +54,9 @@ class LanguageModelConfig(ModelConfig):
     mlp_hidden: int | None = None  # hidden width of the MLP; None = 8/3 dim rounded up to 16; 0 = no MLP
     remat: str = "none"  # none | dots | full | offload_dots | offload; by kind: "dots,titans=full,mlp=none"
     layout: BlockStyleConfig = BlockStyleConfig()  # norms, MLPs, learned positions, the head
+    layers: tuple[LayerChange, ...] = ()  # layers with another mixer than the pattern's, or with a branch
     lora: LoraConfig = LoraConfig()  # adapters on the blocks' projections
-    frozen: bool = False  # training changes only the adapters
+    frozen: bool = False  # training changes only adapters and what `layers` adds
 
     def __post_init__(self):
         if not self.mixers:
@@ -68,6 +71,7 @@ class LanguageModelConfig(ModelConfig):
         for name in ("vocab_size", "dim", "repeat"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        changed_mixers(self.pattern, self.layers)  # raises for a layer that does not exist
 
     def build(self, *, rngs: nnx.Rngs) -> "LanguageModel":
         return LanguageModel(self, rngs=rngs)
@@ -95,20 +99,41 @@ class LanguageModelConfig(ModelConfig):
             embed_dim=4,
             tied=False,
         )
+        beside = LayerChange(at=(1,), branch=titans, gate=0.5)
         return (
             cls(vocab_size=16, mixers=(attention, titans), remat="full", **sizes),
-            cls(vocab_size=12, mixers=(imported,), layout=layout, **sizes),
+            cls(vocab_size=12, mixers=(imported,), layout=layout, layers=(beside,), **sizes),
         )
 
     @property
     def exempt_from(self) -> dict[str, str]:
         """The exemptions of its mixers."""
-        return {law: reason for mixer in self.mixers for law, reason in mixer.exempt_from.items()}
+        return {law: reason for mixer in self.layer_mixers for law, reason in mixer.exempt_from.items()}
+
+    @property
+    def pattern(self) -> tuple[MixerConfig, ...]:
+        """The mixer of every layer by the pattern alone."""
+        return self.mixers * self.repeat
+
+    @property
+    def layer_mixers(self) -> tuple[MixerConfig, ...]:
+        """The mixer of every layer."""
+        return changed_mixers(self.pattern, self.layers)
+
+    @property
+    def stretches(self) -> tuple[tuple[Stack, ...], ...]:
+        """The stacks of blocks, by the scan that runs them, in the order of the layers; without `layers` one scan."""
+        return stretches_of(self.pattern, self.layers, len(self.mixers), whole=bool(self.layout.norm_places))
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacks of blocks, as `LanguageModel.blocks` holds them."""
+        return tuple(stack for stretch in self.stretches for stack in stretch)
 
     @property
     def policies(self) -> dict[str, str]:
         """{"": the remat policy of a repeat of the pattern, kind of layer: its own} (`engrax.models.remat`)."""
-        return parse(self.remat, (*(mixer.registered_name for mixer in self.mixers), "mlp"))
+        return parse(self.remat, (*(mixer.registered_name for mixer in self.layer_mixers), "mlp"))
 
     @property
     def num_layers(self) -> int:
@@ -121,22 +146,23 @@ class LanguageModelConfig(ModelConfig):
         return -(-8 * self.dim // 3 // 16) * 16 if self.mlp_hidden is None else self.mlp_hidden
 
     def flops_per_token(self, seq_len: int) -> float:
-        pattern = sum(mixer.flops_per_token(self.dim, seq_len) for mixer in self.mixers)
+        mixers = sum(mixer.flops_per_token(self.dim, seq_len) for mixer in self.layer_mixers)
         projections = {"gated": 3, "plain": 2}[self.layout.mlp]
-        mlp = 2 * projections * self.dim * self.mlp_width * len(self.mixers)
+        mlp = 2 * projections * self.dim * self.mlp_width * self.num_layers
         width = self.layout.embed_dim or self.dim
         narrow = 4 * self.dim * width if self.layout.embed_dim else 0
         adapters = 0
         if self.lora.rank:
             adapters = lora.adapter_flops(nnx.eval_shape(lambda: self.build(rngs=nnx.Rngs(0))))
-        return self.repeat * (pattern + mlp) + narrow + adapters + 2 * width * self.vocab_size
+        return mixers + mlp + narrow + adapters + 2 * width * self.vocab_size
 
 
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + MLP(norm(x)); or norm(x + mixer(x)), and alike; or x + norm(mixer(x)), and alike."""
 
-    def __init__(self, mixer: MixerConfig, config: LanguageModelConfig, *, place: int, layer: Any, rngs: nnx.Rngs):
-        self.norm_place, policies = config.layout.place_of(place), config.policies
+    def __init__(self, stack: Stack, config: LanguageModelConfig, *, layer: Any, rngs: nnx.Rngs):
+        mixer, policies = stack.mixer, config.policies
+        self.norm_place = config.layout.place_of(stack.layers[0] % len(config.mixers))
         # Remat policies of its layers; None: the pattern's holds for all.
         own = [policies.get(kind, policies[""]) for kind in (mixer.registered_name, "mlp")]
         self.mixer_remat, self.mlp_remat = own if len(policies) > 1 else (None, None)
@@ -149,7 +175,7 @@ class Block(nnx.Module):
             self.mlp = config.layout.build_mlp(config.dim, config.mlp_width, rngs=rngs, out_scale=scale)
         self.adaptable = lora.attach(self, config.lora, rngs=rngs)  # parts added by a wrapper get no adapters
         if config.frozen:
-            lora.freeze(self)
+            lora.freeze(self, skip=("mixer",) if stack.exchanged else ())
 
     def mixer_input(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The mixer's input, from the residual stream."""
@@ -201,7 +227,7 @@ class LanguageModel(Model):
         layout, width = config.layout, config.layout.embed_dim or config.dim
         init, shape, axes = jax.nn.initializers.normal(width**-0.5), (config.vocab_size, width), ("vocab", "embed")
         self.embedding = nnx.Param(init(rngs.params(), shape), axes=axes, role="embedding")
-        self.blocks = nnx.List(self._stack(i, mixer, rngs) for i, mixer in enumerate(config.mixers))
+        self.blocks = nnx.List(self._stack(stack, rngs) for stack in config.stacks)
         if layout.norm_place != "after":
             self.norm = layout.build_norm(config.dim, rngs=rngs)
         if layout.positions:
@@ -216,15 +242,14 @@ class LanguageModel(Model):
             lora.freeze(self, skip=("blocks",))  # blocks have marked their own; a wrapper may have added parts to them
         declare_roles(self)
 
-    def _stack(self, place: int, mixer: MixerConfig, rngs: nnx.Rngs) -> Block:
-        """The blocks of one pattern position; every parameter has a leading axis [repeat]."""
+    def _stack(self, stack: Stack, rngs: nnx.Rngs) -> Block:
+        """The blocks of one stack; every parameter has a leading axis [repeat]."""
         config = self.config
 
         def build(key, layer):
-            return Block(mixer, config, place=place, layer=layer, rngs=nnx.Rngs(key))
+            return Block(stack, config, layer=layer, rngs=nnx.Rngs(key))
 
-        keys = jax.random.split(rngs.params(), config.repeat)
-        layers = place + len(config.mixers) * jnp.arange(config.repeat)
+        keys, layers = jax.random.split(rngs.params(), len(stack.layers)), jnp.array(stack.layers)
         template = nnx.eval_shape(lambda: build(jax.random.key(0), 0))
         params = jax.vmap(lambda key, layer: nnx.state(build(key, layer), nnx.Param))(keys, layers)
         nnx.update(template, params)
@@ -242,10 +267,10 @@ class LanguageModel(Model):
     ) -> Output:
         """Returns the normalised hidden states before the head, and the memory after the last token.
 
-        `memory` is a tuple over the pattern with leaves [repeat, B, ...], followed by the state of the learned
-        positions, if any; None starts from an empty memory. `collect` and `mute` are registered names of mixers, or
-        "*". `collect` returns their diagnostics as {"titans.lr_mean": [repeat, ...]}; the name has the pattern position
-        if a mixer occurs twice. `mute` removes their memory reads.
+        `memory` is a tuple over the stacks (without `layers` the pattern's positions) with leaves [repeat, B, ...],
+        followed by the state of the learned positions, if any; None starts from an empty memory. `collect` and `mute`
+        are registered names of mixers, or "*". `collect` returns their diagnostics as {"titans.lr_mean": [repeat,
+        ...]}; the name has the stack's number if a mixer occurs twice. `mute` removes their memory reads.
         """
         rows = compact(segment_ids)
         x_BTD = self.embed(rows.gather(tokens_BT))
@@ -271,9 +296,9 @@ class LanguageModel(Model):
         memory = memory if opened is None else (opened.blocks, *opened.place)
         x_BTD, memory, place, lost = self._add_positions(x_BTD, memory, segment_ids)
 
-        def body(blocks, x, states):
+        def body(places, blocks, x, states):
             new, aux, collected = [], no_loss(x), {}
-            for (label, asked, without), block, state in zip(calls, blocks, states):
+            for (label, asked, without), block, state in zip(calls[places], blocks, states):
                 x, out = block(x, state, segment_ids, collect=asked, mute=without)
                 new.append(out.state)
                 aux = aux + out.aux
@@ -281,14 +306,14 @@ class LanguageModel(Model):
             return x, (tuple(new), aux, collected)
 
         by_layer = len(self.config.policies) > 1
-        x_BTD, (memory, aux, collected) = self._scan(body, x_BTD, memory, opened, by_layer=by_layer)
+        x_BTD, memory, aux, collected = self._scan(body, x_BTD, memory, opened, by_layer=by_layer)
         hidden_BTD = split_rows(without_place(self.norm(x_BTD) if hasattr(self, "norm") else x_BTD, lost))
         memory = (*memory, *place) if opened is None else opened._replace(blocks=memory, place=place)
-        return Output(hidden_BTD, memory, jnp.sum(aux, axis=0), collected)
+        return Output(hidden_BTD, memory, aux, collected)
 
     def _calls(self, collect: tuple[str, ...], mute: tuple[str, ...]) -> list[tuple[str, tuple, tuple]]:
-        """(name of its diagnostics, what to collect, memory reads to remove) for every pattern position."""
-        mixers = self.config.mixers
+        """(name of its diagnostics, what to collect, memory reads to remove) for every stack."""
+        mixers = [stack.mixer for stack in self.config.stacks]
         names = [mixer.registered_name for mixer in mixers]
         return [
             (
@@ -321,12 +346,12 @@ class LanguageModel(Model):
 
     @property
     def least_call(self) -> int:
-        return max(mixer.least_call for mixer in self.config.mixers)
+        return max(mixer.least_call for mixer in self.config.layer_mixers)
 
     def open_memory(self, memory: Any) -> Opened:
         """The memory with a separate state for every block, in its mixer's form for single tokens."""
         params = tuple(nnx.split(block)[1] for block in self.blocks)
-        return open_blocks([block.mixer for block in self.blocks], memory, params, self.config.repeat)
+        return open_blocks([block.mixer for block in self.blocks], memory, params)
 
     def close_memory(self, memory: Opened) -> Any:
         return close_blocks([block.mixer for block in self.blocks], memory)
@@ -338,28 +363,42 @@ class LanguageModel(Model):
     def init_memory(self, batch_size: int) -> Any:
         """The memory before the first token, in the structure that a call returns."""
 
-        def body(blocks, x, states):
-            return x, tuple(block.mixer.init_state(batch_size) for block in blocks)
+        def body(places, blocks, x, states):
+            return x, (tuple(block.mixer.init_state(batch_size) for block in blocks), x, {})
 
-        states = self._scan(body, jnp.zeros(()), None)[1]
+        _, states, _, _ = self._scan(body, jnp.zeros(()), None)
         return (*states, self.positions.init_state(batch_size)) if hasattr(self, "positions") else states
 
     def _scan(self, body, x, memory, opened: Opened | None = None, *, by_layer: bool = False):
-        """Runs `body(blocks, x, states) -> (x, outputs)` over the repeats. Outputs are stacked along a first axis,
-        except for the states of an opened memory. by_layer: every layer gathers its parameters and has a remat policy.
+        """Runs `body(places, blocks, x, states) -> (x, (states, aux, collected))` over the repeats of every stretch;
+        places: which stacks these are. Returns (x, states, aux, collected).
+
+        The states of a stack and what is collected are stacked along a first axis (those of an opened memory: a tuple);
+        aux is summed. by_layer: every layer gathers its parameters and has a remat policy.
         """
         graphdefs, params = zip(*(nnx.split(block) for block in self.blocks))
+        params = params if opened is None else opened.params
+        memory = (None,) * len(params) if memory is None else memory
+        found, total, collected, first = [], 0, {}, 0
+        for stretch in self.config.stretches:
+            places = slice(first, first + len(stretch))
+            step = self._step(body, places, graphdefs[places], by_layer)
+            run = jax.lax.scan if opened is None else run_blocks
+            x, (new, aux, some) = run(step, x, (params[places], memory[places]))
+            found, total, collected = (*found, *new), total + jnp.sum(aux, axis=0), collected | some
+            first = places.stop
+        return x, tuple(found), total, collected
+
+    def _step(self, body, places: slice, graphdefs, by_layer: bool):
+        """One repeat of a stretch, (x, (its blocks' parameters, their states)) -> (x, outputs), under the policy of
+        `remat`."""
 
         def step(x, xs):
             params, states = xs
             params = params if by_layer else gathered(params)
-            states = (None,) * len(graphdefs) if states is None else states
-            return body([nnx.merge(g, p) for g, p in zip(graphdefs, params)], x, states)
+            return body(places, [nnx.merge(g, p) for g, p in zip(graphdefs, params)], x, states)
 
-        if opened is not None:
-            return run_blocks(step, x, opened)
-        step = step if by_layer else remat(self.config.policies[""], step)
-        return jax.lax.scan(step, x, (params, memory))
+        return step if by_layer else remat(self.config.policies[""], step)
 
 
 def _named(name: str, names: tuple[str, ...]) -> bool:

@@ -26,7 +26,7 @@ from engrax.train import (
     ScheduleFreeConfig,
     SPAMConfig,
     cost,
-    loop,
+    starting,
 )
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.loop import train
@@ -211,8 +211,8 @@ def test_the_average_of_schedule_free_is_evaluated(tmp_path):
         trainer.validate(state["params"], experiment.eval.batches)["validation_loss"], rel=1e-5
     )
     second = dataclasses.replace(experiment, start_from=str(tmp_path / "run"), optimizer=AdamWConfig())
-    _, started = loop._earlier_params(Trainer(second), epath.Path(tmp_path / "other"))
-    np.testing.assert_array_equal(np.asarray(started["embedding"][...]), x)
+    _, started = starting.find(Trainer(second), epath.Path(tmp_path / "other"))
+    np.testing.assert_array_equal(np.asarray(started[("embedding",)]), x)
 
 
 TRAINED = {

@@ -81,14 +81,14 @@ import jax, numpy as np
 from flax import nnx
 from engrax.models import imported
 from engrax.tests.test_pretrained_training import experiment
-from engrax.train import ParallelConfig
+from engrax.train import ParallelConfig, starting
 from engrax.train.trainer import Trainer
 folder, out = sys.argv[1], {}
 source = {".".join(map(str, p)): np.asarray(v.get_value())
           for p, v in nnx.to_flat_state(nnx.state(imported.load(folder), nnx.Param))}
 for name, parallel in json.loads(sys.argv[2]).items():
     trainer = Trainer(dataclasses.replace(experiment(folder), parallel=ParallelConfig(**parallel)))
-    data, state, losses = trainer.loader("train"), trainer.init_state(), []
+    data, state, losses = trainer.loader("train"), trainer.init_state(starting.find(trainer, None)[1]), []
     moments = sum(leaf.size for leaf in jax.tree.leaves(state["opt_state"]) if leaf.ndim)
     loss, batch = trainer.make_loss(), trainer.put(next(trainer.loader("train")))
     grads = nnx.to_flat_state(jax.jit(jax.grad(loss, has_aux=True))(state["params"], batch, None)[0])

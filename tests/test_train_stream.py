@@ -18,7 +18,7 @@ from engrax.layers import AttentionConfig, HopfieldConfig, MoMConfig
 from engrax.models import HMTConfig, LanguageModelConfig, RMTConfig
 from engrax.models.block_style import BlockStyleConfig
 from engrax.tests.experiments import tiny
-from engrax.train import AdamWConfig, CheckpointConfig, ConstantConfig, CosineConfig, loop, run_sources, runs
+from engrax.train import AdamWConfig, CheckpointConfig, ConstantConfig, CosineConfig, loop, run_sources, runs, starting
 from engrax.train import experiment as experiments
 from engrax.train.checkpoint import Checkpoints
 from engrax.train.loop import train
@@ -190,7 +190,7 @@ def test_the_memory_begins_with_the_earlier_stages_values(text, tmp_path):
     (tmp_path / "first" / "config.json").write_text(json.dumps(written))
     earlier.save(3, {"params": params}, {}, None)
     earlier.close()
-    state = trainer.init_state(loop._earlier_params(trainer, runs.folder(tmp_path / "second"))[1])
+    state = trainer.init_state(starting.find(trainer, runs.folder(tmp_path / "second"))[1])
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(state["params"]), strict=True):
         np.testing.assert_array_equal(a, b)
     initial = state["params"]["initial"][...]

@@ -12,6 +12,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from engrax import models
+from engrax.layers.common.branched import BranchedConfig
+from engrax.models.layer_change import mixers_of
 from engrax.models.parameters import cast
 from engrax.pallas_kernels import devices
 from engrax.train import sharding, temporaries
@@ -66,7 +68,7 @@ def _count(tree: Any) -> int:
 
 def _parts(config: Any, params: dict[str, Any], prefix: str = "") -> dict[str, int]:
     """Parameter counts by top-level part; blocks, also those of a wrapped backbone, are split by mixer."""
-    mixers = getattr(config, "mixers", ())
+    mixers = mixers_of(config)
     parts: dict[str, int] = {}
     for name, part in params.items():
         if name == "backbone" and hasattr(config, name):
@@ -94,11 +96,16 @@ def _by_mixer(config: Any, memory: Any) -> dict[str, int]:
     """Bytes by mixer; for a wrapped backbone, whose mixers hold one segment, "memory" is that between segments."""
     if hasattr(config, "backbone") and hasattr(memory, "backbone"):
         return {"memory": _bytes(memory.memory)} | _by_mixer(config.backbone, memory.backbone)
-    mixers = getattr(config, "mixers", ())
+    mixers = mixers_of(config)
     found: dict[str, int] = {}
     if isinstance(memory, tuple) and len(memory) == len(mixers):
-        for mixer, state in zip(mixers, memory):
-            found[mixer.registered_name] = found.get(mixer.registered_name, 0) + _bytes(state)
+        pairs = list(zip(mixers, memory))
+        while pairs:
+            mixer, state = pairs.pop(0)
+            if isinstance(mixer, BranchedConfig):
+                pairs = [(mixer.main, state.main), (mixer.branch, state.branch), *pairs]
+            else:
+                found[mixer.registered_name] = found.get(mixer.registered_name, 0) + _bytes(state)
     return found
 
 

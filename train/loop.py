@@ -28,8 +28,8 @@ import jax
 from etils import epath
 
 from engrax.errors import Diverged, UserError
-from engrax.files import expect, read_json, refuse_links, write_atomically
-from engrax.train import agreement, guards, metrics, resume, run_lock, runs
+from engrax.files import refuse_links, write_atomically
+from engrax.train import agreement, guards, metrics, resume, run_lock, runs, starting
 from engrax.train import experiment as experiments
 from engrax.train.checkpoint import Checkpoints, Damaged
 from engrax.train.distributed import StopSignal
@@ -41,8 +41,6 @@ from engrax.train.profile import Speed, Trace
 from engrax.train.train_step import resolve_dtype
 from engrax.train.trainer import Trainer
 from engrax.train.watchdog import Watchdog
-
-BEGINS_AT = "start_from.json"  # in a run folder: the starting step in the earlier run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +75,7 @@ def train(
     agreement.check_experiment(experiment, run_dir, saved, source)
     trainer.check_validation()
     # Errors are raised before anything is written.
-    begins_at, params = (None, None) if saved else _earlier_params(trainer, run_dir)
+    begins_at, params = (None, None) if saved else starting.find(trainer, run_dir)
     with contextlib.ExitStack() as stack:
         data = guards.Guarded(trainer.loader("train"), experiment.guard)
         stack.callback(data.data.close)
@@ -104,7 +102,7 @@ def train(
         checkpoints = Checkpoints(run.directory, experiment.checkpoint)
         stack.callback(checkpoints.close)  # waits for the save in progress
         if main and begins_at is not None:
-            write_atomically(run.directory / BEGINS_AT, json.dumps({"step": begins_at}) + "\n")
+            write_atomically(run.directory / starting.BEGINS_AT, json.dumps({"step": begins_at}) + "\n")
         for warning in experiment.data.warnings() if main else ():
             _warn(warning)
         if main and programs:
@@ -340,28 +338,3 @@ def _warn(sentence: str) -> None:
 
 def _due(step: int, every: int, last: int) -> bool:
     return bool(every and step % every == 0) or step == last
-
-
-def _earlier_params(trainer: Trainer, run_dir: epath.Path) -> tuple[int | None, Any]:
-    """(step, parameters) of the run `start_from`: the newest, or those this run already started from if it stopped
-    before its first checkpoint. (None, None) without `start_from`."""
-    given = trainer.experiment.start_from
-    if given is None:
-        return None, None
-    if trainer.experiment.init_from is not None:
-        raise UserError("init_from and start_from both say what the parameters start from; choose one.")
-    directory = runs.folder(given)
-    if not (directory / "checkpoints").exists():
-        raise UserError(f"start_from={given} holds no checkpoints; give the folder of a run that was trained.")
-    started = run_dir / BEGINS_AT
-    refuse_links(directory)
-    at = expect(read_json(started).get("step"), int, f"{started}: step") if started.exists() else None
-    earlier, like = Checkpoints(directory), trainer.abstract_state()["params"]
-    try:
-        found, step = earlier.read(
-            at, lambda step: runs.evaluated_params(earlier, runs.read_optimizer(directory), like, step)
-        )
-        return step, found
-    except UserError as error:
-        hint = f" This run started from it ({started}); start again in another --run-dir." if started.exists() else ""
-        raise UserError(f"start_from={given}: {error}{hint}") from None

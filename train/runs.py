@@ -26,6 +26,7 @@ from engrax import models
 from engrax.errors import UnknownName, UserError
 from engrax.files import expect, read_json, read_text, refuse_links, write_atomically
 from engrax.models import imported
+from engrax.models.model import ModelConfig
 from engrax.models.session import Session
 from engrax.train import agreement, run_lock, run_sources, sharding, train_step
 from engrax.train import experiment as experiments
@@ -119,9 +120,18 @@ def evaluated_params(checkpoints: Checkpoints, optimizer: OptimizerConfig, like:
 
 def read_optimizer(run_dir: epath.Path) -> OptimizerConfig:
     """The optimizer in a run folder's config.json, read without the rest, which may name parts that are not loaded."""
+    return _read_part(run_dir, "optimizer", OptimizerConfig)
+
+
+def read_model(run_dir: epath.Path) -> ModelConfig:
+    """The model in a run folder's config.json, read in the same way."""
+    return _read_part(run_dir, "model", ModelConfig)
+
+
+def _read_part(run_dir: epath.Path, name: str, kind: type) -> Any:
     path = run_dir / "config.json"
     data = expect(read_json(path).get("experiment"), dict, f"{path}: experiment")
-    return experiments.from_dict(data.get("optimizer"), OptimizerConfig, f"{path}: experiment.optimizer")
+    return experiments.from_dict(data.get(name), kind, f"{path}: experiment.{name}")
 
 
 def open_run(run_dir: epath.PathLike, data: dict[str, Any] | None = None) -> Run:

@@ -21,7 +21,7 @@ from engrax import models
 from engrax.data.config import check_rows
 from engrax.errors import UserError
 from engrax.layers.mixer import MixerConfig
-from engrax.models import contract, imported
+from engrax.models import contract
 from engrax.models.block_style import BlockStyleConfig
 from engrax.models.model import ModelConfig
 from engrax.models.parameters import cast
@@ -57,8 +57,12 @@ class Trainer:
 
     @cached_property
     def _abstract(self) -> tuple[nnx.GraphDef, nnx.State]:
-        model = nnx.eval_shape(lambda: models.build(self.experiment.model, rngs=nnx.Rngs(0)))
-        return nnx.split(model, nnx.Param)
+        return nnx.split(nnx.eval_shape(lambda: self._model(0)), nnx.Param)
+
+    def _model(self, seed: int) -> contract.Model:
+        """The model with fresh parameters, marked where they are frozen."""
+        model = models.build(self.experiment.model, rngs=nnx.Rngs(seed))
+        return optimizers.freeze(self.experiment.optimizer, model)
 
     @property
     def graphdef(self) -> nnx.GraphDef:
@@ -108,21 +112,20 @@ class Trainer:
         return sharding.state_places(self.specs, self._shapes, self.mesh, self.experiment.parallel)
 
     def _fresh_state(self) -> dict[str, Any]:
-        model = models.build(self.experiment.model, rngs=nnx.Rngs(self.experiment.seed))
-        params = nnx.state(model, nnx.Param)
+        params = nnx.state(self._model(self.experiment.seed), nnx.Param)
         state = {"params": params, "opt_state": self.tx.init(params), "step": jnp.zeros((), jnp.int32)}
         if self.experiment.carry_memory:
             state["memory"] = self._fresh_memory(params, self.experiment.batch_size)
         return state | guards.fresh(self.experiment.guard)
 
-    def init_state(self, params: Any = None) -> dict[str, Any]:
+    def init_state(self, params: dict[tuple, jax.Array] | None = None) -> dict[str, Any]:
         """The state before the first step, created sharded: no device ever holds a whole sharded leaf.
 
-        `params` of an earlier run, with this trainer's shardings, replace fresh or imported ones.
+        `params` {path: array}, with this trainer's shardings, replace fresh ones (`train.starting`).
         """
         # On CPU it is compiled without optimisation: it runs once, and optimisation costs three times what it saves.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        given = self._imported_params() if params is None else flatten({"params": params})
+        given = {".".join(map(str, ("params", *path))): value for path, value in (params or {}).items()}
 
         def fresh():  # given parameters are not returned, so they are not computed
             flat = {name: leaf for name, leaf in flatten(self._fresh_state()).items() if name not in given}
@@ -140,15 +143,6 @@ class Trainer:
             shardings = self.state_shardings["memory"]
             state["memory"] = jax.jit(memory, out_shardings=shardings, compiler_options=options)(state["params"])
         return state
-
-    def _imported_params(self) -> dict[str, jax.Array]:
-        """{flat name in the state: array} of the parameters in `init_from`, sharded."""
-        folder = self.experiment.init_from
-        if folder is None:
-            return {}
-        _, at = imported.find_backbone(self.experiment.model)
-        found = imported.read_params(folder, self.abstract_state()["params"], at=at)
-        return {".".join(map(str, ("params", *path))): value for path, value in found.items()}
 
     def abstract_state(self) -> dict[str, Any]:
         """ShapeDtypeStructs with shardings, the target of restoring a checkpoint."""

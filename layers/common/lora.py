@@ -109,9 +109,12 @@ def adapter_flops(module: nnx.Module) -> int:
 
 
 def freeze(module: nnx.Module, *, skip: tuple[str, ...] = ()) -> None:
-    """Marks every parameter below `module` as not trained, except adapters and the parts named in `skip`."""
+    """Marks every parameter below `module` as not trained, except adapters, the parts named in `skip`, and those that a
+    module's class lists in `added`, the parts that it puts around pretrained ones."""
+    added = [(*path, n) for path, part in nnx.iter_graph(module) for n in getattr(type(part), "added", ())]
     for path, value in nnx.iter_graph(module):
-        if isinstance(value, nnx.Param) and path[0] not in skip and not str(path[-1]).startswith("lora_"):
+        trained = path[:1] in [(n,) for n in skip] or any(path[: len(part)] == part for part in added)
+        if isinstance(value, nnx.Param) and not trained and not str(path[-1]).startswith("lora_"):
             value.set_metadata(frozen=True)
 
 

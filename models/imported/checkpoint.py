@@ -21,7 +21,7 @@ from engrax.files import read_json
 from engrax.layers import AttentionConfig
 from engrax.layers.common import lora
 from engrax.layers.common.lora import LoraConfig
-from engrax.models import published
+from engrax.models import handover, published
 from engrax.models.imported.files import DTYPES, HEADERS, INDEX, TensorFiles, refuse_link, write_file
 from engrax.models.imported.plan import Plan
 from engrax.models.language_model import LanguageModel, LanguageModelConfig
@@ -93,8 +93,16 @@ def load(
     model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(seed)))
     state = nnx.state(model, nnx.Param)
     like = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), state)
-    found = read_params(folder, like)
-    if config.lora.rank:
+    source = handover.plain(config, read_config(folder).vocab_size)
+    if config.layers or source.vocab_size != config.vocab_size:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {p: jax.ShapeDtypeStruct(v.shape, dtype, sharding=here) for p, v in nnx.to_flat_state(state)}
+        held = nnx.state(nnx.eval_shape(lambda: source.build(rngs=nnx.Rngs(seed))), nnx.Param)
+        held = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), held)
+        found = handover.hand_over(source, config, read_params(folder, held), wanted)
+    else:
+        found = read_params(folder, like)
+    if len(found) < len(nnx.to_flat_state(state)):
 
         def adapters():  # parameters that are not returned are never computed
             fresh = nnx.to_flat_state(nnx.state(config.build(rngs=nnx.Rngs(seed)), nnx.Param))
@@ -110,6 +118,7 @@ def check(folder: str | Path, config: LanguageModelConfig) -> None:
     """Raises UserError if the folder's tensors do not fit its config.json, or if `config` computes another function;
     names the first setting that differs."""
     wanted = read_config(folder)
+    config = handover.plain(config, min(config.vocab_size, wanted.vocab_size))
     if difference := next(differences(_freed(config), _freed(wanted)), None):
         path, given, other, _ = difference
         raise UserError(
@@ -156,6 +165,11 @@ def export(model: LanguageModel, folder: str | Path, *, like: str | Path) -> Non
     """
     folder, like = Path(folder), Path(like)
     check_export(folder)
+    if model.config.layers:
+        raise UserError(
+            f"the model's layers differ from those of {like} (model.layers), which its format cannot express; the run "
+            "folder holds the model."
+        )
     check(like, model.config)
     model = merge(model) if model.config.lora.rank else model
     params = {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}

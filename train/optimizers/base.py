@@ -8,7 +8,7 @@ same for all. Clipping and accumulation of microbatches are part of the training
 import abc
 import dataclasses
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -17,7 +17,7 @@ from flax import nnx
 
 from engrax.errors import UserError, require_at_least
 from engrax.layers.common.lora import is_frozen
-from engrax.models.parameters import decay_mask, role_of
+from engrax.models.parameters import ROLES, decay_mask, role_of
 from engrax.registry import Registry
 from engrax.train.optimizers.eight_bit import with_eight_bit_moments
 from engrax.train.schedules import CosineConfig, ScheduleConfig
@@ -40,6 +40,7 @@ class OptimizerConfig(abc.ABC):
     clip_norm: float = 1.0  # largest global gradient norm; 0 = no clipping
     accumulate: int = 1  # microbatches per step
     rates: tuple[tuple[str, float], ...] = ()  # (pattern of parameter names, factor of their rate); the first that fits
+    frozen: tuple[str, ...] = ()  # patterns of names, or roles, of parameters that the training does not change
     moments: Literal["float32", "float8"] = "float32"  # how moments are kept between steps (float8: `eight_bit`)
 
     def __post_init__(self):
@@ -85,13 +86,43 @@ def build(config: OptimizerConfig, steps: int, params: nnx.State) -> optax.Gradi
     """The optimizer for a training of `steps` steps: x -= rate (direction + weight_decay x), decay where `decay_mask`.
 
     Frozen parameters have no state. `params` may be abstract; only names and roles are read from them. Raises UserError
-    for a pattern in `rates` that fits no parameter.
+    for a pattern in `rates` or `frozen` that fits no parameter.
     """
-    labels = map_variables(lambda v: v.replace("frozen" if is_frozen(v) else "trained"), params)
+    still = {path for path, _ in _fitting(config, nnx.to_flat_state(params))}
+
+    def label(path, variable):
+        name = tuple(entry.key for entry in path if hasattr(entry, "key"))
+        return variable.replace("frozen" if is_frozen(variable) or name in still else "trained")
+
+    labels = jax.tree_util.tree_map_with_path(label, params, is_leaf=is_variable)
     trained = config.transformation(steps, decay_mask(params), rate_factors(config, params))
     if "frozen" not in jax.tree.leaves(labels):
         return trained
     return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+
+
+def freeze(config: OptimizerConfig, model: nnx.Module) -> nnx.Module:
+    """The model, with the parameters marked that `config.frozen` names."""
+    found = ((path, value) for path, value in nnx.iter_graph(model) if isinstance(value, nnx.Param))
+    for _, variable in _fitting(config, found):
+        variable.set_metadata(frozen=True)
+    return model
+
+
+def _fitting(config: OptimizerConfig, params: Iterable[tuple[tuple, nnx.Variable]]) -> list[tuple[tuple, nnx.Variable]]:
+    """Those parameters that `config.frozen` names. Raises UserError for a pattern that fits none."""
+    unused, found, name = set(config.frozen), [], ""
+    for path, variable in params if config.frozen else ():
+        name, role = ".".join(map(str, path)), variable.get_metadata().get("role")
+        fits = {pattern for pattern in config.frozen if pattern == role or fnmatch.fnmatchcase(name, pattern)}
+        unused -= fits
+        found += [(path, variable)] if fits else []
+    if unused:
+        raise UserError(
+            f"optimizer.frozen has {min(unused)!r}, which is no role ({', '.join(ROLES)}) and fits no parameter; names "
+            f"are like {name!r}."
+        )
+    return found
 
 
 def rate_factors(config: OptimizerConfig, params: nnx.State) -> Any:
