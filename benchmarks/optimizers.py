@@ -9,7 +9,7 @@ Every finished training is kept in FOLDER, and the same command continues there.
 Spikes: in one step of every hundred, drawn anew for every seed, the whole gradient is 1000 times as large. Further
 rules, written beforehand: an optimizer survives the spikes if the upper end of its difference to AdamW without them is
 below 10 % of AdamW's score, and does not if the lower end is above; moments in 8 bits are within 1 % of float32's if
-both ends of the difference are.
+both ends of the difference are. This one is paired: the trainings of one seed have the same parameters and batches.
 """
 
 import argparse
@@ -21,12 +21,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 
 import engrax
 from engrax import evals
 from engrax.configs import quickstart
 from engrax.errors import UserError
-from engrax.evals import Claim, Comparison
+from engrax.evals import Claim, Comparison, trials
+from engrax.evals.comparison import RATE, Row, folder_of
+from engrax.evals.verdicts import Bootstrap, Interval
 from engrax.layers import AttentionConfig
 from engrax.models import LanguageModelConfig
 from engrax.train import (
@@ -47,6 +50,7 @@ from engrax.train import (
     SPAMConfig,
     cost,
 )
+from engrax.train.experiment import replace
 
 STEPS, WARMUP = 300, 20
 SPIKE, EVERY = 1000.0, 100  # factor of the gradient; one step of so many has it
@@ -109,6 +113,9 @@ OPTIMIZERS = {
     "AdamW, spikes": SpikedConfig(schedule=COSINE, inner=ADAMW),
     "AdamW, clipped spikes": SpikedConfig(schedule=COSINE, inner=ADAMW, clip=1.0),
     "SPAM, spikes": SpikedConfig(schedule=COSINE, inner=SPAM),
+    "SPAM without resets, threshold 100, spikes": SpikedConfig(
+        schedule=COSINE, inner=dataclasses.replace(SPAM, gap=500, warmup=150, threshold=100.0)
+    ),
 }
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 CLAIMS = (
@@ -140,7 +147,7 @@ def comparison(steps: int = STEPS) -> Comparison:
     return Comparison(experiments=experiments, learning_rates=RATES, claims=CLAIMS)
 
 
-def judge(data: dict[str, Any], steps: int) -> dict[str, Any]:
+def judge(data: dict[str, Any], folder: epath.Path, steps: int) -> dict[str, Any]:
     """The comparison's numbers, with the bytes of every optimizer's state and the further rules."""
     base = data["lines"][0]["score"]["value"]
     for line in data["lines"]:
@@ -150,11 +157,25 @@ def judge(data: dict[str, Any], steps: int) -> dict[str, Any]:
         if found and "spikes" in line["name"]:
             survives = {found["high"] < SURVIVES * base: "survives", found["low"] > SURVIVES * base: "does not survive"}
             line["rule"] = survives.get(True, "inconclusive")
-        if found and "8-bit" in line["name"]:
-            ends = [found["low"] / base, found["high"] / base]
-            line["rule"] = f"{ends[0]:+.2%} to {ends[1]:+.2%} of AdamW's"
-            line["within_1_percent"] = max(map(abs, ends)) < EIGHT_BIT
+        if "8-bit" in line["name"]:
+            paired = paired_difference(folder, data["lines"][0], line, steps)
+            ends = [paired.low / base, paired.high / base]
+            within = "within 1 %" if max(map(abs, ends)) < EIGHT_BIT else "not shown to be within 1 %"
+            line["rule"] = f"{within} (paired {ends[0]:+.2%} to {ends[1]:+.2%})"
+            line["paired_difference"] = dataclasses.asdict(paired)
     return data
+
+
+def paired_difference(folder: epath.Path, first: dict[str, Any], other: dict[str, Any], steps: int) -> Interval:
+    """`other` - `first`, whose trainings of one seed are compared with each other."""
+    sums = []
+    for line in (first, other):
+        made, rate = experiment(OPTIMIZERS[line["name"]], steps), line["learning_rate"]
+        for seed in (1, 2, 3):
+            config = replace(made, {RATE: rate, "seed": seed})
+            sums.append(trials.read(config, folder / folder_of(line["name"]) / f"lr_{rate:g}_seed_{seed}"))
+    scores = tuple(trials.Score(b.sums - a.sums, a.counts) for a, b in zip(sums[:3], sums[3:], strict=True))
+    return Bootstrap([Row(other["name"], other["learning_rate"], {}, scores, {})]).score(other["name"])
 
 
 def table(data: dict[str, Any]) -> str:
@@ -178,7 +199,7 @@ def table(data: dict[str, Any]) -> str:
 def main() -> int:
     """Trains what is missing, prints the table, and returns 1 if trainings are still missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the trainings and comparison.png go")
+    parser.add_argument("folder", type=epath.Path, help="where the trainings and comparison.png go")
     parser.add_argument("--steps", type=int, default=STEPS, help="of every training")
     parser.add_argument("--minutes", type=float, help="begin no training that would end later")
     parser.add_argument("--output", type=Path, help="a file for the numbers")
@@ -188,7 +209,7 @@ def main() -> int:
         found = evals.compare(comparison(args.steps), args.folder, minutes=args.minutes, command=command)
     except UserError as error:
         raise SystemExit(str(error)) from None
-    data = judge(json.loads((args.folder / "comparison.json").read_text()), args.steps)
+    data = judge(json.loads((args.folder / "comparison.json").read_text()), args.folder, args.steps)
     print(table(data))
     if args.output:
         args.output.write_text(json.dumps(data, indent=1) + "\n")
