@@ -103,7 +103,7 @@ def test_what_is_left_out_is_said(tmp_path):
     attention = AttentionConfig(heads=2, head_dim=8, capacity=64)
     backbone = LanguageModelConfig(vocab_size=32, dim=16, mixers=(attention,), repeat=1, mlp_hidden=16)
     train(
-        tiny(model=HMTConfig(backbone=backbone, segment_length=8, summary_tokens=4), steps=1),
+        tiny(model=HMTConfig(backbone=backbone, segment_length=8, summary_tokens=4, sensory_tokens=2), steps=1),
         tmp_path / "run",
         progress=False,
     )

@@ -79,7 +79,7 @@ def test_every_format_is_tried():
         ("gpt2", CONFIGS["llama"][1], "n_positions=0"),
         (
             "olmo_hybrid",
-            model(GDN, GATED),
+            model(GDN, NORMED),
             "mixers.0.norm_eps=1e-06 .*; mixers.1.qk_norm='head' .*norm_places.1='before'",
         ),
         ("gla", model(AttentionConfig()), "one of its mixers would have to be gla"),
