@@ -10,7 +10,6 @@ from jax.sharding import AbstractMesh
 
 from engrax import models
 from engrax.errors import UserError
-from engrax.evals import evaluate
 from engrax.layers import MIXERS
 from engrax.models import LanguageModelConfig
 from engrax.tests import layouts
@@ -181,54 +180,6 @@ def test_bytes_of_a_device():
         for part, stage in {"opt_state": 1, "grads": 2, "params": 3}.items():
             wanted = whole[part] / tensor / (8 // tensor if zero >= stage else 1)
             assert wanted <= found[part] <= 1.4 * wanted, (zero, tensor, part)
-
-
-MOVED = """
-import dataclasses, json, os
-import jax, numpy as np
-from flax import nnx
-from engrax.evals import evaluate
-from engrax.models.generate import sample
-from engrax.tests.layouts import experiment
-from engrax.train import ParallelConfig, sharding
-from engrax.train.checkpoint import Checkpoints
-from engrax.train.loop import train
-from engrax.train.runs import open_run
-from engrax.train.trainer import Trainer
-meshes = [dict(data=2, tensor=2, zero=3), dict(data=1, tensor=4, zero=2), dict(data=2, fsdp=2, zero=1), dict(data=1)]
-e = experiment("delta", "attention", parallel=meshes[0], batch_size=8, steps=2)
-train(e, "run", progress=False)
-folder, bits = os.path.abspath("run"), []
-for i, parallel in enumerate([*meshes, meshes[0]]):
-    devices = tuple(jax.devices()[: 1 if parallel == dict(data=1) else 4])
-    trainer = Trainer(dataclasses.replace(e, parallel=ParallelConfig(**parallel)), devices)
-    state, position = Checkpoints(folder).restore(trainer.stored_state(), 2)
-    assert all(a.sharding == b.sharding for a, b in zip(*map(jax.tree.leaves, (state, trainer.stored_state()))))
-    bits.append([np.asarray(x).tobytes() for x in jax.tree.leaves(state)])
-    folder = os.path.abspath(f"moved{i}")
-    saver = Checkpoints(folder, e.checkpoint)
-    saver.save(2, state, position, None)
-    saver.close()
-assert all(other == bits[0] for other in bits), "a checkpoint changed on its way"
-run = open_run("run")
-mesh = sharding.evaluation_mesh(run.experiment.parallel)
-model, _ = run.load(mesh=mesh)
-held = [x.sharding.spec for x in jax.tree.leaves(nnx.state(model, nnx.Param))]
-assert mesh.shape["tensor"] == 2 and any("tensor" in spec for spec in held)
-with sharding.use_mesh(mesh):
-    written = sample(model, [[1, 2, 3], [4, 5, 6, 7]], tokens=12, temperature=0)
-assert written.tolist() == sample(run.load()[0], [[1, 2, 3], [4, 5, 6, 7]], tokens=12, temperature=0).tolist()
-print(json.dumps(evaluate("run", only=["validation"], progress=False).evaluations))
-"""
-
-
-@pytest.mark.deep
-def test_checkpoints_and_runs_move_between_meshes(run_python, tmp_path):
-    """Bits over five meshes; greedy tokens and validation on the training's mesh are those of one device."""
-    several = json.loads(run_python(MOVED, devices=4, timeout=400).splitlines()[-1])
-    one = evaluate(tmp_path / "run", only=["validation"], progress=False).evaluations
-    losses = [found["validation"]["loss_nats_per_token"] for found in (several, one)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 EVERY = """
