@@ -36,7 +36,7 @@ class Form(NamedTuple):
     """The static part of a call: the operation, its transition, its settings, the mesh axis."""
 
     operation: Callable
-    transition: "Transition"
+    transition: Transition
     settings: tuple[tuple[str, Any], ...]
     axis: str
 
@@ -47,7 +47,7 @@ class Form(NamedTuple):
 
 def split_operation(
     operation: Callable,
-    transition: "Transition",
+    transition: Transition,
     inputs: Inputs,
     state: State,
     segment_ids: Int[Array, "B T"] | None,
