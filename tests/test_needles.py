@@ -14,6 +14,7 @@ import pytest
 from engrax import data
 from engrax.data import DATASETS, scoring_rules
 from engrax.data.babilong import read_stories
+from engrax.data.draws import Draws
 from engrax.data.haystack import NOISE, load_text, made_words, sentences
 from engrax.data.niah import DEPTHS, Needles
 from engrax.data.text_task import TextTask
@@ -287,6 +288,8 @@ def test_variables_are_assigned_in_chains():
         assert re.search(r"assgined the value \d+, they are: ([A-Z]{3} ){3}[A-Z]{3}$", worked)
         values = {start[2] for start in starts if start}
         assert len(values) == 2 and value in values and 10_000 <= int(value) < 99_999
+    tight = build("variable_tracking", worked_example=False)._build(Draws(0), 5, "train", 0).context.split("\n")[2:]
+    assert [line == NOISE for line in tight] == [False, True] * 5, "five places in five paragraphs"
     assert "Answer" not in build("variable_tracking", worked_example=False).example("train", 0).context
 
 
@@ -436,6 +439,7 @@ def test_documents_are_cut_around_the_answer():
         (" 7654321, and 1234567", ("1234567", "7654321"), (2, 2), (1, 1)),
         (" 7654321", ("1234567", "7654321"), (1, 2), (1, 1)),
         (" ABCDE", ("abcde", "x"), (1, 2), (1, 1)),
+        (" abcde", ("ABCDE", "x"), (1, 2), (1, 1)),
         ("", ("a", "b", "c"), (0, 3), (0, 1)),
     ],
 )
