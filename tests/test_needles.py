@@ -224,6 +224,13 @@ def test_needles_between_paragraphs_stand_anywhere_but_last():
     assert all(line == NOISE for lines in found for line in lines if "special" not in line)
 
 
+def test_without_its_needles_the_text_is_as_it_was():
+    for example in examples(build("niah_multivalue"), 20):
+        text = example.context.partition("\n")[2]
+        around = re.sub(r"One of the special magic \w+ for \S+ is: \d+\.( |$)", "", text).rstrip()
+        assert around == load_text(None).piece(0, len(around.split(" ")))
+
+
 def test_a_given_depth_is_kept():
     for name, depth in (("niah_single_1", 50), ("niah_multikey_1", 100), ("niah_multikey_2", 0)):
         for example in examples(build(name, depth=depth, seq_len=4096), 20):
