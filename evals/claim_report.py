@@ -137,6 +137,7 @@ def _page(card: Card, title: str, head: dict, found: Found, images: dict[str, st
     commit = commit[:12] + "+" * commit.endswith("+")  # files differed from it
     parts.append(
         f"Measured {head['date']}, {head['hardware']}, jax {head['jax']}, commit {commit}, in "
-        f"{head['minutes']:.1f} minutes: `{head['command']}`. All numbers: [{head['card']}.json]({head['card']}.json)."
+        f"{head['minutes']:.1f} minutes (interrupted calls not counted): `{head['command']}`. All numbers: "
+        f"[{head['card']}.json]({head['card']}.json)."
     )
     return "\n\n".join(parts) + "\n"
