@@ -62,7 +62,7 @@ def reproduce(
         "hardware": _hardware(),
         "jax": jax.__version__,
         "commit": runs.commit(),
-        "minutes": before + (time.monotonic() - begun) / 60,  # of all calls together
+        "minutes": before + (time.monotonic() - begun) / 60,  # of all calls that ended
     }
     for where in (directory, *([] if docs is None else [runs.folder(docs)])):
         page = _write(where, card, title, head, found)
@@ -133,9 +133,11 @@ def _page(card: Card, title: str, head: dict, found: Found, images: dict[str, st
         parts.append("This is the quick preset. The full run is not done.")
     parts += [table, *(f"![{caption}]({image})" for caption, image in images.items()), found.text.strip()]
     parts += [f"Missing: {name}, {why}." for name, why in found.missing.items()]
-    commit = (head["commit"] or "unknown")[:12]
+    commit = head["commit"] or "unknown"
+    commit = commit[:12] + "+" * commit.endswith("+")  # files differed from it
     parts.append(
         f"Measured {head['date']}, {head['hardware']}, jax {head['jax']}, commit {commit}, in "
-        f"{head['minutes']:.1f} minutes: `{head['command']}`. All numbers: [{head['card']}.json]({head['card']}.json)."
+        f"{head['minutes']:.1f} minutes (interrupted calls not counted): `{head['command']}`. All numbers: "
+        f"[{head['card']}.json]({head['card']}.json)."
     )
     return "\n\n".join(parts) + "\n"
