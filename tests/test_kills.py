@@ -72,7 +72,8 @@ def test_one_process(root, tmp_path, undisturbed, signals):
             step, finished = out.split()
             assert (process.returncode, finished) == (0, "False") and (run_dir / "checkpoints" / step).is_dir()
             assert f"stopped at step {step}; resume with" in err
-    finish(start(root, run_dir, steps=STEPS, checkpoint_every=EVERY))
+    _, err = finish(start(root, run_dir, steps=STEPS, checkpoint_every=EVERY))
+    assert "resuming" in err
     check_same(run_dir, undisturbed)
 
 
@@ -143,4 +144,5 @@ def test_two_processes(tmp_path, monkeypatch):
     train_in_two(tmp_path / "alone", steps, 0)
     killer = train_in_two(tmp_path / "killed", steps, kills)
     assert max(killer.away) < 60, killer.away
+    assert "resuming" in (tmp_path / "killed" / "logs" / "process_0.log").read_text()
     check_same(tmp_path / "killed", end_of(tmp_path / "alone"))
