@@ -215,22 +215,52 @@ def test_a_heartbeat_that_makes_no_sense_is_refused(monkeypatch, seconds, told):
         distributed.heartbeat_seconds()
 
 
+# A training on a folder of texts, whose path may differ between machines.
+TEXTS = """
+import dataclasses
+from engrax.data import TextFolder
+from engrax.tests import constant_rate
+
+def config():
+    made = constant_rate.config()
+    model = dataclasses.replace(made.model, vocab_size=256)
+    return dataclasses.replace(made, model=model, data=TextFolder(path="texts"))
+"""
+OTHER_FIELDS = 'set -- "$@" --seed 1 --optimizer.learning-rate 0.1'
+OTHER_MACHINE = 'set -- "$@" --data.path others; export PYTHONPATH="$PWD/versions:$PYTHONPATH"'
+
+
 @pytest.mark.deep
-def test_two_processes_that_differ_refuse_together(shell, tmp_path):
-    """When one process has another seed and rate, then both refuse in one line before anything is written."""
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (OTHER_FIELDS, ["seed (1, not 0)", "optimizer.learning_rate (0.1, not 0.005)"]),
+        (OTHER_MACHINE, ["optax (9.9.9, not ", "data_digest ("]),
+    ],
+    ids=["seed and rate", "data and version"],
+)
+def test_two_processes_that_differ_refuse_together(shell, tmp_path, change, told):
+    """Both refuse within 30 seconds, in one line each, before anything is written."""
+    for folder, text in (("texts", "hello "), ("others", "hullo ")):
+        (tmp_path / folder).mkdir()
+        for n in range(4):
+            (tmp_path / folder / f"{n}.txt").write_text(text * (40 + n))
+    (tmp_path / "versions" / "optax-9.9.9.dist-info").mkdir(parents=True)
+    (tmp_path / "versions" / "optax-9.9.9.dist-info" / "METADATA").write_text("Name: optax\nVersion: 9.9.9\n")
+    (tmp_path / "mine.py").write_text(TEXTS)
     different = script(
         tmp_path / "bin" / "different",
-        '#!/bin/sh\n[ "$SLURM_PROCID" = 1 ] && set -- "$@" --seed 1 --optimizer.learning-rate 0.1\n'
-        f'exec "{sys.executable}" -m engrax.cli "$@"\n',
+        f'#!/bin/sh\n[ "$SLURM_PROCID" = 1 ] && {{ {change}; }}\nexec "{sys.executable}" -m engrax.cli "$@"\n',
     )
     script(tmp_path / "bin" / "srun", SRUN.format(python=sys.executable))
     started, run_dir = time.monotonic(), tmp_path / "run"
-    words = ("bash", LAUNCH / "slurm.sbatch", *TINY, "--steps", "4", "--run-dir", run_dir)
+    words = ("bash", LAUNCH / "slurm.sbatch", tmp_path / "mine.py", *TINY[1:], "--steps", "4", "--run-dir", run_dir)
     finished = shell(*words, SLURM_SUBMIT_DIR=ROOT, ENGRAX=different)
-    assert finished.returncode == 2 and time.monotonic() - started < 60
-    told = [line for line in finished.stderr.splitlines() if "engrax:" in line]
-    wanted = "the processes differ: process 1 in seed (1, not 0), optimizer.learning_rate (0.1, not 0.005)."
-    assert len(told) == 2 and all(wanted in line for line in told)
+    assert finished.returncode == 2 and time.monotonic() - started < 30, finished.stderr
+    assert "srun: exit codes 2 2" in finished.stdout
+    lines = [line for line in finished.stderr.splitlines() if "engrax:" in line]
+    assert len(lines) == 2 and all("the processes differ: process 1 in " in line for line in lines), lines
+    assert all(words in line for line in lines for words in told)
     assert "Traceback" not in finished.stderr and not run_dir.exists()
 
 

@@ -13,12 +13,15 @@ from flax import nnx
 
 import engrax
 from engrax.tests.experiments import small
-from engrax.tests.optimizer_cases import PARAMS, SHAPES, SMALL, STEPS
+from engrax.tests.optimizer_cases import PARAMS, PLAIN, SHAPES, SMALL, STEPS
 from engrax.train import (
     OPTIMIZERS,
+    SCHEDULES,
     AdamWConfig,
     CheckpointConfig,
     ConstantConfig,
+    FRUGALConfig,
+    GaLoreConfig,
     LionConfig,
     MuonConfig,
     NaturalGaLoreConfig,
@@ -69,7 +72,7 @@ def test_state_bytes_are_the_published_formula(name):
     assert arrays == formulae(name) and scalars <= 24
 
 
-def test_every_optimizer_is_tested():
+def test_every_optimizer_has_its_formula():
     assert set(SMALL) == set(OPTIMIZERS)
 
 
@@ -83,14 +86,15 @@ def test_eight_bit_state_bytes():
 
 
 EIGHT_BIT = {f"{n} in 8 bits": dataclasses.replace(SMALL[n], moments="float8") for n in ("adamw", "galore", "muon")}
+EVERY = {name: SMALL.get(name) or OPTIMIZERS[name](**PLAIN) for name in OPTIMIZERS}  # new ones too
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "galore" else pytest.mark.deep) for n in (*SMALL, *EIGHT_BIT)]
+    "name", [pytest.param(n, marks=() if n == "galore" else pytest.mark.deep) for n in (*EVERY, *EIGHT_BIT)]
 )
 def test_a_saved_state_goes_on_to_the_bit(name, tmp_path):
     """Through a checkpoint after 5 of 8 steps, in the middle of every interval."""
-    config = (SMALL | EIGHT_BIT)[name]
+    config = (EVERY | EIGHT_BIT)[name]
     params = jax.tree.map(lambda x: jnp.tile(x, (1,) * (x.ndim - 1) + (6,)), PARAMS) if name in EIGHT_BIT else PARAMS
     grads = [jax.tree.map(lambda p, i=i: jnp.sin(p * (i + 1)), params) for i in range(STEPS)]
     if name in EIGHT_BIT:
@@ -215,17 +219,22 @@ def test_the_average_of_schedule_free_is_evaluated(tmp_path):
     np.testing.assert_array_equal(np.asarray(started[("embedding",)]), x)
 
 
-TRAINED = {
+SHORT = {  # optimizers whose intervals end within six steps, and 8-bit moments
+    "frugal": FRUGALConfig(gap=3),
+    "galore": GaLoreConfig(rank=4, gap=3),
     "muon": MuonConfig(moments="float8"),
     "natural_galore": NaturalGaLoreConfig(rank=4, gap=3, history=4),
     "spam": SPAMConfig(gap=4, warmup=2, settle=2, rates=(("embedding", 0.5),)),
-    "schedule_free": ScheduleFreeConfig(),
+}
+TRAINED = {name: SHORT.get(name) or OPTIMIZERS[name]() for name in OPTIMIZERS} | {
+    f"adamw, {name}": AdamWConfig(schedule=SCHEDULES[name](warmup_steps=2)) for name in SCHEDULES
 }
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_stopped_training_goes_on_to_the_bit(name, tmp_path, monkeypatch):
+    """Every registered optimizer and schedule, in whole trainings."""
     experiment = small(optimizer=TRAINED[name], steps=6, checkpoint=CheckpointConfig(every=0))
     whole = train(experiment, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:

@@ -66,7 +66,9 @@ def test_every_schedule_has_its_values():
 def test_resume_is_exact_with_every_schedule(tmp_path):
     """Seven steps, a checkpoint, and five more from it, equal twelve steps to the last bit; one program for all."""
     params = nnx.State({"x": nnx.Param(jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), axes=(None, "mlp"), role="matrix")})
-    configs = {str(n): AdamWConfig(learning_rate=0.1, schedule=config) for n, (config, _) in enumerate(VALUES)}
+    every = [config for config, _ in VALUES] + [SCHEDULES[name]() for name in SCHEDULES]
+    every = [dataclasses.replace(config, warmup_steps=2) for config in every]
+    configs = {str(n): AdamWConfig(learning_rate=0.1, schedule=config) for n, config in enumerate(every)}
     rules = {name: optimizers.build(config, 12, params) for name, config in configs.items()}
 
     @jax.jit
