@@ -21,7 +21,7 @@ from engrax.layers.mixer import MixerConfig
 from engrax.models.language_model import LanguageModelConfig
 
 Path = tuple[Any, ...]  # of a parameter: ("blocks", 0, "mixer", "q", "kernel")
-HANDED = ("q", "k", "v", "out")  # projections that a mixer of another class takes over
+HANDED = ("q", "k", "v", "qkv", "out")  # projections that a mixer of another class takes over
 VOCABULARY = ("embedding", "output_embedding")
 
 
@@ -122,11 +122,10 @@ def _assemble(origin: Origin, name: Any, shape: tuple[int, ...], dtype: Any, use
     held, layers = dict(zip(used, arrays)), []
     for parts in origin.parts:
         pieces = [held[path] if row is None else held[path][row] for path, row in parts]
-        if len(pieces) > 1:
-            pieces = [_copied(piece, width, origin.head_dim) for piece, width in zip(pieces, _widths(pieces, shape))]
-        elif pieces[0].shape[-1] != shape[-1] and name not in VOCABULARY:
-            pieces = [_copied(pieces[0], shape[-1], origin.head_dim)]
-        layers.append(jnp.concatenate(pieces, axis=-1))
+        if name == "kernel":  # keys and values of fewer heads, and q, k and v side by side
+            width = shape[-1] // len(pieces)
+            pieces = [jnp.concatenate([_copied(piece, width, origin.head_dim) for piece in pieces], axis=-1)]
+        layers.append(pieces[0])
     value = layers[0] if origin.parts[0][0][1] is None else jnp.stack(layers)
     if name in VOCABULARY and len(value) < shape[0]:
         mean = jnp.mean(value.astype(jnp.float32), axis=0, keepdims=True).astype(value.dtype)
@@ -134,13 +133,10 @@ def _assemble(origin: Origin, name: Any, shape: tuple[int, ...], dtype: Any, use
     return value.astype(dtype)
 
 
-def _widths(pieces: list[Any], shape: tuple[int, ...]) -> list[int]:
-    """The widths of q, k and v side by side: those of q, if they make up the whole."""
-    return [pieces[0].shape[-1]] * len(pieces) if shape[-1] == len(pieces) * pieces[0].shape[-1] else []
-
-
 def _copied(piece: Array, width: int, head_dim: int) -> Array:
     """Every head of a projection [..., heads * head_dim] repeated until it is `width` wide."""
+    if width == piece.shape[-1]:
+        return piece
     heads = piece.reshape(*piece.shape[:-1], -1, head_dim)
     return jnp.repeat(heads, width // piece.shape[-1], axis=-2).reshape(*piece.shape[:-1], width)
 

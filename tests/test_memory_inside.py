@@ -115,6 +115,7 @@ def moments(trainer):
     return sum(x.nbytes for x in jax.tree.leaves(trainer.init_state()["opt_state"]) if x.ndim)
 
 
+@pytest.mark.deep
 def test_branches_train_and_the_backbone_keeps_its_bits(folder, tmp_path, capsys):
     """The run folder resumes, travels without the checkpoint and generates; only what trains has moments."""
     settings = experiment(folder)
