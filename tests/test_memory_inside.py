@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
 from engrax import cli
 from engrax.errors import UserError
 from engrax.layers import GatedDeltaNetConfig, GLAConfig, TitansConfig
 from engrax.layers.common.lora import LoraConfig
-from engrax.models import handover, imported
+from engrax.models import handover, imported, published
 from engrax.models.layer_change import LayerChange
 from engrax.tests import pretrained_numpy as oracle
 from engrax.tests.experiments import tiny
@@ -85,7 +86,7 @@ def test_a_mixer_in_place_of_attention_gets_its_projections(folder):
 
 def test_widths_that_do_not_fit_are_refused(folder):
     wide = GLAConfig(heads=4, head_dim=4, value_dim=8)
-    with pytest.raises(UserError, match=r"blocks.0.mixer.qkv.kernel is \[16, 64\], .*choose the same heads"):
+    with pytest.raises(UserError, match=r"blocks.0.mixer.out.kernel is \[32, 16\], .*choose the same heads"):
         imported.load(folder, changed(folder, layers=(LayerChange(at=(0,), mixer=wide),)))
     with pytest.raises(UserError, match="there is no layer 4; the model has 4"):
         changed(folder, layers=(LayerChange(at=(4,), branch=TITANS),))
@@ -94,6 +95,7 @@ def test_widths_that_do_not_fit_are_refused(folder):
     with pytest.raises(UserError, match="cannot express"):
         model = imported.load(folder, changed(folder, layers=BRANCHES))
         imported.export(model, folder / "out", like=folder)
+    assert "its layers would have to be ()" in published.fit(model.config, published.FORMATS["llama"]).misfits[0]
 
 
 def test_new_words_begin_as_the_mean_of_the_old_ones(folder):
@@ -117,10 +119,10 @@ def moments(trainer):
 
 @pytest.mark.deep
 def test_branches_train_and_the_backbone_keeps_its_bits(folder, tmp_path, capsys):
-    """The run folder resumes, travels without the checkpoint and generates; only what trains has moments."""
+    """The run folder travels without the checkpoint; only what trains has moments."""
     settings = experiment(folder)
     trainer = Trainer(settings)
-    _, given = starting.find(trainer, tmp_path / "run")
+    _, given = starting.find(trainer, epath.Path(tmp_path / "run"))
     told = capsys.readouterr().err
     assert "new parameters" in told and "blocks.1.mixer.branch" in told and "blocks.0" not in told
     before = {".".join(map(str, path)): np.asarray(value) for path, value in given.items()}
@@ -136,7 +138,7 @@ def test_branches_train_and_the_backbone_keeps_its_bits(folder, tmp_path, capsys
     assert moments(trainer) == 2 * sum(after[name].nbytes for name in new)
 
 
-@pytest.mark.deep
+@pytest.mark.long
 def test_adapters_on_ones_own_run_and_merged(tmp_path):
     """A run starts another with adapters; merged, it computes the same without them."""
     train(tiny(steps=2), tmp_path / "base", progress=False)
@@ -149,8 +151,7 @@ def test_adapters_on_ones_own_run_and_merged(tmp_path):
     tokens, ids = jnp.asarray(np.arange(24)[None] % 32), jnp.zeros((1, 24), jnp.int32)
     np.testing.assert_allclose(logits(merged, tokens, ids), logits(tuned, tokens, ids), atol=1e-4)
     assert np.max(np.abs(logits(merged, tokens, ids) - logits(base, tokens, ids))) > 1e-3
-    with pytest.raises(UserError, match="no adapters"):
-        cli.run(["merge", str(tmp_path / "merged"), str(tmp_path / "again")])
+    assert cli.main(["merge", str(tmp_path / "merged"), str(tmp_path / "again")]) == 2
 
 
 def test_patterns_of_names_and_roles_freeze():

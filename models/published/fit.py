@@ -28,6 +28,8 @@ class Fit(NamedTuple):
 
 def fit(config: LanguageModelConfig, form: Format) -> Fit:
     """Whether a format can express the config."""
+    if config.layers:
+        return Fit(["its layers would have to be () (no branches, no exchanged mixers)"], [], {})
     strange = {m.registered_name or type(m).__name__ for m in config.mixers if type(m) not in form.mixers}
     if strange:
         known = " or ".join(kind.registered_name for kind in form.mixers)
