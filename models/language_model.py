@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -33,7 +34,7 @@ from engrax.models.contract import (
     split_rows,
 )
 from engrax.models.decoding import Opened, close_blocks, open_blocks, run_blocks
-from engrax.models.layer_change import LayerChange, Stack, changed_mixers, stretches_of
+from engrax.models.layer_change import LayerChange, Stack, stretches_of
 from engrax.models.model import MODELS, ModelConfig
 from engrax.models.parameters import declare_roles, stack_axes
 from engrax.models.remat import parse, remat
@@ -71,7 +72,7 @@ class LanguageModelConfig(ModelConfig):
         for name in ("vocab_size", "dim", "repeat"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
-        changed_mixers(self.pattern, self.layers)  # raises for a layer that does not exist
+        _ = self.stacks  # raises for a layer that does not exist
 
     def build(self, *, rngs: nnx.Rngs) -> "LanguageModel":
         return LanguageModel(self, rngs=rngs)
@@ -108,22 +109,12 @@ class LanguageModelConfig(ModelConfig):
     @property
     def exempt_from(self) -> dict[str, str]:
         """The exemptions of its mixers."""
-        return {law: reason for mixer in self.layer_mixers for law, reason in mixer.exempt_from.items()}
-
-    @property
-    def pattern(self) -> tuple[MixerConfig, ...]:
-        """The mixer of every layer by the pattern alone."""
-        return self.mixers * self.repeat
-
-    @property
-    def layer_mixers(self) -> tuple[MixerConfig, ...]:
-        """The mixer of every layer."""
-        return changed_mixers(self.pattern, self.layers)
+        return {law: reason for stack in self.stacks for law, reason in stack.mixer.exempt_from.items()}
 
     @property
     def stretches(self) -> tuple[tuple[Stack, ...], ...]:
         """The stacks of blocks, by the scan that runs them, in the order of the layers; without `layers` one scan."""
-        return stretches_of(self.pattern, self.layers, len(self.mixers), whole=bool(self.layout.norm_places))
+        return stretches_of(self.mixers, self.repeat, self.layers, whole=bool(self.layout.norm_places))
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -133,7 +124,7 @@ class LanguageModelConfig(ModelConfig):
     @property
     def policies(self) -> dict[str, str]:
         """{"": the remat policy of a repeat of the pattern, kind of layer: its own} (`engrax.models.remat`)."""
-        return parse(self.remat, (*(mixer.registered_name for mixer in self.layer_mixers), "mlp"))
+        return parse(self.remat, (*(stack.mixer.registered_name for stack in self.stacks), "mlp"))
 
     @property
     def num_layers(self) -> int:
@@ -146,7 +137,7 @@ class LanguageModelConfig(ModelConfig):
         return -(-8 * self.dim // 3 // 16) * 16 if self.mlp_hidden is None else self.mlp_hidden
 
     def flops_per_token(self, seq_len: int) -> float:
-        mixers = sum(mixer.flops_per_token(self.dim, seq_len) for mixer in self.layer_mixers)
+        mixers = sum(len(stack.layers) * stack.mixer.flops_per_token(self.dim, seq_len) for stack in self.stacks)
         projections = {"gated": 3, "plain": 2}[self.layout.mlp]
         mlp = 2 * projections * self.dim * self.mlp_width * self.num_layers
         width = self.layout.embed_dim or self.dim
@@ -249,7 +240,7 @@ class LanguageModel(Model):
         def build(key, layer):
             return Block(stack, config, layer=layer, rngs=nnx.Rngs(key))
 
-        keys, layers = jax.random.split(rngs.params(), len(stack.layers)), jnp.array(stack.layers)
+        keys, layers = jax.random.split(rngs.params(), len(stack.layers)), jnp.array(np.array(stack.layers))
         template = nnx.eval_shape(lambda: build(jax.random.key(0), 0))
         params = jax.vmap(lambda key, layer: nnx.state(build(key, layer), nnx.Param))(keys, layers)
         nnx.update(template, params)
@@ -293,7 +284,7 @@ class LanguageModel(Model):
         """A call on vectors: embedded tokens, a prompt or a memory. Padding must follow a row's last vector."""
         calls = self._calls(collect, mute)
         opened = memory if isinstance(memory, Opened) else None
-        memory = memory if opened is None else (opened.blocks, *opened.place)
+        memory = memory if opened is None else (*opened.blocks, *opened.place)
         x_BTD, memory, place, lost = self._add_positions(x_BTD, memory, segment_ids)
 
         def body(places, blocks, x, states):
@@ -346,7 +337,7 @@ class LanguageModel(Model):
 
     @property
     def least_call(self) -> int:
-        return max(mixer.least_call for mixer in self.config.layer_mixers)
+        return max(stack.mixer.least_call for stack in self.config.stacks)
 
     def open_memory(self, memory: Any) -> Opened:
         """The memory with a separate state for every block, in its mixer's form for single tokens."""

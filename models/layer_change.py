@@ -5,11 +5,14 @@ A memory goes into a pretrained model through these settings: `LayerChange(at=(3
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from engrax.errors import UserError
 from engrax.layers.common.branched import BranchedConfig
 from engrax.layers.mixer import MixerConfig
+
+MOST_LAYERS = 1 << 12  # of a model with changed layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Stack(NamedTuple):
     """Equal blocks, whose parameters are stacked."""
 
     mixer: MixerConfig
-    layers: tuple[int, ...]  # their places in the model
+    layers: Sequence[int]  # their places in the model
     exchanged: bool  # the mixer is another than the pattern's
 
 
@@ -44,11 +47,6 @@ def mixers_of(config: Any) -> tuple[MixerConfig, ...]:
 class _Layer(NamedTuple):
     mixer: MixerConfig
     exchanged: bool
-
-
-def changed_mixers(pattern: tuple[MixerConfig, ...], changes: tuple[LayerChange, ...]) -> tuple[MixerConfig, ...]:
-    """The mixer of every layer. Raises UserError for a layer that does not exist or is changed twice."""
-    return tuple(layer.mixer for layer in _changed(pattern, changes))
 
 
 def _changed(pattern: tuple[MixerConfig, ...], changes: tuple[LayerChange, ...]) -> list[_Layer]:
@@ -68,14 +66,21 @@ def _changed(pattern: tuple[MixerConfig, ...], changes: tuple[LayerChange, ...])
 
 
 def stretches_of(
-    pattern: tuple[MixerConfig, ...], changes: tuple[LayerChange, ...], period: int, *, whole: bool = False
+    mixers: tuple[MixerConfig, ...], repeat: int, changes: tuple[LayerChange, ...], *, whole: bool = False
 ) -> tuple[tuple[Stack, ...], ...]:
     """The stacks of blocks by the scan that runs them: a scan repeats a group of layers, and its stacks have one block
-    of each group. The groups have `period` layers, the pattern's; with changes, the length of the fewest stacks.
+    of each group. The groups are the pattern, `mixers`; with changes they have the length of the fewest stacks.
 
-    whole: groups are whole patterns, since a layer's place in the pattern has other settings than its mixer."""
-    layers, step = _changed(pattern, changes), period if whole else 1
-    periods = [n for n in range(step, len(layers) + 1, step) if len(layers) % n == 0] if changes else [period]
+    whole: groups are whole patterns, since a layer's place in the pattern has other settings than its mixer. Raises
+    UserError for a layer that does not exist or is changed twice, and for changes in too many layers to list.
+    """
+    period, count = len(mixers), len(mixers) * repeat
+    if not changes:
+        return (tuple(Stack(mixer, range(i, count, period), False) for i, mixer in enumerate(mixers)),)
+    if count > MOST_LAYERS:
+        raise UserError(f"layers: a model of {count:,} layers can have no changed ones; at most {MOST_LAYERS:,} can.")
+    layers, step = _changed(mixers * repeat, changes), period if whole else 1
+    periods = [n for n in range(step, count + 1, step) if count % n == 0]
     return min((_stretches(layers, n) for n in periods), key=lambda found: sum(map(len, found)))
 
 

@@ -33,7 +33,7 @@ class Parsed(Exception):
 def test_a_command_of_the_pages_is_understood(words, monkeypatch):
     def parse(parser, args=None, namespace=None):
         known, rest = original(parser, args, namespace)
-        if rest:
+        if rest and parser.prog != "engrax harness":  # whose other flags are the harness's
             experiment = configs.find(known.config if hasattr(known, "config") else "mqar_titans").experiment
             flags.override(experiment, rest, parser.prog)
         raise Parsed

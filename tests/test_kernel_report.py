@@ -58,8 +58,8 @@ def test_the_command_prints_it_without_the_device(capsys, tmp_path, monkeypatch)
     monkeypatch.setenv("ENGRAX_CACHE", str(tmp_path))  # nothing is compiled there
     sizes = ["--batch-size", "2"]
     assert cli.main(["describe", "quickstart", "--device", "v5e", *sizes]) == 0
-    costs, splits, memory, told, compiled = capsys.readouterr().out.split("\n\n")
-    assert costs.startswith("parameters") and "validation" in splits
+    costs, splits, formats, memory, told, compiled = capsys.readouterr().out.split("\n\n")
+    assert costs.startswith("parameters") and "validation" in splits and "safetensors" in formats
     assert memory.startswith("arguments of the step on each of 1 device") and "\ntemporaries, estimated" in memory
     assert compiled == "not compiled yet: engrax compile quickstart --batch-size 2 --device v5e\n"
     head, *lines = told.splitlines()
@@ -75,7 +75,7 @@ def test_the_command_prints_it_without_the_device(capsys, tmp_path, monkeypatch)
         ["reference", "only by its name: the oracle"],
     ]
     assert cli.main(["describe", "quickstart", "--device", "cpu", *sizes]) == 0
-    told = capsys.readouterr().out.split("\n\n")[3]
+    told = capsys.readouterr().out.split("\n\n")[4]
     assert "on cpu, float32:" in told and "tokens=float32" in told and "xla         serves it" in told
 
 

@@ -61,7 +61,7 @@ def run(monkeypatch, tmp_path):
         diagnose=lambda params: {},
         evaluated=lambda state: None,
     )
-    checkpoints.save = time.spend(SAVE)
+    checkpoints.save, checkpoints.directory = time.spend(SAVE), epath.Path(tmp_path) / "checkpoints"
     clock = metrics.Clock()
     tokens = experiment.batch_size * experiment.data.seq_len
     bar = metrics.Progress(0, experiment.steps, tokens, clock, active=False)

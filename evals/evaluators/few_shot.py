@@ -44,7 +44,7 @@ class FewShotConfig(EvaluatorConfig):
     most_tokens: int = 128  # of a sentence
     text_path: str | None = None  # folder or file with the sentences; None = Python's own documentation
 
-    order: ClassVar[int] = 60
+    order: ClassVar[int] = 45
     optional: ClassVar[bool] = True
 
     def __post_init__(self):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from engrax.errors import UserError
+from engrax.errors import UserError, require_positive
 from engrax.layers.common import sequence
 from engrax.layers.common.conv import ShortConv
 from engrax.layers.common.modules import projection, rms_norm
@@ -78,6 +78,7 @@ class MatrixMemoryConfig(MixerConfig):
         for name in ("value_heads", "value_dim"):
             if getattr(self, name) is not None:
                 self.at_least_one(name)
+        require_positive(self, "norm_eps")
         if self.values[0] % self.heads:
             raise UserError(f"value_heads={self.value_heads} is not a multiple of heads={self.heads}; choose one.")
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
-from engrax.errors import UserError
+from engrax.errors import UserError, require_positive
 from engrax.layers.common.matrix_memory import MatrixMemory, MatrixMemoryConfig
 from engrax.layers.common.modules import l2_normalise, projection
 from engrax.layers.mixer import MIXERS
@@ -33,6 +33,7 @@ class DeltaNetConfig(MatrixMemoryConfig):
     def __post_init__(self):
         super().__post_init__()
         self.check_max_beta()
+        require_positive(self, "l2_eps")
 
     def check_max_beta(self):
         """Raises UserError unless the state stays bounded."""
